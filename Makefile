@@ -1,0 +1,33 @@
+# Everything runs from .venv, made from constraints.txt by the first target that needs it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow lint docs clean
+
+quickstart: .venv/installed        ## the whole journey on text that this machine has
+	$(BIN)/moetool quickstart quickstart
+
+test: lint                         ## lint, types, layers and the fast tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: .venv/installed         ## the tests that take longer
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: .venv/installed              ## regenerate docs/cli.md from --help
+	$(BIN)/python docs/generate_cli.py
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "moetool needs Python 3.11 or newer; found $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""Hugging Face safetensors folders, read and written without knowing what a model is."""

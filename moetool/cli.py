@@ -1,0 +1,134 @@
+"""The `moetool` command: a Typer app whose errors are one line and whose exit codes mean something."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from moetool import __version__
+from moetool.commands.analyze_routing import analyze_routing
+from moetool.commands.cpt import cpt
+from moetool.commands.eval import evaluate
+from moetool.commands.inspect import inspect
+from moetool.commands.quickstart import quickstart
+from moetool.commands.tokenize import tokenize
+from moetool.commands.upcycle import upcycle
+from moetool.commands.verify import verify
+from moetool.errors import MoetoolError
+
+app = typer.Typer(
+    name="moetool",
+    help="Make a Mixture of Experts of a dense language model, train it on, see its router, prove it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+# The order of --help: the journey, then its tools.
+for name, function in {
+    "quickstart": quickstart,
+    "upcycle": upcycle,
+    "inspect": inspect,
+    "verify": verify,
+    "tokenize": tokenize,
+    "cpt": cpt,
+    "analyze-routing": analyze_routing,
+    "eval": evaluate,
+}.items():
+    app.command(name)(function)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"moetool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The options of `moetool` itself."""
+
+
+EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 70, 130, 143
+
+# What the machine refuses, as against a bug: reported in one line.
+_ENVIRONMENT = {
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EIO,
+    errno.EFBIG,
+}
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another folder, then run the same command again",
+    errno.EDQUOT: "free some space or choose another folder, then run the same command again",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "check the permissions or choose another path",
+    errno.EPERM: "check the permissions or choose another path",
+}
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"moetool: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; return its exit code."""
+    try:
+        outcome = app(arguments, standalone_mode=False)
+        return outcome if isinstance(outcome, int) else 0
+    except MoetoolError as error:
+        return _fail(str(error), error.exit_code)
+    except TyperException as error:
+        where = getattr(getattr(error, "ctx", None), "command_path", "moetool")
+        return _fail(f"{error.format_message()} (see {where} --help)", EXIT_USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of a pipe has left (`| head`): not an error, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            traceback.print_exc()
+            return EXIT_BUG
+        where = f"{error.filename}: " if error.filename else ""
+        advice = _ADVICE.get(error.errno or 0, "mend it and run the same command again")
+        return _fail(f"{where}{os.strerror(error.errno or 0).lower()}; {advice}", 1)
+    except Exception:
+        traceback.print_exc()
+        print("moetool: this is a bug in moetool; please report it with the lines above", file=sys.stderr)
+        return EXIT_BUG
+
+
+def main() -> NoReturn:
+    """Run the process's command line and exit."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = run(sys.argv[1:])
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
+        if code == EXIT_TERMINATED:
+            _fail("terminated", code)
+    sys.stdout.flush()
+    sys.exit(code)

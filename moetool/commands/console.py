@@ -1,0 +1,104 @@
+"""What is printed: tables and messages for people, one JSON document for machines."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from moetool.progress import Progress as ProgressCallback
+from moetool.progress import silent
+
+__all__ = ["Console", "escape"]
+
+
+class Console:
+    """Where a command prints, given its `--json` and `--quiet`.
+
+    Inside `moetool quickstart` (context.obj["step"] is set) a command shows progress but leaves the
+    printing of its result to the quickstart.
+    """
+
+    def __init__(self, context: typer.Context, json: bool, quiet: bool) -> None:
+        step = bool((context.find_root().obj or {}).get("step"))
+        self.json = json
+        self.quiet = quiet
+        self._result_hidden = quiet or step
+        self._messages = RichConsole(stderr=json, highlight=False, soft_wrap=True)
+        self._progress = RichConsole(stderr=True)
+
+    def say(self, message: RenderableType) -> None:
+        """Print a message for people (rich markup; `escape` what comes from outside)."""
+        if not self._result_hidden:
+            self._messages.print(message)
+
+    def warn(self, message: str) -> None:
+        """Print a warning on stderr (plain text)."""
+        if not self.quiet:
+            self._progress.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
+
+    def result(self, document: dict[str, Any], *renderables: RenderableType) -> None:
+        """Print a command's outcome: the document with `--json`, else the renderables."""
+        if self.json:
+            sys.stdout.write(jsonlib.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+        else:
+            for renderable in renderables:
+                self.say(renderable)
+
+    @contextmanager
+    def progress(self) -> Iterator[ProgressCallback]:
+        """Progress bars with ETA on stderr, on a terminal only; gives the callback for domain code."""
+        if self.quiet or not self._progress.is_terminal:
+            yield silent
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+        )
+        with Progress(*columns, console=self._progress, transient=True) as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def report(task: str, done: float, total: float, note: str = "") -> None:
+                if task not in tasks:
+                    tasks[task] = bars.add_task(escape(task), total=total, note="")
+                bars.update(tasks[task], completed=done, total=total, note=escape(note))
+
+            yield report
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, in decimal units as disks are sold: `1.6 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} TB"
+
+
+def count(number: float) -> str:
+    """A large count for people: `1.40 B`, `152.3 M`."""
+    for unit in ("", " k", " M", " B"):
+        if abs(number) < 1000:
+            return f"{number:.0f}" if unit == "" else f"{number:.2f}{unit}"
+        number /= 1000
+    return f"{number:.2f} T"

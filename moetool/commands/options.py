@@ -1,0 +1,153 @@
+"""The options that every command has, and how a configuration file stands in for flags."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moetool import registry
+from moetool.errors import ConfigError
+
+# Left out of moetool.yaml: how a run talks, and permissions that must be given anew each time.
+NOT_RECORDED = {"json", "quiet", "config", "overwrite", "plan"}
+
+
+def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:
+    """Read a `--config` file: YAML, flag names without dashes (`_` for `-` accepted).
+
+    Scalars stay the text that was typed (`0.10` is not read as a float), so that a value means the
+    same in the file as on the command line.
+
+    Args:
+        path: the file.
+        parameters: parameter name (with `_`) -> whether it takes a list.
+
+    Returns:
+        Parameter name -> text or list of texts.
+
+    Raises:
+        ConfigError: no such file, not YAML, not a mapping, an unknown key or a wrong shape.
+    """
+    import yaml
+
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {_reason(error)}") from None
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"--config {path}: not valid YAML: {problem}") from None
+    if document in (None, ""):
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"--config {path}: expected 'flag: value' lines, found a {type(document).__name__}")
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        name = str(key).replace("-", "_")
+        if name not in parameters:
+            known = [p.replace("_", "-") for p in parameters]
+            near = registry.suggest(str(key).replace("_", "-"), known)
+            raise ConfigError(f"--config {path}: unknown key '{key}'{near}; keys are {', '.join(known)}")
+        if name in values:
+            raise ConfigError(f"--config {path}: '{key}' is given twice")
+        if value in ("null", "~"):
+            continue
+        if isinstance(value, dict) or value == "":
+            raise ConfigError(f"--config {path}: '{key}' needs a value")
+        if parameters[name]:
+            value = value if isinstance(value, list) else [value]
+        if isinstance(value, list) and (not parameters[name] or any(not isinstance(v, str) for v in value)):
+            raise ConfigError(f"--config {path}: '{key}' takes {'plain values' if parameters[name] else 'one value'}")
+        values[name] = value
+    return values
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return (os.strerror(error.errno) if error.errno else str(error)).lower()
+    return "not UTF-8 text"
+
+
+def _apply_config(context: typer.Context, value: Path | None) -> Path | None:
+    if value is not None and not context.resilient_parsing:
+        parameters = {
+            str(p.name): p.nargs == -1 or bool(getattr(p, "multiple", False))
+            for p in context.command.params
+            if p.name not in ("json", "quiet", "config", "help")
+        }
+        context.default_map = read_config(value, parameters)
+    return value
+
+
+JsonFlag = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr.", rich_help_panel="Output"),
+]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print errors only.", rich_help_panel="Output")]
+ConfigFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file of flags without dashes; a flag given here wins over the file.",
+        metavar="FILE",
+        is_eager=True,
+        callback=_apply_config,
+        rich_help_panel="Output",
+    ),
+]
+
+
+def one_of(kind: str) -> Callable[[str], str]:
+    """An option callback that accepts the registry's names of a kind and suggests the nearest."""
+
+    def callback(value: str) -> str:
+        try:
+            return registry.check(kind, value) if value is not None else value
+        except ConfigError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return callback
+
+
+def named_paths(values: list[str], flag: str) -> dict[str, str]:
+    """Split repeated NAME=PATH values at the first `=`.
+
+    Raises:
+        typer.BadParameter: a value without a name or path, or a name given twice.
+    """
+    paths: dict[str, str] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise typer.BadParameter(f"{flag} '{value}': expected NAME=PATH, such as {flag} code=src.jsonl")
+        if name in paths:
+            raise typer.BadParameter(f"{flag}: the name '{name}' is given twice")
+        paths[name] = path
+    return paths
+
+
+def resolved_options(context: typer.Context) -> dict[str, Any]:
+    """The options of a call as a mapping that is itself a valid `--config` file."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return value if isinstance(value, (bool, int, str)) else str(value)
+
+    return {
+        name.replace("_", "-"): plain(value)
+        for name, value in context.params.items()
+        if name not in NOT_RECORDED and value is not None and value != [] and value != ()
+    }
+
+
+def write_options(context: typer.Context, folder: Path) -> None:
+    """Leave `moetool.yaml`, the resolved options, in a folder that a command has written."""
+    import yaml
+
+    text = yaml.safe_dump(resolved_options(context), sort_keys=False, allow_unicode=True)
+    (folder / "moetool.yaml").write_text(f"# moetool {context.command.name}\n{text}", encoding="utf-8")

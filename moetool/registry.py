@@ -1,0 +1,73 @@
+"""Every name that a user may type, and where it leads.
+
+This table is the map of the program: a new family, method, schedule, strategy or metric is a
+function (or a spec) in the file named here, and one line. Help texts and error messages are made
+from it. Nothing is imported until `load` is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+from moetool.errors import ConfigError
+
+REGISTRY: dict[str, dict[str, str]] = {
+    "target": {
+        "mixtral": "moetool.arch.mixtral:SPEC",
+    },
+    "method": {
+        "drop": "moetool.upcycle.init:drop",
+        "copy": "moetool.upcycle.init:copy",
+    },
+    "router": {
+        "normal": "moetool.upcycle.router:normal",
+        "uniform": "moetool.upcycle.router:uniform",
+    },
+    "schedule": {
+        "cosine": "moetool.train.schedules:cosine",
+        "constant": "moetool.train.schedules:constant",
+    },
+    "balance": {
+        "aux": "moetool.train.balance:Aux",
+        "z-loss": "moetool.train.balance:ZLoss",
+        "none": "moetool.train.balance:NONE",
+    },
+    "metric": {
+        "mri": "moetool.routing.metrics:mri",
+        "mri_normalized": "moetool.routing.metrics:mri_normalized",
+        "entropy": "moetool.routing.metrics:entropy",
+        "cv": "moetool.routing.metrics:cv",
+        "max_violation": "moetool.routing.metrics:max_violation",
+    },
+}
+
+
+def names(kind: str) -> list[str]:
+    """The names of a kind, in the order in which help texts list them."""
+    return list(REGISTRY[kind])
+
+
+def check(kind: str, name: str) -> str:
+    """Return `name` if it is one of `kind`; else raise ConfigError with the nearest and all names."""
+    if name in REGISTRY[kind]:
+        return name
+    near = suggest(name, REGISTRY[kind])
+    raise ConfigError(f"unknown {kind} '{name}'{near}; choose from {', '.join(REGISTRY[kind])}")
+
+
+def load(kind: str, name: str) -> Any:
+    """Import what stands behind a name.
+
+    Raises:
+        ConfigError: the name is unknown; the message suggests the nearest.
+    """
+    module, _, attribute = REGISTRY[kind][check(kind, name)].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def suggest(name: str, known: Any) -> str:
+    """A clause such as `, did you mean 'cosine'?`, or nothing when no name is near."""
+    near = difflib.get_close_matches(name, [str(k) for k in known], n=1)
+    return f", did you mean '{near[0]}'?" if near else ""

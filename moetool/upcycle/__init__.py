@@ -1,0 +1,1 @@
+"""Dense to Mixture of Experts: plan, write, verify."""

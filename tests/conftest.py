@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests: tiny models made once a session, and a cache of their own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from or left in the user's cache."""
+    monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path_factory.getbasetemp() / "moetool-cache"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama checkpoint with a tokenizer; never modify it."""
+    return tiny.save_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Mixtral checkpoint (4 experts, top-2) with a tokenizer; never modify it."""
+    return tiny.save_mixtral(tmp_path_factory.mktemp("models") / "mixtral")
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    """Eighty short documents as JSONL."""
+    return tiny.save_jsonl(tmp_path / "text.jsonl")

@@ -1,0 +1,113 @@
+"""Tiny random models, a tokenizer and the real command line, for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog.",
+    "def add(a, b):\n    return a + b\n",
+    "A router sends each token to a few experts; the load should be balanced.",
+    "Numbers such as 0, 1, 2, 3 and 42 are tokens too.",
+]
+
+
+def save_tokenizer(folder: Path, vocab_size: int = 300) -> None:
+    """A byte-level BPE with `<|endoftext|>` (id 0) as its end-of-text token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT * 4, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+
+
+def save_llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A random Llama (hidden 32, 2 layers, intermediate 64, vocabulary 300) with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**(settings | changes))).to(dtype).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_mixtral(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A random Mixtral (4 experts, top-2) of the size of `save_llama`, with its tokenizer."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    MixtralForCausalLM(MixtralConfig(**(settings | changes))).to(dtype).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_jsonl(path: Path, documents: list[str] | None = None, repeat: int = 20) -> Path:
+    """A JSONL file of documents under `text`."""
+    lines = [json.dumps({"text": f"{i}. {text}"}) for i in range(repeat) for text in (documents or TEXT)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def cli(
+    *arguments: object, env: dict[str, str] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run the real `moetool` in a process of its own, without a network."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"} | (env or {})
+    command = [sys.executable, "-m", "moetool", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+
+
+def in_process(*arguments: object) -> tuple[int, str, str]:
+    """Run `moetool` in this process (seconds faster); return exit code, stdout, stderr."""
+    import contextlib
+    import io
+
+    from moetool.cli import run
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run([str(a) for a in arguments])
+    return code, out.getvalue(), err.getvalue()
