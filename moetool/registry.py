@@ -40,6 +40,9 @@ REGISTRY: dict[str, dict[str, str]] = {
         "entropy": "moetool.routing.metrics:entropy",
         "cv": "moetool.routing.metrics:cv",
         "max_violation": "moetool.routing.metrics:max_violation",
+        "dead_experts": "moetool.routing.metrics:dead_experts",
+        "balance_loss": "moetool.routing.metrics:balance_loss",
+        "balance_loss_hf": "moetool.routing.metrics:balance_loss_hf",
     },
 }
 

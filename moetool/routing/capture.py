@@ -1,0 +1,206 @@
+"""What the routers of a model did with a batch, read by forward hooks.
+
+Shapes: T tokens (batch x sequence, flattened), E experts, K top-k, L layers.
+
+transformers' own `router_logits` are not used: they exist only under a flag that must not reach a
+saved config.json, they carry no choices, and choices after a selection bias cannot be had from them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetool.errors import CheckpointError
+
+# Class names of router modules; such a module returns (logits_TE, weights_TK, indices_TK, ...).
+_ROUTER = re.compile(r"(Router|MoEV1Gate)$")
+
+# How the routers of a family turn logits into the scores that are ranked. What is not listed uses a
+# softmax (before or after the top-k: over all experts it is the same distribution).
+_SCORING = {
+    "sigmoid": {
+        "AXK1TopkRouter",
+        "AXK2TopkRouter",
+        "AfmoeTokenChoiceRouter",
+        "BailingHybridTopkRouter",
+        "BeamTopKRouter",
+        "DeepseekV32TopkRouter",
+        "DeepseekV3TopkRouter",
+        "Dots1TopkRouter",
+        "Dots3NoteTextTopkRouter",
+        "ExaoneMoeTopkRouter",
+        "FlintTopKRouter",
+        "Glm4MoeLiteTopkRouter",
+        "Glm4MoeTopkRouter",
+        "Glm4vMoeTextTopkRouter",
+        "Glm5NextTextTopkRouter",
+        "GlmMoeDsaTopkRouter",
+        "HYV3TopKRouter",
+        "HYV4TopkRouter",
+        "Inkling2TopKRouter",
+        "InklingTopkRouter",
+        "KimiLinearTopkRouter",
+        "Kolibri1TopKRouter",
+        "LagunaTopKRouter",
+        "Lfm2MoeTopKRouter",
+        "MiMoV2FlashTopkRouter",
+        "MiniMaxM2TopKRouter",
+        "MiniMaxM3VLTopKRouter",
+        "MuseSparkTopkRouter",
+        "NemotronHTopkRouter",
+        "SolarOpenTopkRouter",
+        "Step3p7TopKRouter",
+    },
+    "sqrtsoftplus": {"DeepseekV4TopKRouter", "DeepseekV4HashRouter"},
+    "probability": {"Gemma4TextRouter", "DiffusionGemmaTextRouter"},
+}
+
+# Routers whose output hides choices: ZayaRouter reports "no expert" as expert 0.
+_UNREADABLE = {"ZayaRouter"}
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one router did with one batch.
+
+    Attributes:
+        layer: index of the decoder layer.
+        logits_TE: what the router computed before scoring, in float32, with its gradient.
+        weights_TK: how the chosen experts' outputs are weighted.
+        indices_TK: int64, the chosen experts, after a selection bias where the family has one.
+        scoring: `softmax`, `sigmoid`, `sqrtsoftplus`, or `probability` when the logits already are
+            probabilities (some families return those under the same name).
+    """
+
+    layer: int
+    logits_TE: Tensor
+    weights_TK: Tensor
+    indices_TK: Tensor
+    scoring: str = "softmax"
+
+    def probabilities_TE(self) -> Tensor:
+        """The router's probability of each expert, rows summing to 1, with its gradient.
+
+        Sigmoid scores are divided by their sum, as in the balance loss of DeepSeek-V3 (section 2.1.2).
+        """
+        if self.scoring == "softmax":
+            return self.logits_TE.softmax(dim=-1)
+        if self.scoring == "probability":
+            return self.logits_TE
+        scores_TE = self.logits_TE.sigmoid()
+        if self.scoring == "sqrtsoftplus":
+            scores_TE = nn.functional.softplus(self.logits_TE).sqrt()
+        return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+
+
+class RouterCapture:
+    """Hooks on every router of a model; they collect only inside `collect`.
+
+    Gradient checkpointing runs the forward a second time during the backward: keep the backward
+    outside `collect` and nothing is counted twice.
+
+    Attributes:
+        layers: indices of the decoder layers that have a router, ascending.
+        routers: layer -> its router module.
+
+    Raises:
+        CheckpointError: the model has no router, or two in one layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.routers: dict[int, nn.Module] = {}
+        for name, module in _find_routers(model):
+            layer = _layer_index(name)
+            if layer in self.routers:
+                raise CheckpointError(
+                    f"layer {layer} has two routers, the second is '{name}'; moetool reads one a layer"
+                )
+            self.routers[layer] = module
+        if not self.routers:
+            raise CheckpointError(
+                f"{type(model).__name__} is a dense model: it has no router to look at; give a Mixture of Experts"
+                " (moetool upcycle makes one)"
+            )
+        self.routers = dict(sorted(self.routers.items()))
+        self.layers = list(self.routers)
+        self._consume: Callable[[Route], None] | None = None
+        for layer, module in self.routers.items():
+            module.register_forward_hook(self._hook(layer, _scoring(module)))
+
+    def _hook(self, layer: int, scoring: str) -> Callable[[nn.Module, Any, Any], None]:
+        # Softmax families of some transformers versions return probabilities: seen once a router, at
+        # its first batch, so that later batches cost no device synchronisation.
+        checked = scoring != "softmax"
+
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal checked, scoring
+            if self._consume is None:
+                return
+            logits_TE, weights_TK, indices_TK = _read(output, type(module).__name__, layer)
+            if not checked and not torch.compiler.is_compiling():
+                scoring, checked = ("probability" if _are_probabilities(logits_TE) else "softmax"), True
+            self._consume(Route(layer, logits_TE, weights_TK, indices_TK, scoring))
+
+        return hook
+
+    @contextmanager
+    def collect(self, consume: Callable[[Route], None] | None = None) -> Iterator[list[Route]]:
+        """Collect routes while the block runs: one a layer and forward, in layer order.
+
+        Args:
+            consume: called with each route inside the hook instead of keeping it in the list, so that
+                one layer's logits are alive at a time.
+        """
+        routes: list[Route] = []
+        before, self._consume = self._consume, consume or routes.append
+        try:
+            yield routes
+        finally:
+            self._consume = before
+
+
+def has_routers(model: nn.Module) -> bool:
+    """Whether a model has at least one router."""
+    return next(_find_routers(model), None) is not None
+
+
+def _find_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if _ROUTER.search(type(module).__name__))
+
+
+def _layer_index(name: str) -> int:
+    number = re.search(r"\.(\d+)\.", f".{name}.")
+    return int(number[1]) if number else 0
+
+
+def _scoring(router: nn.Module) -> str:
+    class_name = type(router).__name__
+    listed = next((scoring for scoring, classes in _SCORING.items() if class_name in classes), "softmax")
+    return str(getattr(router, "expert_selection_fn", listed))  # cohere2_moe: a config key decides
+
+
+def _read(output: Any, class_name: str, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    readable = isinstance(output, tuple) and len(output) >= 3 and class_name not in _UNREADABLE
+    if readable and all(isinstance(part, Tensor) for part in output[:3]):
+        logits, weights, indices = output[:3]
+        if logits.ndim >= 2 and not indices.is_floating_point() and indices.shape == weights.shape:
+            experts, top_k = logits.shape[-1], indices.shape[-1]
+            return logits.float().reshape(-1, experts), weights.reshape(-1, top_k), indices.long().reshape(-1, top_k)
+    raise CheckpointError(
+        f"layer {layer}: {class_name} does not return (logits, weights, chosen experts); its choices cannot be read"
+    )
+
+
+@torch.no_grad()
+def _are_probabilities(logits_TE: Tensor) -> bool:
+    if not logits_TE.numel():
+        return False
+    sums_T = logits_TE.sum(dim=-1)
+    return bool((logits_TE >= 0).all() & ((sums_T - 1).abs() < 2e-2).all())

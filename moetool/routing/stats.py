@@ -1,0 +1,146 @@
+"""Route counts as plain sums: two parts of a text, or two processes, merge by addition.
+
+Shapes: T tokens, E experts, K top-k, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetool.errors import CheckpointError
+from moetool.routing.capture import Route
+
+# The sums of one layer, in this order: routes to each expert (E,), router probability of each expert
+# (E,), and tokens for which two experts were both chosen (E, E; the diagonal repeats the first).
+_SHAPES = (1, 1, 2)
+_DTYPES = (torch.int64, torch.float64, torch.int64)
+
+
+class RoutingStats:
+    """Sums over tokens of what the routers did; its memory does not grow with the text.
+
+    Sums stay on the device where the routes were made until they are read, so that counting waits for
+    no device.
+
+    Attributes:
+        layers: indices of the decoder layers, ascending.
+        num_experts: routed experts a layer (shared experts are not routed and not counted).
+        top_k: experts a token.
+        num_tokens: tokens counted.
+    """
+
+    def __init__(self, layers: Iterable[int], num_experts: int, top_k: int) -> None:
+        self.layers = list(layers)
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.num_tokens = 0
+        self._sums: dict[int, list[Tensor]] = {layer: self._zeros() for layer in self.layers}
+
+    def _zeros(self) -> list[Tensor]:
+        return [
+            torch.zeros((self.num_experts,) * rank, dtype=dtype) for rank, dtype in zip(_SHAPES, _DTYPES, strict=True)
+        ]
+
+    @classmethod
+    def like(cls, routes: list[Route]) -> RoutingStats:
+        """Empty stats that fit the routes of one forward."""
+        first = routes[0]
+        return cls([route.layer for route in routes], first.logits_TE.shape[-1], first.indices_TK.shape[-1])
+
+    @torch.no_grad()
+    def update(self, routes: Iterable[Route], mask_T: Tensor | None = None) -> None:
+        """Add the routes of a batch (all layers at once or one after the other, in any order).
+
+        Args:
+            routes: what the routers did.
+            mask_T: bool; False leaves a token out (padding).
+
+        Raises:
+            CheckpointError: a layer has another number of experts or top-k than these stats.
+        """
+        for route in routes:
+            E, K = route.logits_TE.shape[-1], route.indices_TK.shape[-1]
+            if (self.num_experts, self.top_k) != (E, K):
+                raise CheckpointError(
+                    f"layer {route.layer} routes to {K} of {E} experts, layer {self.layers[0]} to {self.top_k} of"
+                    f" {self.num_experts}; layers that differ cannot be analysed together"
+                )
+            # float32 sums of ones are exact below 2**24 tokens, far beyond any batch.
+            chosen_TE = torch.zeros_like(route.logits_TE, requires_grad=False)
+            chosen_TE.scatter_(1, route.indices_TK, 1.0)
+            probabilities_TE = route.probabilities_TE()
+            num_tokens = len(chosen_TE)
+            if mask_T is not None:
+                mask_T1 = mask_T.reshape(-1, 1).to(chosen_TE.device)
+                chosen_TE = chosen_TE * mask_T1
+                probabilities_TE = probabilities_TE * mask_T1
+                # Where the mask lies on the CPU this waits for no device.
+                num_tokens = int(mask_T.sum()) if route.layer == self.layers[0] else 0
+            if route.layer == self.layers[0]:
+                self.num_tokens += num_tokens
+            # Batches are added up in double precision; some devices (MPS) have none, so they go to the CPU.
+            to = "cpu" if chosen_TE.device.type == "mps" else chosen_TE.device
+            together_EE = (chosen_TE.T @ chosen_TE).to(to)
+            sums = self._sums[route.layer] = [total.to(to) for total in self._sums[route.layer]]
+            sums[0] += together_EE.diagonal().long()
+            sums[1] += probabilities_TE.to(to).sum(dim=0, dtype=torch.float64)
+            sums[2] += together_EE.long()
+
+    def _stack(self, part: int) -> np.ndarray[Any, np.dtype[Any]]:
+        return np.stack([self._sums[layer][part].cpu().numpy() for layer in self.layers])
+
+    @property
+    def counts_LE(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Tokens routed to each expert; a layer's sum is num_tokens x top_k."""
+        return self._stack(0)
+
+    @property
+    def probability_LE(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Sums over tokens of the router's probability of each expert; a layer's sum is num_tokens."""
+        return self._stack(1)
+
+    @property
+    def coactivation_LEE(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Tokens for which both experts were chosen; the diagonal is `counts_LE`."""
+        return self._stack(2)
+
+    def __add__(self, other: RoutingStats) -> RoutingStats:
+        """The stats of both texts together.
+
+        Raises:
+            ValueError: they are of models with other layers, experts or top-k.
+        """
+        ours, theirs = ((stats.layers, stats.num_experts, stats.top_k) for stats in (self, other))
+        if ours != theirs:
+            raise ValueError(f"stats of unlike models do not add up: {ours} and {theirs}")
+        total = RoutingStats(self.layers, self.num_experts, self.top_k)
+        total.num_tokens = self.num_tokens + other.num_tokens
+        for layer in self.layers:
+            pairs = zip(self._sums[layer], other._sums[layer], strict=True)
+            total._sums[layer] = [mine + its.to(mine.device) for mine, its in pairs]
+        return total
+
+    def arrays(self) -> dict[str, Tensor]:
+        """All sums as CPU tensors that may be added up over processes: `num_tokens` (), `counts` (L, E),
+        `probability` (L, E), `coactivation` (L, E, E)."""
+        return {
+            "num_tokens": torch.tensor(self.num_tokens, dtype=torch.int64),
+            "counts": torch.from_numpy(self.counts_LE),
+            "probability": torch.from_numpy(self.probability_LE),
+            "coactivation": torch.from_numpy(self.coactivation_LEE),
+        }
+
+    @classmethod
+    def from_arrays(cls, layers: Iterable[int], top_k: int, arrays: Mapping[str, Tensor]) -> RoutingStats:
+        """The inverse of `arrays`."""
+        stats = cls(layers, arrays["counts"].shape[-1], top_k)
+        stats.num_tokens = int(arrays["num_tokens"])
+        for row, layer in enumerate(stats.layers):
+            parts = (arrays["counts"][row], arrays["probability"][row], arrays["coactivation"][row])
+            stats._sums[layer] = [part.to(dtype) for part, dtype in zip(parts, _DTYPES, strict=True)]
+        return stats
