@@ -1,0 +1,406 @@
+"""Documents -> one flat stream of tokens on disk, read through a memory map.
+
+A tokenised folder holds `tokens.bin` (uint16 or uint32, little-endian: the documents one after
+another, each ended by the end-of-text token), `offsets.bin` (int64: where each document starts, then
+the end) and `manifest.json`, written last.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from moetool.checkpoint.model import load_tokenizer
+from moetool.data.text import TextSource, content_sha256, read_documents
+from moetool.errors import ConfigError, DataError
+from moetool.progress import Progress, silent
+
+FORMAT, FORMAT_VERSION = "moetool-tokens", 1
+FILES = ("tokens.bin", "offsets.bin", "manifest.json", "moetool.yaml")
+
+_PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+_BATCH_CHARACTERS = 2**22  # documents go to the tokenizer's threads in batches of about this size
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """A flat stream of tokens with its documents; `documents` gives a part of them as a stream.
+
+    Attributes:
+        manifest: of the folder that it comes from.
+        starts: (D,) int64, where each document begins in `memory`.
+        offsets: (D + 1,) int64, where each document begins in this stream, then the end.
+        memory: the tokens of the folder, memory-mapped.
+    """
+
+    manifest: dict[str, Any]
+    starts: np.ndarray
+    offsets: np.ndarray
+    memory: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.starts)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens `start` to `start + length` of the stream, int64 of shape (length,).
+
+        Raises:
+            IndexError: they are not all in the stream.
+        """
+        if start < 0 or length < 0 or start + length > self.num_tokens:
+            raise IndexError(f"tokens {start} to {start + length} of a stream of {self.num_tokens}")
+        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        last = int(np.searchsorted(self.offsets, start + length, side="left"))
+        shift = self.starts[first:last] - self.offsets[first:last]
+        pieces = np.diff(np.clip(self.offsets[first : last + 1], start, start + length))
+        places = np.arange(start, start + length) + np.repeat(shift, pieces)
+        tokens: np.ndarray = self.memory[places].astype(np.int64)
+        return tokens
+
+    def documents(self, indices: np.ndarray) -> TokenStream:
+        """The stream of some documents, in the order of `indices`; the tokens stay where they are."""
+        lengths = np.diff(self.offsets)[indices]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+        return TokenStream(self.manifest, self.starts[indices], offsets, self.memory)
+
+
+def open_tokens(folder: Path) -> TokenStream:
+    """Open a tokenised folder.
+
+    Raises:
+        DataError: it is none, is unfinished, of another format, or its files do not fit its manifest.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise DataError(f"{folder} holds no finished tokens (manifest.json); make them with moetool tokenize")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{folder}: tokens of format {manifest.get('format_version')}, this moetool reads {FORMAT_VERSION};"
+            " make them anew with moetool tokenize --overwrite"
+        )
+    again = "make them anew with moetool tokenize --overwrite"
+    try:
+        num_tokens, num_documents = int(manifest["num_tokens"]), int(manifest["num_documents"])
+        dtype = {"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder}: manifest.json is damaged ({error!r}); {again}") from None
+    for name, size in (("tokens.bin", num_tokens * int(dtype[-1])), ("offsets.bin", (num_documents + 1) * 8)):
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise DataError(f"{folder}: {name} {what}; {again}")
+    # np.asarray: plain arrays upon the maps, so that slices are not memmap objects.
+    memory = np.asarray(np.memmap(folder / "tokens.bin", dtype, "r"))
+    offsets = np.asarray(np.memmap(folder / "offsets.bin", "<i8", "r"))
+    if offsets[0] != 0 or offsets[-1] != num_tokens:
+        raise DataError(f"{folder}: offsets.bin does not fit tokens.bin; {again}")
+    return TokenStream(manifest, offsets[:-1], offsets, memory)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a tokenised folder; None if the folder is none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+def write_tokens(
+    documents: Iterable[str],
+    tokenizer: Any,
+    folder: Path,
+    about: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> TokenStream:
+    """Tokenize documents into a folder, which appears only when it is complete.
+
+    Args:
+        documents: each is tokenized without special tokens and ended by the end-of-text token.
+        tokenizer: of transformers.
+        folder: the folder to make.
+        about: more entries of the manifest, such as where the text came from.
+        overwrite: take the place of a tokenised folder, which stays until the new one is complete.
+
+    Raises:
+        DataError: there are no documents, the tokenizer has no end-of-text token, or `folder`
+            exists and may not be replaced.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path} has no end-of-text token, which has to end each document;"
+            " set eos_token in its tokenizer_config.json"
+        )
+    _check_free(folder, overwrite)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    digest = hashlib.sha256()
+    num_documents = num_tokens = num_bytes = 0
+    with _unfinished(folder) as unfinished:
+        with _durable(unfinished / "tokens.bin") as tokens_file, _durable(unfinished / "offsets.bin") as offsets_file:
+            offsets_file.write(np.zeros(1, "<i8").tobytes())
+            for batch in _batches(documents):
+                flat: list[int] = []
+                ends = []
+                for ids in tokenizer(batch, **_PLAIN)["input_ids"]:
+                    flat += ids
+                    flat.append(eos)
+                    ends.append(num_tokens + len(flat))
+                data = np.array(flat, "<u2" if dtype == "uint16" else "<u4").tobytes()
+                digest.update(data)
+                tokens_file.write(data)
+                offsets_file.write(np.array(ends, "<i8").tobytes())
+                num_tokens, num_documents = ends[-1], num_documents + len(batch)
+                num_bytes += sum(len(text.encode()) for text in batch)
+        if not num_documents:
+            raise DataError(f"{', '.join((about or {}).get('sources', ['the input']))}: no text in it")
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "dtype": dtype,
+            "num_tokens": num_tokens,
+            "num_documents": num_documents,
+            "num_bytes": num_bytes,
+            "vocab_size": vocab_size,
+            "eos_token_id": eos,
+            "sha256": digest.hexdigest(),
+        } | (about or {})
+        with _durable(unfinished / "manifest.json") as file:
+            file.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+        _sync_folder(unfinished)
+        _check_free(folder, overwrite)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        try:
+            os.rename(unfinished, folder)  # onto nothing, or an empty folder
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise DataError(f"{folder}: another process has just filled it; run the same command again") from None
+        _sync_folder(folder.parent)
+    return open_tokens(folder)
+
+
+def tokenized(source: TextSource, tokenizer_folder: Path, progress: Progress = silent) -> TokenStream:
+    """The tokens of a source: opened if it is a tokenised folder, else made once and kept in the cache.
+
+    The cache is `$MOETOOL_CACHE` or `~/.cache/moetool`, in it `tokens/` and a digest of the content,
+    the tokenizer, the field and the document rule.
+
+    Args:
+        source: text, or a folder made by `moetool tokenize`.
+        tokenizer_folder: a folder that holds a tokenizer, such as a checkpoint.
+        progress: told the bytes read.
+
+    Raises:
+        DataError: the text or the tokenizer cannot be read, or the tokens are of another tokenizer.
+    """
+    folder = Path(source.path).expanduser()
+    if read_manifest(folder) is not None:
+        stream = open_tokens(folder)
+        tokenizer = load_tokenizer(tokenizer_folder)
+        made_with = (stream.manifest.get("tokenizer_sha256"), stream.manifest.get("eos_token_id"))
+        if made_with != (tokenizer_sha256(tokenizer_folder), tokenizer.eos_token_id):
+            raise DataError(
+                f"{folder} was tokenised with another tokenizer than that of {tokenizer_folder}; give the text itself,"
+                f" or run moetool tokenize --tokenizer {tokenizer_folder} to a new folder"
+            )
+        return stream
+    tokenizer = load_tokenizer(tokenizer_folder)
+    about = describe([source], tokenizer_folder, tokenizer, progress)
+    cache = Path(os.environ.get("MOETOOL_CACHE") or "~/.cache/moetool").expanduser() / "tokens" / about["key"]
+    try:
+        return open_tokens(cache)
+    except DataError:  # not there yet, or damaged: then it is replaced
+        damaged = cache.exists()
+    try:
+        return write_tokens(read_documents(source, progress), tokenizer, cache, about, overwrite=damaged)
+    except DataError as error:
+        with suppress(DataError):
+            return open_tokens(cache)  # another process has made the same meanwhile
+        raise error
+
+
+def describe(
+    sources: Sequence[TextSource], tokenizer_folder: Path, tokenizer: Any, progress: Progress = silent
+) -> dict[str, Any]:
+    """What decides the tokens of some sources, for the manifest; `key` is a digest of it all.
+
+    Raises:
+        DataError: nothing is at a source, or the tokenizer's files cannot be read.
+    """
+    about = {
+        "text_field": sources[0].text_field,
+        "document": sources[0].document,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer_folder),
+    }
+    content = [content_sha256(source, progress) for source in sources]
+    parts = [FORMAT_VERSION, about, tokenizer.eos_token_id, content]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return {"sources": [source.path for source in sources]} | about | {"key": key}
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """A digest of the parts of tokenizer.json that decide which ids a text gets.
+
+    What is added around a text, padding, truncation and the file's formatting are left out, so a
+    tokenizer that was loaded and saved again is still the same.
+
+    Raises:
+        DataError: there is no tokenizer.json, or it is damaged.
+    """
+    try:
+        tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+        parts = {name: tokenizer.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    except OSError:
+        raise DataError(f"{folder} holds no tokenizer.json; save the tokenizer there with save_pretrained") from None
+    except (ValueError, AttributeError):
+        raise DataError(f"{folder}/tokenizer.json is damaged; copy it anew from the model it came from") from None
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def split_validation(
+    stream: TokenStream, fraction: Fraction | Decimal | float | str, seed: int
+) -> tuple[TokenStream, TokenStream]:
+    """Split a stream by document into training and validation.
+
+    The documents with the smallest hashes of (seed, index) validate, round(fraction x D) of them and
+    at least one, so that they come from everywhere in the text and not from its end.
+
+    Args:
+        stream: of D documents.
+        fraction: share of the documents, above 0 and below 1.
+        seed: of the choice.
+
+    Raises:
+        ConfigError: the fraction is not in (0, 1).
+        DataError: there is less than one document for each.
+    """
+    share = exact_fraction("--val-fraction", fraction)
+    if not 0 < share < 1:
+        raise ConfigError(f"--val-fraction {fraction}: a share above 0 and below 1 is needed")
+    total = stream.num_documents
+    if total < 2:
+        where = ", ".join(stream.manifest.get("sources", ["the text"]))
+        raise DataError(
+            f"{where}: {total} document, so none can be set aside for validation; make each line one"
+            " (--document line), give a validation text (--val NAME=PATH), or none (--val-fraction 0)"
+        )
+    chosen = np.zeros(total, bool)
+    chosen[np.argsort(_hashes(total, seed), kind="stable")[: min(max(round(share * total), 1), total - 1)]] = True
+    return stream.documents(np.flatnonzero(~chosen)), stream.documents(np.flatnonzero(chosen))
+
+
+def exact_fraction(option: str, value: Fraction | Decimal | float | str) -> Fraction:
+    """A number as the decimal that was typed (0.3 is 3/10).
+
+    Raises:
+        ConfigError: it is not a number; names the option.
+    """
+    try:
+        return Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"{option} '{value}': not a number") from None
+
+
+def _hashes(count: int, seed: int) -> np.ndarray:
+    """A hash of (seed, i) for i < count, uint64: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    start = int.from_bytes(hashlib.blake2b(f"validation {seed}".encode(), digest_size=8).digest(), "little")
+    x = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    """Raise DataError unless `folder` is absent, empty, or tokens that may be replaced."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise DataError(f"{folder} is a file; give a folder that is new")
+    names = {entry.name for entry in folder.iterdir()}
+    foreign = sorted(names - set(FILES))
+    if foreign:
+        raise DataError(f"{folder} holds other files ({', '.join(foreign[:3])}); give a folder that is new")
+    if names and not overwrite:
+        raise DataError(f"{folder} holds other tokens; give a new folder, or replace them with --overwrite")
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, removed if it is not renamed; what killed runs left is removed, too.
+
+    A living run holds a lock (flock) on its own temporary folder; the system drops it on any death.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        with suppress(OSError), _locked(old):
+            shutil.rmtree(old)
+    made = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    made.mkdir()
+    try:
+        with _locked(made):
+            yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _durable(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that is on the disk, not only in the system's memory, when the block ends."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
