@@ -10,11 +10,12 @@ from moetool.errors import CheckpointError
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, weights: bool = True) -> Path:
     """Return the folder of a model, fetching it from the hub when it is not a local one.
 
     Args:
         model: a folder, or `owner/name[@revision]`.
+        weights: whether to fetch the weights, too, or only configuration and tokenizer.
 
     Raises:
         CheckpointError: nothing is there; says whether the hub was tried and what it answered.
@@ -27,13 +28,13 @@ def resolve_model(model: str) -> Path:
     if not _HUB_NAME.match(model):
         raise CheckpointError(f"no folder {model}; give a folder that holds config.json and the safetensors shards")
     name, _, revision = model.partition("@")
-    return Path(_download(name, revision or None, model))
+    return Path(_download(name, revision or None, model, weights))
 
 
-def _download(name: str, revision: str | None, model: str) -> str:
+def _download(name: str, revision: str | None, model: str, weights: bool) -> str:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
     except Exception as error:  # the hub client's errors have no common base: network, HTTP, cache
