@@ -1,8 +1,90 @@
-"""Placeholder until the command is written."""
+"""`moetool tokenize`: text to a folder of tokens that every later run opens at once."""
+
+from __future__ import annotations
+
+import time
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
+from moetool.commands.console import Console, count, escape, size
+from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, write_options
 
-def tokenize(context: typer.Context) -> None:
-    """Not written yet."""
-    raise NotImplementedError
+
+def tokenize(
+    context: typer.Context,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Text, JSONL or Parquet: a file, folder, glob, or hf:owner/name[@revision][#config/split].",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make.", show_default=False)],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            "--tokenizer",
+            metavar="MODEL",
+            help="Model whose tokenizer to use: a folder, or owner/name[@revision].",
+            show_default=False,
+        ),
+    ],
+    text_field: Annotated[
+        str, typer.Option("--text-field", metavar="NAME", help="Field or column that holds the text.")
+    ] = "text",
+    document: Annotated[
+        Literal["file", "line", "paragraph"],
+        typer.Option("--document", help="What one document of a plain-text file is (elsewhere it is a row)."),
+    ] = "file",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other tokens in DIR.")] = False,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    config: ConfigFlag = None,
+) -> dict[str, Any]:
+    """Turn text into a folder of tokens that cpt and analyze-routing open at once.
+
+    The inputs make one stream in the order given. Every document ends with the end-of-text token.
+    """
+    from moetool.checkpoint.hub import resolve_model
+    from moetool.checkpoint.model import load_tokenizer
+    from moetool.data.text import TextSource, read_documents
+    from moetool.data.tokens import describe, open_tokens, read_manifest, write_tokens
+
+    console = Console(context, json, quiet)
+    began = time.monotonic()
+    folder = resolve_model(tokenizer, weights=False)
+    loaded = load_tokenizer(folder)
+    sources = [TextSource(path, text_field, document) for path in inputs]
+    with console.progress() as progress:
+        about = describe(sources, folder, loaded, progress)
+        found = read_manifest(out)
+        there = found is not None and found.get("key") == about["key"]
+        if there:
+            stream = open_tokens(out)
+        else:
+            documents = chain.from_iterable(read_documents(source, progress) for source in sources)
+            stream = write_tokens(documents, loaded, out, about, overwrite)
+            write_options(context, out)
+    manifest = stream.manifest
+    result = {
+        "out": str(out),
+        "num_tokens": stream.num_tokens,
+        "num_documents": stream.num_documents,
+        "num_bytes": manifest["num_bytes"],
+        "bytes_per_token": round(manifest["num_bytes"] / stream.num_tokens, 4),
+        "dtype": manifest["dtype"],
+        "already_there": there,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    console.result(
+        result,
+        f"{escape(str(out))} holds {count(stream.num_tokens)} tokens of {count(stream.num_documents)} documents"
+        f" ({size(manifest['num_bytes'])} of text, {result['bytes_per_token']:.2f} bytes a token,"
+        f" {manifest['dtype']}); "
+        + ("made before from the same text and tokenizer" if there else f"{result['seconds']:.1f} s"),
+    )
+    return result

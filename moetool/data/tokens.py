@@ -8,24 +8,21 @@ the end) and `manifest.json`, written last.
 from __future__ import annotations
 
 import errno
-import fcntl
-import glob
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from moetool.checkpoint.model import load_tokenizer
+from moetool.data.folder import durable, sync_folder, unfinished_beside
 from moetool.data.text import TextSource, content_sha256, read_documents
 from moetool.errors import ConfigError, DataError
 from moetool.progress import Progress, silent
@@ -33,8 +30,8 @@ from moetool.progress import Progress, silent
 FORMAT, FORMAT_VERSION = "moetool-tokens", 1
 FILES = ("tokens.bin", "offsets.bin", "manifest.json", "moetool.yaml")
 
-_PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-_BATCH_CHARACTERS = 2**22  # documents go to the tokenizer's threads in batches of about this size
+# Documents go to the tokenizer's threads in batches of about this size, at about 110 bytes of memory a character.
+_BATCH_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def write_tokens(
 
     Args:
         documents: each is tokenized without special tokens and ended by the end-of-text token.
-        tokenizer: of transformers.
+        tokenizer: of transformers, a fast one (with tokenizer.json).
         folder: the folder to make.
         about: more entries of the manifest, such as where the text came from.
         overwrite: take the place of a tokenised folder, which stays until the new one is complete.
@@ -152,19 +149,23 @@ def write_tokens(
             f"the tokenizer {tokenizer.name_or_path} has no end-of-text token, which has to end each document;"
             " set eos_token in its tokenizer_config.json"
         )
+    # The tokenizer's own encoder: what `tokenizer(text, add_special_tokens=False)` gives, a third faster.
+    encoder = tokenizer.backend_tokenizer
+    encoder.no_truncation()
+    encoder.no_padding()
     _check_free(folder, overwrite)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     digest = hashlib.sha256()
     num_documents = num_tokens = num_bytes = 0
-    with _unfinished(folder) as unfinished:
-        with _durable(unfinished / "tokens.bin") as tokens_file, _durable(unfinished / "offsets.bin") as offsets_file:
+    with unfinished_beside(folder) as unfinished:
+        with durable(unfinished / "tokens.bin") as tokens_file, durable(unfinished / "offsets.bin") as offsets_file:
             offsets_file.write(np.zeros(1, "<i8").tobytes())
             for batch in _batches(documents):
                 flat: list[int] = []
                 ends = []
-                for ids in tokenizer(batch, **_PLAIN)["input_ids"]:
-                    flat += ids
+                for encoding in encoder.encode_batch_fast(batch, add_special_tokens=False):
+                    flat += encoding.ids
                     flat.append(eos)
                     ends.append(num_tokens + len(flat))
                 data = np.array(flat, "<u2" if dtype == "uint16" else "<u4").tobytes()
@@ -186,9 +187,9 @@ def write_tokens(
             "eos_token_id": eos,
             "sha256": digest.hexdigest(),
         } | (about or {})
-        with _durable(unfinished / "manifest.json") as file:
+        with durable(unfinished / "manifest.json") as file:
             file.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
-        _sync_folder(unfinished)
+        sync_folder(unfinished)
         _check_free(folder, overwrite)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
@@ -198,7 +199,7 @@ def write_tokens(
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             raise DataError(f"{folder}: another process has just filled it; run the same command again") from None
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     return open_tokens(folder)
 
 
@@ -358,49 +359,3 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise DataError(f"{folder} holds other files ({', '.join(foreign[:3])}); give a folder that is new")
     if names and not overwrite:
         raise DataError(f"{folder} holds other tokens; give a new folder, or replace them with --overwrite")
-
-
-@contextmanager
-def _unfinished(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, removed if it is not renamed; what killed runs left is removed, too.
-
-    A living run holds a lock (flock) on its own temporary folder; the system drops it on any death.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
-        with suppress(OSError), _locked(old):
-            shutil.rmtree(old)
-    made = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
-    made.mkdir()
-    try:
-        with _locked(made):
-            yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _durable(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that is on the disk, not only in the system's memory, when the block ends."""
-    with path.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,68 @@
+"""A folder that appears only when it is complete, whatever happens while it is made."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def unfinished_beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, removed if it is not renamed; what killed runs left is removed, too.
+
+    A living run holds a lock (flock) on its own temporary folder, which the system drops on any death.
+    Where the file system has no such locks, nothing is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        with suppress(OSError), _opened(old) as descriptor:
+            if time.time() - old.stat().st_mtime > 60 and _lock(descriptor):  # a newer one may not be locked yet
+                shutil.rmtree(old)
+    made = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    made.mkdir()
+    try:
+        with _opened(made) as descriptor:
+            _lock(descriptor)
+            yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def durable(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that is on the disk, not only in the system's memory, when the block ends."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, too."""
+    with _opened(folder) as descriptor:
+        os.fsync(descriptor)
