@@ -70,7 +70,7 @@ class Console:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[amount]}", justify="right"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", style="dim"),
@@ -80,8 +80,9 @@ class Console:
 
             def report(task: str, done: float, total: float, note: str = "") -> None:
                 if task not in tasks:
-                    tasks[task] = bars.add_task(escape(task), total=total, note="")
-                bars.update(tasks[task], completed=done, total=total, note=escape(note))
+                    tasks[task] = bars.add_task(escape(task), total=total, note="", amount="")
+                amount = f"{done:.0f}/{total:.0f}" if total < 100_000 else f"{done / total:.0%}"
+                bars.update(tasks[task], completed=done, total=total, note=escape(note), amount=amount)
 
             yield report
 

@@ -1,8 +1,133 @@
-"""Placeholder until the command is written."""
+"""`moetool inspect`: what a checkpoint is, from its headers alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
 
 import typer
 
+from moetool.commands.console import Console, count, escape, size
+from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag
 
-def inspect(context: typer.Context) -> None:
-    """Not written yet."""
-    raise NotImplementedError
+
+def inspect(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(help="A model: a folder, or owner/name[@revision].")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    config: ConfigFlag = None,
+) -> dict[str, Any]:
+    """Show what a checkpoint is: family, parameters, experts, files, lineage.
+
+    Reads config.json and the headers of the safetensors files; no weight is loaded.
+    """
+    from moetool.checkpoint.hub import resolve_model
+    from moetool.checkpoint.reader import CheckpointReader
+    from moetool.recipe import read_lineage
+
+    console = Console(context, json, quiet)
+    with CheckpointReader(resolve_model(path)) as reader:
+        document = describe(reader)
+        document["lineage"] = (read_lineage(reader.folder) or {}).get("lineage", [])
+        if tensors:
+            document["tensors"] = {
+                name: {"dtype": info.dtype, "shape": list(info.shape), "file": info.shard}
+                for name, info in reader.tensors.items()
+            }
+    console.result(document, *render(document))
+    return document
+
+
+def describe(reader: Any) -> dict[str, Any]:
+    """Family, parameters, experts and files of an opened checkpoint."""
+    from moetool.arch.spec import detect
+
+    config = reader.config
+    spec = detect(config)
+    total = sum(info.num_elements for info in reader.tensors.values())
+    document: dict[str, Any] = {
+        "path": str(reader.folder),
+        "model_type": config.get("model_type"),
+        "architecture": (config.get("architectures") or [None])[0],
+        "num_layers": config.get("num_hidden_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "intermediate_size": config.get("intermediate_size"),
+        "vocab_size": config.get("vocab_size"),
+        "parameters": {"total": total, "active": total},
+        "num_experts": None,
+        "top_k": None,
+    }
+    if spec is not None:
+        experts, top_k = int(config[spec.num_experts_key]), int(config[spec.top_k_key])
+        # What stands before {expert} in the names of the experts' tensors, without the layer.
+        marks = {name.split("{layer}")[1].split("{expert}")[0] for name in spec.experts.values()}
+        routed = sum(i.num_elements for n, i in reader.tensors.items() if any(mark in n for mark in marks))
+        document |= {"num_experts": experts, "top_k": top_k}
+        document["parameters"]["active"] = total - routed + routed * top_k // experts
+    dtypes: dict[str, int] = {}
+    files: dict[str, int] = {}
+    for info in reader.tensors.values():
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.num_elements
+        files[info.shard] = files.get(info.shard, 0) + info.size
+    return document | {
+        "dtypes": dtypes,
+        "files": files,
+        "num_bytes": sum(files.values()),
+        "num_tensors": len(reader.tensors),
+    }
+
+
+def render(document: dict[str, Any]) -> list[Any]:
+    """The document for people."""
+    from rich.table import Table
+
+    parameters = document["parameters"]
+    rows = {"family": f"{document['model_type']} ({document['architecture']})"}
+    if document["num_experts"]:
+        rows["parameters"] = f"{count(parameters['total'])} total, {count(parameters['active'])} active"
+        rows["experts"] = f"{document['num_experts']} a layer, top-{document['top_k']}"
+    else:
+        rows["parameters"] = count(parameters["total"])
+    rows["sizes"] = (
+        f"{document['num_layers']} layers, hidden {document['hidden_size']},"
+        f" intermediate {document['intermediate_size']}, vocabulary {document['vocab_size']}"
+    )
+    rows["weights"] = ", ".join(f"{dtype} ({count(number)})" for dtype, number in document["dtypes"].items())
+    files = document["files"]
+    rows["files"] = f"{len(files)}, {size(document['num_bytes'])}, {document['num_tensors']} tensors"
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, value in rows.items():
+        table.add_row(label, escape(value))
+    for number, entry in enumerate(document["lineage"], start=1):
+        table.add_row("lineage" if number == 1 else "", escape(f"{number}. {lineage_line(entry)}"))
+    shown: list[Any] = [table]
+    if "tensors" in document:
+        listing = Table(box=None, padding=(0, 2, 0, 0))
+        for column in ("tensor", "dtype", "shape", "file"):
+            listing.add_column(column, overflow="fold")
+        for name, info in document["tensors"].items():
+            listing.add_row(escape(name), info["dtype"], " x ".join(map(str, info["shape"])), escape(info["file"]))
+        shown.append(listing)
+    return shown
+
+
+def lineage_line(entry: dict[str, Any]) -> str:
+    """One step of a checkpoint's history, in a line."""
+    if entry.get("command") == "upcycle":
+        recipe, source = entry.get("recipe", {}), entry.get("source", {})
+        units = entry.get("redrawn_units")
+        redrawn = (
+            f", {units['num_redrawn']} of {units['num_units']} units redrawn ({recipe.get('drop_index')})"
+            if units
+            else ""
+        )
+        return (
+            f"upcycle of {source.get('name')} ({source.get('model_type')}): {recipe.get('num_experts')} experts,"
+            f" top-{recipe.get('top_k')}, method {recipe.get('method')}{redrawn}, seed {recipe.get('seed')}"
+        )
+    if entry.get("command") == "cpt":
+        return f"cpt: {entry.get('steps')} steps, {entry.get('tokens')} tokens, seed {entry.get('seed')}"
+    return str(entry.get("command"))

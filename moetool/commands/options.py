@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,16 +140,49 @@ def resolved_options(context: typer.Context) -> dict[str, Any]:
             return [plain(v) for v in value]
         return value if isinstance(value, (bool, int, str)) else str(value)
 
+    values = {str(p.name): context.params.get(str(p.name)) for p in context.command.params}
     return {
         name.replace("_", "-"): plain(value)
-        for name, value in context.params.items()
+        for name, value in values.items()
         if name not in NOT_RECORDED and value is not None and value != [] and value != ()
     }
 
 
-def write_options(context: typer.Context, folder: Path) -> None:
-    """Leave `moetool.yaml`, the resolved options, in a folder that a command has written."""
+def options_text(context: typer.Context) -> str:
+    """The content of `moetool.yaml`: the resolved options."""
     import yaml
 
     text = yaml.safe_dump(resolved_options(context), sort_keys=False, allow_unicode=True)
-    (folder / "moetool.yaml").write_text(f"# moetool {context.command.name}\n{text}", encoding="utf-8")
+    return f"# moetool {context.command.name}\n{text}"
+
+
+def write_options(context: typer.Context, folder: Path) -> None:
+    """Leave `moetool.yaml` in a folder that a command has written."""
+    (folder / "moetool.yaml").write_text(options_text(context), encoding="utf-8")
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500MB` or a number of bytes, in decimal units.
+
+    Raises:
+        typer.BadParameter: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    size = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise typer.BadParameter(f"'{text}' is no size; write it as 5GB or 500MB")
+    return size
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was typed or stands in the configuration file, rather than a default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "PROMPT")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,8 +1,264 @@
-"""Placeholder until the command is written."""
+"""`moetool upcycle`: dense to Mixture of Experts."""
+
+from __future__ import annotations
+
+import time
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moetool import registry
+from moetool.commands.console import Console, count, escape, size
+from moetool.commands.options import (
+    ConfigFlag,
+    JsonFlag,
+    QuietFlag,
+    given,
+    num_cores,
+    one_of,
+    options_text,
+    parse_size,
+)
 
-def upcycle(context: typer.Context) -> None:
-    """Not written yet."""
-    raise NotImplementedError
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moetool.upcycle.plan import Plan
+
+
+def decimal(text: str) -> Decimal:
+    """A number exactly as typed."""
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        raise typer.BadParameter(f"'{text}' is no number") from None
+    if not value.is_finite() or value < 0:
+        raise typer.BadParameter(f"{text} is no number of 0 or more")
+    return value
+
+
+def ratio(text: str) -> Decimal:
+    """A share between 0 and 1, exactly as typed."""
+    value = decimal(text)
+    if value > 1:
+        raise typer.BadParameter(f"{text} is not between 0 and 1")
+    return value
+
+
+def _choices(kind: str, *more: str) -> str:
+    return "|".join([*more, *registry.names(kind)])
+
+
+def _target(value: str) -> str:
+    return value if value == "auto" else one_of("target")(value)
+
+
+def upcycle(
+    context: typer.Context,
+    dense: Annotated[str, typer.Argument(help="The dense model: a folder, or owner/name[@revision].")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    num_experts: Annotated[int, typer.Option(min=2, help="Routed experts.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts a token goes to.")] = 2,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar=_choices("method"),
+            callback=one_of("method"),
+            help="How experts come from the dense FFN: part of the units redrawn, or plain copies.",
+        ),
+    ] = "drop",
+    drop_ratio: Annotated[
+        Decimal,
+        typer.Option(parser=ratio, metavar="0..1", help="Share of the intermediate units redrawn in each expert."),
+    ] = Decimal("0.5"),
+    drop_index: Annotated[
+        Literal["shared", "per-matrix"],
+        typer.Option(help="One index set for gate, up and down (the paper), or one each, units permuted (its script)."),
+    ] = "shared",
+    target: Annotated[
+        str, typer.Option(metavar=_choices("target", "auto"), callback=_target, help="The MoE family to write.")
+    ] = "auto",
+    router: Annotated[
+        str,
+        typer.Option(metavar=_choices("router"), callback=one_of("router"), help="How the router's rows are drawn."),
+    ] = "normal",
+    router_std: Annotated[
+        Decimal, typer.Option(parser=decimal, metavar="STD", help="Standard deviation of the router's rows.")
+    ] = Decimal("0.02"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the written tensors; auto keeps the source's."),
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, such as 5GB.")] = "5GB",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads.  [default: one a core]", show_default=False)
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would be written and stop.")] = False,
+    verify: Annotated[
+        Literal["quick", "full", "none"],
+        typer.Option(help="Prove the result: headers and a sample of each tensor, every entry, or nothing."),
+    ] = "quick",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")] = False,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    config: ConfigFlag = None,
+) -> dict[str, Any]:
+    """Make a Mixture of Experts of a dense model.
+
+    Attention, norms and embeddings are carried over. Every expert starts as the dense FFN, with a
+    share of its intermediate units redrawn from the statistics of the weights that they replace
+    (Drop-Upcycling). The result is a stock Hugging Face checkpoint, written in bounded memory. A
+    killed run cannot be loaded, and the same command finishes it.
+    """
+    if method != "drop":
+        for name in ("drop_ratio", "drop_index"):
+            if given(context, name):
+                raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with --method {method}")
+    if top_k > num_experts:
+        raise typer.BadParameter(f"--top-k {top_k} is more than --num-experts {num_experts}")
+    max_bytes = parse_size(max_shard_size)
+
+    from moetool.checkpoint.hub import resolve_model
+    from moetool.checkpoint.reader import CheckpointReader
+    from moetool.checkpoint.writer import prepare
+    from moetool.errors import CheckpointError
+    from moetool.recipe import UpcycleRecipe
+    from moetool.upcycle.plan import FLOAT_DTYPES, build_plan, free_disk
+
+    console = Console(context, json, quiet)
+    started = time.perf_counter()
+    source = resolve_model(dense)
+    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+        raise CheckpointError(f"{out} is the source or inside it; a source is never modified: choose another folder")
+    recipe = UpcycleRecipe(
+        target=target,
+        num_experts=num_experts,
+        top_k=top_k,
+        method=method,
+        drop_ratio=drop_ratio if method == "drop" else Decimal(0),
+        drop_index=drop_index,
+        router=router,
+        router_std=router_std,
+        seed=seed,
+        dtype={long: short for short, long in FLOAT_DTYPES.items()}.get(dtype, "auto"),
+    )
+    workers = workers or num_cores()
+    with CheckpointReader(source) as reader:
+        planned = build_plan(reader, recipe, max_bytes)
+        document = describe(planned, out, workers)
+        if plan:
+            console.result(document, table(document))
+            return document
+        if top_k == 1:
+            console.warn(
+                f"with top-k 1, {planned.spec.model_type} gives every chosen expert weight 1: the router gets no"
+                " gradient from the language loss, only from a balance loss; use --top-k 2 to train it"
+            )
+        if not overwrite and _is_finished(planned, out):
+            document["already_finished"] = True
+        else:
+            prepare(out, planned.identity(), overwrite)
+            need, free = planned.num_bytes, free_disk(out) + _written(out)
+            if need > free:
+                raise CheckpointError(
+                    f"{out}: {size(need)} to write, {size(free)} free; free some space or choose another disk"
+                )
+            from moetool.upcycle.run import run_plan
+
+            with console.progress() as progress:
+                files = {"moetool.yaml": options_text(context).encode()}
+                run_plan(planned, reader, out, dense, workers, files, progress)
+        document["seconds"] = round(time.perf_counter() - started, 2)
+        if verify != "none":
+            from moetool.upcycle.verify import verify as prove
+
+            with console.progress() as progress:
+                try:
+                    document["proof"] = prove(planned, reader, out, verify, workers, progress).to_json()
+                except CheckpointError as error:
+                    raise CheckpointError(f"{out} does not prove: {error}; --overwrite writes it again") from None
+    console.result(document, table(document), closing(document))
+    return document
+
+
+def _is_finished(plan: Plan, out: Path) -> bool:
+    """Whether OUT is a finished checkpoint of the same recipe (the proof then compares it to the source)."""
+    from moetool.checkpoint.writer import PARTIAL
+    from moetool.recipe import read_lineage
+
+    if not (out / "config.json").is_file() or (out / PARTIAL).exists():
+        return False
+    lineage = (read_lineage(out) or {}).get("lineage", [])
+    return len(lineage) == 1 and lineage[0].get("recipe") == plan.recipe.to_json()
+
+
+def _written(out: Path) -> int:
+    return sum(path.stat().st_size for path in out.glob("model*.safetensors*"))
+
+
+def describe(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
+    """The plan as `--json` gives it."""
+    from moetool.upcycle.plan import free_disk
+
+    recipe = plan.recipe
+    return {
+        "out": str(out),
+        "dense_family": plan.dense["model_type"],
+        "target": plan.spec.model_type,
+        "architecture": plan.spec.architecture,
+        "recipe": recipe.to_json(),
+        "num_layers": plan.num_layers,
+        "parameters": plan.parameters,
+        "redrawn_units": {"per_expert": plan.num_redrawn, "of": plan.intermediate_size},
+        "num_bytes": plan.num_bytes,
+        "num_shards": len(plan.shards),
+        "free_disk_bytes": free_disk(out),
+        "workers": workers,
+    }
+
+
+def table(document: dict[str, Any]) -> Table:
+    """The plan for people."""
+    from rich.table import Table
+
+    recipe, parameters, units = document["recipe"], document["parameters"], document["redrawn_units"]
+    redrawn = "none (plain copies)"
+    if units["per_expert"]:
+        share = "in gate, up and down alike" if recipe["drop_index"] == "shared" else "in each matrix, units permuted"
+        redrawn = f"{units['per_expert']} of {units['of']} in each expert, {share}"
+    rows = {
+        "family": f"{document['dense_family']} -> {document['target']} ({document['architecture']})",
+        "experts": f"{recipe['num_experts']} a layer, top-{recipe['top_k']}, {document['num_layers']} layers",
+        "units redrawn": redrawn,
+        "parameters": f"{count(parameters['dense'])} dense -> {count(parameters['total'])} total,"
+        f" {count(parameters['active'])} active",
+        "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
+        f" ({size(document['free_disk_bytes'])} free)",
+    }
+    made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    made.add_column(style="bold")
+    made.add_column(overflow="fold")
+    for label, value in rows.items():
+        made.add_row(label, value)
+    return made
+
+
+def proof_line(proof: dict[str, Any]) -> str:
+    """What a proof has shown, in one sentence."""
+    told = f"{proof['tensors']} tensors, {count(proof['copied'])} kept entries equal to the source"
+    if proof.get("redrawn_units"):
+        told += (
+            f", {proof['redrawn_units']} units redrawn, their statistics within"
+            f" {proof['worst_sigma']:.1f} standard errors of what they replaced"
+        )
+    return f"[green]verified[/green] ({proof['level']}): {told}"
+
+
+def closing(document: dict[str, Any]) -> str:
+    """The last lines: what was proved, how long it took."""
+    lines = [proof_line(document["proof"])] if "proof" in document else []
+    done = "was finished already" if document.get("already_finished") else f"written in {document['seconds']:.1f} s"
+    return "\n".join([*lines, f"{escape(document['out'])} {done}"])

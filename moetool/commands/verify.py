@@ -1,8 +1,69 @@
-"""Placeholder until the command is written."""
+"""`moetool verify`: the proof of an upcycling again, for a finished folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
+from moetool.commands.console import Console, escape
+from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, num_cores
+from moetool.commands.upcycle import proof_line
 
-def verify(context: typer.Context) -> None:
-    """Not written yet."""
-    raise NotImplementedError
+
+def verify(
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(help="A folder that moetool upcycle has written.")],
+    source: Annotated[
+        str | None, typer.Option(help="The dense model.  [default: where moetool.json says it was]", metavar="DENSE")
+    ] = None,
+    level: Annotated[
+        Literal["quick", "full"], typer.Option(help="A sample of each tensor, or every entry and every file's digest.")
+    ] = "full",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads.  [default: one a core]", show_default=False)
+    ] = None,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    config: ConfigFlag = None,
+) -> dict[str, Any]:
+    """Prove a finished upcycling against the dense model that it came from.
+
+    Kept entries equal the source bit for bit, redrawn units differ from it and have the statistics
+    of what they replaced, and no file has changed since it was written.
+    """
+    from moetool.checkpoint.hub import resolve_model
+    from moetool.checkpoint.reader import CheckpointReader
+    from moetool.errors import CheckpointError, MoetoolError
+    from moetool.recipe import UpcycleRecipe, read_lineage
+    from moetool.upcycle.plan import build_plan
+    from moetool.upcycle.verify import check_source
+    from moetool.upcycle.verify import verify as prove
+
+    console = Console(context, json, quiet)
+    folder = resolve_model(str(path))
+    lineage = (read_lineage(folder) or {}).get("lineage", [])
+    if not lineage or lineage[0].get("command") != "upcycle":
+        raise CheckpointError(
+            f"{folder} has no moetool.json that says how it was upcycled; only such folders can be proved"
+        )
+    if len(lineage) > 1:
+        raise CheckpointError(
+            f"{folder} was changed after its upcycling ({', '.join(str(e.get('command')) for e in lineage[1:])});"
+            " verify the upcycled checkpoint that it came from"
+        )
+    recorded = lineage[0].get("source", {})
+    try:
+        dense = resolve_model(source or str(recorded.get("name")))
+    except MoetoolError as error:
+        raise CheckpointError(f"{error} (or say with --source where the dense model is now)") from None
+    with CheckpointReader(dense) as reader, console.progress() as progress:
+        if level == "full":
+            check_source(reader, recorded.get("sha256", {}), progress)
+        recipe = UpcycleRecipe.from_json(lineage[0].get("recipe", {}))
+        plan = build_plan(reader, recipe, int(lineage[0].get("max_shard_size", 0)))
+        proof = prove(plan, reader, folder, level, workers or num_cores(), progress).to_json()
+    document = {"path": str(folder), "source": str(dense), "proof": proof}
+    console.result(document, proof_line(proof), escape(str(folder)))
+    return document

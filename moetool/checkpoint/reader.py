@@ -1,0 +1,244 @@
+"""Read a Hugging Face safetensors folder: its config, its headers, and blocks of its tensors' bytes.
+
+Only headers are read on opening; every length, offset and shape in them is checked, so that nothing
+later trusts a damaged or hostile file. Bytes are read with `pread` (no memory map), from any thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from moetool.errors import CheckpointError
+
+# safetensors dtype -> bytes an element, for the dtypes that hold plain weights.
+ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+MAX_HEADER = 100_000_000  # the format's own limit
+MAX_JSON = 50_000_000
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` and `size` in bytes, `start` counted from the file's first byte."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    start: int
+    size: int
+
+    @property
+    def num_elements(self) -> int:
+        """Product of the shape; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointError: absent, unreadable, too large, not UTF-8, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError(f"{path} is larger than {MAX_JSON} bytes; that is no {path.name}")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {os.strerror(error.errno or 0).lower()}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(document).__name__}, not an object")
+    return document
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
+    """Read and check the header of one safetensors file.
+
+    Returns:
+        The tensors by name, and the header's length in bytes (with its 8-byte prefix).
+
+    Raises:
+        CheckpointError: truncated, overlapping, overflowing, duplicated or mistyped entries.
+    """
+
+    def bad(what: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {what}; the file is damaged or not safetensors, fetch or save it again")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return dict(pairs)
+
+    try:
+        with path.open("rb") as file:
+            file_size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if file_size < 8 or length > MAX_HEADER or 8 + length > file_size:
+                raise bad(f"the header claims {length} bytes, the file has {file_size}")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {os.strerror(error.errno or 0).lower()}") from None
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise bad(f"the header is not valid JSON ({str(error)[:100]})") from None
+    if not isinstance(header, dict):
+        raise bad("the header is not an object")
+    header.pop("__metadata__", None)
+
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        except (TypeError, KeyError, ValueError):
+            raise bad(f"the entry of tensor {name[:100]!r} is malformed") from None
+        if not whole or not isinstance(dtype, str):
+            raise bad(f"the entry of tensor {name[:100]!r} is malformed")
+        if dtype not in ITEM_SIZE:
+            raise CheckpointError(
+                f"{path}: tensor {name[:100]!r} has dtype {dtype[:20]!r}, which holds no plain weights;"
+                " a quantised checkpoint must be dequantised first"
+            )
+        if end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
+            raise bad(f"tensor {name[:100]!r} of {dtype}{shape} does not take {end - begin} bytes")
+        tensors[name] = TensorInfo(name, dtype, tuple(shape), path.name, 8 + length + begin, end - begin)
+    position = 8 + length
+    for info in sorted(tensors.values(), key=lambda t: (t.start, t.size)):
+        if info.start != position:
+            raise bad(f"tensor {info.name[:100]!r} starts at byte {info.start}, expected {position}")
+        position += info.size
+    if position != file_size:
+        raise bad(f"its tensors end at byte {position}, the file has {file_size}")
+    return tensors, 8 + length
+
+
+class BlockFile:
+    """Bytes of the tensors of a folder's shards, read from any thread; close it, or use `with`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fill a byte buffer from a tensor's bytes at `offset`.
+
+        Raises:
+            CheckpointError: the file has become shorter than its header said.
+        """
+        descriptor = self._files.get(info.shard)
+        if descriptor is None:
+            opened = os.open(self.folder / info.shard, os.O_RDONLY)
+            # Two threads may race to open a shard; the loser's descriptor is closed.
+            descriptor = self._files.setdefault(info.shard, opened)
+            if descriptor != opened:
+                os.close(opened)
+        position = info.start + offset
+        while buffer:
+            count = os.preadv(descriptor, [buffer], position)
+            if count == 0:
+                raise CheckpointError(f"{self.folder / info.shard} ends before tensor {info.name} does")
+            position += count
+            buffer = buffer[count:]
+
+
+class CheckpointReader(BlockFile):
+    """A checkpoint folder, its headers read and checked.
+
+    Attributes:
+        folder: the folder.
+        config: config.json.
+        tensors: every tensor by name, in file order.
+        shards: the file names, in order.
+
+    Raises:
+        CheckpointError: no config, no safetensors, an index that names absent files or tensors, a
+            damaged header, or pickled weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        if (folder / "moetool.partial.json").exists():
+            raise CheckpointError(f"{folder} is an unfinished conversion; run the command that began it again")
+        self.config = read_json(folder / "config.json")
+        self.shards = self._find_shards()
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in self.shards:
+            tensors, _ = read_header(folder / shard)
+            for name, info in tensors.items():
+                if name in self.tensors:
+                    raise CheckpointError(f"{folder}: tensor {name} is in {self.tensors[name].shard} and in {shard}")
+                self.tensors[name] = info
+        self._check_index()
+
+    def _find_shards(self) -> list[str]:
+        self._weight_map: dict[str, str] | None = None
+        if (self.folder / INDEX).exists():
+            weight_map = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{self.folder / INDEX} has no weight_map")
+            for file in weight_map.values():
+                if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+                    raise CheckpointError(f"{self.folder / INDEX} names {str(file)[:100]!r}, which is no shard's name")
+                if not (self.folder / file).is_file():
+                    raise CheckpointError(f"{self.folder / INDEX} names {file}, which is not there; fetch it again")
+            self._weight_map = weight_map
+            return sorted(set(weight_map.values()))
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
+        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pth")):
+            raise CheckpointError(
+                f"{self.folder} holds pickled weights (.bin), which can run code when loaded; convert them first:"
+                " load with transformers in a place you trust and save_pretrained"
+            )
+        raise CheckpointError(f"{self.folder} holds no {SINGLE} and no {INDEX}")
+
+    def _check_index(self) -> None:
+        for name, file in (self._weight_map or {}).items():
+            if name not in self.tensors or self.tensors[name].shard != file:
+                raise CheckpointError(f"{self.folder / INDEX} places tensor {name[:100]} in {file}, which lacks it")
+
+    def fingerprint(self) -> str:
+        """A quick identity of the source: config, headers, sizes and times; changes if a file does."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for shard in self.shards:
+            status = (self.folder / shard).stat()
+            digest.update(f"{shard} {status.st_size} {status.st_mtime_ns}".encode())
+        for info in self.tensors.values():
+            digest.update(f"{info.name} {info.dtype} {info.shape} {info.shard} {info.start}".encode())
+        return digest.hexdigest()
+
+
+def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file, as `sha256sum` and the hub give it."""
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+        if advance:
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def _chunks(path: Path, size: int = 1 << 20) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(size))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            yield buffer[:count]

@@ -1,0 +1,305 @@
+"""Write a safetensors folder whose layout is known before the first byte.
+
+A shard's header is written first, its tensors are then filled at their offsets, in any order, from
+any thread. The folder cannot be loaded until it is complete: shards are written under a name that
+does not end in `.safetensors`, fsynced and renamed; the index and config.json come last. While
+`moetool.partial.json` lies in the folder, it is unfinished, and the same plan can go on with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetool.checkpoint.reader import INDEX, ITEM_SIZE, SINGLE, read_header, read_json
+from moetool.errors import CheckpointError
+
+PARTIAL = "moetool.partial.json"
+UNFINISHED = ".unfinished"  # a shard being written: model-00001-of-00004.safetensors.unfinished
+
+# What `--overwrite` may delete: names of a checkpoint's layout and of moetool's own files.
+KNOWN_FILES = {
+    "config.json", "generation_config.json", INDEX, SINGLE, PARTIAL, "moetool.json", "moetool.yaml",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+}  # fmt: skip
+# Beside the weights, what makes a checkpoint usable; code (`auto_map`, *.py) is never carried over.
+COMPANIONS = sorted(KNOWN_FILES - {"config.json", INDEX, SINGLE, PARTIAL, "moetool.json", "moetool.yaml"})
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """A tensor to be written: dtype as safetensors names it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        size = ITEM_SIZE[self.dtype]
+        for n in self.shape:
+            size *= n
+        return size
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to be written: its header's bytes and where each tensor starts in the file."""
+
+    name: str
+    header: bytes
+    starts: Mapping[str, int]
+    size: int
+
+
+def layout_shards(tensors: Sequence[TensorLayout], max_shard_size: int) -> list[Shard]:
+    """Cut tensors, in the given order, into files of at most `max_shard_size` bytes of tensor data.
+
+    A tensor larger than that gets a file of its own. One file is called model.safetensors, several
+    model-00001-of-0000N.safetensors, as transformers does.
+    """
+    groups: list[list[TensorLayout]] = []
+    filled = 0
+    for tensor in tensors:
+        if not groups or (filled and filled + tensor.size > max_shard_size):
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.size
+    shards = []
+    for number, group in enumerate(groups, start=1):
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset, offsets = 0, {}
+        for tensor in group:
+            entries[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + tensor.size],
+            }
+            offsets[tensor.name] = offset
+            offset += tensor.size
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        name = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        starts = {tensor: len(header) + start for tensor, start in offsets.items()}
+        shards.append(Shard(name, header, starts, len(header) + offset))
+    return shards
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file so that it is whole or absent, whatever happens."""
+    temporary = path.with_name(path.name + UNFINISHED)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Names in a folder that neither moetool nor a checkpoint's layout knows."""
+
+    def known(name: str) -> bool:
+        name = name.removesuffix(UNFINISHED)
+        return name in KNOWN_FILES or (name.startswith("model-") and name.endswith(".safetensors"))
+
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or not known(entry.name))
+
+
+def clear(folder: Path) -> None:
+    """Delete a checkpoint (`--overwrite`): what makes it loadable first, then the rest of its files.
+
+    Raises:
+        CheckpointError: the folder holds anything else; nothing is deleted then.
+    """
+    foreign = foreign_files(folder)
+    if foreign:
+        raise CheckpointError(
+            f"{folder} also holds {', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''};"
+            " --overwrite deletes only a checkpoint's own files: move the others away or choose another folder"
+        )
+    for name in ("config.json", INDEX):
+        (folder / name).unlink(missing_ok=True)
+    sync_folder(folder)
+    # moetool.partial.json last: until then the folder says that it is not a checkpoint.
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name == PARTIAL):
+        entry.unlink()
+
+
+def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+    """Make sure that a folder may be written: new, empty, or left unfinished by the same plan.
+
+    Raises:
+        CheckpointError: it holds something else and `overwrite` is not given, or holds files that
+            no checkpoint has.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give a folder that does not exist yet")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        return
+    if overwrite:
+        with FolderLock(folder):
+            clear(folder)
+        return
+    if not (folder / PARTIAL).is_file():
+        raise CheckpointError(
+            f"{folder} is not empty; choose another folder, or give --overwrite if it is a checkpoint"
+        )
+    left = read_json(folder / PARTIAL)
+    # Through JSON and back, so that both sides have the same types.
+    wanted = json.loads(json.dumps(identity))
+    differing = [key for key in wanted if left.get(key) != wanted[key]]
+    if differing:
+        old, new = left.get("recipe"), wanted.get("recipe")
+        changes = ""
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes = ", ".join(f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
+        raise CheckpointError(
+            f"{folder} holds an unfinished conversion that differs ({changes or ', '.join(differing)});"
+            " finish it with its own command, choose another folder, or give --overwrite"
+        )
+
+
+class FolderLock:
+    """Holds a folder against a second writer until it is closed or its process ends (flock).
+
+    Raises:
+        CheckpointError: another process holds it; names that process if it left its number.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            holder = ""
+            try:
+                writer = json.loads((folder / PARTIAL).read_text())["writer"]
+                holder = f" (process {int(writer['process'])} on {str(writer['host'])[:60]})"
+            except (OSError, ValueError, KeyError, TypeError):
+                pass
+            raise CheckpointError(f"{folder} is being written by another process{holder}; wait for it") from None
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+
+
+class CheckpointWriter:
+    """Fills the shards of one folder; used inside a FolderLock.
+
+    `identity` says what is being written (recipe, source). A folder left by a killed run is gone on
+    with when its identity is equal: shards that were renamed are complete and are kept.
+
+    Attributes:
+        complete: names of the shards that are already there.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.shards = list(shards)
+        self.complete = {shard.name for shard in shards if self._is_complete(shard)}
+        self._where = {tensor: shard for shard in shards for tensor in shard.starts}
+        self._files: dict[str, int] = {}
+        writer = {"process": os.getpid(), "host": socket.gethostname()}
+        note = json.dumps({**identity, "writer": writer}, indent=2).encode()
+        write_file(folder / PARTIAL, note)
+
+    def _is_complete(self, shard: Shard) -> bool:
+        path = self.folder / shard.name
+        if not path.is_file() or path.stat().st_size != shard.size:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(shard.header)) == shard.header
+
+    def open(self, shard: Shard) -> None:
+        """Create a shard at its full size (so that a full disk shows now) and write its header."""
+        path = self.folder / (shard.name + UNFINISHED)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._files[shard.name] = descriptor
+        try:
+            os.posix_fallocate(descriptor, 0, shard.size)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        _write_all(descriptor, memoryview(shard.header), 0, path)
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Write bytes of a tensor at `offset` within it; its shard must be open. Any thread."""
+        shard = self._where[tensor]
+        _write_all(self._files[shard.name], data, shard.starts[tensor] + offset, self.folder / shard.name)
+
+    def close(self, shard: Shard) -> None:
+        """Make a filled shard durable and give it its name."""
+        descriptor = self._files.pop(shard.name)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(self.folder / (shard.name + UNFINISHED), self.folder / shard.name)
+        sync_folder(self.folder)
+
+    def abandon(self) -> None:
+        """Close and delete the shards that are not complete; the folder can be gone on with."""
+        for name, descriptor in self._files.items():
+            os.close(descriptor)
+            (self.folder / (name + UNFINISHED)).unlink(missing_ok=True)
+        self._files.clear()
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Write the index and the small files, config.json last, and take the partial mark away."""
+        if len(self.shards) > 1:
+            weight_map = {tensor: shard.name for shard in self.shards for tensor in shard.starts}
+            total = sum(shard.size - len(shard.header) for shard in self.shards)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_file(self.folder / INDEX, json.dumps(index, indent=2).encode() + b"\n")
+        for name in sorted(files, key=lambda name: name == "config.json"):
+            write_file(self.folder / name, files[name])
+        (self.folder / PARTIAL).unlink()
+        sync_folder(self.folder)
+
+
+def _write_all(descriptor: int, data: memoryview, position: int, path: Path) -> None:
+    try:
+        while data:
+            count = os.pwrite(descriptor, data, position)
+            position += count
+            data = data[count:]
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def check_written(folder: Path, shards: Sequence[Shard]) -> None:
+    """Re-read every header of a finished folder and hold it against the layout.
+
+    Raises:
+        CheckpointError: a shard is absent, damaged or differs.
+    """
+    for shard in shards:
+        tensors, _ = read_header(folder / shard.name)
+        if {name: info.start for name, info in tensors.items()} != dict(shard.starts):
+            raise CheckpointError(f"{folder / shard.name} does not hold the tensors that were planned")

@@ -1,0 +1,145 @@
+"""What the user asked of an upcycling, the lineage that records it, and which units are redrawn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetool.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+LINEAGE = "moetool.json"
+LINEAGE_FORMAT = 1
+PROJECTIONS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class UpcycleRecipe:
+    """How a dense model becomes a Mixture of Experts; with the source, it determines every byte.
+
+    Attributes:
+        target: the MoE family, a name in the registry.
+        num_experts: routed experts on disk.
+        top_k: experts a token goes to.
+        method: how experts come from the dense FFN.
+        drop_ratio: share of the intermediate units that is redrawn, the decimal that was typed.
+        drop_index: `shared`, one index set for gate, up and down (the paper), or `per-matrix`,
+            independent sets and a permutation of the units (the authors' released script).
+        router: how the router's rows are drawn.
+        router_std: their standard deviation.
+        seed: of everything that is drawn.
+        dtype: of the written tensors, as safetensors names it; `auto` keeps each tensor's own.
+    """
+
+    target: str
+    num_experts: int = 8
+    top_k: int = 2
+    method: str = "drop"
+    drop_ratio: Decimal = Decimal("0.5")
+    drop_index: str = "shared"
+    router: str = "normal"
+    router_std: Decimal = Decimal("0.02")
+    seed: int = 0
+    dtype: str = "auto"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; decimals as the text that was typed."""
+        return {key: str(v) if isinstance(v, Decimal) else v for key, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> UpcycleRecipe:
+        """The inverse of `to_json`.
+
+        Raises:
+            CheckpointError: a field is missing, unknown or mistyped.
+        """
+        try:
+            decimals = {key: Decimal(values[key]) for key in ("drop_ratio", "router_std")}
+            return cls(**{**values, **decimals})
+        except (TypeError, KeyError, ArithmeticError, ValueError) as error:
+            raise CheckpointError(f"{LINEAGE}: the recipe cannot be read ({error})") from None
+
+    def num_redrawn(self, intermediate_size: int) -> int:
+        """floor(ratio x units), exact in decimals; 0 unless the method redraws."""
+        return int(self.drop_ratio * intermediate_size) if self.method == "drop" else 0
+
+
+def generator(*key: object) -> torch.Generator:
+    """A CPU generator of its own for each key, such as (seed, "units", layer, expert)."""
+    import torch
+
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@lru_cache(maxsize=256)
+def redrawn_units(recipe: UpcycleRecipe, layer: int, expert: int, projection: str, units: int) -> torch.Tensor:
+    """The intermediate units of one expert that are redrawn, sorted int64 of shape (num_redrawn,).
+
+    With `shared` the set belongs to the whole FFN (the projection does not matter); with
+    `per-matrix` each projection has its own, counted after the expert's permutation.
+    """
+    import torch
+
+    key: tuple[object, ...] = (recipe.seed, "units", layer, expert)
+    if recipe.drop_index == "per-matrix":
+        key += (projection,)
+    drawn = torch.randperm(units, generator=generator(*key))[: recipe.num_redrawn(units)]
+    return drawn.sort().values
+
+
+@lru_cache(maxsize=256)
+def permutation(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> torch.Tensor | None:
+    """The order of one expert's units (int64, position -> dense unit); None where it is the dense order."""
+    import torch
+
+    if recipe.drop_index != "per-matrix" or recipe.num_redrawn(units) == 0:
+        return None
+    return torch.randperm(units, generator=generator(recipe.seed, "permutation", layer, expert))
+
+
+def units_digest(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> str:
+    """A checksum of what is redrawn (and permuted) in one expert: 16 hexadecimal digits of SHA-256."""
+    digest = hashlib.sha256()
+    for projection in PROJECTIONS:
+        digest.update(redrawn_units(recipe, layer, expert, projection, units).numpy().tobytes())
+    order = permutation(recipe, layer, expert, units)
+    if order is not None:
+        digest.update(order.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_lineage(folder: Path) -> dict[str, Any] | None:
+    """moetool.json of a checkpoint, None where there is none.
+
+    Raises:
+        CheckpointError: it is there but damaged.
+    """
+    path = folder / LINEAGE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    entries = document.get("lineage") if isinstance(document, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"{path} has no lineage; delete it to use the checkpoint without")
+    return document  # type: ignore[no-any-return]
+
+
+def extend_lineage(folder: Path, entry: dict[str, Any]) -> bytes:
+    """moetool.json for a checkpoint made from the one in `folder`: its lineage and one entry more.
+
+    What describes the old files (their hashes) is left behind.
+    """
+    document = read_lineage(folder) or {}
+    lineage = [*document.get("lineage", []), entry]
+    return json.dumps({"format": LINEAGE_FORMAT, "lineage": lineage}, indent=1).encode() + b"\n"
