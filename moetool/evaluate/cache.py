@@ -1,0 +1,89 @@
+"""Results already had, one file for each pair of checkpoint and task, so that a run can continue.
+
+A key is made of everything that decides a score except how it was batched (so that a run that ended
+for lack of memory can go on with a smaller batch). A changed checkpoint has another key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moetool.checkpoint.reader import CheckpointReader
+from moetool.recipe import LINEAGE, read_lineage
+
+FOLDER = ".cache"
+
+# What besides the weights decides a score.
+_SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+def checkpoint_identity(folder: Path) -> str:
+    """A digest that changes when a checkpoint's weights, configuration or tokenizer do.
+
+    Shards count by the hashes in moetool.json where it lists all of them and is not older than any,
+    otherwise by size, time of change and header.
+
+    Raises:
+        CheckpointError: the folder is not a whole checkpoint.
+    """
+    reader = CheckpointReader(folder)
+    digest = hashlib.sha256()
+    small = sorted({file for pattern in _SMALL_FILES for file in folder.glob(pattern)})
+    for file in small:
+        if file.name != LINEAGE:
+            digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    hashes = _shard_hashes(folder, reader.shards)
+    if hashes is None:
+        digest.update(reader.fingerprint().encode())
+    else:
+        digest.update(json.dumps(hashes, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _shard_hashes(folder: Path, shards: list[str]) -> dict[str, Any] | None:
+    hashes = (read_lineage(folder) or {}).get("shards")
+    if not isinstance(hashes, dict) or not all(isinstance(hashes.get(shard), str) for shard in shards):
+        return None
+    written = (folder / LINEAGE).stat().st_mtime_ns
+    if any((folder / shard).stat().st_mtime_ns > written for shard in shards):
+        return None  # a shard was written after its hash was
+    return {shard: [hashes[shard], (folder / shard).stat().st_size] for shard in shards}
+
+
+def key(identity: str, task_digest: str, settings: dict[str, Any]) -> str:
+    """The name under which a pair's result is kept."""
+    libraries = {name: version(name) for name in ("lm_eval", "transformers")}
+    return hashlib.sha256(json.dumps([identity, task_digest, settings, libraries], sort_keys=True).encode()).hexdigest()
+
+
+def read(out: Path | None, name: str) -> dict[str, Any] | None:
+    """A kept result, or None."""
+    if out is None:
+        return None
+    try:
+        entry = json.loads((out / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def write(out: Path | None, name: str, entry: dict[str, Any]) -> None:
+    """Keep a result; a kill leaves the whole of it or nothing."""
+    if out is not None:
+        (out / FOLDER).mkdir(parents=True, exist_ok=True)
+        write_json(out / FOLDER / f"{name}.json", entry)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file that is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1 if path.name == "results.json" else None, ensure_ascii=False, default=str)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

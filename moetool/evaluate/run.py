@@ -1,0 +1,176 @@
+"""The evaluation: models one after another, one in memory at a time, tasks one after another."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.loggers.utils import add_tokenizer_info
+from lm_eval.utils import handle_non_serializable
+
+from moetool.checkpoint.model import load_model, load_tokenizer
+from moetool.errors import CheckpointError, DataError
+from moetool.evaluate import cache
+from moetool.evaluate.harness import Harness
+from moetool.evaluate.tasks import Tasks, describe, digest, one_line
+from moetool.progress import Progress, silent
+from moetool.routing.capture import has_routers
+from moetool.routing.report import domain_entry
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the models are run.
+
+    Attributes:
+        limit: documents a task: a number, or a share below 1; None for all.
+        batch_size: a number, `auto` or `auto:N`.
+        device: such as `cpu` or `cuda`.
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        device_map: transformers' own placement instead of `device`.
+        routing: count the routes of each task.
+        log_samples: keep each document's prompt and answer.
+        allow_code_execution: run code that a model writes, for tasks that do.
+    """
+
+    limit: float | None = None
+    batch_size: str = "1"
+    device: str = "cpu"
+    dtype: str = "auto"
+    device_map: str | None = None
+    routing: bool = False
+    log_samples: bool = False
+    allow_code_execution: bool = False
+
+
+@dataclass
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        entries: model -> task -> {results, samples, routing, model_info, tokenizer_info, date}, where
+            results is lm-eval's document for that one task.
+        failed: one {model, task, reason} for each pair that could not be had.
+        num_cached: pairs answered from an earlier run.
+    """
+
+    entries: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    num_cached: int = 0
+
+
+def check_models(models: Mapping[str, Path]) -> None:
+    """Refuse what is not a whole checkpoint with a tokenizer, before anything runs.
+
+    Raises:
+        CheckpointError: no or a damaged configuration, shard or header.
+        DataError: no tokenizer.
+    """
+    for folder in models.values():
+        cache.checkpoint_identity(folder)
+        load_tokenizer(folder)
+
+
+def evaluate(
+    models: Mapping[str, Path],
+    tasks: Tasks,
+    settings: Settings,
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Evaluate every model on every task.
+
+    A pair that fails is recorded, and the others go on.
+
+    Args:
+        models: name -> checkpoint folder.
+        tasks: what to ask, from `load_tasks`.
+        settings: how to run the models.
+        out: where results are kept as they come, and found again; None keeps them in memory only.
+        progress: told the pairs done, and the requests of the pair at work.
+
+    Raises:
+        CheckpointError: a folder is not a whole checkpoint (before any is loaded).
+    """
+    identities = {name: cache.checkpoint_identity(folder) for name, folder in models.items()}
+    configs = {name: describe(task, tasks.texts.get(name)) for name, task in tasks.tasks.items()}
+    digests = {name: digest(task, configs[name], settings.limit) for name, task in tasks.tasks.items()}
+    decisive = {
+        "dtype": settings.dtype,
+        "routing": settings.routing,
+        "log_samples": settings.log_samples,
+        "limit": settings.limit,
+    }
+    evaluation = Evaluation()
+    total = len(models) * len(tasks.tasks)
+    for number, (model_name, folder) in enumerate(models.items()):
+        keys = {task: cache.key(identities[model_name], digests[task], decisive) for task in tasks.tasks}
+        entries = {task: entry for task, key in keys.items() if (entry := cache.read(out, key)) is not None}
+        evaluation.num_cached += len(entries)
+        left = [task for task in tasks.tasks if task not in entries]
+        progress("evaluate", number * len(keys) + len(entries), total, model_name)
+        try:
+            with _loaded(folder, settings) if left else _nothing() as lm:
+                for name in left:
+                    progress("evaluate", number * len(keys) + len(entries), total, f"{model_name}: {name}")
+                    try:
+                        results = lm.run(
+                            name, tasks.tasks[name], settings.limit, settings.allow_code_execution, progress
+                        )
+                    except Exception as error:  # a task runs its authors' code
+                        evaluation.failed.append({"model": model_name, "task": name, "reason": one_line(error)})
+                        continue
+                    entries[name] = _entry(lm, name, results, configs[name], settings)
+                    cache.write(out, keys[name], entries[name])
+        except (CheckpointError, DataError) as error:
+            evaluation.failed += [{"model": model_name, "task": name, "reason": str(error)} for name in left]
+        evaluation.entries[model_name] = {name: entries[name] for name in tasks.tasks if name in entries}
+    progress("evaluate", total, total)
+    return evaluation
+
+
+@contextmanager
+def _nothing() -> Iterator[Any]:
+    yield None
+
+
+@contextmanager
+def _loaded(folder: Path, settings: Settings) -> Iterator[Harness]:
+    """The model in memory, and out of it again."""
+    tokenizer = load_tokenizer(folder)
+    device = None if settings.device_map else settings.device
+    model = load_model(folder, settings.dtype, device, settings.device_map)
+    try:
+        yield Harness(model, tokenizer, folder, settings.batch_size, settings.routing and has_routers(model))
+    finally:
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _entry(lm: Harness, name: str, results: Any, config: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    samples = results.pop("samples")[name]
+    if not settings.log_samples:  # what paired differences need
+        samples = [{k: s[k] for k in ("doc_id", "filter", "metrics", *s["metrics"])} for s in samples]
+    results["configs"][name] = config
+    tokenizer_info: dict[str, Any] = {}
+    add_tokenizer_info(tokenizer_info, lm)
+    entry = {
+        "results": results,
+        "samples": samples,
+        "routing": domain_entry(lm.stats) if lm.stats is not None else None,
+        "model_info": lm.get_model_info(),
+        "tokenizer_info": tokenizer_info,
+        "date": datetime.now().isoformat().replace(":", "-"),
+    }
+    # Through JSON, so that a result is the same whether it was kept or just computed.
+    plain: dict[str, Any] = json.loads(json.dumps(entry, default=handle_non_serializable))
+    return plain

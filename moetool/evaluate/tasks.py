@@ -1,0 +1,310 @@
+"""What is asked of the models: lm-eval tasks and local text, loaded before any weight is.
+
+Loading a task loads its data set, so whatever cannot be had is known first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator_utils import get_sample_size
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Entry, Kind
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from moetool.data.text import TextSource, read_documents
+from moetool.errors import DataError, EvaluationError
+from moetool.progress import Progress, silent
+
+# lm-eval's defaults, so that the same examples are drawn and the same text is generated.
+FEWSHOT_SEED = 1234
+
+
+@dataclass
+class Tasks:
+    """Loaded tasks.
+
+    Attributes:
+        tasks: lm-eval's task objects by name, groups resolved to their members.
+        groups: lm-eval's group objects by name.
+        failed: what could not be loaded for a reason other than its data -> why.
+        texts: names of local texts -> the path they were read from.
+    """
+
+    tasks: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def load_tasks(
+    requested: Mapping[str, int | None],
+    include_path: Path | None = None,
+    allow_code_execution: bool = False,
+    progress: Progress = silent,
+) -> Tasks:
+    """Load tasks and their data sets.
+
+    Args:
+        requested: name, pattern (`arc_*`) or YAML file of a task, group or tag -> shots, or None for
+            the task's own number. As in lm-eval, a task whose number is 0 keeps it.
+        include_path: a folder of YAML files that define more tasks.
+        allow_code_execution: accept tasks that run what the model writes.
+        progress: told the tasks loaded.
+
+    Raises:
+        EvaluationError: an unknown name (with suggestions), a task that runs code, a task in two
+            groups, or data sets that are not at hand (all of them, by name).
+    """
+    manager, names = _match(requested, include_path)
+    if not allow_code_execution and (unsafe := [n for n in names if _unsafe(manager.task_index, n)]):
+        raise EvaluationError(_unsafe_message(unsafe))
+    found = Tasks()
+    absent: list[str] = []
+    with network():
+        for done, (name, shots) in enumerate(names.items()):
+            progress("load tasks", done, len(names), name)
+            try:
+                loaded = manager.load([name])
+            except Exception as error:  # a task runs its authors' code, and data sets fail in many ways
+                if not _data_is_absent(error):
+                    found.failed[name] = one_line(error)
+                    continue
+                if isinstance(error, ConnectionError):
+                    _go_offline()  # so that the others fail at once, not after five retries each
+                absent += _absent(manager, name)
+                continue
+            for task_name, task in loaded["tasks"].items():
+                if task_name in found.tasks:
+                    raise EvaluationError(f"task {task_name} is asked for twice (also in '{name}'); leave one out")
+                _configure(task, shots)
+                found.tasks[task_name] = task
+            found.groups |= loaded.get("groups") or {}
+        progress("load tasks", len(names), len(names))
+    if absent:
+        raise EvaluationError(
+            f"{len(absent)} data set{'s are' if len(absent) > 1 else ' is'} not at hand: {', '.join(absent)};"
+            " run once where there is a network and bring its Hugging Face cache (HF_HOME) along, or correct the path"
+        )
+    if not allow_code_execution and (
+        unsafe := [n for n, task in found.tasks.items() if getattr(task, "UNSAFE_CODE", False)]
+    ):
+        raise EvaluationError(_unsafe_message(unsafe))
+    return found
+
+
+def text_task(name: str, source: TextSource, limit: float | None, progress: Progress = silent) -> Any:
+    """Local text as an lm-eval task: rolling log-likelihood, reported as bits per byte.
+
+    The documents stay in memory: nothing is written to, or read from, the data set cache.
+
+    Raises:
+        DataError: the source cannot be read or holds no documents.
+    """
+    documents = read_documents(source, progress)
+    texts = list(islice(documents, int(limit)) if limit is not None and limit >= 1 else documents)
+    if not texts:
+        raise DataError(f"{source.path} holds no documents")
+    data = {"test": datasets.Dataset.from_dict({"text": texts})}
+    task = ConfigurableTask(
+        config={
+            "task": name,
+            "custom_dataset": lambda **_: data,
+            "output_type": "loglikelihood_rolling",
+            "test_split": "test",
+            "doc_to_text": "",
+            "doc_to_target": _text,
+            "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
+            "metadata": {"version": 1.0},
+        }
+    )
+    _configure(task, None)
+    return task
+
+
+def _text(document: dict[str, str]) -> str:
+    # A function, not the template "{{text}}": lm-eval would evaluate a text such as "[1, 2]".
+    return document["text"]
+
+
+def describe(task: Any, text_path: str | None = None) -> dict[str, Any]:
+    """A task's configuration as lm-eval records it, as plain JSON values."""
+    config = dict(task.dump_config())
+    if text_path is not None:
+        config = {k: v for k, v in config.items() if k not in ("custom_dataset", "doc_to_target", "fewshot_config")}
+        config["dataset_path"] = text_path
+    document: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
+    return document
+
+
+def digest(task: Any, config: dict[str, Any], limit: float | None) -> str:
+    """SHA-256 of everything that a task asks and how it judges: requests, documents, configuration, code."""
+    task.build_all_requests(limit=get_sample_size(task, limit))
+    hasher = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for instance in task.instances:
+        request = [instance.request_type, instance.arguments, instance.doc]
+        hasher.update(json.dumps(request, sort_keys=True, default=_plain).encode())
+    yaml_file = Path(str((config.get("metadata") or {}).get("config_source", "")))
+    for module in sorted(yaml_file.parent.glob("*.py")) if yaml_file.suffix == ".yaml" else ():
+        hasher.update(module.read_bytes())
+    task._instances = None
+    return hasher.hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as the first line of its message, with its type where that tells more."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__
+
+
+def _plain(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}" if callable(value) else str(value)
+
+
+def _configure(task: Any, shots: int | None) -> None:
+    """Set the number of shots as lm-eval's simple_evaluate does: a task's own 0 is never overridden."""
+    own = task.get_config("num_fewshot")
+    if shots is not None and own != 0:
+        task.set_config(key="num_fewshot", value=shots)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+
+
+def _match(requested: Mapping[str, int | None], include_path: Path | None) -> tuple[TaskManager, dict[str, int | None]]:
+    """The task index, and the requested names with patterns resolved."""
+    if include_path is not None and not include_path.is_dir():
+        raise EvaluationError(f"--include-path {include_path} is no folder; give the one that holds the tasks' YAML")
+    # The index of lm-eval's own 14000 tasks takes seconds: left out where local tasks suffice.
+    for include_defaults in (False, True):
+        manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
+        matches = {name: [name] if name.endswith(".yaml") else manager.match_tasks([name]) for name in requested}
+        entries = [manager.task_index.get(match) for names in matches.values() for match in names]
+        local = all(entry is None or entry.kind is not Kind.GROUP for entry in entries)
+        if all(matches.values()) and (local or include_defaults):
+            break
+    if unknown := [name for name, found in matches.items() if not found]:
+        raise EvaluationError(_unknown(unknown[0], manager, include_path))
+    if absent := [name for name in requested if name.endswith(".yaml") and not Path(name).is_file()]:
+        raise EvaluationError(f"no task file {absent[0]}; give the path of a task's YAML")
+    return manager, {match: requested[name] for name, found in matches.items() for match in found}
+
+
+def _unknown(name: str, manager: TaskManager, include_path: Path | None) -> str:
+    near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+    hint = f", did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    broken = [f"{file.name} ({why})" for file, why in _unreadable(include_path)]
+    also = f"; not readable in {include_path}: {', '.join(broken)}" if broken else ""
+    where = "" if include_path else "; --include-path DIR adds local ones"
+    return f"unknown task '{name}'{hint}{also}{where}; `lm_eval ls tasks` lists lm-eval's own"
+
+
+def _unreadable(folder: Path | None) -> Iterator[tuple[Path, str]]:
+    for file in sorted(folder.glob("**/*.yaml")) if folder else ():
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:  # YAML of any kind
+            yield file, one_line(error)
+
+
+def _members(index: Mapping[str, Entry], name: str) -> Iterator[str]:
+    """The leaf tasks of a task, group or tag, as far as the index knows them."""
+    entry = index.get(name)
+    if entry is None:
+        return
+    if entry.kind is Kind.TAG:
+        children: Iterable[Any] = sorted(entry.tags)
+    elif entry.kind is Kind.GROUP:
+        listed = (entry.cfg or {}).get("task")
+        children = listed if isinstance(listed, list) else []
+    else:
+        yield name
+        return
+    for child in children:
+        child_name = child if isinstance(child, str) else child.get("task") or child.get("group")
+        if isinstance(child_name, str):
+            yield from _members(index, child_name)
+
+
+def _unsafe(index: Mapping[str, Entry], name: str) -> bool:
+    return any((index[leaf].cfg or {}).get("unsafe_code") for leaf in _members(index, name))
+
+
+def _unsafe_message(names: list[str]) -> str:
+    return (
+        f"{', '.join(names)} would run code that the model writes, on this machine;"
+        " in a container that you can lose, add --allow-code-execution"
+    )
+
+
+def _data_is_absent(error: BaseException) -> bool:
+    absent = (
+        ConnectionError,
+        FileNotFoundError,
+        datasets.exceptions.DatasetNotFoundError,
+        datasets.exceptions.DataFilesNotFoundError,
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.LocalEntryNotFoundError,
+        huggingface_hub.errors.OfflineModeIsEnabled,
+    )
+    return isinstance(error, absent) or "Couldn't find cache for" in str(error)
+
+
+def _absent(manager: TaskManager, name: str) -> list[str]:
+    """Each task under a name whose data is absent, with its data set."""
+    leaves = list(_members(manager.task_index, name)) or [name]
+    absent = []
+    for leaf in leaves:
+        if len(leaves) > 1:
+            try:
+                manager.load([leaf])
+                continue
+            except Exception as error:
+                if not _data_is_absent(error):
+                    continue
+        entry = manager.task_index.get(leaf)
+        config = (entry.cfg if entry else None) or {}
+        files = (config.get("dataset_kwargs") or {}).get("data_files")
+        files = [str(file) for file in files.values()] if isinstance(files, dict) else [str(files or "")]
+        data = ", ".join(file for file in files if file) or str(config.get("dataset_path", ""))
+        absent.append(f"{leaf} ({data})" if data else leaf)
+    return absent or [name]
+
+
+@contextmanager
+def network(allowed: bool = True) -> Iterator[None]:
+    """Without permission, no library reaches for the network inside: data and models come from caches."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
+    modules = (huggingface_hub.constants, datasets.config)
+    environment = {name: os.environ.get(name) for name in names}
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    if not allowed:
+        _go_offline()
+        os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+        for name, text in environment.items():
+            os.environ.pop(name, None)
+            if text is not None:
+                os.environ[name] = text
+
+
+def _go_offline() -> None:
+    # The environment was read when these were imported.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True
