@@ -44,6 +44,13 @@ REGISTRY: dict[str, dict[str, str]] = {
         "balance_loss": "moetool.routing.metrics:balance_loss",
         "balance_loss_hf": "moetool.routing.metrics:balance_loss_hf",
     },
+    "suite": {
+        "cpt-english": "moetool.evaluate.suites:CPT_ENGLISH",
+        "cpt-german": "moetool.evaluate.suites:CPT_GERMAN",
+        "cpt-code": "moetool.evaluate.suites:CPT_CODE",
+        "drop-upcycling-english": "moetool.evaluate.suites:DROP_UPCYCLING_ENGLISH",
+        "drop-upcycling-japanese": "moetool.evaluate.suites:DROP_UPCYCLING_JAPANESE",
+    },
 }
 
 

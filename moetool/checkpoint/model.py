@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def pick_device(device: str = "auto") -> str:
+    """The device of a name; `auto` is the first of cuda, mps and cpu that is there."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def load_model(
     folder: Path, dtype: str = "auto", device: str | None = None, device_map: str | None = None
 ) -> PreTrainedModel:
