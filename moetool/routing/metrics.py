@@ -104,5 +104,20 @@ def balance_loss_hf(stats: RoutingStats) -> list[float]:
     return [value * stats.top_k for value in balance_loss(stats)]
 
 
+def domain_divergence(one: RoutingStats, other: RoutingStats) -> list[float]:
+    """Jensen-Shannon divergence, in bits, between the loads of two domains.
+
+    H((f + g) / 2) - (H(f) + H(g)) / 2: 0 when both use the experts alike, 1 when they share none.
+    """
+    f_LE, g_LE = load(one), load(other)
+
+    def bits(p_LE: Array) -> Array:
+        terms_LE: Array = p_LE * np.log2(p_LE, out=np.zeros_like(p_LE), where=p_LE > 0)
+        total_L: Array = -terms_LE.sum(axis=1)
+        return total_L
+
+    return _floats(np.clip(bits((f_LE + g_LE) / 2) - (bits(f_LE) + bits(g_LE)) / 2, 0, 1))
+
+
 def _floats(values: Array) -> list[float]:
     return [float(value) for value in values]

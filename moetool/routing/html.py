@@ -1,0 +1,181 @@
+"""report.html: one file that opens offline, drawn from report.json alone.
+
+Names and tokens come from outside: the template escapes every value (autoescape), control characters
+are written out, and the embedded JSON cannot close its element.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moetool import __version__
+from moetool.routing.coactivation import MATRIX_EXPERTS
+from moetool.routing.metrics import DEAD_LOAD
+
+# The page shows the tokens of so many experts at most; report.json has all.
+_TOKEN_CELLS = 400
+
+
+def render(report: dict[str, Any]) -> str:
+    """Draw the page.
+
+    Args:
+        report: as `report.build_report` gives it, or as read back from report.json.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    folder = Path(__file__).parent / "templates"
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"visible": visible, "percent": percent, "number": number, "heat": heat}
+    environment.globals |= {"line_chart": line_chart, "bars": bars, "column": column}
+    matrices = report["coactivation"] if report["num_experts"] <= MATRIX_EXPERTS else None
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        version=__version__,
+        dead_load=DEAD_LOAD,
+        layers=[row["layer"] for row in next(iter(report["domains"].values()))["layers"]],
+        balanced_load=1 / report["num_experts"],
+        balanced_mri=report["top_k"] / report["num_experts"],
+        full=min(max(report["num_experts"] / report["top_k"], 2), 8),
+        bar_height=min(1 / report["top_k"], 6 / report["num_experts"]),
+        label_every=1 if report["num_experts"] <= 24 else report["num_experts"] // 8,
+        coactivation_json=Markup(safe_json(matrices)),
+        token_layers=_token_layers(report),
+    )
+
+
+def safe_json(value: Any) -> str:
+    """JSON that may stand inside an HTML script element, whatever strings it holds."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII: other characters are escaped
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def visible(text: Any) -> str:
+    """Text with its control characters, direction marks and surrounding spaces made visible."""
+    shown = "".join(_visible_character(character) for character in str(text))
+    return shown if shown.strip() == shown else shown.replace(" ", "␣")
+
+
+def _visible_character(character: str) -> str:
+    if character in "\n\t\r":
+        return {"\n": "↵", "\t": "⇥", "\r": "␍"}[character]
+    if unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp"):
+        return f"\\u{ord(character):04x}"
+    return character
+
+
+def percent(value: float | None) -> str:
+    """`12 %`, with a decimal below ten."""
+    if value is None:
+        return "–"
+    return f"{value * 100:.0f} %" if value >= 0.0995 or value == 0 else f"{value * 100:.1f} %"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def heat(ratio: float, full: float) -> str:
+    """Class and strength of a heatmap cell: `hot` above 1, `cold` below, strongest at a factor of `full`."""
+    strength = min(abs(math.log(max(ratio, 1e-9))) / math.log(full), 1)
+    strong = " strong" if strength > 0.6 else ""
+    return f'class="{"hot" if ratio >= 1 else "cold"}{strong}" style="--p:{strength * 100:.0f}%"'
+
+
+def column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """One measure of all layers."""
+    return [row[name] for row in rows]
+
+
+# The inside of a line chart in the units of its viewBox; labels lie around it.
+_LEFT, _TOP, _WIDTH, _HEIGHT = 38, 12, 432, 150
+
+
+def line_chart(
+    layers: Sequence[int], series: Mapping[str, Sequence[float | None]], low: float, high: float | None = None
+) -> dict[str, Any]:
+    """Geometry of a chart of measures by layer.
+
+    Args:
+        layers: layer indices, along x.
+        series: name -> one value a layer; None leaves a gap.
+        low: the axis' lower end.
+        high: its upper end; None takes the largest value, rounded up.
+    """
+    values = [value for line in series.values() for value in line if value is not None]
+    top = high if high is not None else _round_up(max([*values, low + 1e-3]), low)
+    step: float = _WIDTH / max(len(layers) - 1, 1)
+
+    def x(i: int) -> float:
+        return round(_LEFT + (i * step if len(layers) > 1 else _WIDTH / 2), 1)
+
+    def y(value: float) -> float:
+        return round(_TOP + _HEIGHT * (1 - (min(max(value, low), top) - low) / (top - low)), 1)
+
+    lines = [
+        {
+            "name": name,
+            "points": " ".join(f"{x(i)},{y(value)}" for i, value in enumerate(line) if value is not None),
+            "dots": [
+                {"x": x(i), "y": y(value), "layer": layers[i], "value": value}
+                for i, value in enumerate(line)
+                if value is not None
+            ],
+        }
+        for name, line in series.items()
+    ]
+    every = max(1, math.ceil(len(layers) / 12))
+    return {
+        "left": _LEFT,
+        "right": _LEFT + _WIDTH,
+        "bottom": _TOP + _HEIGHT,
+        "lines": lines,
+        "y": y,
+        "x_ticks": [{"x": x(i), "label": layer} for i, layer in enumerate(layers) if i % every == 0],
+        "y_ticks": [{"y": y(v), "label": f"{v:.3g}"} for v in (low + (top - low) * part / 4 for part in range(5))],
+    }
+
+
+def _round_up(value: float, low: float) -> float:
+    span = max(value - low, 1e-3)
+    unit = 10 ** math.floor(math.log10(span))
+    return low + next(float(unit * step) for step in (1, 1.2, 1.6, 2, 3, 4, 6, 8, 10) if unit * step >= span * 0.999)
+
+
+def bars(loads: Sequence[Sequence[float]], top: float, width: float = 240, height: float = 72) -> list[str]:
+    """SVG paths of a layer's load bars, one path a domain, the domains of an expert side by side."""
+    E, D = len(loads[0]), len(loads)
+    slot = width / E
+    bar = slot * (0.8 if E <= 64 else 1) / D
+    return [
+        "".join(
+            f"M{e * slot + d * bar:.2f} {height}v{-height * min(value / top, 1):.2f}h{bar:.2f}V{height}z"
+            for e, value in enumerate(load_E)
+        )
+        for d, load_E in enumerate(loads)
+    ]
+
+
+def _token_layers(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The layers whose tokens are shown: all, or as many as fit, evenly spread."""
+    if not report["vocabulary_specialization"]:
+        return []
+    rows = report["vocabulary_specialization"]["layers"]
+    room = max(1, _TOKEN_CELLS // report["num_experts"])
+    if len(rows) <= room:
+        return list(rows)
+    picks = {round(i * (len(rows) - 1) / max(room - 1, 1)) for i in range(room)}
+    return [rows[i] for i in sorted(picks)]

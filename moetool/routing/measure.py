@@ -1,0 +1,123 @@
+"""One pass of a model over texts, counting routes as they are made.
+
+Shapes: B sequences, S tokens a sequence, T = B x S tokens of a batch with its padding, N without.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetool.errors import DataError
+from moetool.progress import Progress, silent
+from moetool.routing.capture import Route, RouterCapture
+from moetool.routing.stats import RoutingStats
+
+
+class Tokens(Protocol):
+    """A text as tokens, such as `moetool.data.tokens.TokenStream`."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def read(self, start: int, length: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive windows of a text.
+
+    Attributes:
+        start: place of the first token in the text.
+        tokens_N: the tokens.
+        next_N: the token after each; one shorter than `tokens_N` at the end of the text.
+        ids_BS: the tokens as windows; the last window of a text is filled up with zeros.
+        mask_T: False for the filling; None when there is none.
+    """
+
+    start: int
+    tokens_N: np.ndarray
+    next_N: np.ndarray
+    ids_BS: Tensor
+    mask_T: Tensor | None
+
+
+# Called inside the hook with the text's name, a route and its batch.
+Observer = Callable[[str, Route, Batch], None]
+
+
+def read_batches(text: Tokens, seq_len: int, batch_size: int, num_tokens: int) -> Iterator[Batch]:
+    """Cut the first `num_tokens` of a text into windows of `seq_len`, `batch_size` at a time."""
+    for start in range(0, num_tokens, seq_len * batch_size):
+        tokens_N = text.read(start, min(seq_len * batch_size, num_tokens - start))
+        N = len(tokens_N)
+        next_N = text.read(start + 1, min(N, text.num_tokens - start - 1))
+        # A text shorter than one window is one short window, not mostly filling.
+        S = min(seq_len, N)
+        B = -(-N // S)
+        ids_T = np.zeros(B * S, dtype=np.int64)
+        ids_T[:N] = tokens_N
+        mask_T = torch.arange(B * S) < N if N < B * S else None
+        yield Batch(start, tokens_N, next_N, torch.from_numpy(ids_T).reshape(B, S), mask_T)
+
+
+@torch.inference_mode()
+def measure(
+    model: Any,
+    texts: Mapping[str, Tokens],
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_tokens: int,
+    observers: Sequence[Observer] = (),
+    progress: Progress = silent,
+) -> dict[str, RoutingStats]:
+    """Send texts through a model and count what its routers do.
+
+    Args:
+        model: a causal language model of transformers; its head is not run.
+        texts: name -> tokens.
+        seq_len: tokens a window; windows do not see each other.
+        batch_size: windows a forward.
+        max_tokens: the first so many tokens of each text.
+        observers: called for each route besides, in the order of layers and batches.
+
+    Returns:
+        Name -> sums.
+
+    Raises:
+        CheckpointError: the model has no router that can be read.
+        DataError: a text has no tokens.
+    """
+    capture = RouterCapture(model)
+    device = model.get_input_embeddings().weight.device
+    stats: dict[str, RoutingStats] = {}
+    # Routers tell the number of experts and top-k by what they return, whatever the family's config
+    # calls them: stats are made at the first route.
+    for name, text in texts.items():
+        total = min(text.num_tokens, max_tokens)
+        if total < 1:
+            raise DataError(f"--data {name}: no tokens to route; give a text that is not empty")
+        began, done = time.monotonic(), 0
+        for batch in read_batches(text, seq_len, batch_size, total):
+
+            def count(route: Route, name: str, batch: Batch) -> None:
+                if name not in stats:
+                    stats[name] = RoutingStats.like([route], capture.layers)
+                stats[name].update([route], batch.mask_T)
+                for observer in observers:
+                    observer(name, route, batch)
+
+            with capture.collect(partial(count, name=name, batch=batch)):
+                # Filling lies behind the text, where a causal model does not see it: no attention mask.
+                model.base_model(input_ids=batch.ids_BS.to(device), use_cache=False)
+            done += len(batch.tokens_N)
+            progress(f"routing of {name}", done, total, f"{done / (time.monotonic() - began):.0f} tokens/s")
+    return stats

@@ -1,0 +1,114 @@
+"""PNG figures for papers, drawn from report.json alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from moetool.routing.html import visible
+
+_DPI = 200
+_STYLE: dict[str, Any] = {"linewidth": 1.6, "markersize": 3, "marker": "o"}
+
+
+def write_plots(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw `mri.png`, `entropy.png`, one `load-<domain>.png` a domain, and `saturation.png` with a comparison.
+
+    Args:
+        report: as `report.build_report` gives it.
+        folder: made if need be; figures of the same names are replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    domains = report["domains"]
+    layers = [row["layer"] for row in next(iter(domains.values()))["layers"]]
+    balanced = report["top_k"] / report["num_experts"]
+    paths = [
+        _lines(folder / "mri.png", layers, _columns(domains, "mri"), "MRI", balanced, (0, 1.03)),
+        _lines(folder / "entropy.png", layers, _columns(domains, "entropy"), "Entropy of the load", 1.0, (0, 1.03)),
+    ]
+    for name, file_name in _file_names(domains).items():
+        paths.append(_load(folder / f"load-{file_name}.png", layers, domains[name]["layers"], name))
+    if report["comparison"]:
+        compared = report["comparison"]["domains"]
+        series = _columns(compared, "saturation")
+        paths.append(_lines(folder / "saturation.png", layers, series, "Router saturation", None, (0, 1.03)))
+    return paths
+
+
+def _columns(domains: Mapping[str, Any], measure: str) -> dict[str, list[float]]:
+    return {name: [row[measure] for row in domain["layers"]] for name, domain in domains.items()}
+
+
+def _file_names(domains: Mapping[str, Any]) -> dict[str, str]:
+    """Domain -> a file name without characters that mean something in a path, unique in any case."""
+    names: dict[str, str] = {}
+    for domain in domains:
+        plain = re.sub(r"[^\w.-]+", "_", domain).strip("._") or "domain"
+        taken = {name.lower() for name in names.values()}
+        names[domain] = next(n for n in (plain, *(f"{plain}-{i}" for i in range(2, 10**6))) if n.lower() not in taken)
+    return names
+
+
+def _text(label: str) -> str:
+    """A label as it is: a dollar sign would start a formula."""
+    return visible(label).replace("$", r"\$")
+
+
+def _new(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _lines(
+    path: Path,
+    layers: Sequence[int],
+    series: Mapping[str, Sequence[float]],
+    label: str,
+    reference: float | None,
+    limits: tuple[float, float],
+) -> Path:
+    figure, axes = _new(4.6, 2.8)
+    for name, values in series.items():
+        axes.plot(layers, values, label=_text(name), **_STYLE)
+    if reference is not None:
+        axes.axhline(reference, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label="balanced")
+    axes.set(xlabel="Layer", ylabel=label, ylim=limits)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="0.9", linewidth=0.7)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=_DPI)
+    return path
+
+
+def _load(path: Path, layers: Sequence[int], rows: Sequence[Mapping[str, Any]], name: str) -> Path:
+    ratio_LE = np.array([row["load"] for row in rows]) * len(rows[0]["load"])
+    L, E = ratio_LE.shape
+    figure, axes = _new(min(max(2.6, 1.6 + 0.26 * E), 8), min(max(1.6, 1.1 + 0.17 * L), 8))
+    image = axes.imshow(
+        np.clip(ratio_LE, 1 / 8, 8), cmap="RdBu_r", norm=LogNorm(1 / 8, 8), aspect="auto", interpolation="nearest"
+    )
+    every = max(1, L // 12)
+    axes.set_yticks(range(0, L, every), [str(layer) for layer in layers[::every]])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(E, 9)))
+    axes.set(xlabel="Expert", ylabel="Layer", title=_text(name))
+    axes.title.set_fontsize(10)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, ticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], pad=0.02)
+    bar.ax.set_yticklabels(["≤1/8", "1/4", "1/2", "1", "2", "4", "≥8"], fontsize=8)
+    bar.ax.minorticks_off()
+    bar.set_label("Load / balanced load", fontsize=8)
+    figure.savefig(path, dpi=_DPI)
+    return path

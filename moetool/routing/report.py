@@ -1,0 +1,104 @@
+"""report.json: the one source of truth, from which the page, the plots and the table are drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from moetool import registry
+from moetool.routing import metrics
+from moetool.routing.coactivation import coactivation
+from moetool.routing.stats import RoutingStats
+from moetool.routing.verdict import verdict
+
+SCHEMA_VERSION = 1
+
+
+def domain_entry(stats: RoutingStats) -> dict[str, Any]:
+    """One domain: the number of tokens and every measure of every layer.
+
+    A measure that needs what was not counted (router probabilities, with counts of another engine) is
+    null.
+    """
+    columns: dict[str, list[Any]] = {"load": metrics.load(stats).tolist()}
+    columns |= {name: registry.load("metric", name)(stats) for name in registry.names("metric")}
+    columns["mean_probability"] = metrics.mean_probability(stats).tolist()
+    rows = [
+        {"layer": layer} | {name: _finite(values[row]) for name, values in columns.items()}
+        for row, layer in enumerate(stats.layers)
+    ]
+    return {"num_tokens": stats.num_tokens, "layers": rows}
+
+
+def build_report(
+    model: str,
+    stats: Mapping[str, RoutingStats],
+    *,
+    vocabulary_specialization: dict[str, Any] | None = None,
+    comparison: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything that was measured, as one JSON document (described in docs/analyze-routing.md).
+
+    Args:
+        model: how the user named the model.
+        stats: domain -> sums, at least one.
+        vocabulary_specialization: from `vocabulary.TokenCounts.report`.
+        comparison: from `comparison.Comparison.report`.
+    """
+    first = next(iter(stats.values()))
+    together = {name: coactivation(sums) for name, sums in stats.items() if sums.coactivation_LEE.any()}
+    report: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": model,
+        "num_layers": len(first.layers),
+        "num_experts": first.num_experts,
+        "top_k": first.top_k,
+        "domains": {name: domain_entry(sums) for name, sums in stats.items()},
+        "vocabulary_specialization": vocabulary_specialization,
+        "coactivation": together if together and first.top_k > 1 else None,
+        "domain_divergence": _divergence(stats) if len(stats) > 1 else None,
+        "comparison": comparison,
+    }
+    return report | {"verdict": verdict(report)}
+
+
+def _divergence(stats: Mapping[str, RoutingStats]) -> list[dict[str, Any]]:
+    return [
+        {"domains": [one, other], "layers": (jsd := metrics.domain_divergence(stats[one], stats[other])),
+         "mean": sum(jsd) / len(jsd)}
+        for one, other in combinations(stats, 2)
+    ]  # fmt: skip
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return None if any(isinstance(v, float) and not math.isfinite(v) for v in value) else value
+    return value
+
+
+def write_report(report: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Write report.json, report.html and plots/*.png.
+
+    Returns:
+        `report`, `html` and `plots`: where they lie.
+    """
+    from moetool.routing.html import render
+    from moetool.routing.plots import write_plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, ensure_ascii=False, allow_nan=False, indent=1)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(render(report), encoding="utf-8")
+    write_plots(report, folder / "plots")
+    return {
+        "report": str(folder / "report.json"),
+        "html": str(folder / "report.html"),
+        "plots": str(folder / "plots"),
+    }

@@ -1,0 +1,143 @@
+"""What a report's numbers say, in plain words: balanced, skewed or collapsed.
+
+A layer is judged on all domains together, since an expert that only code uses is a specialist, not a
+fault. The bounds are where this tool draws the line, not laws: of the released 8 x 1.5B models of the
+Drop-Upcycling authors, the one upcycled by plain copying (mean entropy 0.44) falls under `collapsed`,
+those from scratch (0.73) and with drop ratio 0.5 (0.76) under `skewed`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moetool.routing.metrics import DEAD_LOAD
+
+COLLAPSED_ENTROPY = 0.6
+BALANCED_ENTROPY = 0.9
+BALANCED_MRI_NORMALIZED = 2.0
+
+
+def verdict(report: dict[str, Any]) -> dict[str, Any]:
+    """Judge a report (see `report.build_report`) by its domains alone.
+
+    Returns:
+        `level` (balanced, skewed or collapsed: that of the worst layer), `title` (one sentence),
+        `findings` and `advice` (sentences), `layers` (one level a layer), `worst` (domain, layer, mri,
+        mri_normalized) and `dead_experts` ([layer, expert] pairs that are dead in every domain).
+    """
+    layers = [row["layer"] for row in next(iter(report["domains"].values()))["layers"]]
+    load_LE = _pooled_load(report)
+    levels = [_level(load_E) for load_E in load_LE]
+    dead = [[layers[row], int(e)] for row, e in zip(*np.nonzero(_dead_in_all(report)), strict=True)]
+    worst = _worst(report)
+    level = next(name for name in ("collapsed", "skewed", "balanced") if name in levels)
+    return {
+        "level": level,
+        "title": _title(level, levels, len(layers)),
+        "findings": _findings(report, worst, dead),
+        "advice": _advice(level, dead, report),
+        "layers": levels,
+        "worst": worst,
+        "dead_experts": dead,
+    }
+
+
+def _pooled_load(report: dict[str, Any]) -> Any:
+    domains = report["domains"].values()
+    weights = [domain["num_tokens"] for domain in domains]
+    loads_NLE = np.array([[row["load"] for row in domain["layers"]] for domain in domains])
+    return np.average(loads_NLE, axis=0, weights=weights)
+
+
+def _level(load_E: Any) -> str:
+    E = len(load_E)
+    if E == 1:
+        return "balanced"
+    used_E = load_E[load_E > 0]
+    entropy = -(used_E * np.log(used_E)).sum() / np.log(E)
+    if entropy < COLLAPSED_ENTROPY:
+        return "collapsed"
+    skewed = entropy < BALANCED_ENTROPY or load_E.max() * E > BALANCED_MRI_NORMALIZED or load_E.min() < DEAD_LOAD / E
+    return "skewed" if skewed else "balanced"
+
+
+def _dead_in_all(report: dict[str, Any]) -> Any:
+    E = report["num_experts"]
+    return np.all(
+        [
+            [[expert in row["dead_experts"] for expert in range(E)] for row in domain["layers"]]
+            for domain in report["domains"].values()
+        ],
+        axis=0,
+    )
+
+
+def _worst(report: dict[str, Any]) -> dict[str, Any]:
+    places = ((name, row) for name, domain in report["domains"].items() for row in domain["layers"])
+    name, row = max(places, key=lambda place: place[1]["mri"])
+    expert = int(np.argmax(row["load"]))
+    keep = ("layer", "mri", "mri_normalized", "entropy")
+    return {"domain": name, "expert": expert} | {key: row[key] for key in keep}
+
+
+def _title(level: str, levels: list[str], num_layers: int) -> str:
+    of = f"{levels.count(level)} of {num_layers} layers" if num_layers > 1 else "the one layer"
+    if level == "balanced":
+        return "Balanced: every layer spreads its tokens over all its experts."
+    if level == "skewed":
+        return f"Skewed: {of} {_verb(levels.count(level), num_layers, 'prefer', 'prefers')} some experts clearly."
+    return f"Collapsed: {of} {_verb(levels.count(level), num_layers, 'send', 'sends')} most tokens to a few experts."
+
+
+def _verb(number: int, num_layers: int, plural: str, singular: str) -> str:
+    return singular if number == 1 or num_layers == 1 else plural
+
+
+def _findings(report: dict[str, Any], worst: dict[str, Any], dead: list[list[int]]) -> list[str]:
+    balanced = report["top_k"] / report["num_experts"]
+    findings = [
+        f"The busiest expert is expert {worst['expert']} of layer {worst['layer']}: it receives {worst['mri']:.0%}"
+        f" of the tokens of {worst['domain']}, where balance would give {balanced:.0%}"
+        f" ({worst['mri_normalized']:.1f} times the balanced load)."
+    ]
+    total = report["num_experts"] * report["num_layers"]
+    where = "in every domain" if len(report["domains"]) > 1 else f"on {worst['domain']}"
+    if dead:
+        layers = len({layer for layer, _ in dead})
+        findings.append(
+            f"{len(dead)} of {total} experts {_verb(len(dead), 2, 'are', 'is')} dead {where}, in {layers}"
+            f" {_verb(layers, 2, 'layers', 'layer')}: they receive less than {DEAD_LOAD:.0%} of their fair share."
+        )
+    else:
+        findings.append(f"No expert is dead {where}.")
+    return findings
+
+
+def _advice(level: str, dead: list[list[int]], report: dict[str, Any]) -> list[str]:
+    if level == "balanced":
+        return ["Nothing needs to be done. Keep the balance loss that this checkpoint was trained with."]
+    advice = []
+    if level == "collapsed":
+        advice.append(
+            "Continue pretraining with a balance loss that acts on each layer by itself (moetool cpt --balance"
+            " aux=0.01): one that pools the layers can be low while single layers collapse."
+        )
+        advice.append(
+            "If the model was upcycled by copying, its experts began alike and nothing pulls them apart: upcycle again"
+            " with --method drop --drop-ratio 0.5."
+        )
+    else:
+        advice.append(
+            "If this model will be trained further, keep a balance loss of each layer on, and raise its coefficient if"
+            " the skew grows. For inference the busiest expert sets the pace when experts lie on different devices."
+        )
+    if dead:
+        advice.append(
+            "Dead experts cost memory and give nothing: check whether they wake on text that is not among these"
+            " domains before you prune them."
+        )
+    if len(report["domains"]) == 1:
+        advice.append("Only one domain was looked at: a skew on one kind of text may be specialisation. Add --data.")
+    return advice
