@@ -39,7 +39,9 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # moetool's own bars say what goes on
     torch_dtype: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
     try:

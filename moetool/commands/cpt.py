@@ -1,8 +1,310 @@
-"""Placeholder until the command is written."""
+"""`moetool cpt`: go on with pretraining, of a dense model or a Mixture of Experts."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import ExitStack
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.table import Table
+
+from moetool import registry
+from moetool.commands.console import Console, count, escape
+from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, given, named_paths, one_of, write_options
+from moetool.errors import ConfigError
+
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
-def cpt(context: typer.Context) -> None:
-    """Not written yet."""
-    raise NotImplementedError
+def parse_count(text: str) -> int:
+    """`2B`, `500M`, `10k` or a plain number of at least 1.
+
+    Raises:
+        typer.BadParameter: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", str(text).strip().lower().replace("_", ""))
+    number = Decimal(match[1]) * _COUNTS[match[2]] if match else Decimal(0)
+    if number < 1 or number != int(number):
+        raise typer.BadParameter(f"'{text}' is no count; write it as 2B, 500M, 10k or 4096")
+    return int(number)
+
+
+def _balance(values: list[str] | None) -> list[str] | None:
+    for value in values or []:
+        one_of("balance")(value.partition("=")[0])
+    return values
+
+
+def _option(panel: str, help: str, default: str = "", **more: Any) -> Any:
+    """An option of a panel of --help; `default` tells one that is no fixed value."""
+    if default:
+        help, more["show_default"] = f"{help}  \\[default: {default}]", False
+    return typer.Option(help=help, rich_help_panel=panel, **more)
+
+
+DATA, SIZE, RATE, MOE, RUN = (
+    "Data (options with NAME repeat)", "Size", "Optimizer and schedule", "Mixture of Experts", "Saving and resuming",
+)  # fmt: skip
+
+
+def cpt(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint to start from: a folder or owner/name\\[@revision]; a step folder of another run, too.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the run.", show_default=False)],
+    train: Annotated[
+        list[str],
+        _option(
+            DATA,
+            "New text (or tokens): a file, folder, glob or hf:owner/name.",
+            metavar="NAME=PATH",
+            show_default=False,
+        ),
+    ],
+    replay: Annotated[
+        list[str] | None, _option(DATA, "Earlier text, mixed in against forgetting.", metavar="NAME=PATH")
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        _option(DATA, "Share of a source relative to the others of its kind; 1 where none is given.", metavar="NAME=W"),
+    ] = None,
+    replay_ratio: Annotated[
+        float | None,
+        _option(
+            DATA, "Share of replay in every batch, which displaces new tokens.", "0.3 with --replay", min=0.0, max=1.0
+        ),
+    ] = None,
+    val: Annotated[list[str] | None, _option(DATA, "Text that is only validated on.", metavar="NAME=PATH")] = None,
+    val_fraction: Annotated[
+        float,
+        _option(DATA, "Share of documents held out of every source without a --val of its name.", min=0.0, max=1.0),
+    ] = 0.01,
+    text_field: Annotated[str, _option(DATA, "Field or column that holds the text.", metavar="NAME")] = "text",
+    document: Annotated[
+        Literal["file", "line", "paragraph"],
+        _option(DATA, "What one document of a plain-text file is (elsewhere it is a row)."),
+    ] = "file",
+    max_tokens: Annotated[
+        int | None,
+        _option(
+            SIZE,
+            "Length of the run in tokens, such as 2B or 500M (rounded down to whole steps).",
+            parser=parse_count,
+            metavar="COUNT",
+        ),
+    ] = None,
+    max_steps: Annotated[int | None, _option(SIZE, "Length of the run in steps, instead.", min=1)] = None,
+    seq_len: Annotated[
+        int | None, _option(SIZE, "Tokens of a sequence.", "2048, or the model's positions", min=1)
+    ] = None,
+    global_batch_size: Annotated[int, _option(SIZE, "Sequences of a step, over all processes.", min=1)] = 32,
+    micro_batch_size: Annotated[
+        int | None,
+        _option(SIZE, "Sequences that a process runs at once.", "the largest divisor of the batch up to 8", min=1),
+    ] = None,
+    schedule: Annotated[
+        str,
+        _option(
+            RATE,
+            "Learning rate over the steps.",
+            metavar="|".join(registry.names("schedule")),
+            callback=one_of("schedule"),
+        ),
+    ] = "cosine",
+    lr: Annotated[float, _option(RATE, "Peak learning rate.", min=0.0)] = 3e-4,
+    min_lr: Annotated[
+        float | None, _option(RATE, "Learning rate of the last step.", "a tenth of --lr", min=0.0)
+    ] = None,
+    warmup_ratio: Annotated[
+        float | None, _option(RATE, "Share of the steps in which the rate rises from 0.", "0.01", min=0.0, max=1.0)
+    ] = None,
+    warmup_steps: Annotated[int | None, _option(RATE, "Number of those steps, instead.", min=0)] = None,
+    weight_decay: Annotated[float, _option(RATE, "AdamW's, on all matrices.", min=0.0)] = 0.1,
+    beta1: Annotated[float, _option(RATE, "AdamW's.", min=0.0, max=0.9999)] = 0.9,
+    beta2: Annotated[float, _option(RATE, "AdamW's.", min=0.0, max=0.9999)] = 0.95,
+    grad_clip: Annotated[float, _option(RATE, "Largest norm of the gradient; 0: any.", min=0.0)] = 1.0,
+    balance: Annotated[
+        list[str] | None,
+        _option(
+            MOE,
+            f"Balance loss: {', '.join(registry.names('balance'))}; repeats.",
+            "aux=0.01 and z-loss=0.001",
+            metavar="NAME[=COEFFICIENT]",
+            callback=_balance,
+        ),
+    ] = None,
+    precision: Annotated[
+        Literal["bf16", "fp32"] | None,
+        _option(RUN, "Of the arithmetic; weights and moments are fp32 in both.", "bf16 on a GPU, fp32 on a CPU"),
+    ] = None,
+    save_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], _option(RUN, "Of saved weights; auto is MODEL's.")
+    ] = "auto",
+    save_every: Annotated[int | None, _option(RUN, "Steps between checkpoints.", "a tenth of the run", min=1)] = None,
+    eval_every: Annotated[int | None, _option(RUN, "Steps between validations.", "a tenth of the run", min=1)] = None,
+    keep_checkpoints: Annotated[int, _option(RUN, "Step folders to keep.", min=1)] = 2,
+    resume: Annotated[
+        bool, _option(RUN, "Go on from the newest step folder in OUT, or delete that run and begin again.")
+    ] = True,
+    seed: Annotated[int, _option(RUN, "Of the data order and of dropout.", min=0)] = 0,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    config: ConfigFlag = None,
+) -> dict[str, Any]:
+    """Go on with a model's pretraining, on new text with the old as replay.
+
+    Trains dense models and Mixtures of Experts with AdamW, keeps the routers balanced, and validates
+    each domain. OUT becomes a stock Hugging Face checkpoint; OUT/checkpoints holds step folders, from
+    which the same command goes on after an interruption, on a CPU to the same result bit for bit.
+    """
+    sources = {"train": named_paths(train, "--train"), "replay": named_paths(replay or [], "--replay")}
+    weights = _weights(weight or [], [*sources["train"], *sources["replay"]])
+    if (max_tokens is None) == (max_steps is None):
+        raise typer.BadParameter("give the length of the run: either --max-tokens 2B or --max-steps 1000")
+    if warmup_ratio is not None and warmup_steps is not None:
+        raise typer.BadParameter("give --warmup-ratio or --warmup-steps, not both")
+
+    from moetool.train.config import TrainConfig, check_batches, default_micro_batch
+    from moetool.train.schedules import parameters
+
+    taken = parameters(schedule)
+    for name in ("min_lr", "warmup_ratio", "warmup_steps"):
+        if given(context, name) and name.replace("ratio", "steps") not in taken:
+            raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with --schedule {schedule}")
+    try:
+        micro = micro_batch_size or default_micro_batch(global_batch_size)
+        check_batches(global_batch_size, micro, int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+    from moetool.checkpoint.hub import resolve_model
+    from moetool.train.balance import parse
+    from moetool.train.loop import Run
+    from moetool.train.open import open_run
+    from moetool.train.state import saved_steps
+
+    main = os.environ.get("RANK", "0") == "0"
+    console = Console(context, json and main, quiet or not main)
+    asked: dict[str, Any] = dict(  # None is TrainConfig's UNSET
+        model=resolve_model(model),
+        out=out,
+        train=sources["train"],
+        replay=sources["replay"],
+        weights=weights,
+        replay_ratio=replay_ratio,
+        val=named_paths(val or [], "--val"),
+        val_fraction=val_fraction,
+        text_field=text_field,
+        document=document,
+        max_steps=max_steps,
+        max_tokens=max_tokens,
+        seq_len=seq_len,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        schedule=schedule,
+        lr=lr,
+        min_lr=min_lr,
+        warmup_ratio=warmup_ratio,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        beta1=beta1,
+        beta2=beta2,
+        grad_clip=grad_clip,
+        balance=parse(balance) if balance else None,
+        precision=precision,
+        save_dtype=save_dtype,
+        save_every=save_every,
+        eval_every=eval_every,
+        keep_checkpoints=keep_checkpoints,
+        resume=resume,
+        seed=seed,
+    )
+    with ExitStack() as opened:
+        with console.progress() as progress:
+            run = opened.enter_context(open_run(TrainConfig(**asked), progress))
+        finished = not isinstance(run, Run)
+        if isinstance(run, Run):
+            for warning in run.warnings:
+                console.warn(warning)
+            console.say(_plan_text(run.plan))
+            if main:
+                write_options(context, out)
+            try:
+                with console.progress() as progress:
+                    summary = run.train(progress)
+            except (KeyboardInterrupt, SystemExit):
+                saved = saved_steps(out)
+                where = f"the checkpoint of step {saved[-1]}" if saved else "the beginning: no checkpoint is saved yet"
+                console.warn(f"stopped after step {run.step}; the same command goes on from {where}")
+                raise
+        else:
+            summary = run
+    document_out = {"out": str(out), "already_finished": finished, **summary}
+    if main:
+        console.result(document_out, *_result_text(document_out))
+    return document_out
+
+
+def _weights(values: list[str], sources: list[str]) -> dict[str, float]:
+    weights = {}
+    for name, text in named_paths(values, "--weight").items():
+        if name not in sources:
+            raise typer.BadParameter(
+                f"--weight {name}: no --train or --replay has that name{registry.suggest(name, sources)}"
+            )
+        try:
+            weights[name] = float(text)
+        except ValueError:
+            weights[name] = -1.0
+        if not 0 < weights[name] < float("inf"):
+            raise typer.BadParameter(f"--weight {name}={text}: a number above 0 is needed")
+    return weights
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    active = plan["num_active_parameters"]
+    sparse = f" ({count(active)} active)" if active != plan["num_parameters"] else ""
+    balance = ", ".join(f"{name} {value:g}" for name, value in plan["balance"].items())
+    start = f" from step {plan['step']}" if plan["step"] else ""
+    lines = [
+        f"[bold]{count(plan['num_parameters'])}[/bold] parameters{sparse} on {escape(plan['device'])}"
+        f"{' x ' + str(plan['num_processes']) if plan['num_processes'] > 1 else ''} in {plan['precision']}"
+        f"{', balance ' + escape(balance) if balance else ''};"
+        f" {plan['steps']} steps{start} x {plan['global_batch_size']} sequences x {plan['seq_len']} tokens"
+        f" = {count(plan['tokens'])} tokens"
+    ]
+    for name, source in plan["sources"].items():
+        lines.append(
+            f"  {'replay' if source['replay'] else 'train '} {escape(name)}: {count(source['tokens'])} tokens,"
+            f" {source['epochs']:.2g} epochs of {count(source['available_tokens'])}"
+        )
+    lines += [f"  val    {escape(name)}: {count(tokens)} tokens" for name, tokens in plan["val"].items()]
+    return "\n".join(lines)
+
+
+def _result_text(summary: dict[str, Any]) -> list[Any]:
+    parts: list[Any] = []
+    if summary["val"]:
+        table = Table("domain", title="validation loss", title_justify="left")
+        for name in ("before", "after", "change"):
+            table.add_column(name, justify="right")
+        for name, value in summary["val"].items():
+            before, after = value["before"], value["after"]
+            table.add_row(escape(name), f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+        parts.append(table)
+    done = "finished before, with the same options: " if summary["already_finished"] else ""
+    parts.append(
+        f"{done}{summary['steps']} steps, {count(summary['tokens'])} tokens,"
+        f" {count(summary['tokens_per_second'])} tokens/s; the checkpoint is {escape(summary['out'])}"
+    )
+    return parts

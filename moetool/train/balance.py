@@ -11,7 +11,7 @@ that collapse in opposite ways do not look balanced together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -111,6 +111,6 @@ def parse(values: Sequence[str]) -> dict[str, float]:
     return {name: coefficient for name, coefficient in chosen.items() if registry.load("balance", name) is not NONE}
 
 
-def build(balance: dict[str, float]) -> dict[str, Strategy]:
+def build(balance: Mapping[str, float]) -> dict[str, Strategy]:
     """The strategies of a run by name."""
     return {name: registry.load("balance", name)() for name in names("balance") if name in balance}

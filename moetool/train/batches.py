@@ -1,0 +1,137 @@
+"""Tokens of a run: which sequences each step, process and validation reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetool.data.mixture import Source, TokenMixture
+from moetool.data.text import TextSource
+from moetool.data.tokens import TokenStream, split_validation, tokenized
+from moetool.errors import DataError
+from moetool.progress import Progress, silent
+from moetool.train.config import TrainConfig
+
+IGNORED = -100  # the label of a place that is not predicted
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The token streams of a run.
+
+    Attributes:
+        train: name -> tokens that are trained on.
+        replay: likewise.
+        val: name -> tokens that are never trained on.
+        fingerprints: option (train, replay, val) -> name -> digest of the tokens before any split.
+    """
+
+    train: Mapping[str, TokenStream]
+    replay: Mapping[str, TokenStream]
+    val: Mapping[str, TokenStream]
+    fingerprints: Mapping[str, Mapping[str, str]]
+
+
+def open_corpus(config: TrainConfig, vocab_size: int, progress: Progress = silent) -> Corpus:
+    """Tokenize or open every source, and hold out the validation documents.
+
+    A source without a validation set of its own name gives `val_fraction` of its documents to one.
+
+    Args:
+        config: the run.
+        vocab_size: rows of the model's embedding.
+        progress: told what is tokenized.
+
+    Raises:
+        DataError: a source cannot be read, or its tokenizer knows more tokens than the model.
+    """
+    tokenizer = Path(config.model)
+
+    def read(path: str) -> TokenStream:
+        stream = tokenized(TextSource(path, config.text_field, config.document), tokenizer, progress)
+        known = int(stream.manifest.get("vocab_size", 0))
+        if known > vocab_size:
+            raise DataError(
+                f"the tokenizer in {tokenizer} has {known} tokens, the model {vocab_size} embedding rows;"
+                " use the tokenizer that belongs to the model"
+            )
+        return stream
+
+    kinds = {"train": config.train, "replay": config.replay, "val": config.val}
+    streams = {kind: {name: read(path) for name, path in named.items()} for kind, named in kinds.items()}
+    fingerprints = {
+        kind: {name: str(stream.manifest["sha256"]) for name, stream in named.items()}
+        for kind, named in streams.items()
+    }
+    held_out = {}
+    for kind in ("train", "replay"):
+        for name, stream in streams[kind].items():
+            if config.val_fraction > 0 and name not in config.val:
+                streams[kind][name], held_out[name] = split_validation(stream, config.val_fraction, config.seed)
+    return Corpus(streams["train"], streams["replay"], {**held_out, **streams["val"]}, fingerprints)
+
+
+def mix(corpus: Corpus, config: TrainConfig) -> TokenMixture:
+    """The sequence of samples of a run; `config` is resolved."""
+    sources = [
+        Source(name, stream, config.weights.get(name, 1), replay=kind == "replay")
+        for kind, named in (("train", corpus.train), ("replay", corpus.replay))
+        for name, stream in named.items()
+    ]
+    return TokenMixture(sources, config.seq_len, config.global_batch_size, config.replay_ratio, config.seed)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one process runs forward at once.
+
+    Attributes:
+        tokens: int64 (micro_batch_size, seq_len + 1); inputs are [:, :-1], labels [:, 1:].
+        seed: of the random numbers drawn in its forward.
+    """
+
+    tokens: Tensor
+    seed: int
+
+
+def micro_batches(
+    mixture: TokenMixture, config: TrainConfig, step: int, rank: int, num_processes: int
+) -> list[MicroBatch]:
+    """The share of one process in the batch of a step (from 0): a pure function of its arguments.
+
+    Micro-batches are numbered over all processes and dealt out in turn, so that their contents and
+    seeds, and with them the step's result, do not depend on the number of processes.
+    """
+    size = config.micro_batch_size
+    samples = mixture.batch(step)
+    share = []
+    for number in range(rank, len(samples) // size, num_processes):
+        rows = [mixture.tokens(n) for n in samples[number * size : (number + 1) * size]]
+        key = np.random.SeedSequence([config.seed, step, number]).generate_state(1, np.uint64)
+        share.append(MicroBatch(torch.from_numpy(np.stack(rows)), int(key[0])))
+    return share
+
+
+def validation_batches(
+    stream: TokenStream, config: TrainConfig, rank: int, num_processes: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and labels, int64 (batch, seq_len), that predict every token of a stream but its first once.
+
+    The last window may be shorter: its rest is filled up, to the right of all that is predicted, and
+    labelled IGNORED.
+    """
+    length, size = config.seq_len, config.micro_batch_size
+    starts = range(0, max(0, stream.num_tokens - 1), length)
+    for begin in range(rank * size, len(starts), num_processes * size):
+        inputs, labels = [], []
+        for start in starts[begin : begin + size]:
+            window = stream.read(start, min(length + 1, stream.num_tokens - start))
+            rest = length + 1 - len(window)
+            inputs.append(np.pad(window[:-1], (0, rest)))
+            labels.append(np.pad(window[1:], (0, rest), constant_values=IGNORED))
+        yield torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(labels))

@@ -1,0 +1,95 @@
+"""A model under training, saved as the stock checkpoint that its source was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moetool.checkpoint.reader import CheckpointReader, read_json
+from moetool.checkpoint.writer import COMPANIONS, UNFINISHED, sync_folder, write_file
+from moetool.recipe import LINEAGE, extend_lineage
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_SAMPLE = 4096  # bytes of each tensor that are part of a fingerprint
+
+
+def source_dtype(source: Path) -> str:
+    """The dtype of most of a checkpoint's weights: float32, bfloat16 or float16.
+
+    Raises:
+        CheckpointError: it is no readable safetensors checkpoint.
+    """
+    elements: Counter[str] = Counter()
+    for info in CheckpointReader(source).tensors.values():
+        elements[info.dtype] += info.num_elements
+    return _DTYPES.get(elements.most_common(1)[0][0], "float32") if elements else "float32"
+
+
+def fingerprint(source: Path) -> str:
+    """A digest of a checkpoint's content: config, headers and the first bytes of every tensor.
+
+    It survives a copy to another place and changes with another seed; reading all would take minutes.
+
+    Raises:
+        CheckpointError: it is no readable safetensors checkpoint.
+    """
+    with CheckpointReader(source) as reader:
+        digest = hashlib.sha256(json.dumps(reader.config, sort_keys=True).encode())
+        for name, info in sorted(reader.tensors.items()):
+            sample = bytearray(min(_SAMPLE, info.size))
+            reader.read_into(info, 0, memoryview(sample))
+            digest.update(f"{name} {info.dtype} {info.shape}".encode() + sample)
+    return digest.hexdigest()
+
+
+def save_checkpoint(model: nn.Module, source: Path, folder: Path, dtype: str, entry: Mapping[str, Any]) -> None:
+    """Write a stock checkpoint: weights in the family's own layout, everything else as in the source.
+
+    Args:
+        model: of transformers, not wrapped.
+        source: the checkpoint that the training began with; its config.json is carried over word for
+            word but for the dtype and `output_router_logits`, so that keys that only older readers
+            know survive.
+        folder: is made.
+        dtype: of floating-point parameters on disk; buffers keep theirs.
+        entry: added to the lineage in moetool.json.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = {
+        name: tensor.to(getattr(torch, dtype)) if name in parameters and tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")  # type: ignore[operator]
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    config = read_json(source / "config.json")
+    config.pop("output_router_logits", None)
+    config |= {key: dtype for key in ("dtype", "torch_dtype") if key == "dtype" or key in config}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / LINEAGE).write_bytes(extend_lineage(source, dict(entry)))
+
+
+def publish(step_folder: Path, out: Path, summary: Mapping[str, Any]) -> None:
+    """Copy a step's checkpoint to the top of the run's folder; config.json last, which makes it loadable."""
+    files = sorted(path for path in step_folder.iterdir() if path.is_file() and path.name != "config.json")
+    for path in files:
+        unfinished = out / (path.name + UNFINISHED)
+        with path.open("rb") as source, unfinished.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 24)
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(unfinished, out / path.name)
+    sync_folder(out)
+    write_file(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_file(out / "config.json", (step_folder / "config.json").read_bytes())

@@ -1,0 +1,83 @@
+"""Opening a run: everything is checked, and OUT is held, before the first weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from moetool.checkpoint.writer import FolderLock
+from moetool.errors import ConfigError
+from moetool.progress import Progress, silent
+from moetool.routing.capture import has_routers
+from moetool.train import balance, state
+from moetool.train.batches import open_corpus
+from moetool.train.config import TrainConfig, check_batches, differences
+from moetool.train.export import fingerprint
+from moetool.train.loop import Run, make_accelerator
+from moetool.train.plan import skeleton
+
+
+@contextmanager
+def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Run | dict[str, Any]]:
+    """Check everything, lock OUT, and load what the run starts or goes on from.
+
+    Yields:
+        The run, or the summary of the one that is finished in OUT.
+
+    Raises:
+        ConfigError: options contradict the model, the machine or the checkpoints in OUT.
+        CheckpointError: MODEL or OUT cannot be used, or another process writes OUT.
+        DataError: a source cannot be read.
+    """
+    accelerator = make_accelerator()
+    main, out = accelerator.is_main_process, config.out
+    state.check_folder(config.model, out)
+    model = skeleton(config.model)
+    positions = getattr(model.config, "max_position_embeddings", None) or 2**31
+    default_balance = balance.parse([]) if has_routers(model) else {}
+    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda")
+    check_batches(config.global_batch_size, config.micro_batch_size, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    with _held(out) if main else nullcontext():
+        with accelerator.main_process_first():
+            corpus = open_corpus(config, model.config.vocab_size, progress)
+        identity = config.identity(fingerprint(config.model), corpus.fingerprints)
+        if main and not config.resume:
+            state.clear(out)
+        accelerator.wait_for_everyone()
+        found = state.find(out)
+        if found.identity is not None:
+            _same(out, found.identity, identity)
+        if found.summary is not None:
+            yield found.summary
+            return
+        run = Run(config, accelerator, corpus, identity, found.step)
+        accelerator.wait_for_everyone()
+        if main:
+            state.claim(out)
+        yield run
+    accelerator.end_training()
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """OUT, made and locked; if nothing comes of it, it goes again."""
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FolderLock(out):
+            yield
+    finally:
+        if new and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = differences(before, now)
+    if changed:
+        raise ConfigError(
+            f"{out} holds a run with other options: {'; '.join(changed)}. Repeat its options to go on with it,"
+            " use --no-resume to delete it and begin again, or choose another OUT"
+        )
