@@ -19,7 +19,7 @@ def tokenize(
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Text, JSONL or Parquet: a file, folder, glob, or hf:owner/name[@revision][#config/split].",
+            help="Text, JSONL or Parquet: a file, folder, glob, or hf:owner/name\\[@revision]\\[#config/split].",
             show_default=False,
         ),
     ],
@@ -29,7 +29,7 @@ def tokenize(
         typer.Option(
             "--tokenizer",
             metavar="MODEL",
-            help="Model whose tokenizer to use: a folder, or owner/name[@revision].",
+            help="Model whose tokenizer to use: a folder, or owner/name\\[@revision].",
             show_default=False,
         ),
     ],
@@ -40,7 +40,9 @@ def tokenize(
         Literal["file", "line", "paragraph"],
         typer.Option("--document", help="What one document of a plain-text file is (elsewhere it is a row)."),
     ] = "file",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other tokens in DIR.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the tokens in DIR, whatever they are.")
+    ] = False,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
     config: ConfigFlag = None,
@@ -62,7 +64,7 @@ def tokenize(
     with console.progress() as progress:
         about = describe(sources, folder, loaded, progress)
         found = read_manifest(out)
-        there = found is not None and found.get("key") == about["key"]
+        there = found is not None and found.get("key") == about["key"] and not overwrite
         if there:
             stream = open_tokens(out)
         else:

@@ -8,6 +8,7 @@ without walking there: a run resumes, and spreads over processes, by the number 
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -77,7 +78,7 @@ class TokenMixture:
         """
         self.seq_len = seq_len
         self.global_batch_size = global_batch_size
-        self.seed = seed
+        self.seed = operator.index(seed)
         self.replay_ratio = exact_fraction("--replay-ratio", replay_ratio)
         self.sources = {source.name: source for source in sources}
         self._groups = [[s for s in sources if s.replay is replay] for replay in (False, True)]
@@ -107,7 +108,8 @@ class TokenMixture:
 
     def sample(self, n: int) -> Sample:
         """What sample `n` (from 0) is."""
-        step, place = divmod(n, self.global_batch_size)
+        # operator.index: keys are made of plain integers, also when numpy or torch counts.
+        step, place = divmod(operator.index(n), self.global_batch_size)
         slot = step * self.global_batch_size + permute(place, self.global_batch_size, key(self.seed, "batch", step))
         before = _floor(slot, self.replay_ratio)
         replay = _floor(slot + 1, self.replay_ratio) > before

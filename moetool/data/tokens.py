@@ -176,7 +176,7 @@ def write_tokens(
                 num_bytes += sum(len(text.encode()) for text in batch)
         if not num_documents:
             raise DataError(f"{', '.join((about or {}).get('sources', ['the input']))}: no text in it")
-        manifest = {
+        manifest = (about or {}) | {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "dtype": dtype,
@@ -186,7 +186,7 @@ def write_tokens(
             "vocab_size": vocab_size,
             "eos_token_id": eos,
             "sha256": digest.hexdigest(),
-        } | (about or {})
+        }
         with durable(unfinished / "manifest.json") as file:
             file.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
         sync_folder(unfinished)
