@@ -16,6 +16,7 @@ from moetool.errors import DataError
 from moetool.progress import Progress, silent
 
 _REPORT_EVERY = 2**20  # bytes between two calls of `progress`
+_BLOCK = 2**24  # bytes hashed at once
 _OWN_FILES = {"moetool.yaml", "moetool.json"}
 
 
@@ -45,14 +46,15 @@ def read_documents(source: TextSource, progress: Progress = silent) -> Iterator[
     Raises:
         DataError: nothing is there, or it cannot be read as what it claims to be; names file and line.
     """
-    task = f"read {Path(source.path).name or source.path}"
+    task = f"read {_short(source)}"
     if source.path.startswith("hf:"):
+        row = 0
         for row, text in enumerate(read_hub(source.path, source.text_field), 1):
             if row % 1000 == 0:
                 progress(task, row, row + 1, "rows")
             if text and not text.isspace():
                 yield text
-        progress(task, 1, 1)
+        progress(task, row, row, "rows")
         return
     files = find_files(source.path)
     total = sum(file.stat().st_size for file in files)
@@ -112,13 +114,20 @@ def content_sha256(source: TextSource, progress: Progress = silent) -> str:
         digest.update(f"{source.path} {hub_commit(source.path)}".encode())
         return digest.hexdigest()
     files = find_files(source.path)
-    for number, file in enumerate(files):
-        progress(f"hash {Path(source.path).name or source.path}", number, len(files), file.name)
+    task, total, done = f"hash {_short(source)}", sum(file.stat().st_size for file in files), 0
+    for file in files:
+        content = hashlib.sha256()
         with file.open("rb") as opened:
-            content = hashlib.file_digest(opened, "sha256").hexdigest()
-        digest.update(f"{format_of(file)} {content}\n".encode())
-    progress(f"hash {Path(source.path).name or source.path}", len(files), len(files))
+            while block := opened.read(_BLOCK):
+                content.update(block)
+                done += len(block)
+                progress(task, done, max(total, done))
+        digest.update(f"{format_of(file)} {content.hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def _short(source: TextSource) -> str:
+    return Path(source.path).name or source.path
 
 
 def _walk(folder: Path) -> list[Path]:
