@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 from contextlib import ExitStack
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,23 +12,17 @@ from rich.table import Table
 
 from moetool import registry
 from moetool.commands.console import Console, count, escape
-from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, given, named_paths, one_of, write_options
+from moetool.commands.options import (
+    ConfigFlag,
+    JsonFlag,
+    QuietFlag,
+    given,
+    named_paths,
+    one_of,
+    parse_count,
+    write_options,
+)
 from moetool.errors import ConfigError
-
-_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-def parse_count(text: str) -> int:
-    """`2B`, `500M`, `10k` or a plain number of at least 1.
-
-    Raises:
-        typer.BadParameter: it is none of these.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", str(text).strip().lower().replace("_", ""))
-    number = Decimal(match[1]) * _COUNTS[match[2]] if match else Decimal(0)
-    if number < 1 or number != int(number):
-        raise typer.BadParameter(f"'{text}' is no count; write it as 2B, 500M, 10k or 4096")
-    return int(number)
 
 
 def _balance(values: list[str] | None) -> list[str] | None:

@@ -177,6 +177,22 @@ def parse_size(text: str) -> int:
     return size
 
 
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def parse_count(text: str) -> int:
+    """`2B`, `500M`, `10k` or a plain number of at least 1.
+
+    Raises:
+        typer.BadParameter: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", str(text).strip().lower().replace("_", ""))
+    number = Decimal(match[1]) * _COUNTS[match[2]] if match else Decimal(0)
+    if number < 1 or number != int(number):
+        raise typer.BadParameter(f"'{text}' is no count; write it as 2B, 500M, 10k or 4096")
+    return int(number)
+
+
 def given(context: typer.Context, name: str) -> bool:
     """Whether a parameter was typed or stands in the configuration file, rather than a default."""
     source = context.get_parameter_source(name)
