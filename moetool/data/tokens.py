@@ -191,7 +191,7 @@ def write_tokens(
             file.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
         sync_folder(unfinished)
         _check_free(folder, overwrite)
-        for name in FILES:
+        for name in reversed(FILES):  # the manifest before the tokens
             (folder / name).unlink(missing_ok=True)
         try:
             os.rename(unfinished, folder)  # onto nothing, or an empty folder

@@ -63,7 +63,7 @@ def test_total_tokens_do_not_depend_on_the_ratio() -> None:
 
 def test_ten_percent_is_a_tenth_and_not_the_nearest_binary_fraction() -> None:
     mixed = mixture(0.1, batch=10)
-    assert mixed.ledger(10**12)["prose"]["sequences"] == 10**11
+    assert mixed.ledger(10**18)["prose"]["sequences"] == 10**17
 
 
 def test_weights_are_relative_within_their_kind() -> None:
