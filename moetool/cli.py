@@ -63,7 +63,7 @@ def root(
 
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 70, 130, 143
 
-# What the machine refuses, as against a bug: reported in one line.
+# What the machine refuses, as against a bug: reported in one line, like any error about a named file.
 _ENVIRONMENT = {
     errno.ENOSPC,
     errno.EROFS,
@@ -96,6 +96,8 @@ def run(arguments: list[str]) -> int:
     """Run one command line; return its exit code."""
     try:
         outcome = app(arguments, standalone_mode=False)
+        if outcome == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C
+            return _fail("interrupted", EXIT_INTERRUPTED)
         return outcome if isinstance(outcome, int) else 0
     except MoetoolError as error:
         return _fail(str(error), error.exit_code)
@@ -109,7 +111,7 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _ENVIRONMENT:
+        if error.errno not in _ENVIRONMENT and not error.filename:
             traceback.print_exc()
             return EXIT_BUG
         where = f"{error.filename}: " if error.filename else ""

@@ -155,16 +155,16 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder that does not exist yet")
     folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
+    # A run killed while it wrote its very first file leaves that under its temporary name.
+    if all(entry.name == PARTIAL + UNFINISHED for entry in folder.iterdir()):
         return
     if overwrite:
         with FolderLock(folder):
             clear(folder)
         return
     if not (folder / PARTIAL).is_file():
-        raise CheckpointError(
-            f"{folder} is not empty; choose another folder, or give --overwrite if it is a checkpoint"
-        )
+        what = "is a finished checkpoint of something else" if (folder / "config.json").is_file() else "is not empty"
+        raise CheckpointError(f"{folder} {what}; choose another folder, or replace a checkpoint with --overwrite")
     left = read_json(folder / PARTIAL)
     # Through JSON and back, so that both sides have the same types.
     wanted = json.loads(json.dumps(identity))

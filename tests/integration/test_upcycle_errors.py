@@ -1,0 +1,262 @@
+"""What goes wrong says what was found and what to do, in one line, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+
+
+def fails(*arguments: object, code: int = 1) -> str:
+    got, out, err = tiny.in_process(*arguments)
+    assert got == code, err
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_wrong_paths(tmp_path: Path, llama: Path) -> None:
+    assert "no folder" in fails("upcycle", tmp_path / "nowhere", tmp_path / "moe")
+    assert "is a file" in fails("upcycle", llama / "config.json", tmp_path / "moe")
+    (tmp_path / "empty").mkdir()
+    assert "config.json: no such file" in fails("upcycle", tmp_path / "empty", tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+    message = fails("upcycle", "someone/some-model", tmp_path / "moe")
+    assert "someone/some-model" in message
+    assert "network" in message
+
+
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "nan", "half"])
+def test_a_ratio_outside_0_to_1_is_a_usage_error(llama: Path, tmp_path: Path, value: str) -> None:
+    assert value in fails("upcycle", llama, tmp_path / "moe", f"--drop-ratio={value}", code=2)
+    assert not (tmp_path / "moe").exists()
+
+
+def test_options_that_contradict_each_other(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe"
+    assert "no effect" in fails("upcycle", llama, out, "--method", "copy", "--drop-ratio", "0.5", code=2)
+    assert "more than" in fails("upcycle", llama, out, "--top-k", "9", code=2)
+    assert "did you mean 'drop'" in fails("upcycle", llama, out, "--method", "drp", code=2)
+    assert "No such option" in fails("upcycle", llama, out, "--ratio", "1", code=2)
+    assert not out.exists()
+
+
+def test_unsupported_sources_are_refused_with_the_reason(mixtral: Path, llama: Path, tmp_path: Path) -> None:
+    assert "is a Mixture of Experts already" in fails("upcycle", mixtral, tmp_path / "moe")
+    for change, reason in [
+        ({"model_type": "gpt2"}, "no family that can be upcycled; the dense families are llama"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_size": 48}, "config.json says"),
+        ({"num_hidden_layers": 3}, "is missing"),
+        ({"num_hidden_layers": 1}, "has no place"),
+        ({"intermediate_size": "64"}, "positive whole number"),
+    ]:
+        folder = Path(shutil.copytree(llama, tmp_path / "m", dirs_exist_ok=True))
+        config = json.loads((llama / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps(config))
+        assert reason in " ".join(fails("upcycle", folder, tmp_path / "moe").split())
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(tmp_path: Path, value: float) -> None:
+    dense = tiny.save_llama(tmp_path / "dense", dtype=torch.bfloat16)
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.1.mlp.up_proj.weight holds NaN or infinity" in fails("upcycle", dense, tmp_path / "moe")
+    assert list((tmp_path / "moe").glob("*")) == []
+
+
+def test_out_is_never_the_source_nor_inside_it(llama: Path, tmp_path: Path) -> None:
+    assert "never modified" in fails("upcycle", llama, llama)
+    assert "never modified" in fails("upcycle", llama, llama / "moe")
+    (tmp_path / "link").symlink_to(llama)
+    assert "never modified" in fails("upcycle", llama, tmp_path / "link" / "moe")
+
+
+def test_a_folder_with_other_things_is_left_alone(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert "not empty" in fails("upcycle", llama, out)
+    assert "notes.txt" in fails("upcycle", llama, out, "--overwrite")
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+    (tmp_path / "file").write_text("")
+    assert "is a file" in fails("upcycle", llama, tmp_path / "file")
+
+
+def test_a_finished_folder_is_proved_again_and_another_recipe_refused(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe"
+    assert tiny.in_process("upcycle", llama, out, "--quiet") == (0, "", "")
+    code, text, _ = tiny.in_process("upcycle", llama, out)
+    assert code == 0
+    assert "finished already" in text
+    assert "finished checkpoint of something else" in fails("upcycle", llama, out, "--seed", "1")
+    assert tiny.in_process("upcycle", llama, out, "--seed", "1", "--overwrite")[0] == 0
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert "does not prove" in fails("upcycle", llama, out, "--seed", "1")
+
+
+def test_verify_finds_a_changed_entry(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe"
+    tiny.in_process("upcycle", llama, out)
+    assert tiny.in_process("verify", out)[0] == 0
+    path = out / "model.safetensors"
+    whole = path.read_bytes()
+    tensors = load_file(path)
+    name = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+    for value in (0.0, 100.0):  # kept or redrawn: an entry is changed either way
+        tensors = load_file(path)
+        tensors[name][7, 9] = value
+        save_file(tensors, path, metadata={"format": "pt"})
+        assert "model.safetensors" in fails("verify", out)
+        path.write_bytes(whole)
+    assert tiny.in_process("verify", out)[0] == 0
+    path.write_bytes(whole[:-4])
+    assert "damaged" in fails("verify", out)
+    assert "only such folders" in fails("verify", llama)
+
+
+def test_verify_asks_where_the_source_went(llama: Path, tmp_path: Path) -> None:
+    dense = Path(shutil.copytree(llama, tmp_path / "dense"))
+    tiny.in_process("upcycle", dense, tmp_path / "moe")
+    dense.rename(tmp_path / "moved")
+    assert "--source" in fails("verify", tmp_path / "moe")
+    assert tiny.in_process("verify", tmp_path / "moe", "--source", tmp_path / "moved")[0] == 0
+    other = tiny.save_llama(tmp_path / "other", seed=1)
+    assert "not the file that was upcycled" in fails("verify", tmp_path / "moe", "--source", other)
+
+
+def test_a_folder_that_cannot_be_written(llama: Path, tmp_path: Path) -> None:
+    # Root may write anywhere; a file system that refuses is stood in for by /proc, where mkdir fails.
+    message = fails("upcycle", llama, "/proc/moe")
+    assert "/proc/moe" in message
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moetool.upcycle.plan.free_disk", lambda folder: 1000)
+    message = fails("upcycle", llama, tmp_path / "moe")
+    assert "1.0 kB free" in message
+    assert list((tmp_path / "moe").glob("*")) == []
+
+
+def test_a_disk_that_fills_up_leaves_no_loadable_half(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    real, calls = os.pwrite, 0
+
+    def pwrite(*arguments: object) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    message = fails("upcycle", llama, tmp_path / "moe", "--max-shard-size", "60KB")
+    assert "no space left on device; free some space" in message
+    left = {p.name for p in (tmp_path / "moe").iterdir()}
+    assert "config.json" not in left
+    assert not any(name.endswith(".unfinished") for name in left)
+    monkeypatch.undo()
+    assert tiny.in_process("upcycle", llama, tmp_path / "moe", "--max-shard-size", "60KB")[0] == 0
+
+
+@pytest.mark.slow
+def test_a_real_full_disk_and_a_read_only_one(llama: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(mount)], check=False)
+    if made.returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        assert "free" in fails("upcycle", llama, mount / "moe")
+        subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
+        assert "read-only" in fails("upcycle", llama, mount / "other")
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "moetool", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> float:
+    """Wait until a path exists or the process has ended; return the time."""
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.001)
+    return time.perf_counter()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_cannot_be_loaded_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    import random
+
+    from moetool.checkpoint.reader import CheckpointReader
+    from moetool.errors import CheckpointError
+
+    dense = tiny.save_llama(tmp_path / "dense", hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    common = ["--max-shard-size", "10MB", "--verify", "none"]
+    whole = tmp_path / "whole"
+    process = start("upcycle", dense, whole, *common)
+    began = wait_for(whole, process)
+    assert process.wait() == 0
+    lasts = time.perf_counter() - began
+    expected = {p.name: p.read_bytes() for p in whole.glob("*.safetensors")}
+    chance, unfinished = random.Random(0), 0
+    for trial in range(25):
+        out = tmp_path / f"out{trial}"
+        process = start("upcycle", dense, out, *common)
+        wait_for(out, process)
+        time.sleep(chance.uniform(0, lasts))
+        process.kill()
+        process.communicate()
+        if not (out / "config.json").exists() or (out / "moetool.partial.json").exists():
+            unfinished += 1
+            with pytest.raises(CheckpointError):
+                CheckpointReader(out)
+        finished = tiny.cli("upcycle", dense, out, *common)
+        assert finished.returncode == 0, finished.stderr
+        assert {p.name: p.read_bytes() for p in out.glob("*.safetensors")} == expected
+        shutil.rmtree(out)
+    assert unfinished >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_have_their_exit_codes(tmp_path: Path, sign: signal.Signals, code: int) -> None:
+    dense = tiny.save_llama(tmp_path / "dense", hidden_size=512, intermediate_size=4096, num_hidden_layers=8)
+    out = tmp_path / "moe"
+    process = start("upcycle", dense, out)
+    wait_for(out / "moetool.partial.json", process)
+    process.send_signal(sign)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert len(err.strip().splitlines()) == 1
+    assert not (out / "config.json").exists()
+    assert not list(out.glob("*.unfinished"))
