@@ -181,9 +181,7 @@ def evaluate(
     if out is not None:
         result["out"] = str(out)
     _warn(console, result, chosen, routing)
-    console.result(result, _table(result, chosen))
-    if out is not None:
-        console.say(f"results: {escape(str(out / 'results.json'))}")
+    console.result(result, _table(result, chosen), *([f"results: {escape(str(out))}"] if out else []))
     if result["failed"]:
         raise EvaluationError(_failures(result["failed"]))
     return result

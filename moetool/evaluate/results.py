@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,7 @@ def write_results(
     `out`/results.json holds the comparison.
     """
     models = {name: Path(folder) for name, folder in document["models"].items()}
-    environment: dict[str, Any] = {"git_hash": get_commit_from_path(Path.cwd())}
-    add_env_info(environment)
+    environment = {"git_hash": get_commit_from_path(Path.cwd())} | _environment()
     for name, folder in models.items():
         place = out if len(models) == 1 else out / name.replace("/", "__")
         place.mkdir(parents=True, exist_ok=True)
@@ -81,6 +81,14 @@ def write_results(
             _write_samples(place, entries)
     if len(models) > 1:
         write_json(out / "results.json", {"moetool": document})
+
+
+@cache
+def _environment() -> dict[str, Any]:
+    """lm-eval's description of machine and libraries; asking the machine takes a second."""
+    environment: dict[str, Any] = {}
+    add_env_info(environment)
+    return environment
 
 
 def _merge(entries: Mapping[str, dict[str, Any]], tasks: Tasks) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -191,9 +191,8 @@ def _match(requested: Mapping[str, int | None], include_path: Path | None) -> tu
     for include_defaults in (False, True):
         manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
         matches = {name: [name] if name.endswith(".yaml") else manager.match_tasks([name]) for name in requested}
-        entries = [manager.task_index.get(match) for names in matches.values() for match in names]
-        local = all(entry is None or entry.kind is not Kind.GROUP for entry in entries)
-        if all(matches.values()) and (local or include_defaults):
+        known = [_is_known(manager.task_index, match) for names in matches.values() for match in names]
+        if all(matches.values()) and all(known):
             break
     if unknown := [name for name, found in matches.items() if not found]:
         raise EvaluationError(_unknown(unknown[0], manager, include_path))
@@ -219,23 +218,32 @@ def _unreadable(folder: Path | None) -> Iterator[tuple[Path, str]]:
             yield file, one_line(error)
 
 
+def _children(entry: Entry) -> list[Any]:
+    """What a tag or group lists: names, or mappings that name a task or group and override settings."""
+    listed = (entry.cfg or {}).get("task")
+    return sorted(entry.tags) if entry.kind is Kind.TAG else listed if isinstance(listed, list) else []
+
+
+def _name(child: Any) -> str:
+    return str(child if isinstance(child, str) else child.get("task") or child.get("group"))
+
+
 def _members(index: Mapping[str, Entry], name: str) -> Iterator[str]:
     """The leaf tasks of a task, group or tag, as far as the index knows them."""
     entry = index.get(name)
-    if entry is None:
-        return
-    if entry.kind is Kind.TAG:
-        children: Iterable[Any] = sorted(entry.tags)
-    elif entry.kind is Kind.GROUP:
-        listed = (entry.cfg or {}).get("task")
-        children = listed if isinstance(listed, list) else []
-    else:
+    if entry is not None and entry.kind in (Kind.TAG, Kind.GROUP):
+        for child in _children(entry):
+            yield from _members(index, _name(child))
+    elif entry is not None:
         yield name
-        return
-    for child in children:
-        child_name = child if isinstance(child, str) else child.get("task") or child.get("group")
-        if isinstance(child_name, str):
-            yield from _members(index, child_name)
+
+
+def _is_known(index: Mapping[str, Entry], name: str) -> bool:
+    """Whether the index has a task, and all that a group refers to. Files name their own tasks."""
+    if name.endswith(".yaml"):
+        return True
+    entry = index.get(name)
+    return entry is not None and all(_is_known(index, _name(child)) for child in _children(entry))
 
 
 def _unsafe(index: Mapping[str, Entry], name: str) -> bool:
