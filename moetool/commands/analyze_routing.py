@@ -1,8 +1,296 @@
-"""Placeholder until the command is written."""
+"""`moetool analyze-routing`: what the routers of a Mixture of Experts do with some texts."""
+
+from __future__ import annotations
+
+import operator
+import re
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.table import Table
+from rich.text import Text
+
+from moetool import registry
+from moetool.commands.console import Console, escape
+from moetool.commands.options import (
+    ConfigFlag,
+    JsonFlag,
+    QuietFlag,
+    named_paths,
+    parse_count,
+    write_options,
+)
+from moetool.errors import CheckFailed, ConfigError
+
+_CHECKS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+_COMPARE, _RUN = "Comparison and tokens", "How the texts run"
 
 
-def analyze_routing(context: typer.Context) -> None:
-    """Not written yet."""
-    raise NotImplementedError
+def analyze_routing(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A Mixture of Experts: a folder, or owner/name\\[@revision].",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="NAME=PATH",
+            help="A domain: text, JSONL, Parquet or tokens; a file, folder, glob or hf:owner/name. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for the report.", show_default=False)
+    ] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-if",
+            metavar="CHECK",
+            help=f"Exit with 3 if a layer has, say, 'mri>0.6'. Measures: {', '.join(registry.names('metric'))}.",
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option("--max-tokens", metavar="N", help="Tokens of each domain, such as 1M.", parser=parse_count),
+    ] = 204_800,
+    text_field: Annotated[
+        str, typer.Option("--text-field", metavar="NAME", help="Field or column that holds the text.")
+    ] = "text",
+    document: Annotated[
+        Literal["file", "line", "paragraph"],
+        typer.Option("--document", help="What one document of a plain-text file is (elsewhere it is a row)."),
+    ] = "file",
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="MODEL2",
+            help="Another checkpoint of the same shape: the same tokens go through it.",
+            show_default=False,
+            rich_help_panel=_COMPARE,
+        ),
+    ] = None,
+    vocabulary_layers: Annotated[
+        str,
+        typer.Option(
+            "--vocabulary-layers",
+            metavar="LAYERS",
+            help="Layers whose tokens are counted by expert: auto (what fits 1 GB), all, none, or 0,8,16-23.",
+            rich_help_panel=_COMPARE,
+        ),
+    ] = "auto",
+    counts: Annotated[
+        Path | None,
+        typer.Option(
+            "--counts",
+            metavar="FILE",
+            help="Instead of MODEL: routes that another engine counted, {domain: {layer: \\[count per expert]}}.",
+            show_default=False,
+            rich_help_panel=_COMPARE,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            metavar="K",
+            min=1,
+            help="Experts a token, for --counts.",
+            show_default=False,
+            rich_help_panel=_COMPARE,
+        ),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            "--seq-len",
+            min=1,
+            help="Tokens a window.  \\[default: 2048, or what the model allows]",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Windows a forward.", rich_help_panel=_RUN)
+    ] = 8,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_RUN)
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Of the weights in memory; auto: as saved.", rich_help_panel=_RUN),
+    ] = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            "--device-map",
+            metavar="MAP",
+            help="Spread a model over devices, such as auto.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    config: ConfigFlag = None,
+) -> dict[str, Any]:
+    """Show what a model's routers do: is the load balanced, where, on which text, and what changed.
+
+    Writes report.json, report.html (one file that opens offline) and plots to --out.
+    """
+    checks = [_parse_check(text) for text in fail_if or []]
+    texts = named_paths(data or [], "--data")
+    if out is None:
+        raise typer.BadParameter("give a folder for the report: --out DIR")
+    if device_map and device != "auto":
+        raise typer.BadParameter("--device and --device-map exclude each other")
+    layers = _parse_layers(vocabulary_layers)
+    if counts is not None:
+        if model or texts or compare:
+            raise typer.BadParameter("--counts takes no MODEL, --data or --compare: it is all there is to know")
+        if top_k is None:
+            raise typer.BadParameter("--counts needs --top-k, the number of experts a token")
+    elif not model or not texts:
+        missing = "a MODEL" if not model else "a text: --data NAME=PATH"
+        raise typer.BadParameter(f"give {missing} (or --counts FILE)")
+    elif top_k is not None:
+        raise typer.BadParameter("--top-k belongs to --counts; a MODEL knows its own")
+
+    console = Console(context, json, quiet)
+    with console.progress() as progress:
+        if counts is not None:
+            from moetool.routing.counts import read_counts
+            from moetool.routing.report import build_report
+
+            report = build_report(counts.name, read_counts(counts, top_k or 1))
+        else:
+            from moetool.checkpoint.hub import resolve_model
+            from moetool.data.text import TextSource
+            from moetool.data.tokens import tokenized, tokenizer_sha256
+            from moetool.routing.analysis import Settings, analyze
+
+            models = [(name, resolve_model(name)) for name in (model, compare) if name]
+            if compare and len({tokenizer_sha256(folder) for _, folder in models}) > 1:
+                raise ConfigError(
+                    f"--compare: {compare} has another tokenizer than {model}; the tokens must be the same"
+                )
+            settings = Settings(max_tokens, seq_len, batch_size, device, dtype, device_map, layers)
+            streams = {
+                name: tokenized(TextSource(path, text_field, document), models[0][1], progress)
+                for name, path in texts.items()
+            }
+            report = analyze(
+                models[0],
+                streams,
+                settings,
+                compare=models[1] if compare else None,
+                scratch=out,
+                notice=lambda message: console.say(f"[dim]{escape(message)}[/dim]"),
+                progress=progress,
+            )
+        from moetool.routing.report import write_report
+
+        files = write_report(report, out)
+        write_options(context, out)
+    result = report | {"files": files}
+    console.result(result, _table(report, shutil.get_terminal_size().columns), _summary(report, files["html"]))
+    _apply(checks, report)
+    return result
+
+
+def _parse_check(text: str) -> tuple[str, str, float]:
+    """`mri>0.6` as (measure, operator, bound)."""
+    match = re.fullmatch(r"\s*([A-Za-z_][\w-]*)\s*(>=|<=|>|<)\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*", text)
+    if match is None:
+        raise typer.BadParameter(f"--fail-if '{text}': write it as 'mri>0.6', with one of > >= < <=")
+    try:
+        return registry.check("metric", match[1].replace("-", "_")), match[2], float(match[3])
+    except ConfigError as error:
+        raise typer.BadParameter(f"--fail-if '{text}': {error}") from None
+
+
+def _apply(checks: list[tuple[str, str, float]], report: dict[str, Any]) -> None:
+    """Raise CheckFailed with the domains, layers and values of every check that holds."""
+    failed = []
+    for measure, sign, bound in checks:
+        found = []
+        for name, domain in report["domains"].items():
+            values = [(row["layer"], row[measure]) for row in domain["layers"]]
+            if any(value is None for _, value in values):
+                raise ConfigError(f"--fail-if {measure}: it is not known from counts alone")
+            sized = [(layer, len(value) if isinstance(value, list) else value) for layer, value in values]
+            if bad := [f"layer {layer} ({value:.4g})" for layer, value in sized if _CHECKS[sign](value, bound)]:
+                found.append(f"{name}: {', '.join(bad)}")
+        if found:
+            failed.append(f"{measure}{sign}{bound:g} in {'; '.join(found)}")
+    if failed:
+        raise CheckFailed(f"--fail-if: {' | '.join(failed)}")
+
+
+def _parse_layers(text: str) -> tuple[int, ...] | str:
+    """`0,8,16-23` as layer numbers; `auto` and `all` as they are, `none` as no layer."""
+    if text in ("auto", "all"):
+        return text
+    if text == "none":
+        return ()
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise typer.BadParameter(
+                f"--vocabulary-layers '{text}': write auto, all, none, or layers such as 0,8,16-23"
+            )
+        layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(layers))
+
+
+_TONE = {"balanced": "green", "skewed": "yellow", "collapsed": "red"}
+
+
+def _table(report: dict[str, Any], width: int) -> Table:
+    """A row a layer, of the domain where its busiest expert is busiest; narrow terminals get fewer columns."""
+    columns = {
+        "mri": lambda row: f"{row['mri']:.3f}",
+        "x bal.": lambda row: f"{row['mri_normalized']:.2f}",
+        "entropy": lambda row: f"{row['entropy']:.3f}",
+        "dead": lambda row: str(len(row["dead_experts"])),
+    }
+    if width < 50:
+        del columns["x bal."]
+    many = len(report["domains"]) > 1
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("layer", justify="right", no_wrap=True)
+    if many:
+        table.add_column("worst on", no_wrap=True, overflow="ellipsis", max_width=max(8, width - 48))
+    for title in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    if width >= 60:
+        table.add_column("", no_wrap=True)
+    for place, level in enumerate(report["verdict"]["layers"]):
+        rows = [(name, domain["layers"][place]) for name, domain in report["domains"].items()]
+        name, row = max(rows, key=lambda pair: pair[1]["mri"])
+        cells = [str(row["layer"]), *([Text(name)] if many else []), *(cell(row) for cell in columns.values())]
+        bar = Text("█" * max(1, round(row["mri"] * 12)), style=_TONE[level])
+        table.add_row(*cells, *([bar] if width >= 60 else []))
+    return table
+
+
+def _summary(report: dict[str, Any], page: str) -> str:
+    verdict = report["verdict"]
+    head, colon, rest = verdict["title"].partition(":")
+    lines = [f"\n[bold {_TONE[verdict['level']]}]{head}[/]{colon}{escape(rest)}", *map(escape, verdict["findings"])]
+    if report["comparison"]:
+        rows = [row for domain in report["comparison"]["domains"].values() for row in domain["layers"]]
+        kept = sum(row["saturation"] for row in rows) / len(rows)
+        lines.append(f"{kept:.0%} of the choices are the same in {escape(report['comparison']['model'])}.")
+    return "\n".join([*lines, f"The report is {escape(page)}"])

@@ -39,7 +39,7 @@ def render(report: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"visible": visible, "percent": percent, "number": number, "heat": heat}
-    environment.globals |= {"line_chart": line_chart, "bars": bars, "column": column}
+    environment.globals |= {"line_chart": line_chart, "bars": bars, "column": column, "drift_series": drift_series}
     matrices = report["coactivation"] if report["num_experts"] <= MATRIX_EXPERTS else None
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -49,7 +49,7 @@ def render(report: dict[str, Any]) -> str:
         balanced_load=1 / report["num_experts"],
         balanced_mri=report["top_k"] / report["num_experts"],
         full=min(max(report["num_experts"] / report["top_k"], 2), 8),
-        bar_height=min(1 / report["top_k"], 6 / report["num_experts"]),
+        bar_height=_largest_load(report),
         label_every=1 if report["num_experts"] <= 24 else report["num_experts"] // 8,
         coactivation_json=Markup(safe_json(matrices)),
         token_layers=_token_layers(report),
@@ -98,6 +98,19 @@ def heat(ratio: float, full: float) -> str:
 def column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
     """One measure of all layers."""
     return [row[name] for row in rows]
+
+
+def drift_series(drift: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The layers whose drift is known, and the lines of the chart."""
+    rows = [row for row in drift if row["router"] is not None and None not in row["experts"]]
+    return {
+        "layers": column(rows, "layer"),
+        "series": {
+            "router": column(rows, "router"),
+            "experts, mean": [sum(row["experts"]) / len(row["experts"]) for row in rows],
+            "expert that moved most": [max(row["experts"]) for row in rows],
+        },
+    }
 
 
 # The inside of a line chart in the units of its viewBox; labels lie around it.
@@ -167,6 +180,11 @@ def bars(loads: Sequence[Sequence[float]], top: float, width: float = 240, heigh
         )
         for d, load_E in enumerate(loads)
     ]
+
+
+def _largest_load(report: dict[str, Any]) -> float:
+    loads = (max(row["load"]) for domain in report["domains"].values() for row in domain["layers"])
+    return max(*loads, 1.5 / report["num_experts"])
 
 
 def _token_layers(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -69,8 +69,22 @@ def read_batches(text: Tokens, seq_len: int, batch_size: int, num_tokens: int) -
 
 
 @torch.inference_mode()
+def probe(model: Any, capture: RouterCapture) -> RoutingStats:
+    """Empty stats of the model's shape.
+
+    Families call the number of experts and top-k by a dozen names: what the routers return for one
+    token says both.
+    """
+    device = model.get_input_embeddings().weight.device
+    with capture.collect() as routes:
+        model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+    return RoutingStats.like(routes)
+
+
+@torch.inference_mode()
 def measure(
     model: Any,
+    capture: RouterCapture,
     texts: Mapping[str, Tokens],
     *,
     seq_len: int,
@@ -83,6 +97,7 @@ def measure(
 
     Args:
         model: a causal language model of transformers; its head is not run.
+        capture: the hooks on it.
         texts: name -> tokens.
         seq_len: tokens a window; windows do not see each other.
         batch_size: windows a forward.
@@ -93,31 +108,28 @@ def measure(
         Name -> sums.
 
     Raises:
-        CheckpointError: the model has no router that can be read.
+        CheckpointError: a router cannot be read, or layers differ in experts or top-k.
         DataError: a text has no tokens.
     """
-    capture = RouterCapture(model)
     device = model.get_input_embeddings().weight.device
+    empty = probe(model, capture)
     stats: dict[str, RoutingStats] = {}
-    # Routers tell the number of experts and top-k by what they return, whatever the family's config
-    # calls them: stats are made at the first route.
     for name, text in texts.items():
         total = min(text.num_tokens, max_tokens)
         if total < 1:
             raise DataError(f"--data {name}: no tokens to route; give a text that is not empty")
+        stats[name] = sums = empty + empty
         began, done = time.monotonic(), 0
         for batch in read_batches(text, seq_len, batch_size, total):
-
-            def count(route: Route, name: str, batch: Batch) -> None:
-                if name not in stats:
-                    stats[name] = RoutingStats.like([route], capture.layers)
-                stats[name].update([route], batch.mask_T)
-                for observer in observers:
-                    observer(name, route, batch)
-
-            with capture.collect(partial(count, name=name, batch=batch)):
-                # Filling lies behind the text, where a causal model does not see it: no attention mask.
+            # Filling lies behind the text, where a causal model does not see it: no attention mask.
+            with capture.collect(partial(_count, sums, observers, name, batch)):
                 model.base_model(input_ids=batch.ids_BS.to(device), use_cache=False)
             done += len(batch.tokens_N)
             progress(f"routing of {name}", done, total, f"{done / (time.monotonic() - began):.0f} tokens/s")
     return stats
+
+
+def _count(sums: RoutingStats, observers: Sequence[Observer], name: str, batch: Batch, route: Route) -> None:
+    sums.update([route], batch.mask_T)
+    for observe in observers:
+        observe(name, route, batch)

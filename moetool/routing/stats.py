@@ -47,11 +47,10 @@ class RoutingStats:
         ]
 
     @classmethod
-    def like(cls, routes: list[Route], layers: list[int] | None = None) -> RoutingStats:
-        """Empty stats that fit the routes of one forward; `layers` where `routes` are not all of them."""
+    def like(cls, routes: list[Route]) -> RoutingStats:
+        """Empty stats that fit the routes of one forward."""
         first = routes[0]
-        layers = layers or [route.layer for route in routes]
-        return cls(layers, first.logits_TE.shape[-1], first.indices_TK.shape[-1])
+        return cls([route.layer for route in routes], first.logits_TE.shape[-1], first.indices_TK.shape[-1])
 
     @torch.no_grad()
     def update(self, routes: Iterable[Route], mask_T: Tensor | None = None) -> None:

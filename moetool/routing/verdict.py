@@ -35,7 +35,7 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
     level = next(name for name in ("collapsed", "skewed", "balanced") if name in levels)
     return {
         "level": level,
-        "title": _title(level, levels, len(layers)),
+        "title": _title(level, levels, len(report["domains"])),
         "findings": _findings(report, worst, dead),
         "advice": _advice(level, dead, report),
         "layers": levels,
@@ -82,17 +82,16 @@ def _worst(report: dict[str, Any]) -> dict[str, Any]:
     return {"domain": name, "expert": expert} | {key: row[key] for key in keep}
 
 
-def _title(level: str, levels: list[str], num_layers: int) -> str:
-    of = f"{levels.count(level)} of {num_layers} layers" if num_layers > 1 else "the one layer"
+def _title(level: str, levels: list[str], num_domains: int) -> str:
+    over = "over all domains together, " if num_domains > 1 else ""
+    here = levels.count(level)
+    of = f"{here} of {len(levels)} layers" if len(levels) > 1 else "the one layer"
+    one = here == 1
     if level == "balanced":
-        return "Balanced: every layer spreads its tokens over all its experts."
+        return f"Balanced: {over}every layer spreads its tokens over all its experts."
     if level == "skewed":
-        return f"Skewed: {of} {_verb(levels.count(level), num_layers, 'prefer', 'prefers')} some experts clearly."
-    return f"Collapsed: {of} {_verb(levels.count(level), num_layers, 'send', 'sends')} most tokens to a few experts."
-
-
-def _verb(number: int, num_layers: int, plural: str, singular: str) -> str:
-    return singular if number == 1 or num_layers == 1 else plural
+        return f"Skewed: {over}{of} {'prefers' if one else 'prefer'} some experts clearly."
+    return f"Collapsed: {over}{of} {'sends' if one else 'send'} most tokens to a few experts."
 
 
 def _findings(report: dict[str, Any], worst: dict[str, Any], dead: list[list[int]]) -> list[str]:
@@ -107,8 +106,8 @@ def _findings(report: dict[str, Any], worst: dict[str, Any], dead: list[list[int
     if dead:
         layers = len({layer for layer, _ in dead})
         findings.append(
-            f"{len(dead)} of {total} experts {_verb(len(dead), 2, 'are', 'is')} dead {where}, in {layers}"
-            f" {_verb(layers, 2, 'layers', 'layer')}: they receive less than {DEAD_LOAD:.0%} of their fair share."
+            f"{len(dead)} of {total} experts {'is' if len(dead) == 1 else 'are'} dead {where}, in {layers}"
+            f" layer{'' if layers == 1 else 's'}: less than {DEAD_LOAD:.0%} of a fair share of tokens."
         )
     else:
         findings.append(f"No expert is dead {where}.")

@@ -1,0 +1,180 @@
+"""The whole analysis of a checkpoint, alone or against another: load, measure, report."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetool.checkpoint.model import load_model, load_tokenizer, pick_device
+from moetool.errors import ConfigError
+from moetool.progress import Progress, silent
+from moetool.routing import metrics
+from moetool.routing.capture import RouterCapture
+from moetool.routing.comparison import RouteFile, build_comparison
+from moetool.routing.drift import drift
+from moetool.routing.measure import Observer, Tokens, measure, probe
+from moetool.routing.report import build_report
+from moetool.routing.stats import RoutingStats
+from moetool.routing.vocabulary import TokenCounts, continual_specialization, distinct_tokens, table_size
+
+SEQ_LEN = 2048
+VOCABULARY_BYTES = 10**9  # what `--vocabulary-layers auto` may take
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts go through a model.
+
+    Attributes:
+        max_tokens: the first so many tokens of each text.
+        seq_len: tokens a window; None takes 2048, or what the model's positions allow.
+        batch_size: windows a forward.
+        device: `auto`, or a device of torch.
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        device_map: transformers' placement over devices; excludes `device`.
+        vocabulary_layers: layers whose tokens are counted by expert; `auto` takes all that fit
+            `VOCABULARY_BYTES`, evenly spread, `all` all.
+    """
+
+    max_tokens: int = 204_800
+    seq_len: int | None = None
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: str | None = None
+    vocabulary_layers: tuple[int, ...] | str = "auto"
+
+
+def analyze(
+    model: tuple[str, Path],
+    texts: Mapping[str, Tokens],
+    settings: Settings,
+    *,
+    compare: tuple[str, Path] | None = None,
+    scratch: Path | None = None,
+    notice: Callable[[str], None] = lambda message: None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure the routing of a checkpoint on some texts; with `compare`, of another on the same tokens.
+
+    One model is in memory at a time.
+
+    Args:
+        model: its name for the report and its folder.
+        texts: domain -> tokens, of the tokenizer of both models.
+        settings: how.
+        compare: name and folder of the second checkpoint.
+        scratch: where a comparison keeps the first checkpoint's choices while it runs.
+        notice: told in one line what will take memory or disk, before it does.
+        progress: told the tokens done.
+
+    Returns:
+        The report, as `build_report` makes it.
+
+    Raises:
+        CheckpointError: a model cannot be loaded or has no router that can be read.
+        ConfigError: the checkpoints differ in shape, or the settings do not fit the model.
+    """
+    loaded, capture, empty = _open(model[1], settings)
+    limits = {
+        "seq_len": _seq_len(loaded, settings),
+        "batch_size": settings.batch_size,
+        "max_tokens": settings.max_tokens,
+    }
+    counted = _vocabulary_layers(settings, texts, empty, notice)
+    tokens = TokenCounts(texts, settings.max_tokens, empty, counted) if counted else None
+    routes = RouteFile(scratch or Path.cwd(), texts, settings.max_tokens, empty) if compare else None
+    if routes:
+        notice(f"the choices of {model[0]} take {routes.size / 1e6:.1f} MB of disk while the comparison runs")
+    observers: list[Observer] = [
+        observer for observer in (tokens and tokens.observe, routes and routes.write) if observer
+    ]
+    stats = measure(loaded, capture, texts, **limits, observers=observers, progress=progress)
+    del loaded, capture  # its memory is the next model's
+    _free()
+    comparison = None
+    if compare and routes:
+        loaded, capture, other = _open(compare[1], settings)
+        routes.check(other)
+        tokens_after = TokenCounts(texts, settings.max_tokens, empty, counted) if counted else None
+        observers = [routes.compare, *([tokens_after.observe] if tokens_after else [])]
+        _seq_len(loaded, settings)
+        after = measure(loaded, capture, texts, **limits, observers=observers, progress=_named(progress, compare[0]))
+        del loaded, capture
+        _free()
+        continual = continual_specialization(tokens, tokens_after) if tokens and tokens_after else None
+        drifted = drift(model[1], compare[1], empty.num_experts, progress)
+        comparison = build_comparison(compare[0], stats, after, routes, drifted, continual)
+    specialization = None
+    if tokens:
+        together = sum(stats.values(), start=empty)
+        rows = [empty.layers.index(layer) for layer in tokens.layers]
+        specialization = tokens.report(load_tokenizer(model[1]), metrics.load(together)[rows])
+    return build_report(model[0], stats, vocabulary_specialization=specialization, comparison=comparison)
+
+
+def _open(folder: Path, settings: Settings) -> tuple[Any, RouterCapture, RoutingStats]:
+    device = None if settings.device_map else pick_device(settings.device)
+    model = load_model(folder, settings.dtype, device, settings.device_map)
+    capture = RouterCapture(model)
+    return model, capture, probe(model, capture)
+
+
+def _seq_len(model: Any, settings: Settings) -> int:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
+    if settings.seq_len and settings.seq_len > positions:
+        raise ConfigError(f"--seq-len {settings.seq_len}: the model's positions end at {positions}")
+    return settings.seq_len or min(SEQ_LEN, int(positions))
+
+
+def _vocabulary_layers(
+    settings: Settings, texts: Mapping[str, Tokens], empty: RoutingStats, notice: Callable[[str], None]
+) -> list[int]:
+    wanted, layers = settings.vocabulary_layers, empty.layers
+    if not isinstance(wanted, str):
+        if unknown := [layer for layer in wanted if layer not in layers]:
+            raise ConfigError(
+                f"--vocabulary-layers: layer {unknown[0]} has no router; layers with one are {_ranges(layers)}"
+            )
+        layers = list(wanted)
+    num_types = len(distinct_tokens(texts, settings.max_tokens)) if layers else 0
+    # A comparison needs a second table; one budget for each.
+    one = table_size(num_types, empty.num_experts, 1)
+    if wanted == "auto" and one * len(layers) > VOCABULARY_BYTES:
+        fit = max(1, VOCABULARY_BYTES // one)
+        layers = sorted({layers[round(i * (len(layers) - 1) / max(fit - 1, 1))] for i in range(fit)})
+    if layers:
+        notice(
+            f"the tokens of {len(layers)} of {len(empty.layers)} layers are counted by expert:"
+            f" {one * len(layers) / 1e6:.1f} MB of memory (--vocabulary-layers chooses them)"
+        )
+    return layers
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-3,7` for [0, 1, 2, 3, 7]."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
+
+
+def _named(progress: Progress, model: str) -> Progress:
+    def renamed(task: str, done: float, total: float, note: str = "") -> None:
+        progress(f"{task} in {model}", done, total, note)
+
+    return renamed
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
