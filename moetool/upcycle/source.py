@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -57,20 +58,25 @@ def in_threads(jobs: Iterable[Callable[[], None]], workers: int) -> None:
                 errors.append(error)
                 stop.set()
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    threads = [threading.Thread(target=work) for _ in range(workers)]
     before = torch.get_num_threads()
+    # Ctrl-C and SIGTERM are held back while threads start (one that is half started can neither be
+    # joined nor left behind) and while they end; between the two they stop the work.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         for thread in threads:
             thread.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for thread in threads:
             thread.join()
-    except BaseException:  # Ctrl-C, SIGTERM: let every worker end its block, then leave
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         stop.set()
         for thread in threads:
-            thread.join()
-        raise
-    finally:
+            if thread.ident is not None:
+                thread.join()
         torch.set_num_threads(before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
     if errors:
         raise errors[0]
 
