@@ -5,17 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetool.errors import CheckpointError, DataError
+from moetool.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def pick_device(device: str = "auto") -> str:
-    """The device of a name; `auto` is the first of cuda, mps and cpu that is there."""
+    """The device of a name; `auto` is the first of cuda, mps and cpu that is there.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     import torch
 
     if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = next(iter(str(error).splitlines()), "").strip()
+            raise ConfigError(f"no device '{device}' here: {reason[:200]}; leave it at auto, or use cpu") from None
         return device
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -141,12 +142,15 @@ def evaluate(
 
     from moetool.evaluate.quiet import hushed
 
-    console = Console(context, json, quiet)
+    # Of several processes only the first is heard.
+    console = Console(context, json, quiet or os.environ.get("RANK", "0") != "0")
     with console.progress() as progress, hushed():
         progress("start", 0, 1, "lm-eval")
         from moetool.checkpoint.model import pick_device
         from moetool.data.text import TextSource
         from moetool.evaluate import run
+        from moetool.evaluate.plots import write_plots
+        from moetool.evaluate.processes import is_first, joined
         from moetool.evaluate.results import build_document, write_results
         from moetool.evaluate.tasks import load_tasks, network, text_task
 
@@ -160,28 +164,31 @@ def evaluate(
                     raise typer.BadParameter(f"--text {name}: a task has this name too; choose another")
                 loaded.tasks[name] = text_task(name, TextSource(path, text_field, document), limit, progress)
                 loaded.texts[name] = path
-            if out is not None:
+            if out is not None and is_first():
                 out.mkdir(parents=True, exist_ok=True)
                 write_options(context, out)
-            settings = run.Settings(
-                limit=limit,
-                batch_size=batch_size,
-                device=pick_device(device),
-                dtype=dtype,
-                device_map=device_map,
-                routing=routing,
-                log_samples=log_samples,
-                allow_code_execution=allow_code_execution,
-            )
-            evaluation = run.evaluate(folders, loaded, settings, out, progress)
+            with joined(pick_device(device), device_map) as place:
+                settings = run.Settings(
+                    limit=limit,
+                    batch_size=batch_size,
+                    device=place,
+                    dtype=dtype,
+                    device_map=device_map,
+                    routing=routing,
+                    log_samples=log_samples,
+                    allow_code_execution=allow_code_execution,
+                )
+                evaluation = run.evaluate(folders, loaded, settings, out, progress)
+        if not is_first():
+            return {}
         base = next(iter(folders)) if baseline else None
         result = build_document(folders, loaded, evaluation, base, {suite: chosen} if suite and chosen else {})
         if out is not None:
+            shown = {b.task: b.metric for b in chosen.benchmarks if b.task} if chosen else {}
+            result |= {"out": str(out), "plots": write_plots(result, shown, out / "plots")}
             write_results(out, result, loaded, evaluation, settings)
-    if out is not None:
-        result["out"] = str(out)
     _warn(console, result, chosen, routing)
-    console.result(result, _table(result, chosen), *([f"results: {escape(str(out))}"] if out else []))
+    console.result(result, _table(result, chosen), *_places(result))
     if result["failed"]:
         raise EvaluationError(_failures(result["failed"]))
     return result
@@ -203,6 +210,13 @@ def _distinct(models: list[str]) -> dict[str, Path]:
         lengths = (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others))
         names["/".join(parts[-next(lengths, len(parts)) :])] = folder
     return names
+
+
+def _places(result: dict[str, Any]) -> list[str]:
+    if "out" not in result:
+        return []
+    plots = f"; {len(result['plots'])} plots over training in plots/" if result["plots"] else ""
+    return [f"results: {escape(result['out'])}{plots}"]
 
 
 def _failures(failed: list[dict[str, str]]) -> str:

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as distributed
 from lm_eval.api.model import CacheHook
 from lm_eval.evaluator import evaluate
+from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import set_torch_seed
 from torch import Tensor
 
+from moetool.errors import EvaluationError
 from moetool.evaluate.tasks import FEWSHOT_SEED
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
@@ -42,10 +45,15 @@ class Harness(HFLM):
         self.cache_hook = _Counter(self)
         self.capture = RouterCapture(model) if routing else None
         self.stats: RoutingStats | None = None
+        if distributed.is_initialized():
+            self._rank, self._world_size = distributed.get_rank(), distributed.get_world_size()
         self._lengths: list[int | None] = []
 
     def run(self, name: str, task: Any, limit: float | None, allow_code_execution: bool, progress: Progress) -> Any:
         """Evaluate one task; return lm-eval's results with samples (None on processes other than the first)."""
+        num_documents = get_sample_size(task, limit) or len(task.eval_docs)
+        if num_documents < self.world_size:
+            raise EvaluationError(f"{num_documents} documents for {self.world_size} processes; launch fewer")
         self._progress, self._done, self._total = progress, 0, 0
         self.stats = None
         # What lm-eval's simple_evaluate sets before it evaluates.
@@ -54,7 +62,10 @@ class Harness(HFLM):
         set_torch_seed(1234)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
         try:
-            return evaluate(self, {"tasks": {name: task}}, limit=limit, confirm_run_unsafe_code=allow_code_execution)
+            results = evaluate(self, {"tasks": {name: task}}, limit=limit, confirm_run_unsafe_code=allow_code_execution)
+            parts = [part for part in self.gather_object(self.stats) or [] if part is not None]
+            self.stats = sum(parts[1:], start=parts[0]) if parts else None
+            return results
         finally:
             self._progress = silent
             task._instances = None
@@ -68,19 +79,31 @@ class Harness(HFLM):
             self._progress("requests", min(self._done, self._total), self._total)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        self._total = len(requests)
-        return super().loglikelihood(requests, disable_tqdm=True)
+        return self._answer(super().loglikelihood, requests, len(requests))
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        self._total = len(requests)
-        return super().generate_until(requests, disable_tqdm=True)
+        return self._answer(super().generate_until, requests, len(requests))
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
         self._counts_windows = True
         try:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            return self._answer(super().loglikelihood_rolling, requests, 0)
         finally:
             self._counts_windows = False
+
+    def _answer(self, method: Any, requests: Any, total: int) -> Any:
+        # With several processes lm-eval repeats the last request until all have as many, as FSDP needs.
+        # Every process has the whole model here: the repetitions are not run (nor counted).
+        last = requests[-1]
+        same = next((n for n, request in enumerate(reversed(requests)) if request is not last), len(requests))
+        extra = same - last.repeats if self.world_size > 1 else 0
+        self._total = total
+        world_size, self._world_size = self._world_size, 1
+        try:
+            answers = method(requests[: len(requests) - extra], disable_tqdm=True)
+        finally:
+            self._world_size = world_size
+        return answers + answers[-1:] * extra
 
     _counts_windows = False
     _progress: Progress = staticmethod(silent)
@@ -96,6 +119,19 @@ class Harness(HFLM):
         if self._counts_windows:
             self.advance(len(requests))
         return answers
+
+    # Several processes: each has the whole model and a share of the documents.
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.zeros_like(tensor).reshape(-1) for _ in range(self.world_size)]
+        distributed.all_gather(parts, tensor.reshape(-1))
+        return torch.cat(parts)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            distributed.barrier()
 
     # Routes. lm-eval pads on the right for log-likelihoods without telling the model, and on the left
     # for generation; padding is not text and must not count.

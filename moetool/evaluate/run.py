@@ -16,9 +16,10 @@ from lm_eval.loggers.utils import add_tokenizer_info
 from lm_eval.utils import handle_non_serializable
 
 from moetool.checkpoint.model import load_model, load_tokenizer
-from moetool.errors import CheckpointError, DataError
+from moetool.errors import CheckpointError, DataError, EvaluationError
 from moetool.evaluate import cache
 from moetool.evaluate.harness import Harness
+from moetool.evaluate.processes import from_first, is_first
 from moetool.evaluate.tasks import Tasks, describe, digest, one_line
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
@@ -112,7 +113,8 @@ def evaluate(
     total = len(models) * len(tasks.tasks)
     for number, (model_name, folder) in enumerate(models.items()):
         keys = {task: cache.key(identities[model_name], digests[task], decisive) for task in tasks.tasks}
-        entries = {task: entry for task, key in keys.items() if (entry := cache.read(out, key)) is not None}
+        kept = {task: cache.read(out, key) for task, key in keys.items()} if is_first() else {}
+        entries = from_first({task: entry for task, entry in kept.items() if entry is not None})
         evaluation.num_cached += len(entries)
         left = [task for task in tasks.tasks if task not in entries]
         progress("evaluate", number * len(keys) + len(entries), total, model_name)
@@ -125,7 +127,12 @@ def evaluate(
                             name, tasks.tasks[name], settings.limit, settings.allow_code_execution, progress
                         )
                     except Exception as error:  # a task runs its authors' code
+                        if lm.world_size > 1 and not isinstance(error, EvaluationError):
+                            # The other processes may wait for this one; the launcher ends them.
+                            raise EvaluationError(f"{name} on {model_name} failed: {one_line(error)}") from None
                         evaluation.failed.append({"model": model_name, "task": name, "reason": one_line(error)})
+                        continue
+                    if results is None:  # only the first process has them
                         continue
                     entries[name] = _entry(lm, name, results, configs[name], settings)
                     cache.write(out, keys[name], entries[name])

@@ -1,0 +1,76 @@
+"""Scores over training: one PNG a task, from checkpoints that know how many tokens they have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from moetool.recipe import read_lineage
+
+
+def training_tokens(folder: Path) -> tuple[str, int] | None:
+    """The run that a checkpoint belongs to, and the tokens it had seen of it; None if no `cpt` made it.
+
+    Args:
+        folder: RUN or RUN/checkpoints/step-NNNNNN, with the lineage that `moetool cpt` writes.
+    """
+    last = ((read_lineage(folder) or {}).get("lineage") or [{}])[-1]
+    if last.get("command") != "cpt" or not isinstance(last.get("tokens"), int):
+        return None
+    resolved = folder.resolve()
+    run = resolved.parent.parent if resolved.parent.name == "checkpoints" else resolved
+    return str(run), last["tokens"]
+
+
+def write_plots(document: Mapping[str, Any], metrics: Mapping[str, str], folder: Path) -> list[str]:
+    """Draw each task's score over training tokens, a line a run, the baseline dashed.
+
+    Args:
+        document: from `build_document`.
+        metrics: task -> the metric to draw; the first of the task where it is not named.
+        folder: is made, if there is anything to draw: two checkpoints of one run.
+
+    Returns:
+        The files.
+    """
+    runs: dict[str, list[tuple[int, str]]] = {}
+    for model, path in document["models"].items():
+        if (place := training_tokens(Path(path))) is not None:
+            runs.setdefault(place[0], []).append((place[1], model))
+    lines = {run: sorted(points) for run, points in runs.items() if len({tokens for tokens, _ in points}) > 1}
+    files = []
+    for task in dict.fromkeys(t for scores in document["results"].values() for t in scores) if lines else ():
+        found = next(scores[task] for scores in document["results"].values() if task in scores)
+        metric = metrics[task] if metrics.get(task) in found else next(iter(found))
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{task.replace('/', '__')}.png"
+        _draw(document, lines, task, metric).savefig(file, dpi=150)
+        files.append(str(file))
+    return files
+
+
+def _draw(document: Mapping[str, Any], lines: Mapping[str, list[tuple[int, str]]], task: str, metric: str) -> Figure:
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for run, points in lines.items():
+        scores = [(tokens, document["results"][m].get(task, {}).get(metric)) for tokens, m in points]
+        known = [(tokens, score) for tokens, score in scores if score]
+        axes.errorbar(
+            [tokens for tokens, _ in known],
+            [score["value"] for _, score in known],
+            yerr=[score["stderr"] or 0 for _, score in known],
+            marker="o",
+            capsize=2,
+            label=Path(run).name,
+        )
+    base = document["results"].get(document["baseline"], {}).get(task, {}).get(metric)
+    if base:
+        axes.axhline(base["value"], linestyle="--", color="grey", label=document["baseline"])
+    name, _, filter_name = metric.partition(",")
+    axes.set(xlabel="tokens", ylabel=name if filter_name == "none" else f"{name} ({filter_name})", title=task)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

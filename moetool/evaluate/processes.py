@@ -1,0 +1,59 @@
+"""Several processes, as `accelerate launch` and `torchrun` start them; each takes a share of the documents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+
+from moetool.errors import ConfigError
+
+
+@contextmanager
+def joined(device: str, device_map: str | None) -> Iterator[str]:
+    """Join the processes of the launch, if there are several; give this one's device.
+
+    Args:
+        device: such as `cuda`; each process takes the card of its local rank.
+        device_map: must be None with several processes, which would each spread over all cards.
+
+    Raises:
+        ConfigError: --device-map with several processes, or more processes than cards.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device_map is not None:
+        raise ConfigError("--device-map spreads one process over all devices; launch one, or leave it out")
+    if device == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"more processes than the {torch.cuda.device_count()} cards; launch one a card")
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    # Shares differ in length by hours on long tasks: waiting is no error.
+    distributed.init_process_group(backend, timeout=timedelta(weeks=52))
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    if not distributed.is_initialized():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
