@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -259,7 +260,7 @@ _TONE = {"balanced": "green", "skewed": "yellow", "collapsed": "red"}
 
 def _table(report: dict[str, Any], width: int) -> Table:
     """A row a layer, of the domain where its busiest expert is busiest; narrow terminals get fewer columns."""
-    columns = {
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "mri": lambda row: f"{row['mri']:.3f}",
         "x bal.": lambda row: f"{row['mri_normalized']:.2f}",
         "entropy": lambda row: f"{row['entropy']:.3f}",
@@ -279,9 +280,14 @@ def _table(report: dict[str, Any], width: int) -> Table:
     for place, level in enumerate(report["verdict"]["layers"]):
         rows = [(name, domain["layers"][place]) for name, domain in report["domains"].items()]
         name, row = max(rows, key=lambda pair: pair[1]["mri"])
-        cells = [str(row["layer"]), *([Text(name)] if many else []), *(cell(row) for cell in columns.values())]
-        bar = Text("█" * max(1, round(row["mri"] * 12)), style=_TONE[level])
-        table.add_row(*cells, *([bar] if width >= 60 else []))
+        cells: list[str | Text] = [
+            str(row["layer"]),
+            *([Text(name)] if many else []),
+            *(cell(row) for cell in columns.values()),
+        ]
+        if width >= 60:
+            cells.append(Text("█" * max(1, round(row["mri"] * 12)), style=_TONE[level]))
+        table.add_row(*cells)
     return table
 
 

@@ -40,7 +40,8 @@ def render(report: dict[str, Any]) -> str:
     )
     environment.filters |= {"visible": visible, "percent": percent, "number": number, "heat": heat}
     environment.globals |= {"line_chart": line_chart, "bars": bars, "column": column, "drift_series": drift_series}
-    matrices = report["coactivation"] if report["num_experts"] <= MATRIX_EXPERTS else None
+    drawn = report["coactivation"] and report["num_experts"] <= MATRIX_EXPERTS
+    matrices = list(report["coactivation"].values()) if drawn else None  # in the order of the picker
     return environment.get_template("report.html.j2").render(
         report=report,
         version=__version__,
@@ -183,8 +184,8 @@ def bars(loads: Sequence[Sequence[float]], top: float, width: float = 240, heigh
 
 
 def _largest_load(report: dict[str, Any]) -> float:
-    loads = (max(row["load"]) for domain in report["domains"].values() for row in domain["layers"])
-    return max(*loads, 1.5 / report["num_experts"])
+    loads = [max(row["load"]) for domain in report["domains"].values() for row in domain["layers"]]
+    return float(max(*loads, 1.5 / report["num_experts"]))
 
 
 def _token_layers(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,18 @@ def write_plots(report: dict[str, Any], folder: Path) -> list[Path]:
 
     Args:
         report: as `report.build_report` gives it.
-        folder: made if need be; figures of the same names are replaced.
+        folder: made if need be; the figures of an earlier report in it are removed.
     """
+    with warnings.catch_warnings():
+        # A name in a script that matplotlib's font lacks is drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        return _draw(report, folder)
+
+
+def _draw(report: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in (*folder.glob("load-*.png"), folder / "saturation.png"):
+        stale.unlink(missing_ok=True)
     domains = report["domains"]
     layers = [row["layer"] for row in next(iter(domains.values()))["layers"]]
     balanced = report["top_k"] / report["num_experts"]

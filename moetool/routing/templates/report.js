@@ -36,7 +36,7 @@
   const [domain, layer] = [document.getElementById("together-domain"), document.getElementById("together-layer")];
 
   function draw() {
-    const row = data[domain.value][layer.value];
+    const row = data[+domain.value][layer.value];
     const experts = row.matrix.length;
     const cells = [document.createElement("b")];
     for (let j = 0; j < experts; j++) cells.push(label(j, "top"));
@@ -52,7 +52,7 @@
   function label(expert, kind) {
     const b = document.createElement("b");
     b.className = kind;
-    b.textContent = expert % (data[domain.value][layer.value].matrix.length > 24 ? 8 : 1) ? "" : expert;
+    b.textContent = expert % (data[+domain.value][layer.value].matrix.length > 24 ? 8 : 1) ? "" : expert;
     return b;
   }
 
