@@ -155,6 +155,7 @@ def evaluate(
         from moetool.evaluate.tasks import load_tasks, network, text_task
 
         progress("start", 1, 1)
+        hardware = pick_device(device)
         with network(allowed=not offline):
             folders = _distinct([baseline, *models] if baseline else models)
             run.check_models(folders)
@@ -167,7 +168,7 @@ def evaluate(
             if out is not None and is_first():
                 out.mkdir(parents=True, exist_ok=True)
                 write_options(context, out)
-            with joined(pick_device(device), device_map) as place:
+            with joined(hardware, device_map) as place:
                 settings = run.Settings(
                     limit=limit,
                     batch_size=batch_size,
@@ -188,7 +189,8 @@ def evaluate(
             result |= {"out": str(out), "plots": write_plots(result, shown, out / "plots")}
             write_results(out, result, loaded, evaluation, settings)
     _warn(console, result, chosen, routing)
-    console.result(result, _table(result, chosen), *_places(result))
+    table = [_table(result, chosen)] if any(result["results"].values()) else []
+    console.result(result, *table, *_places(result))
     if result["failed"]:
         raise EvaluationError(_failures(result["failed"]))
     return result
@@ -216,7 +218,8 @@ def _places(result: dict[str, Any]) -> list[str]:
     if "out" not in result:
         return []
     plots = f"; {len(result['plots'])} plots over training in plots/" if result["plots"] else ""
-    return [f"results: {escape(result['out'])}{plots}"]
+    kept = f"; {result['num_kept']} scores are kept from an earlier run" if result["num_kept"] else ""
+    return [f"results: {escape(result['out'])}{plots}{kept}"]
 
 
 def _failures(failed: list[dict[str, str]]) -> str:
@@ -224,7 +227,7 @@ def _failures(failed: list[dict[str, str]]) -> str:
     where = f"{first['task']} on {first['model']}" if first["model"] else first["task"]
     others = [f"{f['task']} on {f['model']}" if f["model"] else f["task"] for f in failed[1:]]
     more = f"; also failed: {', '.join(others)}" if others else ""
-    return f"{where} failed: {first['reason']}{more}; what else was asked is done"
+    return f"{where} failed: {first['reason']}{more}"
 
 
 def _warn(console: Console, result: dict[str, Any], suite: Any, routing: bool) -> None:
@@ -276,7 +279,7 @@ def _table(result: dict[str, Any], suite: Any) -> Table:
                 mri = sum(layer["mri"] for layer in layers) / len(layers)
                 add(task, "mri, mean of layers", {model: {"value": mri, "stderr": None}})
     for name, averages in result["averages"].items():
-        number = next((a["num_tasks"] for a in averages.values() if a), 0)
+        number = next((a["num_tasks"] for a in averages.values()), 0)
         add(f"average of {name}", f"{number} tasks", averages)
     if baseline is not None:
         table.caption = "* outside noise: more than two standard errors, paired over the same documents"

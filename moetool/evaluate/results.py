@@ -49,13 +49,12 @@ def build_document(
         "models": {name: str(folder) for name, folder in models.items()},
         "baseline": baseline,
         "results": results,
-        "averages": {
-            name: {model: _average(results[model], suite) for model in models} for name, suite in (suites or {}).items()
-        },
+        "averages": {name: _averages(results, suite) for name, suite in (suites or {}).items()},
         "routing": {
             name: {task: entry["routing"] for task, entry in entries.items() if entry["routing"]}
             for name, entries in evaluation.entries.items()
         },
+        "num_kept": evaluation.num_kept,
         "failed": evaluation.failed + [{"model": "", "task": t, "reason": why} for t, why in tasks.failed.items()],
     }
     return document
@@ -170,18 +169,22 @@ def _difference(value: float, stderr: float | None) -> dict[str, Any]:
     return {"value": value, "stderr": stderr, "outside_noise": outside_noise(value, stderr)}
 
 
-def _average(scores: dict[str, Any], suite: Suite) -> dict[str, Any] | None:
-    """The mean over a suite's benchmarks of the metric that the paper reports."""
-    parts = [scores[b.task][b.metric] for b in suite.benchmarks if b.task and b.metric in scores.get(b.task, {})]
-    if not parts:
-        return None
-    value, stderr = combine([(p["value"], p["stderr"]) for p in parts])
-    average: dict[str, Any] = {"value": value, "stderr": stderr, "num_tasks": len(parts)}
-    if all("difference" in p for p in parts):
-        average["difference"] = _difference(
-            *combine([(p["difference"]["value"], p["difference"]["stderr"]) for p in parts])
-        )
-    return average
+def _averages(results: Mapping[str, Any], suite: Suite) -> dict[str, Any]:
+    """Model -> mean of the suite's own metrics, over the benchmarks that every model has."""
+    common = [
+        (benchmark.task, benchmark.metric)
+        for benchmark in suite.benchmarks
+        if all(benchmark.metric in scores.get(benchmark.task, {}) for scores in results.values())
+    ]
+    averages: dict[str, Any] = {}
+    for model, scores in results.items() if common else ():
+        parts = [scores[task][metric] for task, metric in common]
+        value, stderr = combine([(p["value"], p["stderr"]) for p in parts])
+        averages[model] = {"value": value, "stderr": stderr, "num_tasks": len(parts)}
+        if all("difference" in p for p in parts):
+            differences = [(p["difference"]["value"], p["difference"]["stderr"]) for p in parts]
+            averages[model]["difference"] = _difference(*combine(differences))
+    return averages
 
 
 def _lm_eval_layout(

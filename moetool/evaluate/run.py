@@ -59,12 +59,12 @@ class Evaluation:
         entries: model -> task -> {results, samples, routing, model_info, tokenizer_info, date}, where
             results is lm-eval's document for that one task.
         failed: one {model, task, reason} for each pair that could not be had.
-        num_cached: pairs answered from an earlier run.
+        num_kept: pairs answered from an earlier run.
     """
 
     entries: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     failed: list[dict[str, str]] = field(default_factory=list)
-    num_cached: int = 0
+    num_kept: int = 0
 
 
 def check_models(models: Mapping[str, Path]) -> None:
@@ -101,22 +101,29 @@ def evaluate(
         CheckpointError: a folder is not a whole checkpoint (before any is loaded).
     """
     identities = {name: cache.checkpoint_identity(folder) for name, folder in models.items()}
+    evaluation = Evaluation()
     configs = {name: describe(task, tasks.texts.get(name)) for name, task in tasks.tasks.items()}
-    digests = {name: digest(task, configs[name], settings.limit) for name, task in tasks.tasks.items()}
+    digests: dict[str, str] = {}
+    for number, (name, task) in enumerate(tasks.tasks.items()):
+        progress("build requests", number, len(configs), name)
+        try:
+            digests[name] = digest(task, configs[name], settings.limit)
+        except Exception as error:  # a task runs its authors' code
+            evaluation.failed.append({"model": "", "task": name, "reason": one_line(error)})
+    progress("build requests", len(configs), len(configs))
     decisive = {
         "dtype": settings.dtype,
         "routing": settings.routing,
         "log_samples": settings.log_samples,
         "limit": settings.limit,
     }
-    evaluation = Evaluation()
-    total = len(models) * len(tasks.tasks)
+    total = len(models) * len(digests)
     for number, (model_name, folder) in enumerate(models.items()):
-        keys = {task: cache.key(identities[model_name], digests[task], decisive) for task in tasks.tasks}
+        keys = {task: cache.key(identities[model_name], digests[task], decisive) for task in digests}
         kept = {task: cache.read(out, key) for task, key in keys.items()} if is_first() else {}
         entries = from_first({task: entry for task, entry in kept.items() if entry is not None})
-        evaluation.num_cached += len(entries)
-        left = [task for task in tasks.tasks if task not in entries]
+        evaluation.num_kept += len(entries)
+        left = [task for task in digests if task not in entries]
         progress("evaluate", number * len(keys) + len(entries), total, model_name)
         try:
             with _loaded(folder, settings) if left else _nothing() as lm:
@@ -138,7 +145,7 @@ def evaluate(
                     cache.write(out, keys[name], entries[name])
         except (CheckpointError, DataError) as error:
             evaluation.failed += [{"model": model_name, "task": name, "reason": str(error)} for name in left]
-        evaluation.entries[model_name] = {name: entries[name] for name in tasks.tasks if name in entries}
+        evaluation.entries[model_name] = {name: entries[name] for name in digests if name in entries}
     progress("evaluate", total, total)
     return evaluation
 
@@ -165,6 +172,8 @@ def _loaded(folder: Path, settings: Settings) -> Iterator[Harness]:
 
 def _entry(lm: Harness, name: str, results: Any, config: dict[str, Any], settings: Settings) -> dict[str, Any]:
     samples = results.pop("samples")[name]
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    samples.sort(key=lambda sample: (filters.index(sample["filter"]), sample["doc_id"]))  # of several processes
     if not settings.log_samples:  # what paired differences need
         samples = [{k: s[k] for k in ("doc_id", "filter", "metrics", *s["metrics"])} for s in samples]
     results["configs"][name] = config

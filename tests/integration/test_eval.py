@@ -33,7 +33,8 @@ def run(*arguments: object) -> Any:
 
 
 def fail(*arguments: object) -> tuple[int, str]:
-    code, _, stderr = tiny.in_process("eval", *arguments, "--device", "cpu")
+    device = [] if "--device" in arguments or "--device-map" in arguments else ["--device", "cpu"]
+    code, _, stderr = tiny.in_process("eval", *arguments, *device)
     assert code != 0
     (line,) = [line for line in stderr.splitlines() if not line.startswith("warning:")]
     assert "Traceback" not in line
@@ -111,6 +112,33 @@ def test_models_side_by_side_with_a_baseline(llama: Path, mixtral: Path, folder:
     assert mine["results"]["choices"]["acc,none"] == ours["choices"]["acc,none"]["value"]
     assert mine["group_subtasks"] == {"both": ["choices", "choices2"]}
     assert (out / "moetool.yaml").read_text().startswith("# moetool eval\n")
+
+
+def test_a_suite_is_averaged_over_its_tasks(llama: Path, mixtral: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(["hellaswag_de", "arc_de", "truthfulqa_de_mc2"]):  # in the place of the real ones
+        evaluation.save_choices(tmp_path, name, number=6, seed=seed)
+    result = run(mixtral, "--suite", "cpt-german", "--include-path", tmp_path, "--baseline", llama)
+    scores, average = result["results"]["mixtral"], result["averages"]["cpt-german"]["mixtral"]
+    parts = [scores["hellaswag_de"]["acc_norm,none"], scores["arc_de"]["acc_norm,none"]]
+    parts.append(scores["truthfulqa_de_mc2"]["acc,none"])
+    assert average["num_tasks"] == 3
+    assert average["value"] == pytest.approx(sum(p["value"] for p in parts) / 3)
+    assert average["stderr"] == pytest.approx(sum(p["stderr"] ** 2 for p in parts) ** 0.5 / 3)
+    assert average["difference"]["value"] == pytest.approx(sum(p["difference"]["value"] for p in parts) / 3)
+    assert "difference" not in result["averages"]["cpt-german"]["llama"]
+
+
+@pytest.mark.slow
+def test_every_suite_names_tasks_that_lm_eval_has() -> None:
+    from lm_eval.tasks import TaskManager
+
+    from moetool import registry
+
+    known = set(TaskManager().all_tasks)
+    for name in registry.names("suite"):
+        tasks = [benchmark.task for benchmark in registry.load("suite", name).benchmarks]
+        assert {task for task in tasks if task} <= known
+        assert any(tasks)
 
 
 def test_paired_difference_equals_one_made_from_the_samples(
@@ -192,10 +220,11 @@ def test_mistakes_are_told_before_weights_are_loaded(llama: Path, folder: Path, 
     assert "no folder" in fail(llama, "--tasks", "choices", "--include-path", tmp_path / "absent")[1]
     assert fail(llama)[0] == 2
     assert fail(llama, "--tasks", "choices", "--log-samples")[0] == 2
-    assert fail(llama, "--tasks", "choices", "--device-map", "auto")[0] == 2
+    assert fail(llama, "--tasks", "choices", "--device-map", "auto", "--device", "cpu")[0] == 2
     assert fail(llama, "--tasks", "choices", "--batch-size", "many")[0] == 2
     assert fail(llama, "--tasks", "choices", "--limit", "1.5")[0] == 2
     assert "did you mean 'cpt-english'" in fail(llama, "--suite", "cpt-englsh")[1]
+    assert "no device 'quux' here" in fail(llama, "--text", f"t={llama}/config.json", "--device", "quux")[1]
     assert "holds no documents" in fail(llama, "--text", f"t={empty(tmp_path)}")[1]
 
 
@@ -207,6 +236,13 @@ def shutil_without(model: Path, tmp_path: Path, pattern: str) -> Path:
 def empty(tmp_path: Path) -> Path:
     (tmp_path / "empty.txt").write_text("\n")
     return tmp_path / "empty.txt"
+
+
+def test_a_task_that_cannot_build_its_requests(llama: Path, tmp_path: Path) -> None:
+    evaluation.save_choices(tmp_path, number=3)
+    code, line = fail(llama, "--tasks", "choices", "--include-path", tmp_path, "--num-fewshot", 9)
+    assert code == 1
+    assert line.startswith("moetool: choices failed: ValueError: Sample larger than population")
 
 
 @pytest.mark.usefixtures("no_weights")
