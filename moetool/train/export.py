@@ -63,11 +63,10 @@ def save_checkpoint(model: nn.Module, source: Path, folder: Path, dtype: str, en
         dtype: of floating-point parameters on disk; buffers keep theirs.
         entry: added to the lineage in moetool.json.
     """
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    state = {
-        name: tensor.to(getattr(torch, dtype)) if name in parameters and tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
+    # Keyed by parameter: tied weights stay one tensor, which transformers then writes once.
+    cast = {parameter: parameter.detach().to(getattr(torch, dtype)) for parameter in model.parameters()}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    state = {name: cast[named[name]] if name in named else tensor for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")  # type: ignore[operator]
     (folder / "generation_config.json").unlink(missing_ok=True)
     for name in COMPANIONS:

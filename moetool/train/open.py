@@ -42,7 +42,7 @@ def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Run |
     accelerator.wait_for_everyone()
     with _held(out) if main else nullcontext():
         with accelerator.main_process_first():
-            corpus = open_corpus(config, model.config.vocab_size, progress)
+            corpus = open_corpus(config, model.get_input_embeddings().num_embeddings, progress)
         identity = config.identity(fingerprint(config.model), corpus.fingerprints)
         if main and not config.resume:
             state.clear(out)

@@ -1,0 +1,374 @@
+"""`moetool cpt` from the command line to the checkpoint, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from moetool.checkpoint.model import load_model
+from moetool.checkpoint.writer import FolderLock
+from moetool.train.batches import mix, open_corpus
+from moetool.train.config import TrainConfig
+from tests import tiny
+
+SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3]
+
+
+def cpt(model: Path, out: Path, text: Path, *more: object, steps: int = 4) -> tuple[int, str, str]:
+    return tiny.in_process("cpt", model, out, "--train", f"new={text}", "--max-steps", steps, *SMALL, *more)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def untimed(out: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows(out)]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_leaves_a_stock_checkpoint(tmp_path: Path, jsonl: Path, family: str, dtype: torch.dtype) -> None:
+    save = tiny.save_llama if family == "llama" else tiny.save_mixtral
+    source, out = save(tmp_path / "source", dtype=dtype), tmp_path / "out"
+    (source / "moetool.json").write_text(json.dumps({"format": 1, "lineage": [{"command": "upcycle"}]}))
+    code, stdout, stderr = cpt(source, out, jsonl, "--json", "--quiet", "--save-every", 2)
+    assert (code, stderr) == (0, "")
+
+    for folder in (out, out / "checkpoints" / "step-000004"):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert model.dtype == dtype
+        with (
+            safe_open(folder / "model.safetensors", "pt") as after,
+            safe_open(source / "model.safetensors", "pt") as before,
+        ):
+            assert sorted(after.keys()) == sorted(before.keys())  # per expert, as published
+    assert any(not torch.equal(value, weights(out)[name]) for name, value in weights(source).items())
+    config = json.loads((out / "config.json").read_text())
+    assert "output_router_logits" not in config
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    lineage = json.loads((out / "moetool.json").read_text())["lineage"]
+    assert [entry["command"] for entry in lineage] == ["upcycle", "cpt"]
+    assert lineage[1]["tokens"] == 4 * 4 * 16
+    assert not (out / "moetool.partial.json").exists()
+
+    document = json.loads(stdout)
+    assert document["steps"] == 4
+    assert document["tokens"] == 256
+    assert document["ledger"]["new"]["tokens"] == 256
+    assert set(document["val"]["new"]) == {"before", "after"}
+    assert json.loads((out / "summary.json").read_text())["val"] == document["val"]
+    training = [row for row in rows(out) if "loss" in row]
+    assert [row["step"] for row in training] == [1, 2, 3, 4]
+    assert [row["num_tokens"] for row in training] == [64, 128, 192, 256]
+    assert set(training[0]["balance"]) == ({"aux", "z-loss"} if family == "mixtral" else set())
+    assert ("mri" in training[0]) == (family == "mixtral")
+    if family == "mixtral":
+        assert all(0.5 <= mri <= 1 for row in training for mri in row["mri"])
+        assert all(row["balance"]["aux"] > 0.9 for row in training)
+    state = out / "checkpoints" / "step-000004" / "training_state"
+    names = {"optimizer.safetensors", "state.json"} | ({"master.safetensors"} if dtype == torch.bfloat16 else set())
+    assert {path.name for path in state.iterdir()} == names
+
+
+def test_the_first_loss_is_the_language_loss_of_the_first_batch(tmp_path: Path, mixtral: Path, jsonl: Path) -> None:
+    out = tmp_path / "out"
+    assert cpt(mixtral, out, jsonl, "--balance", "aux=5", "--val-fraction", 0, "--seed", 3, steps=1)[0] == 0
+    config = TrainConfig(
+        model=mixtral, out=out, train={"new": str(jsonl)}, val_fraction=0, max_steps=1, seq_len=16,
+        global_batch_size=4, micro_batch_size=2, replay_ratio=0.0, seed=3,
+    )  # fmt: skip
+    mixture = mix(open_corpus(config, 300), config)
+    tokens = torch.stack([torch.from_numpy(mixture.tokens(n)) for n in range(4)])
+    with torch.no_grad():
+        logits = load_model(mixtral, "float32")(input_ids=tokens[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert rows(out)[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert not any("val" in row for row in rows(out))
+
+
+def test_the_update_does_not_depend_on_micro_batches(tmp_path: Path, mixtral: Path, jsonl: Path) -> None:
+    for size in (1, 4):
+        args = ["--balance", "none", "--micro-batch-size", size, "--val-fraction", 0.2]
+        assert cpt(mixtral, tmp_path / str(size), jsonl, *args, steps=3)[0] == 0
+    for one, four in zip(rows(tmp_path / "1"), rows(tmp_path / "4"), strict=True):
+        if "loss" in one:
+            assert one["loss"] == pytest.approx(four["loss"], abs=1e-5)
+            assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
+        else:
+            assert one["val"]["new"] == pytest.approx(four["val"]["new"], abs=1e-5)
+
+
+def test_replay_is_an_exact_share_and_is_validated(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    old = tiny.save_jsonl(tmp_path / "old.jsonl", ["Old text, seen before."])
+    out = tmp_path / "out"
+    code, stdout, _ = cpt(llama, out, jsonl, "--replay", f"old={old}", "--replay-ratio", 0.25, "--json")
+    assert code == 0
+    document = json.loads(stdout)
+    assert document["ledger"]["old"]["tokens"] == 64
+    assert set(document["val"]) == {"new", "old"}
+    assert [row["step"] for row in rows(out) if "val" in row] == [0, 1, 2, 3, 4]
+
+
+def test_a_validation_set_of_its_own(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    val = tiny.save_jsonl(tmp_path / "val.jsonl", ["Something else."], repeat=3)
+    code, stdout, _ = cpt(llama, tmp_path / "out", jsonl, "--val", f"new={val}", "--val", f"more={val}", "--json")
+    assert code == 0
+    found = json.loads(stdout)["val"]
+    assert set(found) == {"new", "more"}  # nothing is held out of the source that has one
+    assert found["new"] == found["more"]
+
+
+def test_options_that_define_the_run_may_not_change(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    out = tmp_path / "out"
+    assert cpt(llama, out, jsonl)[0] == 0
+    before = weights(out)
+    code, _, stderr = cpt(llama, out, jsonl, "--lr", 5e-4, "--seed", 1)
+    assert code == 1
+    assert "--lr (0.001 before, 0.0005 now)" in stderr
+    assert "--seed (0 before, 1 now)" in stderr
+    assert "--no-resume" in stderr
+    other = tiny.save_jsonl(tmp_path / "other.jsonl", ["Different."])
+    code, _, stderr = cpt(llama, out, other)
+    assert code == 1
+    assert "--train new (other text)" in stderr
+
+    code, stdout, stderr = cpt(llama, out, jsonl, "--save-every", 1, "--eval-every", 3, "--keep-checkpoints", 1)
+    assert code == 0
+    assert "finished before" in stdout
+    assert all(torch.equal(value, before[name]) for name, value in weights(out).items())
+
+    code, stdout, _ = cpt(llama, out, jsonl, "--lr", 5e-4, "--no-resume", "--json")
+    assert code == 0
+    assert json.loads(stdout)["already_finished"] is False
+    assert any(not torch.equal(value, before[name]) for name, value in weights(out).items())
+
+
+def test_another_model_under_the_same_path_is_noticed(tmp_path: Path, jsonl: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    tiny.save_llama(model, seed=1)
+    assert cpt(model, out, jsonl, steps=1)[0] == 0
+    tiny.save_llama(model, seed=2)
+    code, _, stderr = cpt(model, out, jsonl, steps=1)
+    assert code == 1
+    assert "MODEL (other files)" in stderr
+
+
+def test_a_step_folder_is_a_model(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    assert cpt(llama, tmp_path / "one", jsonl, steps=2)[0] == 0
+    step = tmp_path / "one" / "checkpoints" / "step-000002"
+    assert cpt(step, tmp_path / "two", jsonl, steps=2)[0] == 0
+    assert rows(tmp_path / "one")[-1]["val"] == rows(tmp_path / "two")[0]["val"]
+    assert len(json.loads((tmp_path / "two" / "moetool.json").read_text())["lineage"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "either --max-tokens 2B or --max-steps 1000"),
+        (["--max-steps", 1, "--max-tokens", "1k"], "either --max-tokens 2B or --max-steps 1000"),
+        (["--max-tokens", "many"], "'many' is no count"),
+        (["--max-steps", 1, "--warmup-steps", 1, "--warmup-ratio", 0.1], "not both"),
+        (
+            ["--max-steps", 1, "--schedule", "constant", "--min-lr", 0.1],
+            "--min-lr has no effect with --schedule constant",
+        ),
+        (["--max-steps", 1, "--schedule", "cosin"], "did you mean 'cosine'"),
+        (["--max-steps", 1, "--balance", "auxx"], "did you mean 'aux'"),
+        (["--max-steps", 1, "--weight", "x=1"], "--weight x: no --train or --replay has that name"),
+        (["--max-steps", 1, "--weight", "new=0"], "above 0"),
+        (["--max-steps", 1, "--global-batch-size", 6, "--micro-batch-size", 4], "--micro-batch-size may be 1, 2, 3, 6"),
+    ],
+)
+def test_usage_mistakes(tmp_path: Path, llama: Path, jsonl: Path, options: list[object], message: str) -> None:
+    code, _, stderr = tiny.in_process("cpt", llama, tmp_path / "out", "--train", f"new={jsonl}", *options)
+    assert code == 2
+    assert message in stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--balance", "aux"], "is a dense model without a router"),
+        (["--seq-len", 999], "the model knows 128 positions"),
+        (["--warmup-steps", 9], "9 warm-up steps do not fit into 4 steps"),
+        (["--train", "more=absent.txt"], "absent.txt"),
+        (["--replay-ratio", 0.5], "--replay"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    tmp_path: Path, llama: Path, jsonl: Path, options: list[object], message: str
+) -> None:
+    code, _, stderr = cpt(llama, tmp_path / "out", jsonl, *options)
+    assert code == 1
+    assert message in stderr
+    assert len(stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_must_be_free(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("my only copy")
+    for out in (foreign, llama, llama / "out"):
+        for resume in ("--resume", "--no-resume"):
+            code, _, stderr = cpt(llama, out, jsonl, resume)
+            assert code == 1
+            assert "choose another OUT" in stderr
+    assert (foreign / "thesis.txt").read_text() == "my only copy"
+
+
+def test_a_second_process_is_refused(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    out = tmp_path / "out"
+    assert cpt(llama, out, jsonl, steps=1)[0] == 0
+    with FolderLock(out):
+        code, _, stderr = cpt(llama, out, jsonl, steps=1)
+    assert code == 1
+    assert "being written by another process" in stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    out = tmp_path / "out"
+    bad = ["--lr", 1e30, "--schedule", "constant", "--warmup-steps", 0, "--save-every", 1]
+    code, _, stderr = cpt(llama, out, jsonl, *bad)
+    assert code == 1
+    assert "at step 2; stopped before the update" in stderr
+    assert "step-000001" in stderr
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
+    assert [row["step"] for row in rows(out) if "loss" in row] == [1]
+    assert not (out / "config.json").exists()
+
+
+def test_top_1_with_weights_divided_by_their_sum_is_warned_of(tmp_path: Path, jsonl: Path) -> None:
+    model = tiny.save_mixtral(tmp_path / "model", num_experts_per_tok=1)
+    code, _, stderr = cpt(model, tmp_path / "out", jsonl, steps=1)
+    assert code == 0
+    assert "the language loss gives the router no gradient" in stderr
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 36, "intermediate_size": 30}, {"intermediate_size": 31}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_expert_sizes_that_are_no_multiple_of_16_bytes(
+    tmp_path: Path, jsonl: Path, sizes: dict[str, Any], precision: str
+) -> None:
+    model = tiny.save_mixtral(tmp_path / "model", num_attention_heads=2, num_key_value_heads=1, **sizes)
+    code, _, stderr = cpt(model, tmp_path / "out", jsonl, "--precision", precision, "--quiet", steps=1)
+    assert (code, stderr) == (0, "")
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "moetool", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None:
+        path = out / "metrics.jsonl"
+        if path.exists() and path.read_text().count('"loss"') >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the run did not reach step {step}: {process.communicate()[1]}")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path) -> None:
+    model = tiny.save_mixtral(tmp_path / "model", dtype=torch.bfloat16, attention_dropout=0.1)
+
+    def arguments(out: Path) -> list[object]:
+        more = ["--save-every", 10, "--eval-every", 7, "--max-steps", 60]
+        return ["cpt", model, out, "--train", f"new={jsonl}", "--val-fraction", 0.2, *SMALL, *more]
+
+    assert tiny.cli(*arguments(tmp_path / "whole")).returncode == 0
+    out = tmp_path / "killed"
+    process = start(*arguments(out))
+    wait_for_step(process, out, 33)
+    process.kill()
+    process.communicate()
+    assert not (out / "config.json").exists()
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+    process = start(*arguments(out))
+    wait_for_step(process, out, 45)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate()[1]
+    assert process.returncode == 130
+    assert "the same command goes on from the checkpoint of step" in stderr.replace("\n", " ")
+
+    resumed = tiny.cli(*arguments(out))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step" in resumed.stdout
+    whole = weights(tmp_path / "whole")
+    assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
+    assert untimed(out) == untimed(tmp_path / "whole")
+    ours, theirs = (
+        load_file(folder / "checkpoints" / "step-000060" / "training_state" / "master.safetensors")
+        for folder in (out, tmp_path / "whole")
+    )
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.slow
+def test_sigterm_is_143(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    out = tmp_path / "out"
+    process = start("cpt", llama, out, "--train", f"new={jsonl}", "--max-steps", 5000, *SMALL)
+    wait_for_step(process, out, 3)
+    process.terminate()
+    assert "the same command goes on from the beginning" in process.communicate()[1].replace("\n", " ")
+    assert process.returncode == 143
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_processes_train_as_one(tmp_path: Path, jsonl: Path, dtype: torch.dtype) -> None:
+    model = tiny.save_mixtral(tmp_path / "model", dtype=dtype)
+    more = ["--save-every", 3, "--eval-every", 3, "--max-steps", 6, "--val-fraction", 0.3]
+
+    def arguments(out: Path) -> list[str]:
+        return [str(a) for a in ["cpt", model, out, "--train", f"new={jsonl}", *SMALL, *more]]
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert tiny.cli(*arguments(one)).returncode == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "moetool"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*launch, *arguments(two)], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the checkpoint is") == 1
+    for ours, theirs in zip(rows(one), rows(two), strict=True):
+        assert ours["step"] == theirs["step"]
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+            assert ours["balance"] == pytest.approx(theirs["balance"], rel=1e-4)
+            assert ours["mri"] == pytest.approx(theirs["mri"], abs=0.05)
+        else:
+            assert ours["val"] == pytest.approx(theirs["val"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_are_separate_runs_are_refused(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    arguments = ["cpt", llama, tmp_path / "out", "--train", f"new={jsonl}", "--max-steps", 1, *SMALL]
+    done = tiny.cli(*arguments, env={"WORLD_SIZE": "2"})
+    assert done.returncode == 1
+    assert "2 processes were launched, accelerate sees 1" in done.stderr

@@ -1,0 +1,67 @@
+"""Which tokens a step and a validation read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moetool.data.tokens import TokenStream
+from moetool.errors import DataError
+from moetool.train.batches import IGNORED, micro_batches, mix, open_corpus, validation_batches
+from moetool.train.config import TrainConfig
+
+
+def config(model: Path, path: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "model": model, "out": Path("o"), "train": {"a": str(path)}, "max_steps": 9, "seq_len": 8,
+        "global_batch_size": 8, "micro_batch_size": 2, "seed": 5,
+    }  # fmt: skip
+    return TrainConfig(**(values | changes)).resolve(128, {}, gpu=False)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_the_same_micro_batches(llama: Path, jsonl: Path, world: int) -> None:
+    settings = config(llama, jsonl)
+    mixture = mix(open_corpus(settings, 300), settings)
+    shares = [micro_batches(mixture, settings, 3, rank, world) for rank in range(world)]
+    dealt = [shares[number % world][number // world] for number in range(4)]
+    expected = np.stack([mixture.tokens(n) for n in range(24, 32)])
+    assert torch.equal(torch.cat([micro.tokens for micro in dealt]), torch.from_numpy(expected))
+    alone = micro_batches(mixture, settings, 3, 0, 1)
+    assert [micro.seed for micro in dealt] == [micro.seed for micro in alone]
+    assert len({micro.seed for step in range(3) for micro in micro_batches(mixture, settings, step, 0, 1)}) == 12
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("num_tokens", [2, 8, 9, 10, 33, 100])
+def test_validation_predicts_every_token_once(world: int, num_tokens: int) -> None:
+    memory = np.arange(1000, 1000 + num_tokens)
+    stream = TokenStream({}, np.array([0]), np.array([0, num_tokens]), memory)
+    settings = config(Path("m"), Path("p"))
+    predicted = []
+    for rank in range(world):
+        for inputs_BS, labels_BS in validation_batches(stream, settings, rank, world):
+            real = labels_BS != IGNORED
+            assert (labels_BS[real] == inputs_BS[real] + 1).all()
+            predicted += labels_BS[real].tolist()
+    assert sorted(predicted) == memory[1:].tolist()
+
+
+def test_validation_documents_are_not_trained_on(llama: Path, jsonl: Path) -> None:
+    corpus = open_corpus(config(llama, jsonl, val_fraction=0.25), 300)
+    whole = open_corpus(config(llama, jsonl, val_fraction=0.0), 300)
+    train, val = corpus.train["a"], corpus.val["a"]
+    assert (train.num_documents, val.num_documents) == (60, 20)
+    assert not set(train.starts) & set(val.starts)
+    assert train.num_tokens + val.num_tokens == whole.train["a"].num_tokens
+    assert whole.val == {}
+    assert corpus.fingerprints == whole.fingerprints
+
+
+def test_a_tokenizer_that_does_not_fit_the_model(llama: Path, jsonl: Path) -> None:
+    with pytest.raises(DataError, match="the model 200 embedding rows"):
+        open_corpus(config(llama, jsonl), 200)

@@ -1,0 +1,151 @@
+"""The folder of a run: step folders that are whole or absent, and what a resumed run finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from moetool.checkpoint.model import load_model
+from moetool.checkpoint.writer import FolderLock
+from moetool.errors import CheckpointError
+from moetool.train import state
+from moetool.train.config import TrainConfig
+from moetool.train.export import fingerprint, save_checkpoint, source_dtype
+from moetool.train.metrics import MetricsLog, summarize
+from moetool.train.optimizer import adamw
+from tests import tiny
+
+
+def fill(folder: Path) -> None:
+    (folder / "training_state").mkdir(parents=True)
+    (folder / "training_state" / "state.json").write_text("{}")
+
+
+def test_step_folders_appear_whole_and_the_oldest_go(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        state.save_step(tmp_path, step, fill, keep=2)
+    assert state.saved_steps(tmp_path) == [10, 15]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000010", "step-000015"]
+
+    def fail(folder: Path) -> None:
+        fill(folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        state.save_step(tmp_path, 20, fail, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000010", "step-000015"]
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:
+    fill(tmp_path / "checkpoints" / ".step-000020.unfinished")
+    assert state.saved_steps(tmp_path) == []
+    state.save_step(tmp_path, 25, fill, keep=2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000025"]
+
+
+def test_training_state_round_trip(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+
+    config = TrainConfig(model=Path("m"), out=Path("o"), train={})
+    one, two = model(), model()
+    optimizer, other = adamw(one, config), adamw(two, config)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    one(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    state.save_training_state(tmp_path, one, optimizer, 1, {"seed": 0}, master=True)
+    state.load_training_state(tmp_path, two, other)
+    assert state.read_identity(tmp_path) == {"seed": 0}
+    for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert {k: v.tolist() for k, v in optimizer.state[ours].items()} == {
+            k: v.tolist() for k, v in other.state[theirs].items()
+        }
+    (tmp_path / "training_state" / "optimizer.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="delete that step folder to go on from the one before"):
+        state.load_training_state(tmp_path, two, other)
+
+
+def test_weight_decay_is_for_matrices_and_decoupled() -> None:
+    model = nn.Linear(1, 1)
+    nn.init.ones_(model.weight)
+    nn.init.ones_(model.bias)
+    optimizer = adamw(model, TrainConfig(model=Path("m"), out=Path("o"), train={}, weight_decay=0.5))
+    model.weight.grad, model.bias.grad = torch.zeros(1, 1), torch.zeros(1)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    optimizer.step()
+    assert model.weight.item() == pytest.approx(1 - 0.1 * 0.5)
+    assert model.bias.item() == 1.0
+
+
+def test_the_holder_of_a_folder_is_named(tmp_path: Path) -> None:
+    state.claim(tmp_path)
+    process = json.loads((tmp_path / "moetool.partial.json").read_text())["writer"]["process"]
+    with FolderLock(tmp_path), pytest.raises(CheckpointError, match=f"process {process}"):
+        FolderLock(tmp_path)
+
+
+def test_clear_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
+    state.claim(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"also holds notes\.txt"):
+        state.clear(tmp_path)
+    assert (tmp_path / "metrics.jsonl").exists()
+    (tmp_path / "notes.txt").unlink()
+    state.clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    one, same, other = (tiny.save_llama(tmp_path / str(i), seed=seed) for i, seed in enumerate((1, 1, 2)))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    assert source_dtype(one) == "float32"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_weights_are_the_rounded_masters(tmp_path: Path, tied: bool) -> None:
+    source = tiny.save_llama(tmp_path / "source", dtype=torch.bfloat16, tie_word_embeddings=tied)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"torch_dtype": "bfloat16", "rope_theta": 10000.0, "output_router_logits": True}
+    (source / "config.json").write_text(json.dumps(config))
+    model = load_model(source, "float32")
+    with torch.no_grad():
+        model.model.norm.weight.add_(1e-4)
+        model.lm_head.weight.mul_(1.001)
+    save_checkpoint(model, source, tmp_path / "saved", "bfloat16", {"command": "cpt"})
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert set(saved) == set(load_file(source / "model.safetensors"))
+    assert ("lm_head.weight" in saved) is not tied
+    again = load_model(tmp_path / "saved")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16())
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert written == {key: value for key, value in config.items() if key != "output_router_logits"}
+
+
+def test_metrics_keep_each_step_once(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.append({"step": 0, "val": {"a": 3.0}})
+    for step in (1, 2, 3):
+        log.append({"step": step, "loss": 4.0 - step, "tokens_per_second": 10.0})
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    log = MetricsLog(log.path, 2)
+    assert [row["step"] for row in log.rows()] == [0, 1, 2]
+    log.append({"step": 3, "loss": 0.5, "tokens_per_second": 20.0})
+    log.append({"step": 3, "val": {"a": 2.0}})
+    assert summarize(log, 100) == {
+        "loss": 0.5,
+        "val": {"a": {"before": 3.0, "after": 2.0}},
+        "seconds": 25.0,
+        "tokens_per_second": 12.0,
+    }
+    assert list(MetricsLog(log.path, 0).rows()) == []
