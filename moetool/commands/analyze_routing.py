@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -167,6 +168,7 @@ def analyze_routing(
     elif top_k is not None:
         raise typer.BadParameter("--top-k belongs to --counts; a MODEL knows its own")
 
+    _check_writable(out)
     console = Console(context, json, quiet)
     with console.progress() as progress:
         if counts is not None:
@@ -207,6 +209,15 @@ def analyze_routing(
     console.result(result, _table(report, shutil.get_terminal_size().columns), _summary(report, files["html"]))
     _apply(checks, report)
     return result
+
+
+def _check_writable(out: Path) -> None:
+    """Say before the work, not after it, that the report cannot be written."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ConfigError(f"--out {out}: {place} is a file; choose a folder")
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"--out {out}: {place} cannot be written; choose another folder")
 
 
 def _parse_check(text: str) -> tuple[str, str, float]:

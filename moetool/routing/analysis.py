@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def analyze(
         routes.check(other)
         tokens_after = TokenCounts(texts, settings.max_tokens, empty, counted) if counted else None
         observers = [routes.compare, *([tokens_after.observe] if tokens_after else [])]
-        _seq_len(loaded, settings)
+        _seq_len(loaded, replace(settings, seq_len=limits["seq_len"]))
         after = measure(loaded, capture, texts, **limits, observers=observers, progress=_named(progress, compare[0]))
         del loaded, capture
         _free()

@@ -78,10 +78,11 @@ def _visible_character(character: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """`12 %`, with a decimal below ten."""
+    """`42 %`, with a decimal below twenty where there is one: `12.5 %`."""
     if value is None:
         return "–"
-    return f"{value * 100:.0f} %" if value >= 0.0995 or value == 0 else f"{value * 100:.1f} %"
+    digits = 0 if value >= 0.2 or round(value * 1000) % 10 == 0 else 1
+    return f"{value * 100:.{digits}f} %"
 
 
 def number(value: float | None, digits: int = 2) -> str:

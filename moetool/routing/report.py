@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -94,11 +95,22 @@ def write_report(report: dict[str, Any], folder: Path) -> dict[str, str]:
 
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, ensure_ascii=False, allow_nan=False, indent=1)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(render(report), encoding="utf-8")
+    _write(folder / "report.json", text + "\n")
+    _write(folder / "report.html", render(report))
     write_plots(report, folder / "plots")
     return {
         "report": str(folder / "report.json"),
         "html": str(folder / "report.html"),
         "plots": str(folder / "plots"),
     }
+
+
+def _write(path: Path, text: str) -> None:
+    """Put a file in place at once, so that a full disk leaves the old one or none."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        # A token may be half a surrogate pair, which UTF-8 cannot hold.
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -126,6 +126,8 @@ def test_mistakes(mixtral: Path, llama: Path, text: Path, tmp_path: Path) -> Non
     assert run("--counts", text, "--top-k", "2", *out)[0] == 1
     assert run(tmp_path / "nowhere", *data, *out)[0] == 1
     assert run(mixtral, "--data", f"b={tmp_path / 'nowhere'}", *out)[0] == 1
+    assert run(mixtral, *data, "--out", text)[0] == 1
+    assert run(mixtral, *data, "--out", text / "below")[0] == 1
     code, errors = run(llama, *data, *out)
     assert code == 1
     assert "no router" in errors

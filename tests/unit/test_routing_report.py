@@ -175,7 +175,7 @@ def test_control_characters_are_visible() -> None:
     assert visible("two words") == "two words"
     assert "<" not in safe_json("</script>")
     assert json.loads(safe_json("</script>\u2028&")) == "</script>\u2028&"
-    assert [percent(v) for v in (0.5, 0.0123, 0, None)] == ["50 %", "1.2 %", "0 %", "–"]
+    assert [percent(v) for v in (0.512, 0.125, 0.08, 0, None)] == ["51 %", "12.5 %", "8 %", "0 %", "–"]
 
 
 def test_files_are_written_and_stale_plots_removed(tmp_path: Path) -> None:
