@@ -85,7 +85,8 @@ class RoutingStats:
                 self.num_tokens += num_tokens
             # Batches are added up in double precision; some devices (MPS) have none, so they go to the CPU.
             to = "cpu" if chosen_TE.device.type == "mps" else chosen_TE.device
-            together_EE = (chosen_TE.T @ chosen_TE).to(to)
+            with torch.autocast(chosen_TE.device.type, enabled=False):  # bf16 would round the counts
+                together_EE = (chosen_TE.T @ chosen_TE).to(to)
             sums = self._sums[route.layer] = [total.to(to) for total in self._sums[route.layer]]
             sums[0] += together_EE.diagonal().long()
             sums[1] += probabilities_TE.to(to).sum(dim=0, dtype=torch.float64)

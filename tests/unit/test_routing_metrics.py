@@ -112,3 +112,11 @@ def test_scorings_become_probabilities() -> None:
     assert probabilities("probability", torch.tensor([[0.25, 0.75]])) == [0.25, 0.75]
     a, b = math.sqrt(math.log(2)), math.sqrt(math.log(4))
     assert probabilities("sqrtsoftplus") == pytest.approx([a / (a + b), b / (a + b)], abs=1e-5)
+
+
+def test_counts_are_exact_under_autocast() -> None:
+    stats = RoutingStats([0], 4, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats.update([routes([[0, 1]] * 1001, 4)])
+    assert stats.counts_LE.tolist() == [[1001, 1001, 0, 0]]
+    assert stats.probability_LE.sum() == pytest.approx(1001)
