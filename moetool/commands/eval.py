@@ -240,7 +240,7 @@ def _warn(console: Console, result: dict[str, Any], suite: Any, routing: bool) -
 
 
 def _table(result: dict[str, Any], suite: Any) -> Table:
-    """Rows: task and metric. Columns: models and, beside a baseline, differences to it."""
+    """Rows: task and metric. Columns: models; beside a baseline, second lines: the difference to it."""
     from rich.table import Table
 
     baseline, scores = result["baseline"], result["results"]
@@ -249,17 +249,9 @@ def _table(result: dict[str, Any], suite: Any) -> Table:
     table.add_column("metric", no_wrap=True)
     for model in result["models"]:
         table.add_column(escape(model), justify="right")
-        if baseline is not None and model != baseline:
-            table.add_column(escape(f"{model} - {baseline}"), justify="right")
 
     def add(task: str, metric: str, cells: dict[str, Any]) -> None:
-        row = []
-        for model in result["models"]:
-            score = cells.get(model) or {}
-            row.append(_number(score))
-            if baseline is not None and model != baseline:
-                row.append(_number(score.get("difference") or {}, signed=True))
-        table.add_row(escape(task), escape(metric), *row)
+        table.add_row(escape(task), escape(metric), *(_cell(cells.get(model) or {}) for model in result["models"]))
 
     shown = {b.task: b.metric for b in suite.benchmarks} if suite else {}
     tasks = dict.fromkeys(task for model in scores.values() for task in model)
@@ -273,18 +265,27 @@ def _table(result: dict[str, Any], suite: Any) -> Table:
             metric, _, filter_name = key.partition(",")
             arrow = {True: " ↑", False: " ↓"}.get(higher, "")
             add(task, metric + ("" if filter_name == "none" else f" ({filter_name})") + arrow, cells)
-        for model, routed in result["routing"].items():
-            if task in routed:
-                layers = routed[task]["layers"]
-                mri = sum(layer["mri"] for layer in layers) / len(layers)
-                add(task, "mri, mean of layers", {model: {"value": mri, "stderr": None}})
+        layers = {model: routed[task]["layers"] for model, routed in result["routing"].items() if task in routed}
+        if layers:
+            mean = {model: sum(row["mri"] for row in rows) / len(rows) for model, rows in layers.items()}
+            add(task, "mri (mean)", {m: {"value": value, "stderr": None} for m, value in mean.items()})
     for name, averages in result["averages"].items():
         number = next((a["num_tasks"] for a in averages.values()), 0)
         add(f"average of {name}", f"{number} tasks", averages)
     if baseline is not None:
-        table.caption = "* outside noise: more than two standard errors, paired over the same documents"
+        table.caption = (
+            f"second lines: difference to {escape(baseline)}, paired over the same documents;"
+            " * larger than two standard errors"
+        )
         table.caption_justify = "left"
     return table
+
+
+def _cell(score: dict[str, Any]) -> str:
+    lines = [_number(score)]
+    if "difference" in score:
+        lines.append(_number(score["difference"], signed=True))
+    return "\n".join(lines)
 
 
 def _number(score: dict[str, Any], signed: bool = False) -> str:
@@ -294,5 +295,5 @@ def _number(score: dict[str, Any], signed: bool = False) -> str:
     def plain(value: float, sign: str = "") -> str:
         return f"{value:{sign}.4f}" if abs(value) < 10_000 else f"{value:{sign}.4g}"
 
-    error = "" if score["stderr"] is None else f" ± {plain(score['stderr'])}"
+    error = "" if score["stderr"] is None else f"±{plain(score['stderr'])}"
     return plain(score["value"], "+" if signed else "") + error + (" *" if score.get("outside_noise") else "")

@@ -5,7 +5,6 @@ Loading a task loads its data set, so whatever cannot be had is known first.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -21,11 +20,11 @@ import huggingface_hub
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Entry, Kind
-from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.tasks._index import Entry
 
 from moetool.data.text import TextSource, read_documents
 from moetool.errors import DataError, EvaluationError
+from moetool.evaluate.lookup import find, members, one_line
 from moetool.progress import Progress, silent
 
 # lm-eval's defaults, so that the same examples are drawn and the same text is generated.
@@ -68,7 +67,7 @@ def load_tasks(
         EvaluationError: an unknown name (with suggestions), a task that runs code, a task in two
             groups, or data sets that are not at hand (all of them, by name).
     """
-    manager, names = _match(requested, include_path)
+    manager, names = find(requested, include_path)
     if not allow_code_execution and (unsafe := [n for n in names if _unsafe(manager.task_index, n)]):
         raise EvaluationError(_unsafe_message(unsafe))
     found = Tasks()
@@ -163,12 +162,6 @@ def digest(task: Any, config: dict[str, Any], limit: float | None) -> str:
     return hasher.hexdigest()
 
 
-def one_line(error: BaseException) -> str:
-    """An exception as the first line of its message, with its type where that tells more."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__
-
-
 def _plain(value: Any) -> str:
     return f"{value.__module__}.{value.__qualname__}" if callable(value) else str(value)
 
@@ -183,71 +176,8 @@ def _configure(task: Any, shots: int | None) -> None:
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
 
 
-def _match(requested: Mapping[str, int | None], include_path: Path | None) -> tuple[TaskManager, dict[str, int | None]]:
-    """The task index, and the requested names with patterns resolved."""
-    if include_path is not None and not include_path.is_dir():
-        raise EvaluationError(f"--include-path {include_path} is no folder; give the one that holds the tasks' YAML")
-    # The index of lm-eval's own 14000 tasks takes seconds: left out where local tasks suffice.
-    for include_defaults in (False, True):
-        manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
-        matches = {name: [name] if name.endswith(".yaml") else manager.match_tasks([name]) for name in requested}
-        known = [_is_known(manager.task_index, match) for names in matches.values() for match in names]
-        if all(matches.values()) and all(known):
-            break
-    if unknown := [name for name, found in matches.items() if not found]:
-        raise EvaluationError(_unknown(unknown[0], manager, include_path))
-    if absent := [name for name in requested if name.endswith(".yaml") and not Path(name).is_file()]:
-        raise EvaluationError(f"no task file {absent[0]}; give the path of a task's YAML")
-    return manager, {match: requested[name] for name, found in matches.items() for match in found}
-
-
-def _unknown(name: str, manager: TaskManager, include_path: Path | None) -> str:
-    near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-    hint = f", did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    broken = [f"{file.name} ({why})" for file, why in _unreadable(include_path)]
-    also = f"; not readable in {include_path}: {', '.join(broken)}" if broken else ""
-    where = "" if include_path else "; --include-path DIR adds local ones"
-    return f"unknown task '{name}'{hint}{also}{where}; `lm_eval ls tasks` lists lm-eval's own"
-
-
-def _unreadable(folder: Path | None) -> Iterator[tuple[Path, str]]:
-    for file in sorted(folder.glob("**/*.yaml")) if folder else ():
-        try:
-            load_yaml(file, resolve_func=False)
-        except Exception as error:  # YAML of any kind
-            yield file, one_line(error)
-
-
-def _children(entry: Entry) -> list[Any]:
-    """What a tag or group lists: names, or mappings that name a task or group and override settings."""
-    listed = (entry.cfg or {}).get("task")
-    return sorted(entry.tags) if entry.kind is Kind.TAG else listed if isinstance(listed, list) else []
-
-
-def _name(child: Any) -> str:
-    return str(child if isinstance(child, str) else child.get("task") or child.get("group"))
-
-
-def _members(index: Mapping[str, Entry], name: str) -> Iterator[str]:
-    """The leaf tasks of a task, group or tag, as far as the index knows them."""
-    entry = index.get(name)
-    if entry is not None and entry.kind in (Kind.TAG, Kind.GROUP):
-        for child in _children(entry):
-            yield from _members(index, _name(child))
-    elif entry is not None:
-        yield name
-
-
-def _is_known(index: Mapping[str, Entry], name: str) -> bool:
-    """Whether the index has a task, and all that a group refers to. Files name their own tasks."""
-    if name.endswith(".yaml"):
-        return True
-    entry = index.get(name)
-    return entry is not None and all(_is_known(index, _name(child)) for child in _children(entry))
-
-
 def _unsafe(index: Mapping[str, Entry], name: str) -> bool:
-    return any((index[leaf].cfg or {}).get("unsafe_code") for leaf in _members(index, name))
+    return any((index[leaf].cfg or {}).get("unsafe_code") for leaf in members(index, name))
 
 
 def _unsafe_message(names: list[str]) -> str:
@@ -272,7 +202,7 @@ def _data_is_absent(error: BaseException) -> bool:
 
 def _absent(manager: TaskManager, name: str) -> list[str]:
     """Each task under a name whose data is absent, with its data set."""
-    leaves = list(_members(manager.task_index, name)) or [name]
+    leaves = list(members(manager.task_index, name)) or [name]
     absent = []
     for leaf in leaves:
         if len(leaves) > 1:

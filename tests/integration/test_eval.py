@@ -141,6 +141,20 @@ def test_every_suite_names_tasks_that_lm_eval_has() -> None:
         assert any(tasks)
 
 
+@pytest.mark.slow
+def test_a_pattern_matches_local_tasks_and_lm_evals_own(tmp_path: Path) -> None:
+    from moetool.evaluate.lookup import find
+
+    evaluation.save_choices(tmp_path, "arc_mine")
+    _, names = find({"arc_*": 3}, tmp_path)
+    assert {"arc_mine", "arc_easy"} <= set(names)
+    assert set(names.values()) == {3}
+    evaluation.save_group(tmp_path, "mixed", ["arc_mine", "arc_easy"])
+    assert "arc_easy" in find({"mixed": None}, tmp_path)[0].task_index
+    assert "arc_easy" in find({str(tmp_path / "mixed.yaml"): None}, tmp_path)[0].task_index
+    assert "arc_easy" not in find({str(tmp_path / "arc_mine.yaml"): None}, None)[0].task_index
+
+
 def test_paired_difference_equals_one_made_from_the_samples(
     llama: Path, mixtral: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +183,7 @@ def test_table_and_names_of_models_with_the_same_last_part(llama: Path, folder: 
     assert "a/final" in stdout
     assert "b/final" in stdout
     assert "acc ↑" in stdout
-    assert " ± " in stdout
+    assert "±" in stdout
 
 
 def test_json_is_one_document_in_a_real_process(llama: Path, folder: Path) -> None:
@@ -215,6 +229,8 @@ def test_mistakes_are_told_before_weights_are_loaded(llama: Path, folder: Path, 
     assert code == 1
     assert "unknown task 'choises', did you mean 'choices'" in line
     assert "mine.yaml (" in line
+    assert "cannot be read as a task" in fail(llama, "--tasks", tmp_path / "tasks" / "mine.yaml")[1]
+    assert "no task file" in fail(llama, "--tasks", tmp_path / "none.yaml")[1]
     assert "no folder" in fail(llama, tmp_path / "absent", "--tasks", "choices", "--include-path", folder)[1]
     assert "tokenizer" in fail(shutil_without(llama, tmp_path, "tokenizer*"), "--tasks", "choices")[1]
     assert "no folder" in fail(llama, "--tasks", "choices", "--include-path", tmp_path / "absent")[1]
