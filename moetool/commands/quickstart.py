@@ -1,8 +1,154 @@
-"""Placeholder until the command is written."""
+"""`moetool quickstart`: the whole journey on text that every machine has."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moetool.commands.console import Console, count, escape
+from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, write_options
+from moetool.errors import ConfigError
 
-def quickstart(context: typer.Context) -> None:
-    """Not written yet."""
-    raise NotImplementedError
+if TYPE_CHECKING:
+    from moetool.quickstart import Step
+
+
+def quickstart(
+    context: typer.Context,
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Where everything is written.", show_default=True)
+    ] = Path("quickstart"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the models, the data order and what is redrawn.")] = 0,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    config: ConfigFlag = None,
+) -> dict[str, Any]:
+    """See the whole journey in a few minutes: dense model, upcycling, continual pretraining, routers, evaluation.
+
+    Needs no network and no GPU: the text is the documentation and the standard library of the
+    installed Python. Every step is a moetool command, printed so that you can type it again. An
+    interrupted quickstart goes on where it stopped.
+    """
+    from moetool import quickstart as domain
+
+    console = Console(context, json, quiet)
+    began = time.perf_counter()
+    _claim(folder)
+    root = context.find_root().command
+    number = 1
+
+    console.say("[bold]1. Collect a corpus, train a tokenizer, make a random Llama[/bold]")
+    with console.progress() as progress:
+        made = domain.prepare(folder, seed, progress)
+    write_options(context, folder)
+    sizes = made["corpus"]
+    console.say(
+        f"   prose: {count(sizes['prose-train']['characters'])} characters of documentation,"
+        f" code: {count(sizes['code-train']['characters'])} characters of the standard library;"
+        f" {count(made['parameters'])} parameters"
+    )
+
+    def tell(step: Step) -> None:
+        nonlocal number
+        number += 1
+        console.say(
+            f"\n[bold]{number}. {escape(step.title)}[/bold]\n[dim]   moetool {escape(shlex.join(step.arguments))}[/dim]"
+        )
+
+    def run(arguments: list[str]) -> dict[str, Any]:
+        stepped = time.perf_counter()
+        quietly = ["--quiet"] if quiet else []
+        result = root.main([*arguments, *quietly], standalone_mode=False, obj={"step": True})
+        if not isinstance(result, dict):
+            raise KeyboardInterrupt  # what Typer makes of Ctrl-C within the step is an exit code
+        console.say(f"   {_outcome(arguments[0], result)} [dim]({time.perf_counter() - stepped:.0f} s)[/dim]")
+        return result
+
+    document = domain.journey(folder, seed, run, tell)
+    document["seconds"] = round(time.perf_counter() - began, 1)
+    console.result(document, *_closing(document))
+    return document
+
+
+def _claim(folder: Path) -> None:
+    """Refuse a folder that holds something else."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder for the quickstart")
+    ours = {"corpus", "init", "tasks", "moetool.yaml", "dense", "moe", "moe-copy", "cpt-replay", "cpt-no-replay"}
+    ours |= {"cpt-copy", "routing", "eval"}
+    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours) if folder.exists() else []
+    if foreign:
+        raise ConfigError(
+            f"{folder} holds other things ({', '.join(foreign[:3])}); give a new folder for the quickstart"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _outcome(command: str, result: dict[str, Any]) -> str:
+    """What a step came to, in a line."""
+    if command == "upcycle":
+        parameters, proof = result["parameters"], result.get("proof", {})
+        return (
+            f"{count(parameters['dense'])} dense -> {count(parameters['total'])} parameters,"
+            f" {count(parameters['active'])} active; {proof.get('tensors')} tensors verified"
+        )
+    if command == "cpt":
+        losses = ", ".join(f"{name} {v['before']:.3f} -> {v['after']:.3f}" for name, v in result["val"].items())
+        again = "finished before; " if result.get("already_finished") else ""
+        return f"{again}validation loss: {escape(losses)}; {count(result['tokens'])} tokens"
+    if command == "analyze-routing":
+        return escape(result["verdict"]["title"])
+    return f"{len(result['results'])} checkpoints scored"
+
+
+def _closing(document: dict[str, Any]) -> list[Any]:
+    from rich.table import Table
+
+    losses = document["losses"]
+    rows = {
+        "random": "random initialisation",
+        "dense": "dense, trained on prose",
+        "moe-copy": "MoE, ratio 0: at its start",
+        "moe": "MoE, ratio 0.5: at its start",
+        "cpt-no-replay": "MoE, trained on code, no replay",
+        "cpt-replay": "MoE, trained on code, 30 % replay",
+    }
+    table = Table(title="\nValidation loss, nats a token", title_justify="left", title_style="bold")
+    table.add_column("checkpoint")
+    for name in ("prose", "code", "forgetting", "accuracy"):
+        table.add_column(name, justify="right")
+    for name, label in rows.items():
+        forgotten = document["forgetting"].get(name)
+        accuracy = document["accuracy"].get(name)
+        table.add_row(
+            label,
+            f"{losses[name]['prose']:.3f}",
+            f"{losses[name]['code']:.3f}",
+            f"{forgotten:+.3f}" if forgotten is not None else "",
+            f"{accuracy['value']:.0%} ± {accuracy['stderr']:.0%}" if accuracy else "",
+        )
+    table.caption = (
+        f"ln(vocabulary) = {document['ln_vocabulary']:.3f} is the loss of a uniform guess. Forgetting: loss on prose"
+        " above the dense model's. Accuracy: four-way choice of the passage that goes on, chance 25 %."
+    )
+    table.caption_justify = "left"
+    routing = document["routing"]
+    routers = Table(
+        title=f"\nRouting: mri, largest share of tokens to one expert (balanced {routing['balanced']:.2f})",
+        title_justify="left",
+        title_style="bold",
+    )
+    routers.add_column("domain")
+    for name in ("upcycled", "after training", "same experts chosen"):
+        routers.add_column(name, justify="right")
+    for name, domain in routing["domains"].items():
+        shares = (f"{domain[when]['mean']:.2f} (worst layer {domain[when]['max']:.2f})" for when in ("before", "after"))
+        routers.add_row(name, *shares, f"{domain['saturation']:.0%}")
+    paths = [f"the routing report       {document['report']}", f"the evaluation           {document['eval']}"]
+    paths += [f"{'checkpoint ' + name:24} {path}" for name, path in document["checkpoints"].items()]
+    told = "\n".join(escape(path) for path in paths)
+    return [table, routers, f"\n{told}\n\nDone in {document['seconds']:.0f} s."]
