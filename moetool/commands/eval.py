@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from moetool import registry
 from moetool.commands.console import Console, escape
+from moetool.commands.eval_table import score_table
 from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, named_paths, one_of, write_options
 from moetool.errors import EvaluationError
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def _batch_size(value: str) -> str:
@@ -35,9 +33,7 @@ def evaluate(
     context: typer.Context,
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="MODEL...", help="Checkpoints: folders, or owner/name\\[@revision].", show_default=False
-        ),
+        typer.Argument(metavar="MODEL", help="Checkpoints: folders, or owner/name\\[@revision].", show_default=False),
     ],
     tasks: Annotated[
         str | None,
@@ -189,7 +185,7 @@ def evaluate(
             result |= {"out": str(out), "plots": write_plots(result, shown, out / "plots")}
             write_results(out, result, loaded, evaluation, settings)
     _warn(console, result, chosen, routing)
-    table = [_table(result, chosen)] if any(result["results"].values()) else []
+    table = [score_table(result, chosen)] if any(result["results"].values()) else []
     console.result(result, *table, *_places(result))
     if result["failed"]:
         raise EvaluationError(_failures(result["failed"]))
@@ -200,16 +196,19 @@ def _distinct(models: list[str]) -> dict[str, Path]:
     """A short name for each folder: its last part, and as many parts before it as tell it apart."""
     from moetool.checkpoint.hub import resolve_model
 
-    found: dict[Path, tuple[tuple[str, ...], Path]] = {}
+    found: dict[tuple[str, ...], Path] = {}
     for model in models:
         folder = resolve_model(model)
-        # A model of the hub lies in a cache folder: its name is what was typed.
-        local = Path(model).expanduser().is_dir()
-        found.setdefault(folder.resolve(), (folder.resolve().parts[1:] if local else tuple(model.split("/")), folder))
+        if folder.resolve() not in {other.resolve() for other in found.values()}:
+            # A model of the hub lies in a cache folder: its name is what was typed.
+            local = Path(model).expanduser().is_dir()
+            found[folder.resolve().parts[1:] if local else tuple(model.split("/"))] = folder
+    # RUN/checkpoints/step-000100 is RUN/step-000100 for short.
+    short = {tuple(part for part in parts if part != "checkpoints"): folder for parts, folder in found.items()}
+    found = short if len(short) == len(found) else found
     names = {}
-    for path, (parts, folder) in found.items():
-        others = [other for key, (other, _) in found.items() if key != path]
-        lengths = (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others))
+    for parts, folder in found.items():
+        lengths = (n for n in range(1, len(parts)) if all(p[-n:] != parts[-n:] for p in found if p != parts))
         names["/".join(parts[-next(lengths, len(parts)) :])] = folder
     return names
 
@@ -237,63 +236,3 @@ def _warn(console: Console, result: dict[str, Any], suite: Any, routing: bool) -
     for name in result["models"]:
         if routing and not result["routing"].get(name):
             console.warn(f"{name} has no router: nothing to count")
-
-
-def _table(result: dict[str, Any], suite: Any) -> Table:
-    """Rows: task and metric. Columns: models; beside a baseline, second lines: the difference to it."""
-    from rich.table import Table
-
-    baseline, scores = result["baseline"], result["results"]
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("task", no_wrap=True)
-    table.add_column("metric", no_wrap=True)
-    for model in result["models"]:
-        table.add_column(escape(model), justify="right")
-
-    def add(task: str, metric: str, cells: dict[str, Any]) -> None:
-        table.add_row(escape(task), escape(metric), *(_cell(cells.get(model) or {}) for model in result["models"]))
-
-    shown = {b.task: b.metric for b in suite.benchmarks} if suite else {}
-    tasks = dict.fromkeys(task for model in scores.values() for task in model)
-    for task in tasks:
-        rows = {model: metrics.get(task, {}) for model, metrics in scores.items()}
-        for key in dict.fromkeys(key for metrics in rows.values() for key in metrics):
-            if shown.get(task, key) != key:
-                continue
-            cells = {model: metrics.get(key) for model, metrics in rows.items()}
-            higher = next(score["higher_is_better"] for score in cells.values() if score)
-            metric, _, filter_name = key.partition(",")
-            arrow = {True: " ↑", False: " ↓"}.get(higher, "")
-            add(task, metric + ("" if filter_name == "none" else f" ({filter_name})") + arrow, cells)
-        layers = {model: routed[task]["layers"] for model, routed in result["routing"].items() if task in routed}
-        if layers:
-            mean = {model: sum(row["mri"] for row in rows) / len(rows) for model, rows in layers.items()}
-            add(task, "mri (mean)", {m: {"value": value, "stderr": None} for m, value in mean.items()})
-    for name, averages in result["averages"].items():
-        number = next((a["num_tasks"] for a in averages.values()), 0)
-        add(f"average of {name}", f"{number} tasks", averages)
-    if baseline is not None:
-        table.caption = (
-            f"second lines: difference to {escape(baseline)}, paired over the same documents;"
-            " * larger than two standard errors"
-        )
-        table.caption_justify = "left"
-    return table
-
-
-def _cell(score: dict[str, Any]) -> str:
-    lines = [_number(score)]
-    if "difference" in score:
-        lines.append(_number(score["difference"], signed=True))
-    return "\n".join(lines)
-
-
-def _number(score: dict[str, Any], signed: bool = False) -> str:
-    if not score:
-        return "-"
-
-    def plain(value: float, sign: str = "") -> str:
-        return f"{value:{sign}.4f}" if abs(value) < 10_000 else f"{value:{sign}.4g}"
-
-    error = "" if score["stderr"] is None else f"±{plain(score['stderr'])}"
-    return plain(score["value"], "+" if signed else "") + error + (" *" if score.get("outside_noise") else "")

@@ -10,6 +10,17 @@ from moetool.evaluate.plots import training_tokens
 from tests import tiny
 
 
+def test_many_models_are_readable_on_eighty_columns(llama: Path, tmp_path: Path) -> None:
+    steps = [save_step(llama, tmp_path / run, step) for run in "ab" for step in (1, 2)]
+    text = tiny.save_jsonl(tmp_path / "t.jsonl", repeat=2)
+    code, stdout, stderr = tiny.in_process("eval", *steps, "--text", f"t={text}", "--baseline", llama)
+    assert code == 0, stderr
+    for step in steps:
+        (line,) = [line for line in stdout.splitlines() if f"{step.parts[-3]}/{step.name}" in line]
+        assert line.rstrip().endswith("+0.0000±0.0000")
+    assert "…" not in stdout
+
+
 def save_step(llama: Path, run: Path, step: int, last: bool = False) -> Path:
     """A checkpoint as `moetool cpt` leaves it."""
     folder = run if last else run / "checkpoints" / f"step-{step:06d}"
