@@ -95,7 +95,7 @@ def _fail(message: str, code: int) -> int:
 def run(arguments: list[str]) -> int:
     """Run one command line; return its exit code."""
     try:
-        outcome = app(arguments, standalone_mode=False)
+        outcome = app(arguments, standalone_mode=False, prog_name="moetool")
         if outcome == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C
             return _fail("interrupted", EXIT_INTERRUPTED)
         return outcome if isinstance(outcome, int) else 0

@@ -35,7 +35,7 @@ def analyze_routing(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="A Mixture of Experts: a folder, or owner/name\\[@revision].",
             show_default=False,
         ),

@@ -12,7 +12,9 @@ from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag
 
 def inspect(
     context: typer.Context,
-    path: Annotated[str, typer.Argument(help="A model: a folder, or owner/name[@revision].")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A model: a folder, or owner/name\\[@revision].", show_default=False)
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: JsonFlag = False,
     quiet: QuietFlag = False,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def quickstart(
     context: typer.Context,
     folder: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="Where everything is written.", show_default=True)
+        Path, typer.Argument(metavar="DIR", help="Where everything is written.", show_default=True)
     ] = Path("quickstart"),
     seed: Annotated[int, typer.Option(min=0, help="Of the models, the data order and what is redrawn.")] = 0,
     json: JsonFlag = False,

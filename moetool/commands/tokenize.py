@@ -18,7 +18,7 @@ def tokenize(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT...",
+            metavar="INPUT",
             help="Text, JSONL or Parquet: a file, folder, glob, or hf:owner/name\\[@revision]\\[#config/split].",
             show_default=False,
         ),

@@ -57,8 +57,13 @@ def _target(value: str) -> str:
 
 def upcycle(
     context: typer.Context,
-    dense: Annotated[str, typer.Argument(help="The dense model: a folder, or owner/name[@revision].")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    dense: Annotated[
+        str,
+        typer.Argument(
+            metavar="DENSE", help="The dense model: a folder, or owner/name\\[@revision].", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
     num_experts: Annotated[int, typer.Option(min=2, help="Routed experts.")] = 8,
     top_k: Annotated[int, typer.Option(min=1, help="Experts a token goes to.")] = 2,
     method: Annotated[
@@ -94,7 +99,7 @@ def upcycle(
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, such as 5GB.")] = "5GB",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads.  [default: one a core]", show_default=False)
+        int | None, typer.Option(min=1, help="Threads.  \\[default: one a core]", show_default=False)
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be written and stop.")] = False,
     verify: Annotated[

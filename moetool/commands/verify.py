@@ -14,15 +14,15 @@ from moetool.commands.upcycle import proof_line
 
 def verify(
     context: typer.Context,
-    path: Annotated[Path, typer.Argument(help="A folder that moetool upcycle has written.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder that moetool upcycle has written.")],
     source: Annotated[
-        str | None, typer.Option(help="The dense model.  [default: where moetool.json says it was]", metavar="DENSE")
+        str | None, typer.Option(help="The dense model.  \\[default: where moetool.json says it was]", metavar="DENSE")
     ] = None,
     level: Annotated[
         Literal["quick", "full"], typer.Option(help="A sample of each tensor, or every entry and every file's digest.")
     ] = "full",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads.  [default: one a core]", show_default=False)
+        int | None, typer.Option(min=1, help="Threads.  \\[default: one a core]", show_default=False)
     ] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
