@@ -93,7 +93,9 @@ def save_random_llama(folder: Path, tokenizer: Any, seed: int) -> int:
     """A randomly initialised Llama with its tokenizer; returns its parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**MODEL))
     model.save_pretrained(folder)

@@ -28,6 +28,13 @@ from moetool.progress import silent
 __all__ = ["Console", "escape"]
 
 
+class _Rich(RichConsole):
+    """rich's console, but a reader that leaves a pipe is told to cli.run, not turned into exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Console:
     """Where a command prints, given its `--json` and `--quiet`.
 
@@ -40,8 +47,8 @@ class Console:
         self.json = json
         self.quiet = quiet
         self._result_hidden = quiet or step
-        self._messages = RichConsole(stderr=json, highlight=False, soft_wrap=True)
-        self._progress = RichConsole(stderr=True)
+        self._messages = _Rich(stderr=json, highlight=False, soft_wrap=True)
+        self._progress = _Rich(stderr=True)
 
     def say(self, message: RenderableType) -> None:
         """Print a message for people (rich markup; `escape` what comes from outside)."""
