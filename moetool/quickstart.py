@@ -32,7 +32,7 @@ MODEL = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-DENSE_STEPS, CPT_STEPS = 400, 160
+DENSE_STEPS, CPT_STEPS = 320, 100
 LIMIT = 100  # questions of the multiple-choice task
 
 Run = Callable[[list[str]], dict[str, Any]]
@@ -108,8 +108,8 @@ def write_task(folder: Path, documents: list[str]) -> None:
 
     The right one is the text's own continuation, the others those of other documents; chance is 25 %.
     """
-    pairs = [(d[:200], d[200:280]) for d in documents if len(d) >= 400]
-    pairs += [(d[400:600], d[600:680]) for d in documents if len(d) >= 800]
+    spots = range(0, 3000, 500)
+    pairs = [(d[at : at + 200], d[at + 200 : at + 280]) for at in spots for d in documents if len(d) >= at + 280]
     rows = []
     for number, (context, ending) in enumerate(pairs):
         choices = [pairs[(number + shift) % len(pairs)][1] for shift in (7, 13, 29)]

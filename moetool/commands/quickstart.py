@@ -138,15 +138,17 @@ def _closing(document: dict[str, Any]) -> list[Any]:
     table.caption_justify = "left"
     routing = document["routing"]
     routers = Table(
-        title=f"\nRouting: mri, largest share of tokens to one expert (balanced {routing['balanced']:.2f})",
+        title="\nRouting: mri, the largest share of tokens that one expert gets; mean / worst layer",
         title_justify="left",
         title_style="bold",
+        caption=f"Balanced is {routing['balanced']:.2f}.",
+        caption_justify="left",
     )
     routers.add_column("domain")
     for name in ("upcycled", "after training", "same experts chosen"):
         routers.add_column(name, justify="right")
     for name, domain in routing["domains"].items():
-        shares = (f"{domain[when]['mean']:.2f} (worst layer {domain[when]['max']:.2f})" for when in ("before", "after"))
+        shares = (f"{domain[when]['mean']:.2f} / {domain[when]['max']:.2f}" for when in ("before", "after"))
         routers.add_row(name, *shares, f"{domain['saturation']:.0%}")
     paths = [f"the routing report       {document['report']}", f"the evaluation           {document['eval']}"]
     paths += [f"{'checkpoint ' + name:24} {path}" for name, path in document["checkpoints"].items()]
