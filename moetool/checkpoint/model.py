@@ -72,6 +72,11 @@ def load_model(
             raise CheckpointError(
                 f"{folder}: {kind} tensors {', '.join(keys[:3])}{more}; the checkpoint does not fit its config.json"
             )
+    # torch's grouped matrix product, the faster one, fails unless rows are multiples of 16 bytes, which
+    # 8 elements are in every dtype (training may compute in another than the weights').
+    experts = [p.shape for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
+    if any(size % 8 for shape in experts for size in shape[1:]):
+        model.set_experts_implementation("eager")
     return model.to(device) if device else model
 
 

@@ -56,7 +56,7 @@ class Run:
         self._strategies = balance.build(config.balance)
 
         start = state.step_folder(config.out, step) if step else config.model
-        self._core = _load(start, accelerator.device, config.precision)
+        self._core = _load(start, accelerator.device)
         self._capture = RouterCapture(self._core) if has_routers(self._core) else None
         plan, self.warnings = describe(config, self._core, self._capture, self._mixture, corpus)
         where = {"device": str(accelerator.device), "num_processes": accelerator.num_processes}
@@ -243,7 +243,7 @@ def make_accelerator() -> Accelerator:
     return accelerator
 
 
-def _load(folder: Path, device: torch.device, precision: str) -> Any:
+def _load(folder: Path, device: torch.device) -> Any:
     from transformers import GenerationConfig
 
     model = load_model(folder, "float32", str(device))
@@ -251,11 +251,6 @@ def _load(folder: Path, device: torch.device, precision: str) -> Any:
     # are; transformers refuses to save some that it loads.
     model.config.output_router_logits = False
     model.generation_config = GenerationConfig()
-    # torch's grouped matrix product, the faster one, wants rows that are multiples of 16 bytes.
-    row = 8 if precision == "bf16" else 4
-    experts = [p.shape for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
-    if any(size % row for shape in experts for size in shape[1:]):
-        model.set_experts_implementation("eager")
     return model
 
 
