@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,23 +105,32 @@ def save_random_llama(folder: Path, tokenizer: Any, seed: int) -> int:
 
 
 def write_task(folder: Path, documents: list[str]) -> None:
-    """A multiple-choice task for lm-eval: which of four passages goes on from a context?
+    """A multiple-choice task for lm-eval: which of four passages has its words in order?
 
-    The right one is the text's own continuation, the others those of other documents; chance is 25 %.
+    The right one goes on from the context as the text does; in each of the others two neighbouring
+    words have changed places, so length and vocabulary tell nothing. Chance is 25 %.
     """
-    spots = range(0, 3000, 500)
-    pairs = [(d[at : at + 200], d[at + 200 : at + 280]) for at in spots for d in documents if len(d) >= at + 280]
     rows = []
-    for number, (context, ending) in enumerate(pairs):
-        choices = [pairs[(number + shift) % len(pairs)][1] for shift in (7, 13, 29)]
-        right = number % 4
-        choices.insert(right, ending)
-        rows.append({"context": context, "choices": choices, "right": right})
+    for document in documents:
+        words = document.split()
+        for start in range(0, min(len(words), 400) - 40, 80):
+            context, passage = words[start : start + 20], words[start + 20 : start + 28]
+            swaps = random.Random(" ".join(passage)).sample(range(7), 7)
+            choices = {" ".join(passage): None}
+            for at in swaps:  # one word changes places with the next
+                if len(choices) < 4:
+                    swapped = [*passage[:at], passage[at + 1], passage[at], *passage[at + 2 :]]
+                    choices[" ".join(swapped)] = None
+            if len(choices) == 4:
+                right = len(rows) % 4
+                ordered, *others = choices
+                others.insert(right, ordered)
+                rows.append({"context": " ".join(context), "choices": others, "right": right})
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "continuation.jsonl"
+    path = folder / "word-order.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "continuation.yaml").write_text(
-        f"""task: continuation
+    (folder / "word-order.yaml").write_text(
+        f"""task: word-order
 dataset_path: json
 dataset_kwargs:
   data_files:
@@ -130,7 +140,7 @@ output_type: multiple_choice
 doc_to_text: "{{{{context}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: right
-target_delimiter: ""
+target_delimiter: " "
 metric_list:
   - metric: acc
     aggregation: mean
@@ -193,7 +203,7 @@ def steps(folder: Path, seed: int) -> Iterator[Step]:
         "Evaluate all checkpoints with lm-evaluation-harness",
         [
             "eval", *(at(name) for name in ("dense", "moe", "cpt-replay", "cpt-no-replay")), "--baseline", at("dense"),
-            "--tasks", "continuation", "--include-path", at("tasks"), *texts, "--limit", str(LIMIT),
+            "--tasks", "word-order", "--include-path", at("tasks"), *texts, "--limit", str(LIMIT),
             "--batch-size", "16", "--out", at("eval"),
         ],
     )  # fmt: skip
@@ -262,8 +272,8 @@ def routing_summary(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def accuracies(results: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy of each checkpoint on the continuation task, with its standard error."""
+    """Accuracy of each checkpoint on the word-order task, with its standard error."""
     return {
-        model: {key: tasks["continuation"]["acc,none"][key] for key in ("value", "stderr")}
+        model: {key: tasks["word-order"]["acc,none"][key] for key in ("value", "stderr")}
         for model, tasks in results["results"].items()
     }

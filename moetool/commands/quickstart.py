@@ -133,7 +133,7 @@ def _closing(document: dict[str, Any]) -> list[Any]:
         )
     table.caption = (
         f"ln(vocabulary) = {document['ln_vocabulary']:.3f} is the loss of a uniform guess. Forgetting: loss on prose"
-        " above the dense model's. Accuracy: four-way choice of the passage that goes on, chance 25 %."
+        " above the dense model's. Accuracy: which of four passages has its words in order (chance 25 %)."
     )
     table.caption_justify = "left"
     routing = document["routing"]

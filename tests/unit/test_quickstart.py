@@ -60,15 +60,17 @@ def test_the_split_is_by_document_and_does_not_change() -> None:
         split(["one"], 0.1)
 
 
-def test_the_right_answer_of_the_task_is_the_continuation(tmp_path: Path) -> None:
-    documents = [f"{n:03d} " + " ".join(f"w{n}-{i}" for i in range(300)) for n in range(40)]
-    write_task(tmp_path, documents)
-    rows = [json.loads(line) for line in (tmp_path / "continuation.jsonl").read_text().splitlines()]
-    assert len(rows) == sum(len(d) >= at + 280 for d in documents for at in range(0, 3000, 500))
+def test_the_right_answer_of_the_task_is_the_text_itself(tmp_path: Path) -> None:
+    documents = [" ".join(f"w{n}-{i}" for i in range(130 + n)) for n in range(40)]
+    write_task(tmp_path, [*documents, "a a a a " * 50])
+    rows = [json.loads(line) for line in (tmp_path / "word-order.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 * 2  # at words 0 and 80; what cannot be shuffled is left out
     for row in rows:
         assert len(set(row["choices"])) == 4
-        whole = [d for d in documents if row["context"] + row["choices"][row["right"]] in d]
-        assert len(whole) == 1
+        assert len({tuple(sorted(choice.split())) for choice in row["choices"]}) == 1
+        right = row["choices"][row["right"]]
+        assert any(f"{row['context']} {right}" in document for document in documents)
+        assert sum(choice in document for choice in row["choices"] for document in documents) == 1
     assert {row["right"] for row in rows} == {0, 1, 2, 3}
 
 
@@ -104,7 +106,7 @@ def test_forgetting_is_counted_from_the_dense_model() -> None:
             "comparison": {"domains": {"prose": {"layers": after}}},
             "files": {"html": "report.html"},
         },
-        "eval": {"results": {"dense": {"continuation": {"acc,none": {"value": 0.5, "stderr": 0.1}}}}},
+        "eval": {"results": {"dense": {"word-order": {"acc,none": {"value": 0.5, "stderr": 0.1}}}}},
     }
     summary = summarize(results, Path("q"))
     assert summary["forgetting"] == {"cpt-replay": 0.25, "cpt-no-replay": 1.5}
