@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 
 # The order of --help: the journey, then its tools.
-for name, function in {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "quickstart": quickstart,
     "upcycle": upcycle,
     "inspect": inspect,
@@ -42,8 +43,9 @@ for name, function in {
     "cpt": cpt,
     "analyze-routing": analyze_routing,
     "eval": evaluate,
-}.items():
-    app.command(name)(function)
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 def _version(value: bool) -> None:

@@ -110,7 +110,7 @@ def write_task(folder: Path, documents: list[str]) -> None:
     The right one goes on from the context as the text does; in each of the others two neighbouring
     words have changed places, so length and vocabulary tell nothing. Chance is 25 %.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for document in documents:
         words = document.split()
         for start in range(0, min(len(words), 400) - 40, 80):
