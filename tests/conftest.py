@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread each, set before torch is imported: workers of one run share the cores, and what a test
+# compares with a process of its own must be computed with as many threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from tests import tiny
 
