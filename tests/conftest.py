@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes says more about the machine than about moetool.
+hypothesis.settings.register_profile("moetool", deadline=None)
+hypothesis.settings.load_profile("moetool")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread each, set before torch is imported: workers of one run share the cores, and what a test

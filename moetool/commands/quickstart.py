@@ -101,7 +101,7 @@ def _outcome(command: str, result: dict[str, Any]) -> str:
         again = "finished before; " if result.get("already_finished") else ""
         return f"{again}validation loss: {escape(losses)}; {count(result['tokens'])} tokens"
     if command == "analyze-routing":
-        return escape(result["verdict"]["title"])
+        return f"before: {escape(result['verdict']['title'])}"
     return f"{len(result['results'])} checkpoints scored"
 
 
