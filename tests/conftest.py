@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # compares with a process of its own must be computed with as many threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from tests import tiny
+from tests import tiny  # noqa: E402  (after the environment is set)
 
 
 @pytest.fixture(autouse=True)

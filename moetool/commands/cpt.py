@@ -295,8 +295,10 @@ def _result_text(summary: dict[str, Any]) -> list[Any]:
             table.add_row(escape(name), f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
         parts.append(table)
     done = "finished before, with the same options: " if summary["already_finished"] else ""
+    # Unknown where metrics.jsonl was deleted before the last step folder became the result.
+    speed = f", {count(summary['tokens_per_second'])} tokens/s" if summary["tokens_per_second"] else ""
     parts.append(
-        f"{done}{summary['steps']} steps, {count(summary['tokens'])} tokens,"
-        f" {count(summary['tokens_per_second'])} tokens/s; the checkpoint is {escape(summary['out'])}"
+        f"{done}{summary['steps']} steps, {count(summary['tokens'])} tokens{speed};"
+        f" the checkpoint is {escape(summary['out'])}"
     )
     return parts

@@ -33,7 +33,7 @@ def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Run |
     """
     accelerator = make_accelerator()
     main, out = accelerator.is_main_process, config.out
-    state.check_folder(config.model, out)
+    state.check_folder(config.model, out, config.resume)
     model = skeleton(config.model)
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     default_balance = balance.parse([]) if has_routers(model) else {}
@@ -44,10 +44,7 @@ def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Run |
         with accelerator.main_process_first():
             corpus = open_corpus(config, model.get_input_embeddings().num_embeddings, progress)
         identity = config.identity(fingerprint(config.model), corpus.fingerprints)
-        if main and not config.resume:
-            state.clear(out)
-        accelerator.wait_for_everyone()
-        found = state.find(out)
+        found = state.find(out) if config.resume else state.Found(0, None, None)
         if found.identity is not None:
             _same(out, found.identity, identity)
         if found.summary is not None:
@@ -57,6 +54,8 @@ def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Run |
         accelerator.wait_for_everyone()
         if main:
             state.claim(out)
+            if not config.resume:  # only now: a command that is refused deletes nothing
+                state.clear(out)
         yield run
     accelerator.end_training()
 

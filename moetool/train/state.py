@@ -30,8 +30,13 @@ STATE = "training_state"
 _FORMAT = 1
 
 
-def check_folder(model: Path, out: Path) -> None:
+def check_folder(model: Path, out: Path, resume: bool = True) -> None:
     """Refuse a folder that is the model's own or that holds something other than a run of `cpt`.
+
+    Args:
+        model: the checkpoint to start from.
+        out: the run's folder.
+        resume: False if the run in it is going to be deleted: it must then hold nothing else.
 
     Raises:
         CheckpointError: says what is there.
@@ -41,6 +46,8 @@ def check_folder(model: Path, out: Path) -> None:
         raise CheckpointError(
             f"{out} is {'' if source == target else 'inside '}the model that is read; choose another OUT"
         )
+    if target in source.parents:
+        raise CheckpointError(f"the model that is read, {model}, is a part of the run in {out}; choose another OUT")
     if not out.exists():
         return
     if not out.is_dir():
@@ -51,6 +58,9 @@ def check_folder(model: Path, out: Path) -> None:
         raise CheckpointError(
             f"{out} holds {', '.join(sorted(names)[:3])} and no run of moetool cpt; choose another OUT"
         )
+    foreign = [] if resume else sorted(set(foreign_files(out)) - {METRICS, SUMMARY, STEPS})
+    if foreign:
+        raise CheckpointError(f"{out} also holds {', '.join(foreign[:3])}; move that away or choose another OUT")
 
 
 def claim(out: Path) -> None:
@@ -66,22 +76,17 @@ def release(out: Path) -> None:
 
 
 def clear(out: Path) -> None:
-    """Delete an earlier run (`--no-resume`): what makes it loadable first.
-
-    Raises:
-        CheckpointError: the folder also holds files that no run makes; nothing is deleted then.
-    """
-    foreign = set(foreign_files(out)) - {METRICS, SUMMARY, STEPS}
-    if foreign:
-        raise CheckpointError(
-            f"{out} also holds {', '.join(sorted(foreign)[:3])}; move that away or choose another OUT"
-        )
+    """Delete an earlier run (`--no-resume`) from a folder that `claim` has marked: what makes it loadable first."""
     for name in ("config.json", INDEX):
         (out / name).unlink(missing_ok=True)
     sync_folder(out)
-    shutil.rmtree(out / STEPS, ignore_errors=True)
+    for step in saved_steps(out):
+        _delete(step_folder(out, step))
+    if (out / STEPS).exists():
+        shutil.rmtree(out / STEPS)
     for path in out.iterdir():
-        path.unlink()
+        if path.name != PARTIAL:
+            path.unlink()
 
 
 def step_folder(out: Path, step: int) -> Path:
