@@ -131,7 +131,9 @@ class Run:
         row["num_tokens"] = self.step * step_tokens
         row["tokens_per_second"] = step_tokens / (time.perf_counter() - began)
         if self._capture is not None:
-            counts_LE = torch.tensor(values[1 + len(self._strategies) :], dtype=torch.float64).reshape(len(self._capture.layers), -1)
+            counts_LE = torch.tensor(values[1 + len(self._strategies) :], dtype=torch.float64).reshape(
+                len(self._capture.layers), -1
+            )
             row["mri"] = (counts_LE.amax(dim=-1) / step_tokens).tolist()
         return row
 

@@ -80,6 +80,7 @@ def clear(out: Path) -> None:
     for name in ("config.json", INDEX):
         (out / name).unlink(missing_ok=True)
     sync_folder(out)
+    sweep(out)
     for step in saved_steps(out):
         _delete(step_folder(out, step))
     if (out / STEPS).exists():

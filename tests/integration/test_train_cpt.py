@@ -163,6 +163,34 @@ def test_options_that_define_the_run_may_not_change(tmp_path: Path, llama: Path,
     assert any(not torch.equal(value, before[name]) for name, value in weights(out).items())
 
 
+def test_a_refused_command_deletes_nothing(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    out = tmp_path / "out"
+    assert cpt(llama, out, jsonl, "--save-every", 2)[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for model, options, message in (
+        (llama, ("--warmup-steps", 9), "9 warm-up steps do not fit"),
+        (llama, ("--seq-len", 128, "--val-fraction", 0.99), "less than one window"),
+        (llama, ("--replay", f"new={jsonl}"), "two sources are named 'new'"),
+        (out / "checkpoints" / "step-000002", (), "is a part of the run in"),
+    ):
+        code, _, stderr = cpt(model, out, jsonl, *options, "--no-resume")
+        assert code == 1
+        assert message in stderr
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_ends_without_its_metrics(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    out = tmp_path / "out"
+    assert cpt(llama, out, jsonl)[0] == 0
+    (out / "metrics.jsonl").unlink()
+    (out / "config.json").unlink()
+    (out / "moetool.partial.json").write_text(json.dumps({"command": "cpt"}))
+    code, stdout, _ = cpt(llama, out, jsonl)
+    assert code == 0
+    assert "256 tokens; the checkpoint is" in " ".join(stdout.split())
+    assert (out / "config.json").exists()
+
+
 def test_another_model_under_the_same_path_is_noticed(tmp_path: Path, jsonl: Path) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
     tiny.save_llama(model, seed=1)

@@ -94,15 +94,20 @@ def test_the_holder_of_a_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_clear_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
-    state.claim(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("{}")
-    (tmp_path / "notes.txt").write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    state.claim(out)
+    (out / "metrics.jsonl").write_text("{}")
+    (out / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=r"also holds notes\.txt"):
-        state.clear(tmp_path)
-    assert (tmp_path / "metrics.jsonl").exists()
-    (tmp_path / "notes.txt").unlink()
-    state.clear(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        state.check_folder(tmp_path / "model", out, resume=False)
+    (out / "notes.txt").unlink()
+    for name in ("step-000001", "step-000002", ".step-000001.deleted"):
+        (out / "checkpoints" / name / "training_state").mkdir(parents=True)
+        (out / "checkpoints" / name / "training_state" / "state.json").write_text("{}")
+    state.check_folder(tmp_path / "model", out, resume=False)
+    state.clear(out)
+    assert [path.name for path in out.iterdir()] == ["moetool.partial.json"]
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
