@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from moetool import __version__
 from moetool.checkpoint.model import load_model
-from moetool.errors import ConfigError
+from moetool.errors import CheckpointError, ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture, has_routers
 from moetool.train import balance, schedules, state
@@ -56,7 +56,10 @@ class Run:
         self._strategies = balance.build(config.balance)
 
         start = state.step_folder(config.out, step) if step else config.model
-        self._core = _load(start, accelerator.device)
+        try:
+            self._core = _load(start, accelerator.device)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {state.ADVICE}" if step else str(error)) from None
         self._capture = RouterCapture(self._core) if has_routers(self._core) else None
         plan, self.warnings = describe(config, self._core, self._capture, self._mixture, corpus)
         where = {"device": str(accelerator.device), "num_processes": accelerator.num_processes}

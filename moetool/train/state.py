@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from moetool.errors import CheckpointError
 METRICS, SUMMARY, STEPS = "metrics.jsonl", "summary.json", "checkpoints"
 STATE = "training_state"
 _FORMAT = 1
+ADVICE = "delete that step folder to go on from the one before it"
 
 
 def check_folder(model: Path, out: Path, resume: bool = True) -> None:
@@ -145,6 +147,12 @@ def save_step(out: Path, step: int, fill: Callable[[Path], None], keep: int) -> 
         if folder.exists():
             _delete(folder)
         os.rename(temporary, folder)
+    except SafetensorError as error:  # safetensors' name for a full disk; no OSError
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder} cannot be written ({reason}); free some space, then run the same command again"
+        ) from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -204,7 +212,7 @@ def save_training_state(
     if master:
         weights = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
         save_file(weights, folder / STATE / "master.safetensors")
-    document = {"format": _FORMAT, "step": step, "identity": identity, "torch": torch.__version__}
+    document = {"format": _FORMAT, "step": step, "master": master, "identity": identity, "torch": torch.__version__}
     (folder / STATE / "state.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
@@ -214,7 +222,10 @@ def read_identity(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: state.json is damaged or of another format.
     """
-    document = read_json(folder / STATE / "state.json")
+    try:
+        document = read_json(folder / STATE / "state.json")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {ADVICE}") from None
     if document.get("format") != _FORMAT or not isinstance(document.get("identity"), dict):
         raise CheckpointError(
             f"{folder / STATE}: made by another version of moetool; begin again with --no-resume or another OUT"
@@ -233,8 +244,12 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     try:
         moments = load_file(folder / STATE / "optimizer.safetensors")
         weights: dict[str, Tensor] = {}
-        if (folder / STATE / "master.safetensors").exists():
-            weights = load_file(folder / STATE / "master.safetensors")
+        master = folder / STATE / "master.safetensors"
+        # Without them a rounded model would be trained on; the first step folders did not say that they have them.
+        if read_json(folder / STATE / "state.json").get("master", master.exists()):
+            weights = load_file(master)
+            if absent := sorted(parameters.keys() - weights.keys()):
+                raise ValueError(f"master.safetensors holds no {absent[0]}")
         for name, weight in weights.items():
             parameters[name].copy_(weight)
         for key, value in moments.items():
@@ -244,6 +259,5 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     except Exception as error:  # safetensors' own errors, absent files, shapes: all mean the same to the user
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{folder / STATE} cannot be resumed from ({type(error).__name__}: {reason});"
-            " delete that step folder to go on from the one before it"
+            f"{folder / STATE} cannot be resumed from ({type(error).__name__}: {reason}); {ADVICE}"
         ) from None

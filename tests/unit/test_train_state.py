@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -68,9 +69,30 @@ def test_training_state_round_trip(tmp_path: Path) -> None:
         assert {k: v.tolist() for k, v in optimizer.state[ours].items()} == {
             k: v.tolist() for k, v in other.state[theirs].items()
         }
-    (tmp_path / "training_state" / "optimizer.safetensors").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="delete that step folder to go on from the one before"):
+    advice = "delete that step folder to go on from the one before"
+    files = {path: path.read_bytes() for path in (tmp_path / "training_state").iterdir()}
+    for path in files:
+        path.write_bytes(b"damaged")
+        with pytest.raises(CheckpointError, match=advice):
+            state.load_training_state(tmp_path, two, other)
+        path.write_bytes(files[path])
+    (tmp_path / "training_state" / "state.json").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=advice):
+        state.read_identity(tmp_path)
+    (tmp_path / "training_state" / "state.json").write_bytes(files[tmp_path / "training_state" / "state.json"])
+    (tmp_path / "training_state" / "master.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=advice):
         state.load_training_state(tmp_path, two, other)
+
+
+def test_a_full_disk_is_no_bug(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        raise SafetensorError("I/O error: No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"step-000001 cannot be written .*No space left"):
+        state.save_step(tmp_path, 1, fill, keep=1)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_weight_decay_is_for_matrices_and_decoupled() -> None:
