@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from moetool.recipe import read_lineage
+from moetool.routing.plots import plain_text
 
 
 def training_tokens(folder: Path) -> tuple[str, int] | None:
@@ -64,13 +65,14 @@ def _draw(document: Mapping[str, Any], lines: Mapping[str, list[tuple[int, str]]
             yerr=[score["stderr"] or 0 for _, score in known],
             marker="o",
             capsize=2,
-            label=Path(run).name,
+            label=plain_text(Path(run).name),
         )
     base = document["results"].get(document["baseline"], {}).get(task, {}).get(metric)
     if base:
-        axes.axhline(base["value"], linestyle="--", color="grey", label=document["baseline"])
+        axes.axhline(base["value"], linestyle="--", color="grey", label=plain_text(document["baseline"]))
     name, _, filter_name = metric.partition(",")
-    axes.set(xlabel="tokens", ylabel=name if filter_name == "none" else f"{name} ({filter_name})", title=task)
+    label = name if filter_name == "none" else f"{name} ({filter_name})"
+    axes.set(xlabel="tokens", ylabel=plain_text(label), title=plain_text(task))
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

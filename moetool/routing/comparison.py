@@ -5,10 +5,11 @@ Shapes: E experts, K top-k, L layers, N tokens of a text.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class RouteFile:
         self.size = sum(int(np.prod(shape)) for shape in shapes.values()) * np.dtype(dtype).itemsize
         folder.mkdir(parents=True, exist_ok=True)
         self._routes = {
-            name: np.memmap(tempfile.TemporaryFile(dir=folder), dtype, "w+", shape=shape)  # noqa: SIM115
+            name: np.memmap(_reserved(folder, int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype, "r+", shape=shape)
             for name, shape in shapes.items()
         }
         self._row = {layer: row for row, layer in enumerate(like.layers)}
@@ -81,6 +82,21 @@ class RouteFile:
         return [int(kept) / (num_tokens * self.like.top_k) for kept in self._kept[name].values()]
 
 
+def _reserved(folder: Path, size: int) -> IO[bytes]:
+    """An unnamed file whose bytes are all on the disk: written through a map, a full disk kills the process.
+
+    Raises:
+        OSError: they do not fit.
+    """
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        file.close()
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+    return file
+
+
 def saturation_by_chance(one: RoutingStats, other: RoutingStats) -> list[float]:
     """The saturation of two routers that have these loads but nothing else in common: K sum_i f_i g_i.
 
@@ -97,6 +113,7 @@ def build_comparison(
     routes: RouteFile,
     drift: Sequence[dict[str, Any]],
     vocabulary: dict[str, Any] | None = None,
+    upcycling: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report's `comparison`.
 
@@ -107,6 +124,7 @@ def build_comparison(
         routes: after both passes.
         drift: from `drift.drift`.
         vocabulary: from `vocabulary.continual_specialization`.
+        upcycling: of the second, from `upcycling.build_upcycling`.
     """
     domains: dict[str, Any] = {}
     for name, sums in after.items():
@@ -119,4 +137,10 @@ def build_comparison(
         }
         for row, layer in enumerate(entry["layers"]):
             layer |= {key: values[row] for key, values in columns.items()}
-    return {"model": model, "domains": domains, "vocabulary_specialization": vocabulary, "drift": list(drift)}
+    return {
+        "model": model,
+        "domains": domains,
+        "vocabulary_specialization": vocabulary,
+        "drift": list(drift),
+        "upcycling": upcycling,
+    }

@@ -68,7 +68,7 @@ def _file_names(domains: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-def _text(label: str) -> str:
+def plain_text(label: str) -> str:
     """A label as it is: a dollar sign would start a formula."""
     return visible(label).replace("$", r"\$")
 
@@ -91,7 +91,7 @@ def _lines(
 ) -> Path:
     figure, axes = _new(4.6, 2.8)
     for name, values in series.items():
-        axes.plot(layers, values, label=_text(name), **_STYLE)
+        axes.plot(layers, values, label=plain_text(name), **_STYLE)
     if reference is not None:
         axes.axhline(reference, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label="balanced")
     axes.set(xlabel="Layer", ylabel=label, ylim=limits)
@@ -113,7 +113,7 @@ def _load(path: Path, layers: Sequence[int], rows: Sequence[Mapping[str, Any]], 
     every = max(1, L // 12)
     axes.set_yticks(range(0, L, every), [str(layer) for layer in layers[::every]])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(E, 9)))
-    axes.set(xlabel="Expert", ylabel="Layer", title=_text(name))
+    axes.set(xlabel="Expert", ylabel="Layer", title=plain_text(name))
     axes.title.set_fontsize(10)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, ticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], pad=0.02)

@@ -43,9 +43,9 @@ def test_a_plot_for_each_task_when_a_run_has_two_steps(llama: Path, tmp_path: Pa
     text = tiny.save_jsonl(tmp_path / "t.jsonl", repeat=2)
     out = tmp_path / "out"
     code, stdout, stderr = tiny.in_process(
-        "eval", *steps, "--text", f"one={text}", "--text", f"two={text}", "--baseline", llama, "--out", out, "--json"
+        "eval", *steps, "--text", f"one={text}", "--text", f"$^{{$={text}", "--baseline", llama, "--out", out, "--json"
     )
     assert code == 0, stderr
     plots = json.loads(stdout)["plots"]
-    assert [Path(p).name for p in plots] == (["one.png", "two.png"] if number == 2 else [])
+    assert [Path(p).name for p in plots] == (["one.png", "$^{$.png"] if number == 2 else [])
     assert all(Path(p).read_bytes().startswith(b"\x89PNG") for p in plots)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from moetool.routing.capture import RouterCapture
 from moetool.routing.comparison import RouteFile, saturation_by_chance
 from moetool.routing.drift import drift
 from moetool.routing.measure import measure, probe, read_batches
+from moetool.routing.stats import RoutingStats
 from moetool.routing.vocabulary import TokenCounts, continual_specialization
 from tests import tiny
 
@@ -216,3 +219,14 @@ def test_route_file_size(mixtral: Path, tmp_path: Path) -> None:
     model = load_model(mixtral)
     like = probe(model, RouterCapture(model))
     assert RouteFile(tmp_path, {"a": Text(TOKENS)}, 50, like).size == 2 * 50 * 2
+
+
+def test_a_disk_that_is_full_is_said_before_the_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, start: int, size: int) -> None:
+        assert (start, size) == (0, 2 * 50 * 2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        RouteFile(tmp_path, {"a": Text(TOKENS)}, 50, RoutingStats([0, 1], 8, 2))
+    assert caught.value.filename == str(tmp_path)
