@@ -153,7 +153,10 @@ def write_tokens(
     encoder = tokenizer.backend_tokenizer
     encoder.no_truncation()
     encoder.no_padding()
+    folder = Path(os.path.realpath(folder))  # a link stays one; no folder can be renamed onto it
     _check_free(folder, overwrite)
+    if folder.is_mount() or folder == Path.cwd():
+        raise DataError(f"{folder} cannot be replaced by a rename, by which tokens appear; give a folder inside it")
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     digest = hashlib.sha256()

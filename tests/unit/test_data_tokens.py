@@ -319,3 +319,20 @@ def test_one_document_cannot_be_split(stream: TokenStream) -> None:
     for fraction in (0, 1, "-0.1", "x"):
         with pytest.raises(ConfigError, match="--val-fraction"):
             split_validation(stream, fraction, 0)
+
+
+def test_a_link_to_a_folder_stays_a_link_and_overwriting_loses_nothing(tmp_path: Path, llama: Path) -> None:
+    tokenizer = load_tokenizer(llama)
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    assert write_tokens(["one"], tokenizer, link).num_documents == 1
+    assert write_tokens(["one", "two"], tokenizer, link, overwrite=True).num_documents == 2
+    assert link.is_symlink()
+    assert open_tokens(tmp_path / "real").num_documents == 2
+
+
+def test_the_current_folder_is_refused(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="give a folder inside it"):
+        write_tokens(["one"], load_tokenizer(llama), Path())
