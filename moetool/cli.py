@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -105,7 +106,8 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error), error.exit_code)
     except TyperException as error:
         where = getattr(getattr(error, "ctx", None), "command_path", "moetool")
-        return _fail(f"{error.format_message()} (see {where} --help)", EXIT_USAGE)
+        message = error.format_message() or "give a command"  # without one, help has been printed
+        return _fail(f"{message} (see {where} --help)", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -128,6 +130,13 @@ def run(arguments: list[str]) -> int:
 def main() -> NoReturn:
     """Run the process's command line and exit."""
     signal.signal(signal.SIGTERM, _terminate)
+    # A shell's `>&-` leaves no stream at all, and a name that is not UTF-8 must not stop what tells about it.
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the life of the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Torch's threads (OpenMP) spin while they wait. On cores that they share with other programs that
     # made training four times slower; on free cores a short spin is as fast. Read when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -138,5 +147,12 @@ def main() -> NoReturn:
         code = leaving.code if isinstance(leaving.code, int) else 1
         if code == EXIT_TERMINATED:
             _fail("terminated", code)
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if code == 0:  # else it has been said
+            code = _fail(f"standard output: {os.strerror(error.errno or 0).lower()}", 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -62,7 +62,11 @@ class UpcycleRecipe:
         """
         try:
             decimals = {key: Decimal(values[key]) for key in ("drop_ratio", "router_std")}
-            return cls(**{**values, **decimals})
+            recipe = cls(**{**values, **decimals})
+            for name, default in asdict(cls("")).items():
+                if type(getattr(recipe, name)) is not type(default):
+                    raise TypeError(f"{name} is {getattr(recipe, name)!r}")
+            return recipe
         except (TypeError, KeyError, ArithmeticError, ValueError) as error:
             raise CheckpointError(f"{LINEAGE}: the recipe cannot be read ({error})") from None
 
@@ -130,9 +134,16 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     entries = document.get("lineage") if isinstance(document, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise CheckpointError(f"{path} has no lineage; delete it to use the checkpoint without")
+    if not isinstance(entries, list) or not all(_well_formed(entry) for entry in entries):
+        raise CheckpointError(f"{path} has no lineage, or a damaged one; delete it to use the checkpoint without")
     return document  # type: ignore[no-any-return]
+
+
+def _well_formed(entry: Any) -> bool:
+    """An object whose parts, where they are there, are objects: what every reader of a lineage relies on."""
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(part, {}), dict) for part in ("recipe", "source", "redrawn_units")
+    )
 
 
 def extend_lineage(folder: Path, entry: dict[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,16 @@ DENSE = {
     ),
 }
 
+# What is used or carried over, by the type that it must have.
+KINDS: dict[str, tuple[tuple[type, ...], str]] = (
+    dict.fromkeys(
+        ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+        ((int,), "a positive whole number"),
+    )
+    | dict.fromkeys(("rms_norm_eps", "initializer_range", "attention_dropout"), ((int, float), "a positive number"))
+    | {"hidden_act": ((str,), "a name"), "tie_word_embeddings": ((bool,), "true or false")}
+)
+NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim", "pad_token_id", "bos_token_id", "eos_token_id")
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -79,11 +90,11 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
         CheckpointError: a size is missing or no positive whole number.
     """
     model_type = config.get("model_type")
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         method = config["quantization_config"]
         method = method.get("quant_method", "an unnamed method") if isinstance(method, dict) else method
         raise ConfigError(f"the source is quantised ({method}); upcycle the unquantised model it was made from")
-    if model_type not in DENSE:
+    if not isinstance(model_type, str) or model_type not in DENSE:
         known = ", ".join(DENSE)
         moe = any(key in config for key in ("num_local_experts", "num_experts", "n_routed_experts"))
         why = "is a Mixture of Experts already" if moe else "is no family that can be upcycled"
@@ -95,13 +106,24 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
     for key, fine in spec.refuse.items():
         if config.get(key, fine) != fine:
             raise ConfigError(f"config.json: {key} = {config[key]!r} has no place in any MoE family of {model_type}")
-    full = dict(spec.defaults) | {
-        key: value for key, value in config.items() if value is not None or key == "sliding_window"
-    }
+    # null is a value (no end-of-text token, a window without end), except where the model needs a number.
+    full = dict(spec.defaults) | {key: value for key, value in config.items() if value is not None or key in NULLABLE}
+    if "sliding_window" not in spec.defaults:
+        full.pop("sliding_window", None)  # a leftover that the family does not read; its target might
+    for key, (kind, what) in KINDS.items():
+        value = full.get(key)
+        if value is not None and not (type(value) in kind and (isinstance(value, (bool, str)) or _is_size(value, key))):
+            raise CheckpointError(f"config.json: {key} is {str(value)[:60]!r}, expected {what}")
     full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     full["head_dim"] = full["head_dim"] or full["hidden_size"] // full["num_attention_heads"]
     full["rope_parameters"] = _rope(full)
     return spec, full
+
+
+def _is_size(value: float, key: str) -> bool:
+    if key in ("initializer_range", "attention_dropout") and value == 0:
+        return True
+    return 0 < value < math.inf  # false for NaN, and exact for whole numbers of any length
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +133,10 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"config.json: rope_parameters is {rope!r}, expected an object")
     rope = dict(rope)
     kind = rope.pop("type", None)  # the name before `rope_type`
-    return {"rope_theta": theta, "rope_type": kind or "default"} | rope
+    rope = {"rope_theta": theta, "rope_type": kind or "default"} | rope
+    if type(rope["rope_theta"]) not in (int, float) or not _is_size(rope["rope_theta"], "rope_theta"):
+        raise CheckpointError(f"config.json: rope_theta is {str(rope['rope_theta'])[:60]!r}, expected a number above 0")
+    return rope
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:

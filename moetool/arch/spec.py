@@ -24,7 +24,6 @@ class ArchSpec:
         num_experts_key: the config key of the number of routed experts.
         top_k_key: the config key of the experts a token goes to.
         config_map: (filled dense config, recipe) -> config.json of the result; pure.
-        sharing: names of the dense layer that are renamed, old -> new.
     """
 
     model_type: str

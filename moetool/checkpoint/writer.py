@@ -8,6 +8,7 @@ does not end in `.safetensors`, fsynced and renamed; the index and config.json c
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -146,21 +147,20 @@ def clear(folder: Path) -> None:
 
 
 def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
-    """Make sure that a folder may be written: new, empty, or left unfinished by the same plan.
+    """Make sure that a folder may be written: empty, or left unfinished by the same plan.
+
+    Called inside the FolderLock that the writing happens in: what another process puts there between
+    the look and the lock would be taken for this plan's own.
 
     Raises:
         CheckpointError: it holds something else and `overwrite` is not given, or holds files that
             no checkpoint has.
     """
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; give a folder that does not exist yet")
-    folder.mkdir(parents=True, exist_ok=True)
     # A run killed while it wrote its very first file leaves that under its temporary name.
     if all(entry.name == PARTIAL + UNFINISHED for entry in folder.iterdir()):
         return
     if overwrite:
-        with FolderLock(folder):
-            clear(folder)
+        clear(folder)
         return
     if not (folder / PARTIAL).is_file():
         what = "is a finished checkpoint of something else" if (folder / "config.json").is_file() else "is not empty"
@@ -181,13 +181,16 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
 
 
 class FolderLock:
-    """Holds a folder against a second writer until it is closed or its process ends (flock).
+    """Holds a folder, made if need be, against a second writer until it is closed or its process ends (flock).
 
     Raises:
-        CheckpointError: another process holds it; names that process if it left its number.
+        CheckpointError: another process holds it (names that process if it left its number), or it is a file.
     """
 
     def __init__(self, folder: Path) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file; give a folder that does not exist yet")
+        folder.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,6 +203,11 @@ class FolderLock:
             except (OSError, ValueError, KeyError, TypeError):
                 pass
             raise CheckpointError(f"{folder} is being written by another process{holder}; wait for it") from None
+        except OSError as error:
+            # Network file systems without such locks, or that lock only what is open for writing (NFS): go on without.
+            if error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                os.close(self._descriptor)
+                raise
 
     def __enter__(self) -> FolderLock:
         return self
@@ -300,6 +308,16 @@ def check_written(folder: Path, shards: Sequence[Shard]) -> None:
         CheckpointError: a shard is absent, damaged or differs.
     """
     for shard in shards:
-        tensors, _ = read_header(folder / shard.name)
-        if {name: info.start for name, info in tensors.items()} != dict(shard.starts):
+        tensors, length = read_header(folder / shard.name)
+        planned = json.loads(shard.header[8:])
+        planned.pop("__metadata__")
+        found = {
+            name: {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "data_offsets": [info.start - length, info.start - length + info.size],
+            }
+            for name, info in tensors.items()
+        }
+        if found != planned or length != len(shard.header):
             raise CheckpointError(f"{folder / shard.name} does not hold the tensors that were planned")

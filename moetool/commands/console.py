@@ -62,7 +62,11 @@ class Console:
     def result(self, document: dict[str, Any], *renderables: RenderableType) -> None:
         """Print a command's outcome: the document with `--json`, else the renderables."""
         if self.json:
-            sys.stdout.write(jsonlib.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+            try:
+                sys.stdout.write(jsonlib.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+                sys.stdout.flush()
+            except BrokenPipeError:
+                raise BrokenPipeError from None  # without errno, on which Typer exits with 1
         else:
             for renderable in renderables:
                 self.say(renderable)

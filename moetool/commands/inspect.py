@@ -8,6 +8,7 @@ import typer
 
 from moetool.commands.console import Console, count, escape, size
 from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag
+from moetool.errors import CheckpointError
 
 
 def inspect(
@@ -48,10 +49,11 @@ def describe(reader: Any) -> dict[str, Any]:
     config = reader.config
     spec = detect(config)
     total = sum(info.num_elements for info in reader.tensors.values())
+    architectures = config.get("architectures")
     document: dict[str, Any] = {
         "path": str(reader.folder),
         "model_type": config.get("model_type"),
-        "architecture": (config.get("architectures") or [None])[0],
+        "architecture": next(iter(architectures), None) if isinstance(architectures, list) else None,
         "num_layers": config.get("num_hidden_layers"),
         "hidden_size": config.get("hidden_size"),
         "intermediate_size": config.get("intermediate_size"),
@@ -61,7 +63,7 @@ def describe(reader: Any) -> dict[str, Any]:
         "top_k": None,
     }
     if spec is not None:
-        experts, top_k = int(config[spec.num_experts_key]), int(config[spec.top_k_key])
+        experts, top_k = (_positive(reader, key) for key in (spec.num_experts_key, spec.top_k_key))
         # What stands before {expert} in the names of the experts' tensors, without the layer.
         marks = {name.split("{layer}")[1].split("{expert}")[0] for name in spec.experts.values()}
         routed = sum(i.num_elements for n, i in reader.tensors.items() if any(mark in n for mark in marks))
@@ -78,6 +80,13 @@ def describe(reader: Any) -> dict[str, Any]:
         "num_bytes": sum(files.values()),
         "num_tensors": len(reader.tensors),
     }
+
+
+def _positive(reader: Any, key: str) -> int:
+    value = reader.config.get(key)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{reader.folder}/config.json: {key} is {value!r}, expected a positive whole number")
+    return value
 
 
 def render(document: dict[str, Any]) -> list[Any]:
@@ -122,7 +131,7 @@ def lineage_line(entry: dict[str, Any]) -> str:
         recipe, source = entry.get("recipe", {}), entry.get("source", {})
         units = entry.get("redrawn_units")
         redrawn = (
-            f", {units['num_redrawn']} of {units['num_units']} units redrawn ({recipe.get('drop_index')})"
+            f", {units.get('num_redrawn')} of {units.get('num_units')} units redrawn ({recipe.get('drop_index')})"
             if units
             else ""
         )

@@ -43,6 +43,8 @@ def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"--config {path}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"--config {path}: not valid YAML: nested too deeply") from None
     if document in (None, ""):
         return {}
     if not isinstance(document, dict):
@@ -197,6 +199,12 @@ def given(context: typer.Context, name: str) -> bool:
     """Whether a parameter was typed or stands in the configuration file, rather than a default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "PROMPT")
+
+
+def typed(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was typed on the command line, rather than in a configuration file."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def num_cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -15,16 +16,17 @@ from moetool.commands.options import (
     ConfigFlag,
     JsonFlag,
     QuietFlag,
-    given,
     num_cores,
     one_of,
     options_text,
     parse_size,
+    typed,
 )
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from moetool.checkpoint.reader import CheckpointReader
     from moetool.upcycle.plan import Plan
 
 
@@ -120,7 +122,8 @@ def upcycle(
     """
     if method != "drop":
         for name in ("drop_ratio", "drop_index"):
-            if given(context, name):
+            # Not `given`: moetool.yaml holds every option, and `--config FILE --method copy` overrides one of them.
+            if typed(context, name):
                 raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with --method {method}")
     if top_k > num_experts:
         raise typer.BadParameter(f"--top-k {top_k} is more than --num-experts {num_experts}")
@@ -128,7 +131,7 @@ def upcycle(
 
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.reader import CheckpointReader
-    from moetool.checkpoint.writer import prepare
+    from moetool.checkpoint.writer import FolderLock, prepare
     from moetool.errors import CheckpointError
     from moetool.recipe import UpcycleRecipe
     from moetool.upcycle.plan import FLOAT_DTYPES, build_plan, free_disk
@@ -136,7 +139,8 @@ def upcycle(
     console = Console(context, json, quiet)
     started = time.perf_counter()
     source = resolve_model(dense)
-    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+    real, real_source = Path(os.path.realpath(out)), Path(os.path.realpath(source))  # a loop of links is no error here
+    if real_source in (real, *real.parents):
         raise CheckpointError(f"{out} is the source or inside it; a source is never modified: choose another folder")
     recipe = UpcycleRecipe(
         target=target,
@@ -162,20 +166,21 @@ def upcycle(
                 f"with top-k 1, {planned.spec.model_type} gives every chosen expert weight 1: the router gets no"
                 " gradient from the language loss, only from a balance loss; use --top-k 2 to train it"
             )
-        if not overwrite and _is_finished(planned, out):
-            document["already_finished"] = True
-        else:
-            prepare(out, planned.identity(), overwrite)
-            need, free = planned.num_bytes, free_disk(out) + _written(out)
-            if need > free:
-                raise CheckpointError(
-                    f"{out}: {size(need)} to write, {size(free)} free; free some space or choose another disk"
-                )
-            from moetool.upcycle.run import run_plan
+        with FolderLock(out):
+            if not overwrite and _is_finished(planned, reader, out):
+                document["already_finished"] = True
+            else:
+                prepare(out, planned.identity(), overwrite)
+                need, free = planned.num_bytes, free_disk(out) + _written(out)
+                if need > free:
+                    raise CheckpointError(
+                        f"{out}: {size(need)} to write, {size(free)} free; free some space or choose another disk"
+                    )
+                from moetool.upcycle.run import run_plan
 
-            with console.progress() as progress:
-                files = {"moetool.yaml": options_text(context).encode()}
-                run_plan(planned, reader, out, dense, workers, files, progress)
+                with console.progress() as progress:
+                    files = {"moetool.yaml": options_text(context).encode()}
+                    run_plan(planned, reader, out, dense, workers, files, progress)
         document["seconds"] = round(time.perf_counter() - started, 2)
         if verify != "none":
             from moetool.upcycle.verify import verify as prove
@@ -189,15 +194,23 @@ def upcycle(
     return document
 
 
-def _is_finished(plan: Plan, out: Path) -> bool:
-    """Whether OUT is a finished checkpoint of the same recipe (the proof then compares it to the source)."""
+def _is_finished(plan: Plan, reader: CheckpointReader, out: Path) -> bool:
+    """Whether OUT is finished, with the same recipe, source and files (the proof then compares the weights)."""
+    from moetool.checkpoint.reader import sha256_file
     from moetool.checkpoint.writer import PARTIAL
     from moetool.recipe import read_lineage
 
     if not (out / "config.json").is_file() or (out / PARTIAL).exists():
         return False
-    lineage = (read_lineage(out) or {}).get("lineage", [])
-    return len(lineage) == 1 and lineage[0].get("recipe") == plan.recipe.to_json()
+    document = read_lineage(out) or {}
+    lineage = document.get("lineage", [])
+    if len(lineage) != 1 or lineage[0].get("recipe") != plan.recipe.to_json():
+        return False
+    if set(document.get("shards") or ()) != {shard.name for shard in plan.shards}:
+        return False
+    source = lineage[0].get("source")
+    recorded = source.get("sha256") if isinstance(source, dict) else None
+    return bool(recorded == {shard: sha256_file(reader.folder / shard) for shard in reader.shards})
 
 
 def _written(out: Path) -> int:

@@ -60,9 +60,12 @@ def verify(
         raise CheckpointError(f"{error} (or say with --source where the dense model is now)") from None
     with CheckpointReader(dense) as reader, console.progress() as progress:
         if level == "full":
-            check_source(reader, recorded.get("sha256", {}), progress)
+            check_source(reader, recorded.get("sha256"), progress)
         recipe = UpcycleRecipe.from_json(lineage[0].get("recipe", {}))
-        plan = build_plan(reader, recipe, int(lineage[0].get("max_shard_size", 0)))
+        max_shard_size = lineage[0].get("max_shard_size")
+        if type(max_shard_size) is not int:
+            raise CheckpointError(f"{folder}/moetool.json: max_shard_size is {max_shard_size!r}, expected a number")
+        plan = build_plan(reader, recipe, max_shard_size)
         proof = prove(plan, reader, folder, level, workers or num_cores(), progress).to_json()
     document = {"path": str(folder), "source": str(dense), "proof": proof}
     console.result(document, proof_line(proof), escape(str(folder)))

@@ -22,6 +22,7 @@ from moetool.recipe import PROJECTIONS, UpcycleRecipe
 BLOCK_ELEMENTS = 1 << 20
 
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+MAX_ROUTER_STD = 1000
 # Left behind by old exporters; models compute it.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 
@@ -168,6 +169,8 @@ def build_plan(reader: CheckpointReader, recipe: UpcycleRecipe, max_shard_size: 
 def _check_recipe(recipe: UpcycleRecipe) -> None:
     if not 0 <= recipe.drop_ratio <= 1:
         raise ConfigError(f"drop ratio {recipe.drop_ratio} is not between 0 and 1")
+    if not 0 <= recipe.router_std <= MAX_ROUTER_STD:  # far above any use; fp16 ends at 65504
+        raise ConfigError(f"router std {recipe.router_std} is not between 0 and {MAX_ROUTER_STD}")
     if recipe.num_experts < 2:
         raise ConfigError(f"{recipe.num_experts} experts: a Mixture of Experts has at least 2")
     if not 1 <= recipe.top_k <= recipe.num_experts:
@@ -176,6 +179,11 @@ def _check_recipe(recipe: UpcycleRecipe) -> None:
 
 def _check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """Hold every tensor of the source against the family and config.json; return those to carry over."""
+    if dense["num_hidden_layers"] > len(reader.tensors):  # before names are made of a number that may be anything
+        raise CheckpointError(
+            f"{reader.folder}: config.json says {dense['num_hidden_layers']} layers, there are only"
+            f" {len(reader.tensors)} tensors; some are missing: fetch the checkpoint again"
+        )
     sizes = dims(dense)
     expected = {EMBEDDING: "V D", "model.norm.weight": "D", LM_HEAD: "V D"}
     for layer in range(dense["num_hidden_layers"]):

@@ -16,7 +16,7 @@ import xxhash
 
 from moetool import __version__, registry
 from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
-from moetool.checkpoint.writer import CheckpointWriter, FolderLock
+from moetool.checkpoint.writer import CheckpointWriter
 from moetool.progress import Progress, silent
 from moetool.recipe import (
     LINEAGE,
@@ -102,24 +102,23 @@ def run_plan(
     Args:
         plan: from `build_plan`.
         reader: the dense checkpoint it was built from.
-        out: an existing folder that is empty or holds the same plan, unfinished.
+        out: a folder that is locked, and empty or holds the same plan, unfinished (`prepare`).
         source_name: the source as the user named it, for the lineage.
         workers: threads.
         files: small files to put beside the weights.
         progress: told in blocks.
     """
-    with FolderLock(out):
-        source = examine(plan, reader, workers, progress)
-        writer = CheckpointWriter(out, plan.shards, plan.identity())
-        try:
-            digests = _write_shards(plan, source, reader, writer, workers, progress)
-        except BaseException:
-            writer.abandon()
-            raise
-        files = dict(files) | {name: (reader.folder / name).read_bytes() for name in plan.companions}
-        files["config.json"] = json.dumps(plan.config, indent=2).encode() + b"\n"
-        files[LINEAGE] = _lineage(plan, source, source_name, digests)
-        writer.finish(files)
+    source = examine(plan, reader, workers, progress)
+    writer = CheckpointWriter(out, plan.shards, plan.identity())
+    try:
+        digests = _write_shards(plan, source, reader, writer, workers, progress)
+    except BaseException:
+        writer.abandon()
+        raise
+    files = dict(files) | {name: (reader.folder / name).read_bytes() for name in plan.companions}
+    files["config.json"] = json.dumps(plan.config, indent=2).encode() + b"\n"
+    files[LINEAGE] = _lineage(plan, source, source_name, digests)
+    writer.finish(files)
 
 
 def _write_shards(

@@ -14,7 +14,7 @@ import torch
 from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo, sha256_file
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
-from moetool.upcycle.plan import Fill, Plan
+from moetool.upcycle.plan import FLOAT_DTYPES, Fill, Plan
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -41,6 +41,7 @@ class Source:
 
 def in_threads(jobs: Iterable[Callable[[], None]], workers: int) -> None:
     """Run jobs, in order of start, on `workers` threads; the first error stops the rest and is raised."""
+    jobs = list(jobs)
     pending = iter(jobs)
     lock, stop = threading.Lock(), threading.Event()
     errors: list[BaseException] = []
@@ -58,7 +59,7 @@ def in_threads(jobs: Iterable[Callable[[], None]], workers: int) -> None:
                 errors.append(error)
                 stop.set()
 
-    threads = [threading.Thread(target=work) for _ in range(workers)]
+    threads = [threading.Thread(target=work) for _ in range(min(workers, len(jobs)))]
     before = torch.get_num_threads()
     # Ctrl-C and SIGTERM are held back while threads start (one that is half started can neither be
     # joined nor left behind) and while they end; between the two they stop the work.
@@ -109,7 +110,7 @@ def examine(plan: Plan, reader: CheckpointReader, workers: int, progress: Progre
     """Read the whole source once: hash its files, sum its FFN units, and look for NaN and infinity.
 
     Raises:
-        CheckpointError: a weight is not finite; names the tensor.
+        CheckpointError: a weight is not finite, or would not be in the target's dtype; names the tensor.
     """
     source = Source()
     done, lock = Counter[str](), threading.Lock()
@@ -129,6 +130,7 @@ def examine(plan: Plan, reader: CheckpointReader, workers: int, progress: Progre
         assert fill.source is not None
         units = plan.intermediate_size
         sums, squares = torch.zeros(units, dtype=torch.float64), torch.zeros(units, dtype=torch.float64)
+        overflows = fill.dtype != fill.source.dtype and fill.dtype != "F32"
         for start, stop in fill.blocks:
             block = read_rows(reader, fill.source, start, stop).float()
             # A sum is finite unless an entry is not (or the sum overflows: then look at each entry).
@@ -136,6 +138,11 @@ def examine(plan: Plan, reader: CheckpointReader, workers: int, progress: Progre
                 raise CheckpointError(
                     f"{reader.folder / fill.source.shard}: tensor {fill.source.name} holds NaN or infinity;"
                     " nothing was written: mend or fetch the source again"
+                )
+            if overflows and not torch.isfinite(block.to(TORCH_DTYPES[fill.dtype])).all():
+                raise CheckpointError(
+                    f"{reader.folder / fill.source.shard}: tensor {fill.source.name} holds values that"
+                    f" {FLOAT_DTYPES[fill.dtype]} cannot; nothing was written: choose another --dtype"
                 )
             if fill.projection and plan.num_redrawn:
                 wide = block.double()

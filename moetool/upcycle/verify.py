@@ -98,12 +98,13 @@ def verify(
     return proof
 
 
-def check_source(reader: CheckpointReader, recorded: Mapping[str, str], progress: Progress = silent) -> None:
+def check_source(reader: CheckpointReader, recorded: Any, progress: Progress = silent) -> None:
     """Compare the source's files with the hashes in moetool.json.
 
     Raises:
         CheckpointError: a file is absent, or not the one that was upcycled.
     """
+    recorded = recorded if isinstance(recorded, dict) else {}
     for done, shard in enumerate(reader.shards):
         progress("hashing the source", done, len(reader.shards))
         if recorded.get(shard) != sha256_file(reader.folder / shard):
@@ -125,18 +126,23 @@ def _check_digests(plan: Plan, out: Path) -> None:
     """The units that the recipe redraws on this machine are those that were redrawn."""
     lineage = read_lineage(out)
     entry: Mapping[str, Any] = lineage["lineage"][0] if lineage and lineage["lineage"] else {}
-    recorded = entry.get("redrawn_units", {}).get("digests", [])
-    for layer, experts in enumerate(recorded):
-        for expert, digest in enumerate(experts):
-            if units_digest(plan.recipe, layer, expert, plan.intermediate_size) != digest:
-                raise CheckpointError(
-                    f"layer {layer}, expert {expert}: the redrawn units rebuilt from the recipe are not those in"
-                    f" moetool.json; it was written with torch {entry.get('torch')}, this is {torch.__version__}"
-                )
+    if not plan.num_redrawn:
+        return
+    recorded = entry.get("redrawn_units", {}).get("digests")
+    rebuilt = [
+        [units_digest(plan.recipe, layer, expert, plan.intermediate_size) for expert in range(plan.recipe.num_experts)]
+        for layer in range(plan.num_layers)
+    ]
+    if recorded != rebuilt:
+        raise CheckpointError(
+            f"{out}: the redrawn units rebuilt from the recipe are not those in moetool.json; it was written with"
+            f" torch {entry.get('torch')}, this is {torch.__version__}"
+        )
 
 
 def _check_shards(plan: Plan, out: Path, digests: Mapping[str, str]) -> None:
-    recorded = (read_lineage(out) or {}).get("shards", {})
+    recorded = (read_lineage(out) or {}).get("shards")
+    recorded = recorded if isinstance(recorded, dict) else {}
     for shard in plan.shards:
         if recorded.get(shard.name) != shard_digest((t, digests[t]) for t in shard.starts):
             raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,79 @@ def test_markup_in_a_name_is_shown_as_text(tmp_path: Path) -> None:
     assert str(out) in "".join(text.split())
     code, text, _ = tiny.in_process("inspect", out)
     assert str(folder) in "".join(text.split())
+
+
+def test_moetool_yaml_of_copies_is_a_valid_config_and_the_method_can_be_overridden(llama: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    assert tiny.in_process("upcycle", llama, first, "--method", "copy", "--quiet")[0] == 0
+    again = ("upcycle", "--config", first / "moetool.yaml")
+    code, out, err = tiny.in_process(*again, "--json")
+    assert code == 0, err
+    assert json.loads(out)["already_finished"]
+    assert tiny.in_process(*again, llama, tmp_path / "second", "--method", "drop", "--plan")[0] == 0
+    third = tmp_path / "third"
+    assert tiny.in_process("upcycle", llama, third, "--quiet")[0] == 0
+    code, out, err = tiny.in_process(
+        "upcycle", "--config", third / "moetool.yaml", "--method", "copy", "--plan", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["redrawn_units"]["per_expert"] == 0
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "message"),
+    [(">&-", 0, ""), ("| true; exit ${PIPESTATUS[0]}", 0, ""), (">/dev/full", 1, "no space left on device")],
+)
+@pytest.mark.parametrize("flag", ["--json", "--tensors"])
+def test_a_standard_output_that_is_shut_or_full(
+    llama: Path, redirection: str, code: int, message: str, flag: str
+) -> None:
+    command = f"{sys.executable} -m moetool inspect {llama} {flag} {redirection}"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == bool(message), done.stderr
+
+
+def test_a_name_that_is_not_utf_8_is_shown(llama: Path, tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    os.symlink(llama, folder)
+    env = os.environ | {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8"}
+    for flag in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "moetool", "inspect", folder, *flag], capture_output=True, check=False, env=env
+        )
+        assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["path"] == os.fsdecode(folder)
+
+
+def test_a_config_nested_without_end_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 20_000)
+    code, _, err = tiny.in_process("inspect", "x", "--config", tmp_path / "deep.yaml")
+    assert code == 1
+    assert "nested too deeply" in err
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "architectures", 5),
+        ("config.json", "num_local_experts", 0),
+        ("config.json", "num_local_experts", None),
+        ("config.json", "num_experts_per_tok", "two"),
+        ("config.json", "model_type", ["mixtral"]),
+        ("moetool.json", "lineage", [{"command": "upcycle", "recipe": []}]),
+        ("moetool.json", "lineage", [{"command": "upcycle", "source": "there"}]),
+        ("moetool.json", "lineage", [{"command": "upcycle", "redrawn_units": {"a": 1}}]),
+    ],
+)
+def test_inspect_of_a_hostile_folder_is_no_bug(
+    mixtral: Path, tmp_path: Path, file: str, key: str, value: object
+) -> None:
+    folder = Path(shutil.copytree(mixtral, tmp_path / "m"))
+    path = folder / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | {key: value}))
+    code, _, err = tiny.in_process("inspect", folder)
+    assert code in (0, 1), err
+    assert len(err.splitlines()) == code

@@ -260,3 +260,115 @@ def test_ctrl_c_and_sigterm_have_their_exit_codes(tmp_path: Path, sign: signal.S
     assert len(err.strip().splitlines()) == 1
     assert not (out / "config.json").exists()
     assert not list(out.glob("*.unfinished"))
+
+
+def change_config(source: Path, folder: Path, change: dict[str, object]) -> Path:
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    config = json.loads((source / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+HOSTILE: list[dict[str, object]] = [
+    {"model_type": ["llama"]},
+    {"num_hidden_layers": 10**12},
+    {"num_key_value_heads": {"a": 1}},
+    {"num_key_value_heads": 2.0},
+    {"head_dim": {"a": 1}},
+    {"head_dim": 0},
+    {"rms_norm_eps": float("nan")},
+    {"rms_norm_eps": "1e-6"},
+    {"rms_norm_eps": float("inf")},
+    {"hidden_act": ["silu"]},
+    {"tie_word_embeddings": "false"},
+    {"max_position_embeddings": -1},
+    {"rope_parameters": None, "rope_theta": -1},
+    {"rope_parameters": {"rope_theta": "x"}},
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=str)
+def test_a_config_that_makes_no_sense_is_refused_before_anything_is_written(
+    llama: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    folder = change_config(llama, tmp_path / "m", change)
+    fails("upcycle", folder, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+
+
+def test_what_config_json_says_besides_is_kept_as_it_is_meant(llama: Path, tmp_path: Path) -> None:
+    # Llama reads no sliding window, Mixtral would; null means none; no quantisation is none.
+    change: dict[str, object] = {"sliding_window": 8, "bos_token_id": None, "quantization_config": None}
+    folder = change_config(llama, tmp_path / "m", change)
+    assert tiny.in_process("upcycle", folder, tmp_path / "moe")[0] == 0
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert config["sliding_window"] is None
+    assert config["bos_token_id"] is None
+
+
+def test_a_finished_folder_of_another_source_or_other_files_is_not_taken_for_it(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe"
+    assert tiny.in_process("upcycle", llama, out)[0] == 0
+    other = tiny.save_llama(tmp_path / "other", seed=1)
+    assert "of something else" in fails("upcycle", other, out, "--verify", "none")
+    assert "of something else" in fails("upcycle", llama, out, "--max-shard-size", "40KB")
+    assert tiny.in_process("upcycle", llama, out, "--verify", "none")[0] == 0
+
+
+def test_shards_that_another_run_finishes_meanwhile_are_never_taken_over(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two recipes that differ by the seed have equal headers: only the lock keeps their shards apart.
+    from moetool.checkpoint import writer
+
+    real = writer.prepare
+
+    def slow(folder: Path, *arguments: object) -> None:
+        real(folder, *arguments)  # type: ignore[arg-type]
+        done = tiny.cli("upcycle", llama, folder, "--seed", "7")
+        assert done.returncode == 1
+        assert "another process" in done.stderr
+
+    monkeypatch.setattr(writer, "prepare", slow)
+    assert tiny.in_process("upcycle", llama, tmp_path / "moe", "--verify", "full")[0] == 0
+    assert json.loads((tmp_path / "moe" / "moetool.json").read_text())["lineage"][0]["recipe"]["seed"] == 0
+
+
+def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path: Path, llama: Path) -> None:
+    dense = tiny.save_llama(tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    assert "float16 cannot" in fails("upcycle", dense, tmp_path / "moe", "--dtype", "float16", "--verify", "none")
+    assert "router std" in fails("upcycle", llama, tmp_path / "moe", "--router-std", "1e999", "--verify", "none")
+
+
+def test_a_loop_of_links_is_one_line(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert "loop" in fails("upcycle", llama, tmp_path / "loop")
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("recipe", {"target": "mixtral"}),
+        ("recipe", []),
+        ("num_experts", "8"),
+        ("max_shard_size", "much"),
+        ("source", "there"),
+        ("sha256", []),
+        ("redrawn_units", None),
+        ("digests", []),
+    ],
+)
+def test_verify_of_a_damaged_lineage_is_one_line(llama: Path, tmp_path: Path, part: str, value: object) -> None:
+    out = tmp_path / "moe"
+    tiny.in_process("upcycle", llama, out)
+    document = json.loads((out / "moetool.json").read_text())
+    entry = document["lineage"][0]
+    holder = {"num_experts": entry["recipe"], "sha256": entry["source"], "digests": entry["redrawn_units"]}
+    holder.get(part, entry)[part] = value
+    if value is None:
+        del entry[part]
+    (out / "moetool.json").write_text(json.dumps(document))
+    fails("verify", out)

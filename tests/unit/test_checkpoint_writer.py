@@ -109,3 +109,24 @@ def test_a_run_killed_at_its_first_file_can_be_begun_again(tmp_path: Path) -> No
     prepare(tmp_path, {"recipe": {}}, overwrite=False)
     fill(tmp_path, 1)
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"[2,3]", b"[3,2]"), (b'"BF16"', b'"F16" ')])
+def test_a_header_with_another_shape_or_dtype_of_the_same_size_is_found(tmp_path: Path, old: bytes, new: bytes) -> None:
+    fill(tmp_path, 10**9)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(CheckpointError, match="were planned"):
+        check_written(tmp_path, layout_shards(TENSORS, 10**9))
+
+
+def test_a_file_system_without_locks_is_written_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import fcntl
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EBADF, "as NFS answers for a folder")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with FolderLock(tmp_path / "new"):
+        fill(tmp_path / "new", 1)
