@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -29,6 +30,23 @@ def resolve_model(model: str, weights: bool = True) -> Path:
         raise CheckpointError(f"no folder {model}; give a folder that holds config.json and the safetensors shards")
     name, _, revision = model.partition("@")
     return Path(_download(name, revision or None, model, weights))
+
+
+def find_model(model: str) -> Path | None:
+    """The folder of a model that is on this machine, here or in the hub's cache; nothing is fetched."""
+    path = Path(os.path.expanduser(model))
+    try:
+        if path.exists() or not _HUB_NAME.match(model):
+            return path if path.is_dir() else None
+    except OSError:  # a name that no file system takes
+        return None
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = model.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except Exception:  # not in the cache
+        return None
 
 
 def _download(name: str, revision: str | None, model: str, weights: bool) -> str:

@@ -112,6 +112,14 @@ def analyze_routing(
             rich_help_panel=_COMPARE,
         ),
     ] = None,
+    unit_use: Annotated[
+        bool,
+        typer.Option(
+            "--unit-use/--no-unit-use",
+            help="Measure how much redrawn units do, in a model that moetool upcycled: one more run of its experts.",
+            rich_help_panel=_COMPARE,
+        ),
+    ] = True,
     seq_len: Annotated[
         int | None,
         typer.Option(
@@ -187,7 +195,7 @@ def analyze_routing(
                 raise ConfigError(
                     f"--compare: {compare} has another tokenizer than {model}; the tokens must be the same"
                 )
-            settings = Settings(max_tokens, seq_len, batch_size, device, dtype, device_map, layers)
+            settings = Settings(max_tokens, seq_len, batch_size, device, dtype, device_map, layers, unit_use)
             streams = {
                 name: tokenized(TextSource(path, text_field, document), models[0][1], progress)
                 for name, path in texts.items()
@@ -310,4 +318,25 @@ def _summary(report: dict[str, Any], page: str) -> str:
         rows = [row for domain in report["comparison"]["domains"].values() for row in domain["layers"]]
         kept = sum(row["saturation"] for row in rows) / len(rows)
         lines.append(f"{kept:.0%} of the choices are the same in {escape(report['comparison']['model'])}.")
+    if report["upcycling"]:
+        lines.append(escape(_experts(report)))
     return "\n".join([*lines, f"The report is {escape(page)}"])
+
+
+def _experts(report: dict[str, Any]) -> str:
+    """What is known of the experts of an upcycled model, in one or two sentences."""
+    from moetool.routing.upcycling_page import change
+
+    first, second = report["upcycling"], (report["comparison"] or {}).get("upcycling")
+    alike = change(first, second, "between_experts", "all")
+    dense, kept = (change(first, second, "with_dense", part) for part in ("all", "kept"))
+    use, idle = change(first, second, "use"), change(first, second, "idle", share=True)
+    said = [
+        f"Experts are {alike} like each other" if alike else None,
+        f"{dense} like the dense model" if dense else None,
+        f"{kept} in the kept units" if dense and kept and first["num_redrawn"] else None,
+    ]
+    sentences = [", ".join(part for part in said if part)] if alike else []
+    if use:
+        sentences.append(f"Redrawn units do {use} of what kept ones do, {idle} of them nearly nothing")
+    return " ".join(f"{sentence}." for sentence in [*sentences, *([] if sentences else first["notes"])])

@@ -18,8 +18,11 @@ from moetool.routing.capture import RouterCapture
 from moetool.routing.comparison import RouteFile, build_comparison
 from moetool.routing.drift import drift
 from moetool.routing.measure import Observer, Tokens, measure, probe
+from moetool.routing.origin import Origin, first_entry, read_origin
 from moetool.routing.report import build_report
 from moetool.routing.stats import RoutingStats
+from moetool.routing.unit_use import UnitUse
+from moetool.routing.upcycling import build_upcycling
 from moetool.routing.vocabulary import TokenCounts, continual_specialization, distinct_tokens, table_size
 
 SEQ_LEN = 2048
@@ -39,6 +42,7 @@ class Settings:
         device_map: transformers' placement over devices; excludes `device`.
         vocabulary_layers: layers whose tokens are counted by expert; `auto` takes all that fit
             `VOCABULARY_BYTES`, evenly spread, `all` all.
+        unit_use: whether to measure the use of redrawn units, where there are any.
     """
 
     max_tokens: int = 204_800
@@ -48,6 +52,7 @@ class Settings:
     dtype: str = "auto"
     device_map: str | None = None
     vocabulary_layers: tuple[int, ...] | str = "auto"
+    unit_use: bool = True
 
 
 def analyze(
@@ -77,9 +82,11 @@ def analyze(
         The report, as `build_report` makes it.
 
     Raises:
-        CheckpointError: a model cannot be loaded or has no router that can be read.
+        CheckpointError: a model cannot be loaded, has no router that can be read, or its moetool.json
+            is damaged or another's.
         ConfigError: the checkpoints differ in shape, or the settings do not fit the model.
     """
+    origin = read_origin(model[1])
     loaded, capture, empty = _open(model[1], settings)
     limits = {
         "seq_len": _seq_len(loaded, settings),
@@ -91,8 +98,9 @@ def analyze(
     routes = RouteFile(scratch or Path.cwd(), texts, settings.max_tokens, empty) if compare else None
     if routes:
         notice(f"the choices of {model[0]} take {routes.size / 1e6:.1f} MB of disk while the comparison runs")
+    use = _unit_use(loaded, origin, settings)
     observers: list[Observer] = [
-        observer for observer in (tokens and tokens.observe, routes and routes.write) if observer
+        observer for observer in (tokens and tokens.observe, routes and routes.write, use and use.observe) if observer
     ]
     stats = measure(loaded, capture, texts, **limits, observers=observers, progress=progress)
     del loaded, capture  # its memory is the next model's
@@ -102,20 +110,33 @@ def analyze(
         loaded, capture, other = _open(compare[1], settings)
         routes.check(other)
         tokens_after = TokenCounts(texts, settings.max_tokens, empty, counted) if counted else None
-        observers = [routes.compare, *([tokens_after.observe] if tokens_after else [])]
+        same = origin if origin and first_entry(compare[1]) == origin.entry else None
+        use_after = _unit_use(loaded, same, settings)
+        observers = [
+            routes.compare,
+            *([tokens_after.observe] if tokens_after else []),
+            *([use_after.observe] if use_after else []),
+        ]
         _seq_len(loaded, replace(settings, seq_len=limits["seq_len"]))
         after = measure(loaded, capture, texts, **limits, observers=observers, progress=_named(progress, compare[0]))
         del loaded, capture
         _free()
         continual = continual_specialization(tokens, tokens_after) if tokens and tokens_after else None
         drifted = drift(model[1], compare[1], empty.num_experts, progress)
-        comparison = build_comparison(compare[0], stats, after, routes, drifted, continual)
+        upcycling = build_upcycling(same, compare[1], use_after, _named(progress, compare[0]))
+        comparison = build_comparison(compare[0], stats, after, routes, drifted, continual, upcycling)
     specialization = None
     if tokens:
         together = sum(stats.values(), start=empty)
         rows = [empty.layers.index(layer) for layer in tokens.layers]
         specialization = tokens.report(load_tokenizer(model[1]), metrics.load(together)[rows])
-    return build_report(model[0], stats, vocabulary_specialization=specialization, comparison=comparison)
+    return build_report(
+        model[0],
+        stats,
+        vocabulary_specialization=specialization,
+        comparison=comparison,
+        upcycling=build_upcycling(origin, model[1], use, progress),
+    )
 
 
 def _open(folder: Path, settings: Settings) -> tuple[Any, RouterCapture, RoutingStats]:
@@ -123,6 +144,10 @@ def _open(folder: Path, settings: Settings) -> tuple[Any, RouterCapture, Routing
     model = load_model(folder, settings.dtype, device, settings.device_map)
     capture = RouterCapture(model)
     return model, capture, probe(model, capture)
+
+
+def _unit_use(model: Any, origin: Origin | None, settings: Settings) -> UnitUse | None:
+    return UnitUse(model, origin) if origin and origin.num_redrawn and settings.unit_use else None
 
 
 def _seq_len(model: Any, settings: Settings) -> int:

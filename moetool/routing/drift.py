@@ -21,7 +21,7 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _FUSED = re.compile(r"\.experts\.\w*proj(\.weight)?$|block_sparse_moe\.(input|output)_linear\.weight$")
 _ROUTER = re.compile(r"\.(gate|router)(\.layer|\.wg|\.gate|\.classifier)?\.weight$")
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCK = 1 << 25  # bytes read at a time
 
 
@@ -51,7 +51,7 @@ def drift(before: Path, after: Path, num_experts: int, progress: Progress = sile
             if not owners:
                 continue
             layers.add(owners[0][0])
-            alike = other is not None and other.shape == info.shape and {info.dtype, other.dtype} <= _DTYPES.keys()
+            alike = other is not None and other.shape == info.shape and {info.dtype, other.dtype} <= DTYPES.keys()
             for part, owner in enumerate(owners):
                 squares[owner] += _squares(old, new, info, other, part, len(owners)) if other and alike else math.nan
     return [
@@ -86,16 +86,17 @@ def _squares(
     length = info.num_elements // parts
     for start in range(0, length, _BLOCK // 8):
         elements = (part * length + start, min(_BLOCK // 8, length - start))
-        a, b = _read(old, info, *elements), _read(new, other, *elements)
+        a, b = read_block(old, info, *elements), read_block(new, other, *elements)
         total += torch.stack([(b - a).square().sum(), a.square().sum()])
     return total
 
 
-def _read(reader: CheckpointReader, info: TensorInfo, start: int, count: int) -> Tensor:
+def read_block(reader: CheckpointReader, info: TensorInfo, start: int, count: int) -> Tensor:
+    """Elements [start, start + count) of a tensor of one of `DTYPES`, as float64."""
     item = info.size // info.num_elements
     buffer = bytearray(count * item)
     reader.read_into(info, start * item, memoryview(buffer))
-    return torch.frombuffer(buffer, dtype=_DTYPES[info.dtype]).double()
+    return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).double()
 
 
 def _relative(squares: dict[tuple[int, int | None], Tensor], owner: tuple[int, int | None]) -> float | None:

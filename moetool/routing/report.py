@@ -41,6 +41,7 @@ def build_report(
     *,
     vocabulary_specialization: dict[str, Any] | None = None,
     comparison: dict[str, Any] | None = None,
+    upcycling: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that was measured, as one JSON document (described in docs/analyze-routing.md).
 
@@ -48,7 +49,8 @@ def build_report(
         model: how the user named the model.
         stats: domain -> sums, at least one.
         vocabulary_specialization: from `vocabulary.TokenCounts.report`.
-        comparison: from `comparison.Comparison.report`.
+        comparison: from `comparison.build_comparison`.
+        upcycling: from `upcycling.build_upcycling`.
     """
     first = next(iter(stats.values()))
     together = {name: coactivation(sums) for name, sums in stats.items() if sums.coactivation_LEE.any()}
@@ -63,6 +65,7 @@ def build_report(
         "coactivation": together if together and first.top_k > 1 else None,
         "domain_divergence": _divergence(stats) if len(stats) > 1 else None,
         "comparison": comparison,
+        "upcycling": upcycling,
     }
     return report | {"verdict": verdict(report)}
 
