@@ -73,7 +73,11 @@ def open_corpus(config: TrainConfig, vocab_size: int, progress: Progress = silen
         for name, stream in streams[kind].items():
             if config.val_fraction > 0 and name not in config.val:
                 streams[kind][name], held_out[name] = split_validation(stream, config.val_fraction, config.seed)
-    return Corpus(streams["train"], streams["replay"], {**held_out, **streams["val"]}, fingerprints)
+    val = {**held_out, **streams["val"]}
+    for name, stream in val.items():
+        if stream.num_tokens < 2:
+            raise DataError(f"validation set '{name}' holds {stream.num_tokens} token, so nothing can be predicted")
+    return Corpus(streams["train"], streams["replay"], val, fingerprints)
 
 
 def mix(corpus: Corpus, config: TrainConfig) -> TokenMixture:

@@ -65,3 +65,13 @@ def test_validation_documents_are_not_trained_on(llama: Path, jsonl: Path) -> No
 def test_a_tokenizer_that_does_not_fit_the_model(llama: Path, jsonl: Path) -> None:
     with pytest.raises(DataError, match="the model 200 embedding rows"):
         open_corpus(config(llama, jsonl), 200)
+
+
+def test_a_validation_set_of_one_token(llama: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_token(source: Any, *_: Any) -> TokenStream:
+        offsets = np.array([0, 100 if source.path == str(jsonl) else 1])
+        return TokenStream({"sha256": ""}, offsets[:-1], offsets, np.zeros(100, np.uint16))
+
+    monkeypatch.setattr("moetool.train.batches.tokenized", one_token)
+    with pytest.raises(DataError, match="validation set 'tiny' holds 1 token"):
+        open_corpus(config(llama, jsonl, val={"tiny": "other"}, val_fraction=0), 300)
