@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ class Console:
         """Print a command's outcome: the document with `--json`, else the renderables."""
         if self.json:
             try:
-                sys.stdout.write(jsonlib.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+                sys.stdout.write(jsonlib.dumps(_finite(document), indent=2, ensure_ascii=False, default=str) + "\n")
                 sys.stdout.flush()
             except BrokenPipeError:
                 raise BrokenPipeError from None  # without errno, on which Typer exits with 1
@@ -95,6 +96,15 @@ class Console:
                 bars.update(tasks[task], completed=done, total=total, note=escape(note), amount=amount)
 
             yield report
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity; they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def size(num_bytes: float) -> str:

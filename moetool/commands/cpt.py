@@ -173,6 +173,8 @@ def cpt(
     for name in ("min_lr", "warmup_ratio", "warmup_steps"):
         if given(context, name) and name.replace("ratio", "steps") not in taken:
             raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with --schedule {schedule}")
+    if min_lr is not None and min_lr > lr:
+        raise typer.BadParameter(f"--min-lr {min_lr:g} is above --lr {lr:g}; it is where the learning rate ends")
     try:
         micro = micro_batch_size or default_micro_batch(global_batch_size)
         check_batches(global_batch_size, micro, int(os.environ.get("WORLD_SIZE", "1")))

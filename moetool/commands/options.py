@@ -15,7 +15,7 @@ from moetool import registry
 from moetool.errors import ConfigError
 
 # Left out of moetool.yaml: how a run talks, and permissions that must be given anew each time.
-NOT_RECORDED = {"json", "quiet", "config", "overwrite", "plan", "resume"}
+NOT_RECORDED = {"json", "quiet", "config", "overwrite", "plan", "resume", "allow_code_execution"}
 
 
 def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:

@@ -253,3 +253,30 @@ def test_inspect_of_a_hostile_folder_is_no_bug(
     code, _, err = tiny.in_process("inspect", folder)
     assert code in (0, 1), err
     assert len(err.splitlines()) == code
+
+
+def test_what_is_not_a_number_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    import typer
+
+    from moetool.commands.console import Console
+
+    context = typer.Context(typer.main.get_command(app))
+    Console(context, json=True, quiet=False).result({"a": [float("nan"), 1.5], "b": {"c": float("-inf")}})
+    assert json.loads(capsys.readouterr().out, parse_constant=lambda name: 1 / 0) == {
+        "a": [None, 1.5],
+        "b": {"c": None},
+    }
+
+
+def test_a_permission_is_not_recorded() -> None:
+    from moetool.commands.options import NOT_RECORDED
+
+    assert {"overwrite", "allow_code_execution", "resume"} <= NOT_RECORDED
+
+
+def test_a_learning_rate_cannot_end_above_its_peak(llama: Path, tmp_path: Path) -> None:
+    code, _, err = tiny.in_process(
+        "cpt", llama, tmp_path / "o", "--train", "a=b", "--max-steps", "1", "--lr", "1e-4", "--min-lr", "1e-3"
+    )
+    assert code == 2
+    assert "--min-lr" in err
