@@ -338,5 +338,5 @@ def _experts(report: dict[str, Any]) -> str:
     ]
     sentences = [", ".join(part for part in said if part)] if alike else []
     if use:
-        sentences.append(f"Redrawn units do {use} of what kept ones do, {idle} of them nearly nothing")
+        sentences.append(f"Use of the redrawn units (1: as the kept ones): {use}, {idle} of them nearly idle")
     return " ".join(f"{sentence}." for sentence in [*sentences, *([] if sentences else first["notes"])])

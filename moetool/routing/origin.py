@@ -70,9 +70,9 @@ def read_origin(folder: Path) -> Origin | None:
     path = folder / LINEAGE
     try:
         recipe = UpcycleRecipe.from_json(entry.get("recipe", {}))
-        if not 0 <= recipe.drop_ratio <= 1:
+        if not (recipe.drop_ratio.is_finite() and 0 <= recipe.drop_ratio <= 1):
             raise CheckpointError(f"{LINEAGE}: drop_ratio is not between 0 and 1")
-    except (CheckpointError, ArithmeticError) as error:  # arithmetic: NaN has no order
+    except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}; delete it to analyse the checkpoint without") from None
     source = entry.get("source")
     shards = source.get("sha256") if isinstance(source, dict) else None

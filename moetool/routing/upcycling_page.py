@@ -32,7 +32,7 @@ def tiles(first: Measured, second: Measured | None) -> list[tuple[str, str]]:
         (change(first, second, "with_dense", "all"), "similarity of experts and the dense model"),
         (change(first, second, "with_dense", "kept") if redrawn else None, "the same, in the units that were kept"),
         (change(first, second, "between_experts", "all"), "similarity of two experts"),
-        (change(first, second, "use"), "use of redrawn units; the kept ones' is 1"),
+        (change(first, second, "use"), "use of redrawn units; 1 is as much as the kept ones"),
         (change(first, second, "idle", share=True), "of redrawn units are nearly idle"),
     ]
     return [(value, label) for value, label in found if value is not None]
