@@ -122,7 +122,11 @@ _LEFT, _TOP, _WIDTH, _HEIGHT = 38, 12, 432, 150
 
 
 def line_chart(
-    layers: Sequence[int], series: Mapping[str, Sequence[float | None]], low: float, high: float | None = None
+    layers: Sequence[int],
+    series: Mapping[str, Sequence[float | None]],
+    low: float,
+    high: float | None = None,
+    reference: float | None = None,
 ) -> dict[str, Any]:
     """Geometry of a chart of measures by layer.
 
@@ -131,9 +135,10 @@ def line_chart(
         series: name -> one value a layer; None leaves a gap.
         low: the axis' lower end.
         high: its upper end; None takes the largest value, rounded up.
+        reference: a value that the axis has to reach, too.
     """
     values = [value for line in series.values() for value in line if value is not None]
-    top = high if high is not None else _round_up(max([*values, low + 1e-3]), low)
+    top = high if high is not None else _round_up(max([*values, low + 1e-3, reference or low]), low)
     step: float = _WIDTH / max(len(layers) - 1, 1)
 
     def x(i: int) -> float:
