@@ -1,0 +1,107 @@
+"""Each check of the proof finds what it is there for, and says so in its own words."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moetool.checkpoint import writer
+from moetool.checkpoint.reader import CheckpointReader
+from moetool.errors import CheckpointError
+from tests import tiny
+
+EXPERT = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+DENSE = "model.layers.0.mlp.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("copied", "was to be copied"),
+        ("kept", "holds kept units"),
+        ("scaled", "standard errors apart"),
+        ("restored", "the recipe redraws 32"),
+        ("nudged", "has changed since it was written"),
+        ("config", "is not the one that this recipe writes"),
+    ],
+)
+def test_verify_names_what_was_changed(llama: Path, tmp_path: Path, change: str, message: str) -> None:
+    out = tmp_path / "moe"
+    assert tiny.in_process("upcycle", llama, out)[0] == 0
+    path, config = out / "model.safetensors", out / "config.json"
+    whole = path.read_bytes()
+    tensors = load_file(path)
+    info = CheckpointReader(out).tensors
+    name = "model.norm.weight" if change == "copied" else EXPERT
+    tensor, dense = tensors[name].clone(), load_file(llama / "model.safetensors")[DENSE]
+    if change == "copied":
+        tensor[0] += 1
+    elif change == "config":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5}))
+    else:
+        redrawn = (tensor != dense).any(1)
+        first = int(redrawn.nonzero()[0])
+        if change == "kept":
+            tensor[int((~redrawn).nonzero()[0]), 0] += 1
+        elif change == "scaled":
+            tensor[redrawn] *= 3
+        elif change == "restored":
+            tensor[first] = dense[first]
+        else:
+            tensor[first, 0] += 1e-4
+    place = info[name]
+    raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    path.write_bytes(whole[: place.start] + raw + whole[place.start + place.size :])
+    code, _, err = tiny.in_process("verify", out)
+    assert code == 1
+    assert message in err
+
+
+def test_experts_that_redraw_everything_still_differ(llama: Path, tmp_path: Path) -> None:
+    assert tiny.in_process("upcycle", llama, tmp_path / "moe", "--drop-ratio", "1")[0] == 0
+    tensors = load_file(tmp_path / "moe" / "model.safetensors")
+    assert not torch.equal(tensors[EXPERT], tensors[EXPERT.replace("experts.3", "experts.4")])
+
+
+def test_per_matrix_statistics_are_those_of_the_units_that_are_replaced(tmp_path: Path) -> None:
+    dense = tiny.save_llama(tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors[DENSE] *= torch.logspace(-3, 3, 64)[:, None]  # other units would have another deviation
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    arguments = ("--drop-index", "per-matrix", "--drop-ratio", "0.1", "--verify", "full")
+    code, _, err = tiny.in_process("upcycle", dense, tmp_path / "moe", *arguments)
+    assert code == 0, err
+
+
+def test_config_json_comes_last(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    real = writer.write_file
+
+    def write_file(path: Path, data: bytes) -> None:
+        written.append(path.name)
+        real(path, data)
+
+    monkeypatch.setattr(writer, "write_file", write_file)
+    assert tiny.in_process("upcycle", llama, tmp_path / "moe", "--max-shard-size", "60KB")[0] == 0
+    assert written[0] == writer.PARTIAL
+    assert written[-1] == "config.json"
+    assert "model.safetensors.index.json" in written
+
+
+def test_a_source_that_has_changed_is_another_source(llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "m"))
+    before = CheckpointReader(folder).fingerprint()
+    os.utime(folder / "model.safetensors", (1, 1))
+    after = CheckpointReader(folder).fingerprint()
+    assert before != after
+    out = tmp_path / "out"
+    out.mkdir()
+    writer.CheckpointWriter(out, [], {"recipe": {}, "source_fingerprint": before})
+    with pytest.raises(CheckpointError, match="source_fingerprint"):
+        writer.prepare(out, {"recipe": {}, "source_fingerprint": after}, overwrite=False)
