@@ -21,6 +21,7 @@ from moetool.recipe import PROJECTIONS, permutation, redrawn_units
 from moetool.routing import similarity as similarity_module
 from moetool.routing import unit_use as unit_use_module
 from moetool.routing.analysis import Settings, analyze
+from moetool.routing.html import line_chart
 from moetool.routing.origin import find_dense, read_origin
 from moetool.routing.similarity import similarity
 from tests import tiny
@@ -314,3 +315,8 @@ def test_the_command_before_and_after_training(llama: Path, jsonl: Path, tmp_pat
     (moe / "moetool.json").write_text('{"lineage": [{"command": "upcycle", "recipe": 3}]}')
     code, _, errors = tiny.in_process("analyze-routing", moe, *data, "--out", report)
     assert (code, errors.count("\n")) == (1, 1)
+
+
+def test_a_chart_reaches_its_reference_line() -> None:
+    chart = line_chart([0, 1], {"use": [0.2, 0.7]}, 0, None, 1.0)
+    assert chart["y"](1.0) < chart["y"](0.9) < chart["y"](0.7)
