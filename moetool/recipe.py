@@ -75,12 +75,22 @@ class UpcycleRecipe:
         return int(self.drop_ratio * intermediate_size) if self.method == "drop" else 0
 
 
-def generator(*key: object) -> torch.Generator:
-    """A CPU generator of its own for each key, such as (seed, "units", layer, expert)."""
+def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
+    """A CPU generator for one draw; no two indices of a stream share one.
+
+    torch's CPU generator has 2^32 starting points (it reads the low 32 bits of its seed), few enough
+    for hashes of as many keys as a large model has to meet. Counting through them, scattered by an odd
+    factor, cannot repeat one below 2^32 draws.
+    """
     import torch
 
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    start = int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:4], "little")
+    return torch.Generator().manual_seed((start + index * 0x9E3779B1) % 2**32)
+
+
+def matrix_index(recipe: UpcycleRecipe, layer: int, expert: int, projection: str) -> int:
+    """A number of its own for each matrix of each expert."""
+    return (layer * recipe.num_experts + expert) * len(PROJECTIONS) + PROJECTIONS.index(projection)
 
 
 @lru_cache(maxsize=256)
@@ -92,11 +102,9 @@ def redrawn_units(recipe: UpcycleRecipe, layer: int, expert: int, projection: st
     """
     import torch
 
-    key: tuple[object, ...] = (recipe.seed, "units", layer, expert)
-    if recipe.drop_index == "per-matrix":
-        key += (projection,)
-    drawn = torch.randperm(units, generator=generator(*key))[: recipe.num_redrawn(units)]
-    return drawn.sort().values
+    whose = projection if recipe.drop_index == "per-matrix" else PROJECTIONS[0]
+    draw = generator(recipe.seed, "units", matrix_index(recipe, layer, expert, whose))
+    return torch.randperm(units, generator=draw)[: recipe.num_redrawn(units)].sort().values
 
 
 @lru_cache(maxsize=256)
@@ -106,7 +114,8 @@ def permutation(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> t
 
     if recipe.drop_index != "per-matrix" or recipe.num_redrawn(units) == 0:
         return None
-    return torch.randperm(units, generator=generator(recipe.seed, "permutation", layer, expert))
+    draw = generator(recipe.seed, "permutation", layer * recipe.num_experts + expert)
+    return torch.randperm(units, generator=draw)
 
 
 def units_digest(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> str:

@@ -16,10 +16,10 @@ from moetool.commands.options import (
     ConfigFlag,
     JsonFlag,
     QuietFlag,
-    given,
     named_paths,
     one_of,
     parse_count,
+    typed,
     write_options,
 )
 from moetool.errors import ConfigError
@@ -171,7 +171,7 @@ def cpt(
 
     taken = parameters(schedule)
     for name in ("min_lr", "warmup_ratio", "warmup_steps"):
-        if given(context, name) and name.replace("ratio", "steps") not in taken:
+        if typed(context, name) and name.replace("ratio", "steps") not in taken:
             raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with --schedule {schedule}")
     if min_lr is not None and min_lr > lr:
         raise typer.BadParameter(f"--min-lr {min_lr:g} is above --lr {lr:g}; it is where the learning rate ends")

@@ -195,12 +195,6 @@ def parse_count(text: str) -> int:
     return int(number)
 
 
-def given(context: typer.Context, name: str) -> bool:
-    """Whether a parameter was typed or stands in the configuration file, rather than a default."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name not in ("DEFAULT", "PROMPT")
-
-
 def typed(context: typer.Context, name: str) -> bool:
     """Whether a parameter was typed on the command line, rather than in a configuration file."""
     source = context.get_parameter_source(name)

@@ -24,6 +24,7 @@ from moetool.recipe import (
     PROJECTIONS,
     UpcycleRecipe,
     generator,
+    matrix_index,
     permutation,
     redrawn_units,
     units_digest,
@@ -81,9 +82,11 @@ def expert_block(
     units = what.units
     if axis == 0:
         units = units[(units >= start) & (units < stop)] - start
-    key = (plan.recipe.seed, "values", fill.layer, expert, fill.projection, index)
+    assert fill.layer is not None
+    assert fill.projection is not None
+    place = matrix_index(plan.recipe, fill.layer, expert, fill.projection) * len(fill.blocks) + index
     method = registry.load("method", plan.recipe.method)
-    return method(block, units, axis, what.moments, generator(*key))  # type: ignore[no-any-return]
+    return method(block, units, axis, what.moments, generator(plan.recipe.seed, "values", place))  # type: ignore[no-any-return]
 
 
 def run_plan(
@@ -211,7 +214,7 @@ def dense_rows(plan: Plan, reader: CheckpointReader, fill: Fill, start: int, sto
 def router_rows(recipe: UpcycleRecipe, fill: Fill) -> torch.Tensor:
     """A layer's router, fp32 (E, D); its draw depends on the seed and the layer, not on the method."""
     draw = registry.load("router", recipe.router)
-    return draw(fill.shape, float(recipe.router_std), generator(recipe.seed, "router", fill.layer))  # type: ignore[no-any-return]
+    return draw(fill.shape, float(recipe.router_std), generator(recipe.seed, "router", fill.layer or 0))  # type: ignore[no-any-return]
 
 
 def _lineage(plan: Plan, source: Source, source_name: str, digests: dict[str, str]) -> bytes:

@@ -19,7 +19,7 @@ def test_the_sets_of_two_recipes() -> None:
     assert units_digest(shared, 2, 5, 4096) == DIGEST
 
 
-SHARED = [1, 3, 4, 6, 9, 11, 12, 14]
-SCRIPT = [3, 4, 5, 6, 7, 9, 11, 14]
-ORDER = [13, 8, 4, 11, 9, 14, 7, 12, 5, 15, 6, 10, 2, 0, 1, 3]
-DIGEST = "99162d4629478666"
+SHARED = [0, 1, 5, 7, 8, 10, 11, 12]
+SCRIPT = [0, 2, 3, 4, 5, 10, 11, 13]
+ORDER = [9, 2, 0, 14, 3, 13, 1, 8, 12, 5, 4, 11, 15, 7, 10, 6]
+DIGEST = "8555e593e6c95af3"

@@ -34,25 +34,25 @@ def test_a_method_changes_the_units_at_most_and_draws_from_its_generator_only(na
     block = torch.randn(rows, columns).to(dtype)
     before = block.clone()
     method = registry.load("method", name)
-    made = method(block, units, axis, (0.5, 2.0), generator("key"))
+    made = method(block, units, axis, (0.5, 2.0), generator(0, "key"))
     assert torch.equal(block, before)
     assert (made.dtype, made.shape) == (block.dtype, block.shape)
     kept = torch.ones(size, dtype=torch.bool)
     kept[units] = False
     assert torch.equal(made[kept] if axis == 0 else made[:, kept], block[kept] if axis == 0 else block[:, kept])
     torch.rand(1)  # the global generator plays no part
-    assert torch.equal(made, method(block, units, axis, (0.5, 2.0), generator("key")))
+    assert torch.equal(made, method(block, units, axis, (0.5, 2.0), generator(0, "key")))
 
 
 @pytest.mark.parametrize("name", registry.names("router"))
 @given(experts=st.integers(2, 16), hidden=st.integers(1, 64), seed=st.integers(0, 2**31))
 def test_a_router_is_finite_and_reproducible(name: str, experts: int, hidden: int, seed: int) -> None:
     draw = registry.load("router", name)
-    rows = draw((experts, hidden), 0.02, generator(seed))
+    rows = draw((experts, hidden), 0.02, generator(seed, "router"))
     assert rows.shape == (experts, hidden)
     assert rows.dtype == torch.float32
     assert torch.isfinite(rows).all()
-    assert torch.equal(rows, draw((experts, hidden), 0.02, generator(seed)))
+    assert torch.equal(rows, draw((experts, hidden), 0.02, generator(seed, "router")))
 
 
 @given(ratio=ratios, units=st.integers(1, 300), expert=st.integers(0, 7))

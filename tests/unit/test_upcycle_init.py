@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moetool.errors import CheckpointError
-from moetool.recipe import UpcycleRecipe, generator, permutation, redrawn_units, units_digest
+from moetool.recipe import PROJECTIONS, UpcycleRecipe, generator, matrix_index, permutation, redrawn_units, units_digest
 from moetool.upcycle.init import copy, drop, slice_moments
 from moetool.upcycle.router import normal, uniform
 
@@ -25,7 +25,7 @@ def test_the_number_of_units_is_the_floor_of_the_typed_decimal(ratio: str, units
 def test_copy_redraws_nothing_whatever_the_ratio() -> None:
     assert UpcycleRecipe("mixtral", method="copy", drop_ratio=Decimal("0.5")).num_redrawn(64) == 0
     block = torch.randn(4, 3)
-    assert copy(block, torch.tensor([0]), 0, (0.0, 1.0), generator(0)) is block
+    assert copy(block, torch.tensor([0]), 0, (0.0, 1.0), generator(0, "x")) is block
 
 
 def test_slice_moments_are_those_of_the_dropped_slice() -> None:
@@ -42,12 +42,12 @@ def test_drop_redraws_the_units_and_nothing_else(axis: int) -> None:
     block = torch.arange(12.0).reshape(4, 3)
     before = block.clone()
     units = torch.tensor([0, 2])
-    made = drop(block, units, axis, (5.0, 0.1), generator("x"))
+    made = drop(block, units, axis, (5.0, 0.1), generator(0, "x"))
     assert torch.equal(block, before)
     changed = (made != before).all(1 - axis)
     assert changed.nonzero().flatten().tolist() == [0, 2]
     assert (made.index_select(axis, units) - 5).abs().max() < 1
-    assert torch.equal(made, drop(block, units, axis, (5.0, 0.1), generator("x")))
+    assert torch.equal(made, drop(block, units, axis, (5.0, 0.1), generator(0, "x")))
 
 
 def test_sets_are_drawn_per_layer_and_expert_and_shared_by_the_projections() -> None:
@@ -101,8 +101,16 @@ def test_a_recipe_survives_json() -> None:
 
 @pytest.mark.parametrize("draw", [normal, uniform])
 def test_routers_have_the_standard_deviation_asked_for(draw: object) -> None:
-    rows = draw((64, 1024), 0.02, generator(0))  # type: ignore[operator]
+    rows = draw((64, 1024), 0.02, generator(0, "x"))  # type: ignore[operator]
     assert abs(float(rows.std()) - 0.02) < 5 * 0.02 / (2 * rows.numel()) ** 0.5
     assert abs(float(rows.mean())) < 5 * 0.02 / rows.numel() ** 0.5
     if draw is uniform:
         assert float(rows.abs().max()) <= 0.02 * 3**0.5
+
+
+def test_no_two_draws_of_a_large_model_share_a_generator() -> None:
+    recipe = UpcycleRecipe("mixtral", num_experts=256)
+    places = [matrix_index(recipe, layer, e, p) for layer in range(61) for e in range(256) for p in PROJECTIONS]
+    seeds = {generator(0, "values", place * 4 + block).initial_seed() for place in places for block in range(4)}
+    assert len(seeds) == 61 * 256 * 3 * 4
+    assert max(seeds) < 2**32  # all that torch's CPU generator reads
