@@ -91,12 +91,14 @@ def _squares(
     return total
 
 
-def read_block(reader: CheckpointReader, info: TensorInfo, start: int, count: int) -> Tensor:
-    """Elements [start, start + count) of a tensor of one of `DTYPES`, as float64."""
+def read_block(
+    reader: CheckpointReader, info: TensorInfo, start: int, count: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Elements [start, start + count) of a tensor of one of `DTYPES`, as `dtype`."""
     item = info.size // info.num_elements
     buffer = bytearray(count * item)
     reader.read_into(info, start * item, memoryview(buffer))
-    return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).double()
+    return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).to(dtype)
 
 
 def _relative(squares: dict[tuple[int, int | None], Tensor], owner: tuple[int, int | None]) -> float | None:

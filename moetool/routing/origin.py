@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetool import __version__
 from moetool.arch.dense import FFN, dense_config
 from moetool.arch.spec import ArchSpec, detect
 from moetool.checkpoint.hub import find_model
@@ -109,8 +110,9 @@ def _check_digests(origin: Origin, path: Path) -> None:
             if units_digest(origin.recipe, layer, expert, origin.num_units) != digest:
                 raise CheckpointError(
                     f"layer {layer}, expert {expert}: the redrawn units rebuilt from the recipe are not those in"
-                    f" {path}; it was written with torch {str(origin.entry.get('torch'))[:40]!r}, this is"
-                    f" {torch.__version__}; delete it to analyse the checkpoint without"
+                    f" {path}; it was written by moetool {str(origin.entry.get('moetool'))[:40]!r} with torch"
+                    f" {str(origin.entry.get('torch'))[:40]!r}, this is {__version__} with {torch.__version__}; delete"
+                    " it to analyse the checkpoint without"
                 )
 
 

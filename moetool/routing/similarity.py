@@ -88,10 +88,10 @@ def _cosines(matrices: dict[str, list[Matrix]], origin: Origin, layer: int) -> d
     total_MM, kept_MM, norm_MM = (torch.zeros(M, M, dtype=torch.float64) for _ in range(3))
     for projection, files in matrices.items():
         places = [_places(origin, layer, m) for m in range(M)]
-        kept_MF = torch.ones(M, origin.num_units, dtype=torch.float64)
+        kept_MF = torch.ones(M, origin.num_units)
         for expert in range(origin.recipe.num_experts if origin.num_redrawn else 0):
             redrawn_F, order_F = origin.redrawn(layer, expert, projection), places[expert]
-            kept_MF[expert] = (~(redrawn_F if order_F is None else redrawn_F[order_F])).double()
+            kept_MF[expert] = (~(redrawn_F if order_F is None else redrawn_F[order_F])).float()
         R, C = files[0][1].shape
         step = max(1, _BLOCK // (M * C))
         for start in range(0, R, step):
@@ -100,6 +100,8 @@ def _cosines(matrices: dict[str, list[Matrix]], origin: Origin, layer: int) -> d
                 [_read(*file, start, stop, place, projection) for file, place in zip(files, places, strict=True)]
             )
             total_MM += _inner(block_MRC)
+            if not origin.num_redrawn:
+                continue
             if projection == "down":
                 kept_MU, squares_MU = kept_MF, block_MRC.square().sum(dim=1)
                 block_MRC *= kept_MU[:, None, :]
@@ -107,9 +109,11 @@ def _cosines(matrices: dict[str, list[Matrix]], origin: Origin, layer: int) -> d
                 kept_MU, squares_MU = kept_MF[:, start:stop], block_MRC.square().sum(dim=2)
                 block_MRC *= kept_MU[:, :, None]
             kept_MM += _inner(block_MRC)
-            norm_MM += (squares_MU * kept_MU) @ kept_MU.T
+            norm_MM += ((squares_MU * kept_MU) @ kept_MU.T).double()
+    if not origin.num_redrawn:
+        kept_MM, norm_MM = total_MM, total_MM.diagonal()[:, None].expand(M, M)
     rest_MM = total_MM.diagonal()[:, None] - norm_MM
-    rest_MM[rest_MM <= 1e-12 * total_MM.diagonal()[:, None]] = 0  # nothing but rounding
+    rest_MM[rest_MM <= 1e-6 * total_MM.diagonal()[:, None]] = 0  # nothing but rounding
     whole_MM = total_MM.diagonal()[:, None].expand(M, M)
     parts = ((total_MM, whole_MM), (kept_MM, norm_MM), (total_MM - kept_MM, rest_MM))
     return {
@@ -132,14 +136,14 @@ def _read(
     """Rows [start, stop) of a matrix whose units are in the dense order."""
     C = info.shape[1]
     if place_F is None or projection == "down":
-        block_RC = read_block(reader, info, start * C, (stop - start) * C).view(-1, C)
+        block_RC = read_block(reader, info, start * C, (stop - start) * C, torch.float32).view(-1, C)
         return block_RC if place_F is None else block_RC[:, place_F]
-    return torch.stack([read_block(reader, info, row * C, C) for row in place_F[start:stop].tolist()])
+    return torch.stack([read_block(reader, info, row * C, C, torch.float32) for row in place_F[start:stop].tolist()])
 
 
 def _inner(block_MRC: Tensor) -> Tensor:
     flat = block_MRC.flatten(1)
-    return flat @ flat.T
+    return (flat @ flat.T).double()
 
 
 def _row(cosines: dict[str, Tensor], num_experts: int, with_dense: bool) -> dict[str, Any]:

@@ -113,9 +113,9 @@ def test_right_after_upcycling(upcycled: Path) -> None:
     assert (found["num_units"], found["num_redrawn"], found["notes"]) == (F, 25, [])
     for row in found["layers"]:
         for side in ("between_experts", "with_dense"):
-            assert row[side]["kept"] == pytest.approx(1, abs=1e-9)
+            assert row[side]["kept"] == pytest.approx(1, abs=1e-6)
             assert abs(row[side]["redrawn"]) < 0.1
-            assert all(expert["kept"] == pytest.approx(1, abs=1e-9) for expert in row[side]["experts"])
+            assert all(expert["kept"] == pytest.approx(1, abs=1e-6) for expert in row[side]["experts"])
             assert row[side]["min"] <= row[side]["all"] <= row[side]["max"] < 0.9
         # 39 of 64 units are the dense ones, of much the same norm as those that replace the rest.
         assert row["with_dense"]["all"] == pytest.approx(39 / 64, abs=0.1)
@@ -145,10 +145,10 @@ def test_similarity_equals_plain_loops(trained: Path, llama: Path, block: int, m
     pairs = {(a, b): plain(min(a, b), max(a, b)) for a in range(E) for b in range(E) if a != b}
     assert 0.8 < with_dense[0]["kept"] < 0.99
     for part in ("all", "kept", "redrawn"):
-        assert [e[part] for e in row["with_dense"]["experts"]] == pytest.approx([e[part] for e in with_dense])
-        assert row["between_experts"][part] == pytest.approx(np.mean([pair[part] for pair in pairs.values()]))
+        assert [e[part] for e in row["with_dense"]["experts"]] == pytest.approx([e[part] for e in with_dense], abs=1e-6)
+        assert row["between_experts"][part] == pytest.approx(np.mean([pair[part] for pair in pairs.values()]), abs=1e-6)
         of_2 = np.mean([pairs[2, b][part] for b in range(E) if b != 2])
-        assert row["between_experts"]["experts"][2][part] == pytest.approx(of_2)
+        assert row["between_experts"]["experts"][2][part] == pytest.approx(of_2, abs=1e-6)
     assert row["between_experts"]["min"] == pytest.approx(min(pair["all"] for pair in pairs.values()))
     assert row["with_dense"]["max"] == pytest.approx(max(e["all"] for e in with_dense))
 
