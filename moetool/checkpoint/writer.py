@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,23 +221,31 @@ class CheckpointWriter:
     """Fills the shards of one folder; used inside a FolderLock.
 
     `identity` says what is being written (recipe, source). A folder left by a killed run is gone on
-    with when its identity is equal: shards that were renamed are complete and are kept.
+    with when its identity is equal: shards that it completed, and whose digest it noted, are kept.
 
     Attributes:
-        complete: names of the shards that are already there.
+        complete: shards that an earlier run left complete -> the digest it noted of each.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], identity: Mapping[str, Any]) -> None:
         self.folder = folder
         self.shards = list(shards)
-        self.complete = {shard.name for shard in shards if self._is_complete(shard)}
+        noted = read_json(folder / PARTIAL).get("complete", {}) if (folder / PARTIAL).is_file() else {}
+        self.complete: dict[str, str] = {s.name: noted[s.name] for s in shards if s.name in noted and self._is_there(s)}
         self._where = {tensor: shard for shard in shards for tensor in shard.starts}
         self._files: dict[str, int] = {}
-        writer = {"process": os.getpid(), "host": socket.gethostname()}
-        note = json.dumps({**identity, "writer": writer}, indent=2).encode()
-        write_file(folder / PARTIAL, note)
+        self._lock = threading.Lock()
+        self._note = {
+            **identity,
+            "writer": {"process": os.getpid(), "host": socket.gethostname()},
+            "complete": dict(self.complete),
+        }
+        self._write_note()
 
-    def _is_complete(self, shard: Shard) -> bool:
+    def _write_note(self) -> None:
+        write_file(self.folder / PARTIAL, json.dumps(self._note, indent=2).encode())
+
+    def _is_there(self, shard: Shard) -> bool:
         path = self.folder / shard.name
         if not path.is_file() or path.stat().st_size != shard.size:
             return False
@@ -260,8 +269,8 @@ class CheckpointWriter:
         shard = self._where[tensor]
         _write_all(self._files[shard.name], data, shard.starts[tensor] + offset, self.folder / shard.name)
 
-    def close(self, shard: Shard) -> None:
-        """Make a filled shard durable and give it its name."""
+    def close(self, shard: Shard, digest: str) -> None:
+        """Make a filled shard durable, give it its name, and note a digest of what was written. Any thread."""
         descriptor = self._files.pop(shard.name)
         try:
             os.fsync(descriptor)
@@ -269,6 +278,9 @@ class CheckpointWriter:
             os.close(descriptor)
         os.replace(self.folder / (shard.name + UNFINISHED), self.folder / shard.name)
         sync_folder(self.folder)
+        with self._lock:
+            self._note["complete"][shard.name] = digest
+            self._write_note()
 
     def abandon(self) -> None:
         """Close and delete the shards that are not complete; the folder can be gone on with."""

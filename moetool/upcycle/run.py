@@ -16,7 +16,8 @@ import xxhash
 
 from moetool import __version__, registry
 from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
-from moetool.checkpoint.writer import CheckpointWriter
+from moetool.checkpoint.writer import CheckpointWriter, Shard
+from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
 from moetool.recipe import (
     LINEAGE,
@@ -127,12 +128,20 @@ def run_plan(
 def _write_shards(
     plan: Plan, source: Source, reader: CheckpointReader, writer: CheckpointWriter, workers: int, progress: Progress
 ) -> dict[str, str]:
-    """Fill the shards that are not complete; return a digest of every tensor's bytes."""
+    """Fill the shards that are not complete; return a digest of each shard's bytes."""
     shard_of = {tensor: shard for shard in plan.shards for tensor in shard.starts}
     left = Counter(shard_of[t].name for fill in plan.fills for t in fill.targets for _ in fill.blocks)
     opened: set[str] = set()
     digests: dict[tuple[str, int], str] = {}
     lock, done, total = threading.Lock(), 0, num_blocks(plan.fills)
+
+    fill_of = {target: fill for fill in plan.fills for target in fill.targets}
+
+    def digest_of_tensor(name: str) -> str:
+        return tensor_digest(digests[name, index] for index in range(len(fill_of[name].blocks)))
+
+    def digest_of(shard: Shard) -> str:
+        return shard_digest((name, digest_of_tensor(name)) for name in shard.starts)
 
     def write(tensor: str, index: int, offset: int, data: torch.Tensor) -> None:
         shard = shard_of[tensor]
@@ -147,7 +156,7 @@ def _write_shards(
             left[shard.name] -= 1
             last = left[shard.name] == 0
         if last:
-            writer.close(shard)
+            writer.close(shard, digest_of(shard))
 
     def fill_block(fill: Fill, index: int) -> None:
         nonlocal done
@@ -184,11 +193,13 @@ def _write_shards(
             ],
             workers,
         )
-    return {
-        target: tensor_digest(digests[target, index] for index in range(len(fill.blocks)))
-        for fill in plan.fills
-        for target in fill.targets
-    }
+    for shard in plan.shards:
+        if writer.complete.get(shard.name) not in (None, digest_of(shard)):
+            raise CheckpointError(
+                f"{writer.folder / shard.name} has changed since the interrupted run wrote it; delete it, and the"
+                " same command writes it again"
+            )
+    return {shard.name: digest_of(shard) for shard in plan.shards}
 
 
 def tensor_digest(blocks: Iterable[str]) -> str:
@@ -242,6 +253,5 @@ def _lineage(plan: Plan, source: Source, source_name: str, digests: dict[str, st
                 for layer in range(plan.num_layers)
             ],
         }
-    shards = {shard.name: shard_digest((t, digests[t]) for t in shard.starts) for shard in plan.shards}
-    document = {"format": LINEAGE_FORMAT, "lineage": [entry], "shards": shards}
+    document = {"format": LINEAGE_FORMAT, "lineage": [entry], "shards": digests}
     return json.dumps(document, indent=1).encode() + b"\n"

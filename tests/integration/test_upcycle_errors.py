@@ -182,6 +182,39 @@ def test_a_disk_that_fills_up_leaves_no_loadable_half(
     assert tiny.in_process("upcycle", llama, tmp_path / "moe", "--max-shard-size", "60KB")[0] == 0
 
 
+def test_a_complete_shard_that_changed_before_the_resume_is_found(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from moetool.checkpoint.writer import CheckpointWriter
+
+    out, common = tmp_path / "moe", ("--max-shard-size", "60KB", "--workers", "1")
+    assert tiny.in_process("upcycle", llama, tmp_path / "whole", *common)[0] == 0
+    real, closed = CheckpointWriter.close, 0
+
+    def close(self: CheckpointWriter, *arguments: object) -> None:
+        nonlocal closed
+        closed += 1
+        if closed > 3:
+            raise OSError(errno.EIO, "Input/output error", str(out))
+        real(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CheckpointWriter, "close", close)
+    assert "input/output error" in fails("upcycle", llama, out, *common)
+    monkeypatch.undo()
+    shard = sorted(out.glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    assert f"{shard.name} has changed" in fails("upcycle", llama, out, *common)
+    shard.unlink()
+    assert tiny.in_process("upcycle", llama, out, *common)[0] == 0
+    for file in sorted(out.glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+    assert (out / "moetool.json").read_bytes() == (tmp_path / "whole" / "moetool.json").read_bytes()
+
+
 @pytest.mark.slow
 def test_a_real_full_disk_and_a_read_only_one(llama: Path, tmp_path: Path) -> None:
     mount = tmp_path / "small"

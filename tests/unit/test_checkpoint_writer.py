@@ -36,7 +36,7 @@ def fill(folder: Path, max_shard_size: int) -> dict[str, bytes]:
         writer.write(name, half, memoryview(data)[half:])
         writer.write(name, 0, memoryview(data)[:half])
     for shard in shards:
-        writer.close(shard)
+        writer.close(shard, "digest")
     writer.finish({"config.json": b"{}"})
     return content
 
@@ -66,11 +66,11 @@ def test_an_unfinished_folder_cannot_be_opened_and_keeps_its_complete_shards(tmp
     writer = CheckpointWriter(tmp_path, shards, {"recipe": {"seed": 1}})
     writer.open(shards[0])
     writer.open(shards[1])
-    writer.close(shards[0])
+    writer.close(shards[0], "abc")
     with pytest.raises(CheckpointError, match="unfinished"):
         CheckpointReader(tmp_path)
     again = CheckpointWriter(tmp_path, shards, {"recipe": {"seed": 1}})
-    assert again.complete == {shards[0].name}
+    assert again.complete == {shards[0].name: "abc"}
     writer.abandon()
     assert sorted(p.name for p in tmp_path.iterdir()) == [shards[0].name, PARTIAL]
 
