@@ -6,6 +6,7 @@ Shapes: T tokens of a batch without its padding, K top-k, E experts, F intermedi
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,12 @@ from moetool.routing.origin import Origin
 
 IDLE = 0.01  # of the kept units' median contribution
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-_TOKENS = 4096  # tokens computed at a time
+SAMPLE = 8192  # tokens of each domain that are looked at: the experts' products are computed again for them
+_TOKENS = 4096  # of them at a time
 
 
 class UnitUse:
-    """Sums of what each unit contributes; memory does not grow with the text.
+    """Sums of what each unit contributes, over the first SAMPLE tokens of each domain.
 
     The contribution of unit u to its expert's output is c_u = mean over the tokens routed to the expert
     of |h_u| x |W_down[:, u]|, with h = act(W_gate x) * (W_up x). A hook on the experts computes h a
@@ -37,6 +39,7 @@ class UnitUse:
         self._norms: dict[int, Tensor] = {}
         # domain -> layer -> sums of |h| (E, F) and tokens (E,)
         self._sums: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+        self._seen: Counter[tuple[str, int]] = Counter()  # tokens, by domain and layer
         # What the router of a layer has just chosen, until its experts run.
         self._chosen: dict[int, tuple[str, Tensor]] = {}
         self.note: str | None = None
@@ -55,7 +58,10 @@ class UnitUse:
 
     def observe(self, name: str, route: Route, batch: Batch) -> None:
         """Observer of `measure`: called by the router, just before its experts run."""
-        self._chosen[route.layer] = (name, route.indices_TK[: len(batch.tokens_N)])
+        num = min(len(batch.tokens_N), SAMPLE - self._seen[name, route.layer])
+        if num > 0:
+            self._seen[name, route.layer] += num
+            self._chosen[route.layer] = (name, route.indices_TK[:num])
 
     def _hook(self, layer: int) -> Callable[[Any, tuple[Any, ...]], None]:
         def hook(experts: Any, inputs: tuple[Any, ...]) -> None:
