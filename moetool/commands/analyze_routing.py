@@ -116,7 +116,7 @@ def analyze_routing(
         bool,
         typer.Option(
             "--unit-use/--no-unit-use",
-            help="Measure how much redrawn units do, in a model that moetool upcycled: one more run of its experts.",
+            help="In a model that moetool upcycled, measure how much its redrawn units do, on 8192 tokens a domain.",
             rich_help_panel=_COMPARE,
         ),
     ] = True,
