@@ -112,6 +112,19 @@ class Plan:
             "active": total - expert * (self.recipe.num_experts - self.recipe.top_k),
         }
 
+    @cached_property
+    def written(self) -> dict[str, TensorInfo]:
+        """Where each tensor lies in the result."""
+        places = {tensor: shard for shard in self.shards for tensor in shard.starts}
+        return {
+            target: TensorInfo(
+                target, fill.dtype, fill.shape, places[target].name, places[target].starts[target],
+                TensorLayout(target, fill.dtype, fill.shape).size,
+            )
+            for fill in self.fills
+            for target in fill.targets
+        }  # fmt: skip
+
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: the recipe, the source and the layout on disk."""
         return {

@@ -6,7 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from moetool import __version__, registry
-from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
+from moetool.checkpoint.reader import BlockFile, CheckpointReader
 from moetool.checkpoint.writer import CheckpointWriter, Shard
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
@@ -174,9 +174,7 @@ def _write_shards(
 
     def hash_complete(fill: Fill, target: str) -> None:
         """A shard that a killed run left complete is not written again; its bytes are hashed from disk."""
-        shard = shard_of[target]
-        info = TensorInfo(target, fill.dtype, fill.shape, shard.name, shard.starts[target], 0)
-        info = replace(info, size=info.num_elements * TORCH_DTYPES[fill.dtype].itemsize)
+        info = plan.written[target]
         for index, (start, stop) in enumerate(fill.blocks):
             digests[target, index] = xxhash.xxh3_128_hexdigest(raw_bytes(read_rows(written, info, start, stop)))
 

@@ -82,7 +82,7 @@ def verify(
         raise CheckpointError(f"{out} does not hold the tensors that this recipe writes")
     check_written(out, plan.shards)
     _check_digests(plan, out)
-    infos = _infos(plan)
+    infos = plan.written
     total = len(plan.fills)
     done = 0
     digests: dict[str, str] = {}
@@ -118,16 +118,6 @@ def check_source(reader: CheckpointReader, recorded: Any, progress: Progress = s
         if recorded.get(shard) != sha256_file(reader.folder / shard):
             raise CheckpointError(f"{reader.folder / shard} is not the file that was upcycled (its SHA-256 differs)")
     progress("hashing the source", len(reader.shards), len(reader.shards))
-
-
-def _infos(plan: Plan) -> dict[str, TensorInfo]:
-    infos = {}
-    shard_of = {tensor: shard for shard in plan.shards for tensor in shard.starts}
-    for fill in plan.fills:
-        for target in fill.targets:
-            shard, size = shard_of[target], fill.row_length * fill.shape[0] * {"F32": 4}.get(fill.dtype, 2)
-            infos[target] = TensorInfo(target, fill.dtype, fill.shape, shard.name, shard.starts[target], size)
-    return infos
 
 
 def _check_digests(plan: Plan, out: Path) -> None:
