@@ -27,6 +27,8 @@ REGISTRY: dict[str, dict[str, str]] = {
     },
     "schedule": {
         "cosine": "moetool.train.schedules:cosine",
+        "infinite": "moetool.train.schedules:infinite",
+        "wsd": "moetool.train.schedules:wsd",
         "constant": "moetool.train.schedules:constant",
     },
     "balance": {

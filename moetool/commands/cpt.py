@@ -117,6 +117,20 @@ def cpt(
     min_lr: Annotated[
         float | None, _option(RATE, "Learning rate of the last step.", "a tenth of --lr", min=0.0)
     ] = None,
+    constant_lr: Annotated[
+        float | None,
+        _option(RATE, "Learning rate of the constant phase (infinite).", "halfway between --lr and --min-lr", min=0.0),
+    ] = None,
+    cooldown_end: Annotated[
+        float | None,
+        _option(
+            RATE, "Share of the run after which the cooldown ends (infinite); 0: no cooldown.", "0.7", min=0.0, max=1.0
+        ),
+    ] = None,
+    constant_end: Annotated[
+        float | None,
+        _option(RATE, "Share of the run after which the constant phase ends (infinite, wsd).", "0.8", min=0.0, max=1.0),
+    ] = None,
     warmup_ratio: Annotated[
         float | None, _option(RATE, "Share of the steps in which the rate rises from 0.", "0.01", min=0.0, max=1.0)
     ] = None,
@@ -170,7 +184,7 @@ def cpt(
     from moetool.train.schedules import parameters
 
     taken = parameters(schedule)
-    for name in ("min_lr", "warmup_ratio", "warmup_steps"):
+    for name in ("min_lr", "constant_lr", "cooldown_end", "constant_end", "warmup_ratio", "warmup_steps"):
         if typed(context, name) and name.replace("ratio", "steps") not in taken:
             raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with --schedule {schedule}")
     if min_lr is not None and min_lr > lr:
@@ -208,6 +222,9 @@ def cpt(
         "schedule": schedule,
         "lr": lr,
         "min_lr": min_lr,
+        "constant_lr": constant_lr,
+        "cooldown_end": cooldown_end,
+        "constant_end": constant_end,
         "warmup_ratio": warmup_ratio,
         "warmup_steps": warmup_steps,
         "weight_decay": weight_decay,

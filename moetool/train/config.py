@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moetool.errors import ConfigError
+from moetool.train.schedules import parameters
 
 MAX_DEFAULT_SEQ_LEN = 2048
 MAX_DEFAULT_MICRO_BATCH = 8
@@ -41,6 +42,9 @@ class TrainConfig:
         schedule: a name in the registry.
         lr: peak learning rate.
         min_lr: final learning rate; by default lr / 10.
+        constant_lr: of the constant phase; by default halfway between lr and min_lr.
+        cooldown_end: share of the updates after which the cooldown ends, by default 0.7; 0: there is none.
+        constant_end: share of the updates after which the constant phase ends, by default 0.8.
         warmup_ratio: share of the updates that warms up; excludes `warmup_steps`.
         warmup_steps: updates that warm up.
         weight_decay: decoupled, on tensors of two or more dimensions.
@@ -75,6 +79,9 @@ class TrainConfig:
     schedule: str = "cosine"
     lr: float = 3e-4
     min_lr: float = UNSET
+    constant_lr: float = UNSET
+    cooldown_end: float = UNSET
+    constant_end: float = UNSET
     warmup_ratio: float = UNSET
     warmup_steps: int = UNSET
     weight_decay: float = 0.1
@@ -119,6 +126,7 @@ class TrainConfig:
         warmup = self.warmup_steps
         if warmup is None:
             warmup = round((0.01 if self.warmup_ratio is None else self.warmup_ratio) * steps)
+        min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
         every = max(1, steps // 10)
         return replace(
             self,
@@ -129,7 +137,11 @@ class TrainConfig:
             max_tokens=steps * step_tokens,
             seq_len=seq_len,
             micro_batch_size=self.micro_batch_size or default_micro_batch(self.global_batch_size),
-            min_lr=self.lr / 10 if self.min_lr is None else self.min_lr,
+            min_lr=min_lr,
+            # The midpoint: 1.65e-4 between the 3e-4 and 3e-5 of the runs that this schedule is known from.
+            constant_lr=(self.lr + min_lr) / 2 if self.constant_lr is None else self.constant_lr,
+            cooldown_end=0.7 if self.cooldown_end is None else self.cooldown_end,
+            constant_end=0.8 if self.constant_end is None else self.constant_end,
             warmup_steps=warmup,
             balance=dict(default_balance if self.balance is None else self.balance),
             precision=self.precision or ("bf16" if gpu else "fp32"),
@@ -158,7 +170,7 @@ class TrainConfig:
         """
         options = (
             "replay_ratio", "val_fraction", "max_steps", "seq_len", "global_batch_size", "micro_batch_size", "schedule",
-            "lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip", "precision", "save_dtype",
+            *parameters(self.schedule), "weight_decay", "beta1", "beta2", "grad_clip", "precision", "save_dtype",
             "seed",
         )  # fmt: skip
         return {

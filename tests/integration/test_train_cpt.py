@@ -220,6 +220,11 @@ def test_a_step_folder_is_a_model(tmp_path: Path, llama: Path, jsonl: Path) -> N
             ["--max-steps", 1, "--schedule", "constant", "--min-lr", 0.1],
             "--min-lr has no effect with --schedule constant",
         ),
+        (["--max-steps", 1, "--constant-end", 0.5], "--constant-end has no effect with --schedule cosine"),
+        (
+            ["--max-steps", 1, "--schedule", "wsd", "--cooldown-end", 0.5],
+            "--cooldown-end has no effect with --schedule wsd",
+        ),
         (["--max-steps", 1, "--schedule", "cosin"], "did you mean 'cosine'"),
         (["--max-steps", 1, "--balance", "auxx"], "did you mean 'aux'"),
         (["--max-steps", 1, "--weight", "x=1"], "--weight x: no --train or --replay has that name"),
