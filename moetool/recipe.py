@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -29,9 +29,16 @@ class UpcycleRecipe:
         num_experts: routed experts on disk.
         top_k: experts a token goes to.
         method: how experts come from the dense FFN.
-        drop_ratio: share of the intermediate units that is redrawn, the decimal that was typed.
+        drop_ratio: share of the intermediate units that `drop` redraws, the decimal that was typed.
         drop_index: `shared`, one index set for gate, up and down (the paper), or `per-matrix`,
             independent sets and a permutation of the units (the authors' released script).
+        noise_ratio: share of the intermediate units to which `noise` adds noise.
+        noise_scale: standard deviation of that noise, relative to the matrix's own.
+        noise_std: the same in absolute terms, where it is not None.
+        num_donors: dense models that the experts come from (Branch-Train-MiX).
+        granularity: parts that the dense FFN is split into.
+        shared_experts: experts' sizes that the shared expert has; None is the family's default.
+        moe_layers: which layers are MoE, as it was typed.
         router: how the router's rows are drawn.
         router_std: their standard deviation.
         seed: of everything that is drawn.
@@ -44,6 +51,13 @@ class UpcycleRecipe:
     method: str = "drop"
     drop_ratio: Decimal = Decimal("0.5")
     drop_index: str = "shared"
+    noise_ratio: Decimal = Decimal("0.5")
+    noise_scale: Decimal = Decimal(1)
+    noise_std: Decimal | None = None
+    num_donors: int = 1
+    granularity: int = 1
+    shared_experts: int | None = None
+    moe_layers: str = "all"
     router: str = "normal"
     router_std: Decimal = Decimal("0.02")
     seed: int = 0
@@ -61,18 +75,36 @@ class UpcycleRecipe:
             CheckpointError: a field is missing, unknown or mistyped.
         """
         try:
-            decimals = {key: Decimal(values[key]) for key in ("drop_ratio", "router_std")}
-            recipe = cls(**{**values, **decimals})
-            for name, default in asdict(cls("")).items():
-                if type(getattr(recipe, name)) is not type(default):
-                    raise TypeError(f"{name} is {getattr(recipe, name)!r}")
-            return recipe
+            if set(values) != {field.name for field in fields(cls)}:
+                raise TypeError(f"fields {sorted(set(values) ^ {field.name for field in fields(cls)})}")
+            read: dict[str, Any] = {}
+            for field in fields(cls):
+                value, kind = values[field.name], str(field.type)
+                optional = value is None and kind.endswith("None")
+                if not optional and type(value) is not (int if kind.startswith("int") else str):
+                    raise TypeError(f"{field.name} is {value!r}")
+                read[field.name] = Decimal(value) if kind.startswith("Decimal") and not optional else value
+            return cls(**read)
         except (TypeError, KeyError, ArithmeticError, ValueError) as error:
             raise CheckpointError(f"{LINEAGE}: the recipe cannot be read ({error})") from None
 
     def num_redrawn(self, intermediate_size: int) -> int:
-        """floor(ratio x units), exact in decimals; 0 unless the method redraws."""
-        return int(self.drop_ratio * intermediate_size) if self.method == "drop" else 0
+        """Units changed in each expert, of so many: floor(ratio x units), exact in decimals.
+
+        `drop` redraws them, `noise` adds noise to them; every other method changes none.
+        """
+        ratio = {"drop": self.drop_ratio, "noise": self.noise_ratio}.get(self.method, Decimal(0))
+        return int(ratio * intermediate_size)
+
+    @property
+    def group_size(self) -> int:
+        """Routed experts that together are one dense FFN (its shards that are not shared).
+
+        With shared experts of less than a whole FFN the shards are partitioned between the shared and
+        the routed ones; with one or more whole FFNs shared, the routed ones make a whole one as well.
+        """
+        shared = self.shared_experts or 0
+        return self.granularity - shared if shared < self.granularity else self.granularity
 
 
 def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
@@ -95,7 +127,7 @@ def matrix_index(recipe: UpcycleRecipe, layer: int, expert: int, projection: str
 
 @lru_cache(maxsize=256)
 def redrawn_units(recipe: UpcycleRecipe, layer: int, expert: int, projection: str, units: int) -> torch.Tensor:
-    """The intermediate units of one expert that are redrawn, sorted int64 of shape (num_redrawn,).
+    """The intermediate units of one expert that are changed, sorted int64 of shape (num_redrawn,).
 
     With `shared` the set belongs to the whole FFN (the projection does not matter); with
     `per-matrix` each projection has its own, counted after the expert's permutation.
@@ -119,7 +151,7 @@ def permutation(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> t
 
 
 def units_digest(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> str:
-    """A checksum of what is redrawn (and permuted) in one expert: 16 hexadecimal digits of SHA-256."""
+    """A checksum of what is changed (and permuted) in one expert: 16 hexadecimal digits of SHA-256."""
     digest = hashlib.sha256()
     for projection in PROJECTIONS:
         digest.update(redrawn_units(recipe, layer, expert, projection, units).numpy().tobytes())
@@ -146,6 +178,13 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     if not isinstance(entries, list) or not all(_well_formed(entry) for entry in entries):
         raise CheckpointError(f"{path} has no lineage, or a damaged one; delete it to use the checkpoint without")
     return document  # type: ignore[no-any-return]
+
+
+def recorded_sources(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The dense models of an upcycling's entry: DENSE, then the other donors; {} where it is damaged."""
+    donors = entry.get("donors", [])
+    found = [entry.get("source"), *(donors if isinstance(donors, list) else [None])]
+    return [source if isinstance(source, dict) else {} for source in found]
 
 
 def _well_formed(entry: Any) -> bool:

@@ -16,14 +16,28 @@ from moetool.errors import ConfigError
 REGISTRY: dict[str, dict[str, str]] = {
     "target": {
         "mixtral": "moetool.arch.mixtral:SPEC",
+        "qwen2_moe": "moetool.arch.qwen2_moe:SPEC",
+        "qwen3_moe": "moetool.arch.qwen3_moe:SPEC",
+        "flex_olmo": "moetool.arch.flex_olmo:SPEC",
+        "granitemoe": "moetool.arch.granitemoe:SPEC",
+        "ernie4_5_moe": "moetool.arch.ernie4_5_moe:SPEC",
+        "cohere2_moe": "moetool.arch.cohere2_moe:SPEC",
+        "hunyuan_v1_moe": "moetool.arch.hunyuan_v1_moe:SPEC",
+        "glm4_moe": "moetool.arch.glm4_moe:SPEC",
+        "dots1": "moetool.arch.dots1:SPEC",
+        "solar_open": "moetool.arch.solar_open:SPEC",
     },
     "method": {
         "drop": "moetool.upcycle.init:drop",
         "copy": "moetool.upcycle.init:copy",
+        "noise": "moetool.upcycle.init:noise",
+        "scratch": "moetool.upcycle.init:drop",
     },
     "router": {
         "normal": "moetool.upcycle.router:normal",
         "uniform": "moetool.upcycle.router:uniform",
+        "zeros": "moetool.upcycle.router:zeros",
+        "orthogonal": "moetool.upcycle.router:orthogonal",
     },
     "schedule": {
         "cosine": "moetool.train.schedules:cosine",
@@ -33,7 +47,11 @@ REGISTRY: dict[str, dict[str, str]] = {
     },
     "balance": {
         "aux": "moetool.train.balance:Aux",
+        "global-aux": "moetool.train.balance:GlobalAux",
+        "pooled-aux": "moetool.train.balance:PooledAux",
         "z-loss": "moetool.train.balance:ZLoss",
+        "sinkhorn": "moetool.train.selection:Sinkhorn",
+        "loss-free": "moetool.train.selection:LossFree",
         "none": "moetool.train.balance:NONE",
     },
     "metric": {

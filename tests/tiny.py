@@ -60,6 +60,54 @@ def save_llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, 
     return folder
 
 
+# A random dense model of each family that can be upcycled, with what is special in it switched on:
+# biases, sliding windows, head sizes that are not hidden / heads, multipliers, tied embeddings.
+DENSE: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 16},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "ernie4_5": {"head_dim": 16},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_bias": True,
+    },
+    "cohere2": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.5},
+    "hunyuan_v1_dense": {"head_dim": 16},
+}
+
+
+def save_dense(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A random dense model of a family (hidden 32, 2 layers, intermediate 64, vocabulary 300); no tokenizer."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**(settings | DENSE[family] | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # norms and biases start equal, and would hide a mix-up
+            if parameter.ndim == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.2 + float("norm" in name))
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
 def save_mixtral(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A random Mixtral (4 experts, top-2) of the size of `save_llama`, with its tokenizer."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -80,6 +128,37 @@ def save_mixtral(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32
     }
     torch.manual_seed(seed)
     MixtralForCausalLM(MixtralConfig(**(settings | changes))).to(dtype).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_glm4_moe(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A random GLM-4 MoE (a dense layer, then two of 4 experts, top-2, sigmoid, 1 shared) with its tokenizer."""
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 1.5,
+        "norm_topk_prob": True,
+        "num_nextn_predict_layers": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    Glm4MoeForCausalLM(Glm4MoeConfig(**(settings | changes))).to(dtype).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 

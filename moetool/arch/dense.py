@@ -9,17 +9,26 @@ from typing import Any
 
 from moetool.errors import CheckpointError, ConfigError
 
-# Letters in the shapes below: V vocabulary, D hidden, F intermediate, Q query heads x head_dim,
+# Letters in the shapes below: V vocabulary, D hidden, F intermediate, H head_dim, Q query heads x head_dim,
 # KV key-value heads x head_dim.
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+NORM = "model.norm.weight"
 ATTENTION = {
     "self_attn.q_proj.weight": "Q D",
     "self_attn.k_proj.weight": "KV D",
     "self_attn.v_proj.weight": "KV D",
     "self_attn.o_proj.weight": "D Q",
 }
+BIASES = {
+    "q": ("self_attn.q_proj.bias", "Q"),
+    "k": ("self_attn.k_proj.bias", "KV"),
+    "v": ("self_attn.v_proj.bias", "KV"),
+    "o": ("self_attn.o_proj.bias", "D"),
+}
 PRE_NORM = {"input_layernorm.weight": "D", "post_attention_layernorm.weight": "D"}
+POST_NORM = {"post_attention_layernorm.weight": "D", "post_feedforward_layernorm.weight": "D"}
+HEAD_NORM = {"self_attn.q_norm.weight": "H", "self_attn.k_norm.weight": "H"}
 # gate, up, down: name within a layer -> shape.
 FFN = {"mlp.gate_proj.weight": "F D", "mlp.up_proj.weight": "F D", "mlp.down_proj.weight": "D F"}
 
@@ -31,14 +40,22 @@ class DenseSpec:
     Attributes:
         model_type: in config.json.
         defaults: what transformers assumes where config.json is silent.
-        layer: names within `model.layers.N.` (without the FFN) -> shapes.
+        layer: names within `model.layers.N.` (without FFN and biases) -> shapes.
+        biases: the projections of attention (of "qkvo") that always have a bias; where config.json
+            has `attention_bias`, that decides for all four.
         refuse: config keys that change the function in a way no target has -> the value that is fine.
+        ignores: config keys that the family does not read, though others do.
+        windows: how config.json says which layers look back over `sliding_window` tokens only: never,
+            `all` of them, or by `layer_types`.
     """
 
     model_type: str
     defaults: Mapping[str, Any]
     layer: Mapping[str, str] = field(default_factory=lambda: ATTENTION | PRE_NORM)
+    biases: str = ""
     refuse: Mapping[str, Any] = field(default_factory=dict)
+    ignores: tuple[str, ...] = ()
+    windows: str | None = None
 
 
 _COMMON = {
@@ -52,30 +69,93 @@ _COMMON = {
     "eos_token_id": 2,
     "head_dim": None,
     "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "num_key_value_heads": None,
+}
+_QWEN = _COMMON | {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
 }
 
 DENSE = {
-    "llama": DenseSpec(
-        "llama",
-        _COMMON | {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "num_key_value_heads": None},
-        refuse={"attention_bias": False, "mlp_bias": False},
-    ),
-    "mistral": DenseSpec(
-        "mistral",
-        _COMMON
-        | {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    ),
+    spec.model_type: spec
+    for spec in (
+        DenseSpec("llama", _COMMON | {"attention_bias": False}, refuse={"mlp_bias": False}),
+        DenseSpec(
+            "mistral",
+            _COMMON | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+            windows="all",
+        ),
+        DenseSpec("qwen2", _QWEN, biases="qkv", windows="layer_types"),
+        DenseSpec(
+            "qwen3",
+            _QWEN | {"head_dim": 128, "attention_bias": False},
+            layer=ATTENTION | HEAD_NORM | PRE_NORM,
+            windows="layer_types",
+        ),
+        DenseSpec(
+            "olmo2",
+            _COMMON
+            | {"rms_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50279}
+            | {"attention_bias": False},
+            layer=ATTENTION | {"self_attn.q_norm.weight": "Q", "self_attn.k_norm.weight": "KV"} | POST_NORM,
+        ),
+        DenseSpec(
+            "ernie4_5",
+            _COMMON
+            | {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128}
+            | {"pad_token_id": 0, "tie_word_embeddings": True, "rope_theta": 500000.0},
+            refuse={"use_bias": False},
+        ),
+        DenseSpec(
+            "granite",
+            _COMMON
+            | {"attention_bias": False, "embedding_multiplier": 1.0, "logits_scaling": 1.0}
+            | {"residual_multiplier": 1.0, "attention_multiplier": 1.0},
+            refuse={"mlp_bias": False},
+        ),
+        DenseSpec(
+            "cohere2",
+            {key: value for key, value in _COMMON.items() if key != "rms_norm_eps"}
+            | {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "max_position_embeddings": 8192}
+            | {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001, "tie_word_embeddings": True}
+            | {"attention_bias": False, "sliding_window": 4096, "sliding_window_pattern": 4},
+            layer=ATTENTION | {"input_layernorm.weight": "D"},
+            ignores=("head_dim",),
+            windows="layer_types",
+        ),
+        DenseSpec(
+            "hunyuan_v1_dense",
+            _COMMON | {"rms_norm_eps": 1e-5, "pad_token_id": 0, "eod_token_id": 3} | {"attention_bias": False},
+            layer=ATTENTION
+            | {"self_attn.query_layernorm.weight": "H", "self_attn.key_layernorm.weight": "H"}
+            | PRE_NORM,
+        ),
+    )
 }
 
+NUMBERS = (
+    "rms_norm_eps", "layer_norm_eps", "initializer_range", "attention_dropout", "embedding_multiplier",
+    "logits_scaling", "residual_multiplier", "attention_multiplier", "logit_scale",
+)  # fmt: skip
 # What is used or carried over, by the type that it must have.
 KINDS: dict[str, tuple[tuple[type, ...], str]] = (
     dict.fromkeys(
         ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
         ((int,), "a positive whole number"),
     )
-    | dict.fromkeys(("rms_norm_eps", "initializer_range", "attention_dropout"), ((int, float), "a positive number"))
-    | {"hidden_act": ((str,), "a name"), "tie_word_embeddings": ((bool,), "true or false")}
+    | dict.fromkeys(NUMBERS, ((int, float), "a positive number"))
+    | dict.fromkeys(("tie_word_embeddings", "attention_bias", "use_sliding_window"), ((bool,), "true or false"))
+    | {"hidden_act": ((str,), "a name")}
 )
+MAX_LAYERS = 10_000
+LAYER_TYPES = ("full_attention", "sliding_attention")
 NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim", "pad_token_id", "bos_token_id", "eos_token_id")
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -83,7 +163,9 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
     """The family of a dense config.json, and the config with every default filled in.
 
-    `rope_parameters` holds the rotary settings in transformers 5's form, whichever form was read.
+    `rope_parameters` holds the rotary settings in transformers 5's form, whichever form was read;
+    `layer_types` says of each layer whether it looks back over `sliding_window` tokens only, which is
+    null where none does; `biases` names the projections of attention that have one.
 
     Raises:
         ConfigError: the family cannot be upcycled, is an MoE already, or is quantised.
@@ -107,9 +189,8 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
         if config.get(key, fine) != fine:
             raise ConfigError(f"config.json: {key} = {config[key]!r} has no place in any MoE family of {model_type}")
     # null is a value (no end-of-text token, a window without end), except where the model needs a number.
-    full = dict(spec.defaults) | {key: value for key, value in config.items() if value is not None or key in NULLABLE}
-    if "sliding_window" not in spec.defaults:
-        full.pop("sliding_window", None)  # a leftover that the family does not read; its target might
+    given = {key: value for key, value in config.items() if key not in spec.ignores}
+    full = dict(spec.defaults) | {key: value for key, value in given.items() if value is not None or key in NULLABLE}
     for key, (kind, what) in KINDS.items():
         value = full.get(key)
         if value is not None and not (type(value) in kind and (isinstance(value, (bool, str)) or _is_size(value, key))):
@@ -117,7 +198,40 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
     full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     full["head_dim"] = full["head_dim"] or full["hidden_size"] // full["num_attention_heads"]
     full["rope_parameters"] = _rope(full)
+    full["biases"] = ("qkvo" if full["attention_bias"] else "") if "attention_bias" in spec.defaults else spec.biases
+    full["layer_types"] = _layer_types(spec, full)
+    if "sliding_attention" not in full["layer_types"]:
+        full["sliding_window"] = None  # also a leftover that the family does not read: its target might
     return spec, full
+
+
+def _layer_types(spec: DenseSpec, config: Mapping[str, Any]) -> list[str]:
+    """`full_attention` or `sliding_attention` a layer, as transformers fills them in."""
+    layers = config["num_hidden_layers"]
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if layers > MAX_LAYERS:
+        raise CheckpointError(f"config.json: num_hidden_layers is {layers}, more than any model has")
+    if spec.windows is None or window is None:
+        return ["full_attention"] * layers
+    if spec.windows == "all":
+        return ["sliding_attention"] * layers
+    given = config.get("layer_types")
+    if given is not None:
+        if not isinstance(given, list) or len(given) != layers or not all(kind in LAYER_TYPES for kind in given):
+            raise CheckpointError(f"config.json: layer_types is no list of {layers} times {' or '.join(LAYER_TYPES)}")
+        return given
+    for key in ("sliding_window_pattern", "max_window_layers"):
+        if key in spec.defaults and (type(config[key]) is not int or config[key] < 0):
+            raise CheckpointError(f"config.json: {key} is {str(config[key])[:60]!r}, expected a whole number")
+    if "sliding_window_pattern" in spec.defaults:
+        pattern = max(1, config["sliding_window_pattern"])
+        return [LAYER_TYPES[(i + 1) % pattern != 0] for i in range(layers)]
+    return [LAYER_TYPES[i >= config["max_window_layers"]] for i in range(layers)]
+
+
+def layer_tensors(spec: DenseSpec, config: Mapping[str, Any]) -> dict[str, str]:
+    """Names within a layer, without the FFN -> shapes; of a filled config."""
+    return dict(spec.layer) | dict(BIASES[projection] for projection in config["biases"])
 
 
 def _is_size(value: float, key: str) -> bool:
@@ -145,6 +259,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
         "V": config["vocab_size"],
         "D": config["hidden_size"],
         "F": config["intermediate_size"],
+        "H": config["head_dim"],
         "Q": config["num_attention_heads"] * config["head_dim"],
         "KV": config["num_key_value_heads"] * config["head_dim"],
     }

@@ -7,8 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetool import registry
+from moetool.arch.dense import FFN
 from moetool.errors import ConfigError
-from moetool.recipe import UpcycleRecipe
+from moetool.recipe import PROJECTIONS, UpcycleRecipe
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The shared expert of a family: a dense FFN that every token goes through, beside the routed ones.
+
+    Attributes:
+        tensors: projection -> tensor name with `{layer}`.
+        gate: name of the row w of a gate, sigmoid(w . x), on its output; written as zeros, which is 1/2.
+        default: how many experts' sizes it has unless the user says: 1 where the family always has
+            one, or writes tensors of size zero without.
+        sizes: the only sizes it can have; empty when any.
+    """
+
+    tensors: Mapping[str, str]
+    gate: str | None = None
+    default: int = 0
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -19,11 +38,22 @@ class ArchSpec:
         model_type: in config.json.
         architecture: the transformers class of the causal language model.
         dense: the dense families whose attention and norms line up with it.
-        experts: projection (gate, up, down) -> tensor name with `{layer}` and `{expert}`.
+        experts: projection (gate, up, down) -> tensor name with `{layer}` and `{expert}`; without
+            `{expert}`, the tensor holds all experts, gate above up where they share a name.
         router: tensor name with `{layer}`.
         num_experts_key: the config key of the number of routed experts.
         top_k_key: the config key of the experts a token goes to.
-        config_map: (filled dense config, recipe) -> config.json of the result; pure.
+        units_key: the config key of the units of one expert.
+        config_map: (filled dense config, recipe) -> what config.json has beyond the shared keys; pure.
+        router_fp32: whether router logits are computed in fp32, whatever the model's dtype.
+        router_dtype: of the router on disk, where the family fixes it.
+        selection_bias: name and shape (letters, E experts) of a bias that only chooses experts.
+        shared: the shared expert, None where the family has none.
+        scaling_key: the config key of a factor on the routed output, None where weights must carry it.
+        moe_layers: which layers can be dense -> config keys; None where all are MoE. Gets the MoE
+            layers and the number of layers; raises ValueError with what it can express.
+        biases: which of the projections "qkvo" of attention may have a bias.
+        windows: whether layers may have a sliding window: None, `all` (alike), or by `layer_types`.
     """
 
     model_type: str
@@ -33,7 +63,45 @@ class ArchSpec:
     router: str
     num_experts_key: str
     top_k_key: str
+    units_key: str
     config_map: Callable[[Mapping[str, Any], UpcycleRecipe], dict[str, Any]]
+    router_fp32: bool = False
+    router_dtype: str | None = None
+    selection_bias: tuple[str, str] | None = None
+    shared: SharedExpert | None = None
+    scaling_key: str | None = None
+    moe_layers: Callable[[frozenset[int], int], dict[str, Any]] | None = None
+    biases: str = ""
+    windows: str | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether a tensor holds all experts of a layer."""
+        return "{expert}" not in self.experts["gate"]
+
+    def config(self, dense: Mapping[str, Any], recipe: UpcycleRecipe, moe: frozenset[int]) -> dict[str, Any]:
+        """config.json of the result.
+
+        Args:
+            dense: the filled dense config.
+            recipe: with `shared_experts` a number.
+            moe: the layers that are MoE.
+        """
+        config = _shared_config(self, dense)
+        config |= {self.num_experts_key: recipe.num_experts, self.top_k_key: recipe.top_k}
+        config |= self.config_map(dense, recipe)
+        config[self.units_key] = dense["intermediate_size"] // recipe.granularity
+        if self.moe_layers:
+            config |= self.moe_layers(moe, dense["num_hidden_layers"])
+        return config
+
+
+def ffn(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, str]:
+    """Names of the three matrices of an expert: projection -> tensor name."""
+    return {
+        projection: f"model.layers.{{layer}}.{prefix}.{name}.weight"
+        for projection, name in zip(PROJECTIONS, (gate, up, down), strict=True)
+    }
 
 
 # The keys that every decoder of these families shares.
@@ -45,40 +113,60 @@ SHARED_KEYS = (
 )  # fmt: skip
 
 
-def shared_config(spec_type: str, architecture: str, dense: Mapping[str, Any]) -> dict[str, Any]:
+def _shared_config(spec: ArchSpec, dense: Mapping[str, Any]) -> dict[str, Any]:
     """The part of config.json that is carried over, in the form that old and new readers know.
 
     transformers 5 reads `rope_parameters` and `dtype`; older versions, vLLM and llama.cpp read
     `rope_theta`, `rope_scaling` and `torch_dtype`. `auto_map` (remote code) is never carried over.
     """
-    config: dict[str, Any] = {"architectures": [architecture], "model_type": spec_type}
+    config: dict[str, Any] = {"architectures": [spec.architecture], "model_type": spec.model_type}
     config |= {key: dense[key] for key in SHARED_KEYS if key in dense}
     rope = dense["rope_parameters"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     config["rope_parameters"] = rope
     config["rope_theta"] = rope["rope_theta"]
     config["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
-    return config
+    if spec.windows:
+        config["sliding_window"] = dense["sliding_window"]
+    if spec.windows == "layer_types":
+        config["layer_types"] = dense["layer_types"]
+    # Never transformers' pooled balance loss: a saved `true` would also break generation in some versions.
+    return config | {"output_router_logits": False}
 
 
-def choose(target: str, dense_type: str) -> ArchSpec:
+def misfit(spec: ArchSpec, dense: Mapping[str, Any]) -> str | None:
+    """Why a filled dense config has no place in a family that lists its model_type; None if it has."""
+    if not set(dense["biases"]) <= set(spec.biases):
+        return f"its attention has biases ({dense['biases']})"
+    windows = set(dense["layer_types"])
+    if "sliding_attention" in windows and spec.windows is None:
+        return "it has a sliding window"
+    if len(windows) > 1 and spec.windows != "layer_types":
+        return "only some of its layers have a sliding window"
+    return None
+
+
+def choose(target: str, dense: Mapping[str, Any]) -> ArchSpec:
     """The spec of a target name; `auto` is the first that lists the dense family.
 
+    Args:
+        target: a name in the registry, or `auto`.
+        dense: the filled dense config.
+
     Raises:
-        ConfigError: the target is unknown, or does not fit the dense family.
+        ConfigError: the target is unknown, or does not fit the dense model; says which do.
     """
-    specs = {name: registry.load("target", name) for name in registry.names("target")}
-    fitting = [name for name, spec in specs.items() if dense_type in spec.dense]
-    if target == "auto":
-        if not fitting:
-            raise ConfigError(f"no target family fits a dense {dense_type}")
-        return specs[fitting[0]]  # type: ignore[no-any-return]
-    registry.check("target", target)
-    if target not in fitting:
-        raise ConfigError(
-            f"--target {target} does not fit a dense {dense_type}; choose from {', '.join(fitting) or 'none'}"
-        )
-    return specs[target]  # type: ignore[no-any-return]
+    if target != "auto":
+        registry.check("target", target)
+    family = dense["model_type"]
+    specs: list[ArchSpec] = [registry.load("target", name) for name in registry.names("target")]
+    reasons = {spec.model_type: misfit(spec, dense) for spec in specs if family in spec.dense}
+    fitting = [name for name, reason in reasons.items() if reason is None]
+    name = (next(iter(reasons)) if not fitting else fitting[0]) if target == "auto" else target
+    if name in fitting:
+        return next(spec for spec in specs if spec.model_type == name)
+    why = f": {reasons[name]}" if name in reasons else ""
+    raise ConfigError(f"a dense {family} does not fit --target {name}{why}; choose from {', '.join(fitting) or 'none'}")
 
 
 def detect(config: Mapping[str, Any]) -> ArchSpec | None:
@@ -88,3 +176,25 @@ def detect(config: Mapping[str, Any]) -> ArchSpec | None:
         if spec.model_type == config.get("model_type"):
             return spec
     return None
+
+
+def dense_ffn(layer: int) -> dict[str, str]:
+    """Names of the dense FFN's matrices: projection -> tensor name."""
+    return {p: f"model.layers.{layer}.{name}" for p, name in zip(PROJECTIONS, FFN, strict=True)}
+
+
+def leading_dense(key: str) -> Callable[[frozenset[int], int], dict[str, Any]]:
+    """`moe_layers` of families whose first layers alone can be dense."""
+
+    def keys(moe: frozenset[int], layers: int) -> dict[str, Any]:
+        first = min(moe)
+        if moe != frozenset(range(first, layers)):
+            raise ValueError("only its first layers can be dense: all, or N- for the layers from N on")
+        return {key: first}
+
+    return keys
+
+
+def listed_dense(moe: frozenset[int], layers: int) -> dict[str, Any]:
+    """`moe_layers` of the Qwen families, which list the dense layers."""
+    return {"mlp_only_layers": sorted(set(range(layers)) - moe), "decoder_sparse_step": 1}

@@ -67,7 +67,10 @@ def describe(reader: Any) -> dict[str, Any]:
         # What stands before {expert} in the names of the experts' tensors, without the layer.
         marks = {name.split("{layer}")[1].split("{expert}")[0] for name in spec.experts.values()}
         routed = sum(i.num_elements for n, i in reader.tensors.items() if any(mark in n for mark in marks))
-        document |= {"num_experts": experts, "top_k": top_k}
+        document |= {"num_experts": experts, "top_k": top_k, "intermediate_size": config.get(spec.units_key)}
+        if spec.shared:
+            up = [i for n, i in reader.tensors.items() if n.endswith(spec.shared.tensors["up"].split("{layer}")[1])]
+            document["shared_intermediate_size"] = up[0].shape[0] if up else 0
         document["parameters"]["active"] = total - routed + routed * top_k // experts
     dtypes: dict[str, int] = {}
     files: dict[str, int] = {}
@@ -97,7 +100,10 @@ def render(document: dict[str, Any]) -> list[Any]:
     rows = {"family": f"{document['model_type']} ({document['architecture']})"}
     if document["num_experts"]:
         rows["parameters"] = f"{count(parameters['total'])} total, {count(parameters['active'])} active"
-        rows["experts"] = f"{document['num_experts']} a layer, top-{document['top_k']}"
+        shared = document.get("shared_intermediate_size")
+        rows["experts"] = f"{document['num_experts']} a layer, top-{document['top_k']}" + (
+            f", and a shared one of {shared} units" if shared else ""
+        )
     else:
         rows["parameters"] = count(parameters["total"])
     rows["sizes"] = (
@@ -127,17 +133,30 @@ def render(document: dict[str, Any]) -> list[Any]:
 
 def lineage_line(entry: dict[str, Any]) -> str:
     """One step of a checkpoint's history, in a line."""
+    from moetool.recipe import recorded_sources
+
     if entry.get("command") == "upcycle":
         recipe, source = entry.get("recipe", {}), entry.get("source", {})
         units = entry.get("redrawn_units")
+        what = "given noise" if recipe.get("method") == "noise" else "redrawn"
         redrawn = (
-            f", {units.get('num_redrawn')} of {units.get('num_units')} units redrawn ({recipe.get('drop_index')})"
+            f", {units.get('num_redrawn')} of {units.get('num_units')} units {what} ({recipe.get('drop_index')})"
             if units
             else ""
         )
+        names = " and ".join(str(one.get("name")) for one in recorded_sources(entry))
+        parts = "".join(
+            f", {name} {recipe[key]}"
+            for key, name, usual in (
+                ("granularity", "granularity", 1),
+                ("shared_experts", "shared experts", 0),
+                ("moe_layers", "layers", "all"),
+            )
+            if recipe.get(key, usual) != usual
+        )
         return (
-            f"upcycle of {source.get('name')} ({source.get('model_type')}): {recipe.get('num_experts')} experts,"
-            f" top-{recipe.get('top_k')}, method {recipe.get('method')}{redrawn}, seed {recipe.get('seed')}"
+            f"upcycle of {names} ({source.get('model_type')}): {recipe.get('num_experts')} experts,"
+            f" top-{recipe.get('top_k')}{parts}, method {recipe.get('method')}{redrawn}, seed {recipe.get('seed')}"
         )
     if entry.get("command") == "cpt":
         return f"cpt: {entry.get('steps')} steps, {entry.get('tokens')} tokens, seed {entry.get('seed')}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -49,6 +51,19 @@ def ratio(text: str) -> Decimal:
     return value
 
 
+# Options that only some methods read.
+READ_BY = {
+    "drop_ratio": ("drop",),
+    "drop_index": ("drop", "noise"),
+    "noise_ratio": ("noise",),
+    "noise_scale": ("noise",),
+    "noise_std": ("noise",),
+    "donor": ("drop", "copy", "noise"),
+    "router": ("drop", "copy", "noise"),
+    "router_std": ("drop", "copy", "noise"),
+}
+
+
 def _choices(kind: str, *more: str) -> str:
     return "|".join([*more, *registry.names(kind)])
 
@@ -73,7 +88,8 @@ def upcycle(
         typer.Option(
             metavar=_choices("method"),
             callback=one_of("method"),
-            help="How experts come from the dense FFN: part of the units redrawn, or plain copies.",
+            help="How experts come from the dense FFN: part of the units redrawn, plain copies, noise added to a part,"
+            " or all drawn anew.",
         ),
     ] = "drop",
     drop_ratio: Annotated[
@@ -84,9 +100,42 @@ def upcycle(
         Literal["shared", "per-matrix"],
         typer.Option(help="One index set for gate, up and down (the paper), or one each, units permuted (its script)."),
     ] = "shared",
+    noise_ratio: Annotated[
+        Decimal,
+        typer.Option(parser=ratio, metavar="0..1", help="With noise: share of the units that it is added to."),
+    ] = Decimal("0.5"),
+    noise_scale: Annotated[
+        Decimal,
+        typer.Option(parser=decimal, metavar="SCALE", help="With noise: its std, relative to each matrix's own."),
+    ] = Decimal(1),
+    noise_std: Annotated[
+        Decimal | None,
+        typer.Option(parser=decimal, metavar="STD", help="With noise: its std in absolute terms.", show_default=False),
+    ] = None,
+    donor: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Another dense model for the next share of the experts, DENSE being the first; all other tensors are"
+            " averaged (Branch-Train-MiX). Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     target: Annotated[
         str, typer.Option(metavar=_choices("target", "auto"), callback=_target, help="The MoE family to write.")
     ] = "auto",
+    granularity: Annotated[
+        int, typer.Option(min=1, metavar="G", help="Split each dense FFN into G parts; an expert is one.")
+    ] = 1,
+    shared_experts: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="S", help="Experts every token goes to.  \\[default: the family's]", show_default=False
+        ),
+    ] = None,
+    moe_layers: Annotated[
+        str, typer.Option(metavar="all|4-|0-3,8|every:2", help="Layers that get experts; the others stay dense.")
+    ] = "all",
     router: Annotated[
         str,
         typer.Option(metavar=_choices("router"), callback=one_of("router"), help="How the router's rows are drawn."),
@@ -120,11 +169,12 @@ def upcycle(
     (Drop-Upcycling). The result is a stock Hugging Face checkpoint, written in bounded memory. A
     killed run cannot be loaded, and the same command finishes it.
     """
-    if method != "drop":
-        for name in ("drop_ratio", "drop_index"):
-            # Not `given`: moetool.yaml holds every option, and `--config FILE --method copy` overrides one of them.
-            if typed(context, name):
-                raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with --method {method}")
+    for name, methods in READ_BY.items():
+        # Not `given`: moetool.yaml holds every option, and `--config FILE --method copy` overrides one of them.
+        if method not in methods and typed(context, name):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with --method {method}")
+    if typed(context, "noise_scale") and noise_std is not None:
+        raise typer.BadParameter("--noise-scale and --noise-std exclude each other")
     if top_k > num_experts:
         raise typer.BadParameter(f"--top-k {top_k} is more than --num-experts {num_experts}")
     max_bytes = parse_size(max_shard_size)
@@ -134,40 +184,52 @@ def upcycle(
     from moetool.checkpoint.writer import FolderLock, prepare
     from moetool.errors import CheckpointError
     from moetool.recipe import UpcycleRecipe
-    from moetool.upcycle.plan import FLOAT_DTYPES, build_plan, free_disk
+    from moetool.upcycle.check import FLOAT_DTYPES
+    from moetool.upcycle.plan import build_plan, free_disk
 
     console = Console(context, json, quiet)
     started = time.perf_counter()
-    source = resolve_model(dense)
-    real, real_source = Path(os.path.realpath(out)), Path(os.path.realpath(source))  # a loop of links is no error here
-    if real_source in (real, *real.parents):
-        raise CheckpointError(f"{out} is the source or inside it; a source is never modified: choose another folder")
+    names = [dense, *(donor or [] if method != "scratch" else [])]
+    folders = [resolve_model(name) for name in names]
+    real = Path(os.path.realpath(out))  # a loop of links is no error here
+    for folder in folders:
+        real_source = Path(os.path.realpath(folder))
+        if real_source in (real, *real.parents):
+            raise CheckpointError(
+                f"{out} is the source or inside it; a source is never modified: choose another folder"
+            )
+    noise, drawn = method == "noise", method != "scratch"
     recipe = UpcycleRecipe(
         target=target,
         num_experts=num_experts,
         top_k=top_k,
         method=method,
         drop_ratio=drop_ratio if method == "drop" else Decimal(0),
-        drop_index=drop_index,
-        router=router,
-        router_std=router_std,
+        drop_index=drop_index if method in READ_BY["drop_index"] else "shared",
+        noise_ratio=noise_ratio if noise else Decimal(0),
+        noise_scale=noise_scale if noise and noise_std is None else Decimal(0),
+        noise_std=noise_std if noise else None,
+        num_donors=len(names),
+        granularity=granularity,
+        shared_experts=shared_experts,
+        moe_layers=moe_layers,
+        router=router if drawn else "normal",
+        router_std=router_std if drawn else Decimal(0),
         seed=seed,
         dtype={long: short for short, long in FLOAT_DTYPES.items()}.get(dtype, "auto"),
     )
     workers = workers or num_cores()
-    with CheckpointReader(source) as reader:
-        planned = build_plan(reader, recipe, max_bytes)
+    with ExitStack() as stack:
+        readers = [stack.enter_context(CheckpointReader(folder)) for folder in folders]
+        planned = build_plan(readers, recipe, max_bytes)
         document = describe(planned, out, workers)
         if plan:
             console.result(document, table(document))
             return document
-        if top_k == 1:
-            console.warn(
-                f"with top-k 1, {planned.spec.model_type} gives every chosen expert weight 1: the router gets no"
-                " gradient from the language loss, only from a balance loss; use --top-k 2 to train it"
-            )
+        for warning in warnings(planned):
+            console.warn(warning)
         with FolderLock(out):
-            if not overwrite and _is_finished(planned, reader, out):
+            if not overwrite and _is_finished(planned, readers, out):
                 document["already_finished"] = True
             else:
                 prepare(out, planned.identity(), overwrite)
@@ -180,25 +242,42 @@ def upcycle(
 
                 with console.progress() as progress:
                     files = {"moetool.yaml": options_text(context).encode()}
-                    run_plan(planned, reader, out, dense, workers, files, progress)
+                    run_plan(planned, readers, out, names, workers, files, progress)
         document["seconds"] = round(time.perf_counter() - started, 2)
         if verify != "none":
             from moetool.upcycle.verify import verify as prove
 
             with console.progress() as progress:
                 try:
-                    document["proof"] = prove(planned, reader, out, verify, workers, progress).to_json()
+                    document["proof"] = prove(planned, readers, out, verify, workers, progress).to_json()
                 except CheckpointError as error:
                     raise CheckpointError(f"{out} does not prove: {error}; --overwrite writes it again") from None
     console.result(document, table(document), closing(document))
     return document
 
 
-def _is_finished(plan: Plan, reader: CheckpointReader, out: Path) -> bool:
+def warnings(plan: Plan) -> list[str]:
+    """What a recipe means that its user may not want."""
+    told = []
+    if plan.recipe.top_k == plan.recipe.group_size:
+        what = "expert" if plan.recipe.top_k == 1 else "group of experts"
+        more = plan.recipe.group_size * 2
+        told.append(
+            f"with --top-k {plan.recipe.top_k}, {plan.spec.model_type} gives every chosen {what} the same weight: the"
+            f" router gets no gradient from the language loss, only from a balance loss; use --top-k {more} to train it"
+        )
+    if plan.recipe.router == "zeros":
+        told.append(
+            "--router zeros sends every token to the same first experts of each layer until training moves them apart"
+        )
+    return told
+
+
+def _is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path) -> bool:
     """Whether OUT is finished, with the same recipe, source and files (the proof then compares the weights)."""
     from moetool.checkpoint.reader import sha256_file
     from moetool.checkpoint.writer import PARTIAL
-    from moetool.recipe import read_lineage
+    from moetool.recipe import read_lineage, recorded_sources
 
     if not (out / "config.json").is_file() or (out / PARTIAL).exists():
         return False
@@ -208,9 +287,8 @@ def _is_finished(plan: Plan, reader: CheckpointReader, out: Path) -> bool:
         return False
     if set(document.get("shards") or ()) != {shard.name for shard in plan.shards}:
         return False
-    source = lineage[0].get("source")
-    recorded = source.get("sha256") if isinstance(source, dict) else None
-    return bool(recorded == {shard: sha256_file(reader.folder / shard) for shard in reader.shards})
+    recorded = [source.get("sha256") for source in recorded_sources(lineage[0])]
+    return recorded == [{shard: sha256_file(reader.folder / shard) for shard in reader.shards} for reader in readers]
 
 
 def _written(out: Path) -> int:
@@ -219,7 +297,7 @@ def _written(out: Path) -> int:
 
 def describe(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
     """The plan as `--json` gives it."""
-    from moetool.upcycle.plan import free_disk
+    from moetool.upcycle.plan import free_disk, peak_memory
 
     recipe = plan.recipe
     return {
@@ -228,13 +306,16 @@ def describe(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
         "target": plan.spec.model_type,
         "architecture": plan.spec.architecture,
         "recipe": recipe.to_json(),
-        "num_layers": plan.num_layers,
+        "num_layers": int(plan.dense["num_hidden_layers"]),
+        "moe_layers": list(plan.moe_layers),
         "parameters": plan.parameters,
-        "redrawn_units": {"per_expert": plan.num_redrawn, "of": plan.intermediate_size},
+        "flops_per_token": plan.flops_per_token,
+        "redrawn_units": {"per_expert": plan.num_redrawn, "of": plan.num_units, "common": plan.common_share},
         "num_bytes": plan.num_bytes,
         "num_shards": len(plan.shards),
         "free_disk_bytes": free_disk(out),
         "workers": workers,
+        "peak_memory_bytes": peak_memory(workers),
     }
 
 
@@ -242,19 +323,21 @@ def table(document: dict[str, Any]) -> Table:
     """The plan for people."""
     from rich.table import Table
 
-    recipe, parameters, units = document["recipe"], document["parameters"], document["redrawn_units"]
-    redrawn = "none (plain copies)"
-    if units["per_expert"]:
-        share = "in gate, up and down alike" if recipe["drop_index"] == "shared" else "in each matrix, units permuted"
-        redrawn = f"{units['per_expert']} of {units['of']} in each expert, {share}"
+    recipe, parameters = document["recipe"], document["parameters"]
+    layers, flops = len(document["moe_layers"]), document["flops_per_token"]
+    of = "" if layers == document["num_layers"] else f" of {document['num_layers']}"
+    shared = f" and {recipe['shared_experts']} shared" if recipe["shared_experts"] else ""
+    parts = f", each 1/{recipe['granularity']} of the dense FFN" if recipe["granularity"] > 1 else ""
     rows = {
         "family": f"{document['dense_family']} -> {document['target']} ({document['architecture']})",
-        "experts": f"{recipe['num_experts']} a layer, top-{recipe['top_k']}, {document['num_layers']} layers",
-        "units redrawn": redrawn,
+        "experts": f"{recipe['num_experts']}{shared} a layer, top-{recipe['top_k']}, {layers}{of} layers{parts}",
+        "method": method_line(document),
         "parameters": f"{count(parameters['dense'])} dense -> {count(parameters['total'])} total,"
         f" {count(parameters['active'])} active",
+        "compute": f"{flops['moe'] / flops['dense']:.2f} times the dense model's, {count(flops['moe'])} FLOPs a token",
         "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
         f" ({size(document['free_disk_bytes'])} free)",
+        "memory": f"at most about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
     }
     made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     made.add_column(style="bold")
@@ -264,13 +347,37 @@ def table(document: dict[str, Any]) -> Table:
     return made
 
 
+def method_line(document: dict[str, Any]) -> str:
+    """What is done to the experts, in words."""
+    recipe, units = document["recipe"], document["redrawn_units"]
+    donors = f"from {recipe['num_donors']} dense models, " if recipe["num_donors"] > 1 else ""
+    if recipe["method"] == "scratch":
+        return "every tensor drawn anew, nothing of the dense model kept"
+    if not units["per_expert"]:
+        return f"{donors}{recipe['method']}: plain copies"
+    where = "in gate, up and down alike" if recipe["drop_index"] == "shared" else "in each matrix, units permuted"
+    what = "redrawn"
+    if recipe["method"] == "noise":
+        std = f"std {recipe['noise_std']}" if recipe["noise_std"] else f"{recipe['noise_scale']} x each matrix's std"
+        what = f"given noise of {std}"
+    return (
+        f"{donors}{recipe['method']}: {units['per_expert']} of {units['of']} units {what} in each expert, {where};"
+        f" two experts have {units['common']:.1%} in common"
+    )
+
+
 def proof_line(proof: dict[str, Any]) -> str:
     """What a proof has shown, in one sentence."""
     told = f"{proof['tensors']} tensors, {count(proof['copied'])} kept entries equal to the source"
     if proof.get("redrawn_units"):
         told += (
-            f", {proof['redrawn_units']} units redrawn, their statistics within"
-            f" {proof['worst_sigma']:.1f} standard errors of what they replaced"
+            f", {proof['redrawn_units']} units changed, their statistics within"
+            f" {proof['worst_sigma']:.1f} standard errors of the plan"
+        )
+    if proof["split_groups"]:
+        told += (
+            f"; in this dtype, router logits tie for {proof['split_groups']:.1%} of random tokens, which then miss a"
+            " part of the dense FFN"
         )
     return f"[green]verified[/green] ({proof['level']}): {told}"
 

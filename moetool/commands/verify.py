@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,14 @@ def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder that moetool upcycle has written.")],
     source: Annotated[
         str | None, typer.Option(help="The dense model.  \\[default: where moetool.json says it was]", metavar="DENSE")
+    ] = None,
+    donor: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The other donors, in their order.  \\[default: where moetool.json says they were]",
+            metavar="MODEL",
+            show_default=False,
+        ),
     ] = None,
     level: Annotated[
         Literal["quick", "full"], typer.Option(help="A sample of each tensor, or every entry and every file's digest.")
@@ -36,7 +45,7 @@ def verify(
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.reader import CheckpointReader
     from moetool.errors import CheckpointError, MoetoolError
-    from moetool.recipe import UpcycleRecipe, read_lineage
+    from moetool.recipe import UpcycleRecipe, read_lineage, recorded_sources
     from moetool.upcycle.plan import build_plan
     from moetool.upcycle.verify import check_source
     from moetool.upcycle.verify import verify as prove
@@ -53,20 +62,29 @@ def verify(
             f"{folder} was changed after its upcycling ({', '.join(str(e.get('command')) for e in lineage[1:])});"
             " verify the upcycled checkpoint that it came from"
         )
-    recorded = lineage[0].get("source", {})
+    recorded = recorded_sources(lineage[0])
+    names = [str(one.get("name")) for one in recorded]
+    if donor and len(donor) != len(names) - 1:
+        raise typer.BadParameter(f"--donor is given {len(donor)} times, {folder} has {len(names) - 1} other donors")
+    names = [source or names[0], *(donor or names[1:])]
     try:
-        dense = resolve_model(source or str(recorded.get("name")))
+        folders = [resolve_model(name) for name in names]
     except MoetoolError as error:
-        raise CheckpointError(f"{error} (or say with --source where the dense model is now)") from None
-    with CheckpointReader(dense) as reader, console.progress() as progress:
+        raise CheckpointError(f"{error} (or say with --source and --donor where the dense models are now)") from None
+    with ExitStack() as stack:
+        readers = [stack.enter_context(CheckpointReader(dense)) for dense in folders]
+        progress = stack.enter_context(console.progress())
         if level == "full":
-            check_source(reader, recorded.get("sha256"), progress)
+            for reader, one in zip(readers, recorded, strict=True):
+                check_source(reader, one.get("sha256"), progress)
         recipe = UpcycleRecipe.from_json(lineage[0].get("recipe", {}))
         max_shard_size = lineage[0].get("max_shard_size")
         if type(max_shard_size) is not int:
             raise CheckpointError(f"{folder}/moetool.json: max_shard_size is {max_shard_size!r}, expected a number")
-        plan = build_plan(reader, recipe, max_shard_size)
-        proof = prove(plan, reader, folder, level, workers or num_cores(), progress).to_json()
-    document = {"path": str(folder), "source": str(dense), "proof": proof}
+        if recipe.num_donors != len(readers):
+            raise CheckpointError(f"{folder}/moetool.json tells of {recipe.num_donors} donors and names {len(readers)}")
+        plan = build_plan(readers, recipe, max_shard_size)
+        proof = prove(plan, readers, folder, level, workers or num_cores(), progress).to_json()
+    document = {"path": str(folder), "source": str(folders[0]), "proof": proof}
     console.result(document, proof_line(proof), escape(str(folder)))
     return document

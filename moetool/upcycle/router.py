@@ -14,3 +14,14 @@ def uniform(shape: tuple[int, ...], std: float, generator: torch.Generator) -> t
     """Uniform with mean 0, as in the Drop-Upcycling runs: U(-a, a) with a = std x sqrt(3)."""
     bound = std * 3**0.5
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+
+
+def zeros(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
+    """All zeros: every token goes to the same first experts until training tells them apart."""
+    return torch.zeros(shape, dtype=torch.float32)
+
+
+def orthogonal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
+    """Orthogonal rows (columns, where there are more experts than hidden dimensions), entries of this rms."""
+    rows = torch.empty(shape, dtype=torch.float32)
+    return torch.nn.init.orthogonal_(rows, gain=std * max(shape) ** 0.5, generator=generator)

@@ -5,96 +5,32 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
-from moetool import __version__, registry
-from moetool.checkpoint.reader import BlockFile, CheckpointReader
+from moetool import __version__
+from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
 from moetool.checkpoint.writer import CheckpointWriter, Shard
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
-from moetool.recipe import (
-    LINEAGE,
-    LINEAGE_FORMAT,
-    PROJECTIONS,
-    UpcycleRecipe,
-    generator,
-    matrix_index,
-    permutation,
-    redrawn_units,
-    units_digest,
-)
-from moetool.upcycle.init import slice_moments
-from moetool.upcycle.plan import Fill, Plan
-from moetool.upcycle.source import (
-    TORCH_DTYPES,
-    Source,
-    examine,
-    gather_rows,
-    in_threads,
-    num_blocks,
-    raw_bytes,
-    read_rows,
-)
-
-
-@dataclass(frozen=True)
-class _Expert:
-    """What is redrawn in one matrix of one expert."""
-
-    units: torch.Tensor
-    order: torch.Tensor | None
-    moments: tuple[float, float]
-
-
-def _expert(plan: Plan, source: Source, fill: Fill, expert: int) -> _Expert:
-    assert fill.layer is not None
-    assert fill.projection is not None
-    recipe, size = plan.recipe, plan.intermediate_size
-    units = redrawn_units(recipe, fill.layer, expert, fill.projection, size)
-    order = permutation(recipe, fill.layer, expert, size)
-    if not len(units):
-        return _Expert(units, order, (0.0, 0.0))
-    key = (fill.layer, fill.projection)
-    dropped = units if order is None else order[units]
-    width = fill.shape[0] if fill.projection == "down" else fill.row_length
-    return _Expert(units, order, slice_moments(source.sums[key], source.squares[key], dropped, width))
-
-
-def expert_block(
-    plan: Plan, source: Source, reader: CheckpointReader, fill: Fill, expert: int, index: int, block: torch.Tensor
-) -> torch.Tensor:
-    """One block of one expert's matrix, given the dense block at the same rows in the target's dtype."""
-    assert fill.source is not None
-    start, stop = fill.blocks[index]
-    what = _expert(plan, source, fill, expert)
-    axis = 1 if fill.projection == "down" else 0
-    if what.order is not None:
-        if axis == 1:
-            block = block.index_select(1, what.order)
-        else:
-            block = gather_rows(reader, fill.source, what.order[start:stop]).to(block.dtype)
-    units = what.units
-    if axis == 0:
-        units = units[(units >= start) & (units < stop)] - start
-    assert fill.layer is not None
-    assert fill.projection is not None
-    place = matrix_index(plan.recipe, fill.layer, expert, fill.projection) * len(fill.blocks) + index
-    method = registry.load("method", plan.recipe.method)
-    return method(block, units, axis, what.moments, generator(plan.recipe.seed, "values", place))  # type: ignore[no-any-return]
+from moetool.recipe import LINEAGE, LINEAGE_FORMAT, PROJECTIONS, units_digest
+from moetool.upcycle.blocks import Cache, expert_block, kept_block, normal_block
+from moetool.upcycle.layout import Fill, Place
+from moetool.upcycle.plan import Plan
+from moetool.upcycle.source import TORCH_DTYPES, Source, examine, in_threads, num_blocks, raw_bytes, read_rows
 
 
 def run_plan(
     plan: Plan,
-    reader: CheckpointReader,
+    readers: Sequence[CheckpointReader],
     out: Path,
-    source_name: str,
+    names: Sequence[str],
     workers: int,
     files: Mapping[str, bytes],
     progress: Progress = silent,
@@ -105,53 +41,54 @@ def run_plan(
 
     Args:
         plan: from `build_plan`.
-        reader: the dense checkpoint it was built from.
+        readers: the dense checkpoints it was built from.
         out: a folder that is locked, and empty or holds the same plan, unfinished (`prepare`).
-        source_name: the source as the user named it, for the lineage.
+        names: of the sources as the user named them, for the lineage.
         workers: threads.
         files: small files to put beside the weights.
         progress: told in blocks.
     """
-    source = examine(plan, reader, workers, progress)
+    source = examine(plan, readers, workers, progress)
     writer = CheckpointWriter(out, plan.shards, plan.identity())
     try:
-        digests = _write_shards(plan, source, reader, writer, workers, progress)
+        digests = _write_shards(plan, source, readers, writer, workers, progress)
     except BaseException:
         writer.abandon()
         raise
-    files = dict(files) | {name: (reader.folder / name).read_bytes() for name in plan.companions}
+    files = dict(files) | {name: (readers[0].folder / name).read_bytes() for name in plan.companions}
     files["config.json"] = json.dumps(plan.config, indent=2).encode() + b"\n"
-    files[LINEAGE] = _lineage(plan, source, source_name, digests)
+    files[LINEAGE] = _lineage(plan, source, names, digests)
     writer.finish(files)
 
 
 def _write_shards(
-    plan: Plan, source: Source, reader: CheckpointReader, writer: CheckpointWriter, workers: int, progress: Progress
+    plan: Plan,
+    source: Source,
+    readers: Sequence[CheckpointReader],
+    writer: CheckpointWriter,
+    workers: int,
+    progress: Progress,
 ) -> dict[str, str]:
     """Fill the shards that are not complete; return a digest of each shard's bytes."""
     shard_of = {tensor: shard for shard in plan.shards for tensor in shard.starts}
-    left = Counter(shard_of[t].name for fill in plan.fills for t in fill.targets for _ in fill.blocks)
+    left = Counter(shard_of[place.tensor].name for fill in plan.fills for place in fill.places for _ in fill.blocks)
     opened: set[str] = set()
-    digests: dict[tuple[str, int], str] = {}
+    digests: Digests = {}
     lock, done, total = threading.Lock(), 0, num_blocks(plan.fills)
-
-    fill_of = {target: fill for fill in plan.fills for target in fill.targets}
-
-    def digest_of_tensor(name: str) -> str:
-        return tensor_digest(digests[name, index] for index in range(len(fill_of[name].blocks)))
+    numbers = draw_numbers(plan)
 
     def digest_of(shard: Shard) -> str:
-        return shard_digest((name, digest_of_tensor(name)) for name in shard.starts)
+        return shard_digest((name, tensor_digest(digests.get(name, {}))) for name in shard.starts)
 
-    def write(tensor: str, index: int, offset: int, data: torch.Tensor) -> None:
-        shard = shard_of[tensor]
+    def write(place: Place, element: int, data: torch.Tensor) -> None:
+        shard = shard_of[place.tensor]
         with lock:
             if shard.name not in opened:
                 opened.add(shard.name)
                 writer.open(shard)
         raw = raw_bytes(data)
-        digests[tensor, index] = xxhash.xxh3_128_hexdigest(raw)
-        writer.write(tensor, offset, raw)
+        note(digests, place, element, raw, lock)
+        writer.write(place.tensor, (place.start + element) * data.itemsize, raw)
         with lock:
             left[shard.name] -= 1
             last = left[shard.name] == 0
@@ -160,33 +97,42 @@ def _write_shards(
 
     def fill_block(fill: Fill, index: int) -> None:
         nonlocal done
-        wanted = [(e, t) for e, t in enumerate(fill.targets) if shard_of[t].name not in writer.complete]
         start, stop = fill.blocks[index]
-        dtype = TORCH_DTYPES[fill.dtype]
-        if wanted:
-            block = dense_rows(plan, reader, fill, start, stop)
-            for expert, target in wanted:
-                made = expert_block(plan, source, reader, fill, expert, index, block) if fill.projection else block
-                write(target, index, start * fill.row_length * dtype.itemsize, made)
+        wanted = [e for e, place in enumerate(fill.places) if shard_of[place.tensor].name not in writer.complete]
+        cache: Cache = {}
+        # Experts of the same part of the same donor one after another: they share what is read.
+        for _, experts in groupby(sorted(wanted, key=partial(_origin, plan, fill)), key=partial(_origin, plan, fill)):
+            for expert in experts:
+                if fill.kind == "normal":
+                    block = normal_block(plan, fill, start, stop, numbers[fill.places[expert]] + index)
+                else:
+                    block = kept_block(plan, readers, fill, expert, start, stop, cache)
+                if fill.kind == "expert":
+                    block = expert_block(plan, source, fill, expert, index, block)
+                write(fill.places[expert], start * fill.row_length, block)
+            # A block of down's rows holds all parts; of gate's and up's, each part has rows of its own.
+            for key in [key for key in cache if fill.projection != "down" or key[0] == "made"]:
+                del cache[key]
         with lock:
             done += 1
             progress("writing", done, total)
 
-    def hash_complete(fill: Fill, target: str) -> None:
+    def hash_complete(fill: Fill, expert: int) -> None:
         """A shard that a killed run left complete is not written again; its bytes are hashed from disk."""
-        info = plan.written[target]
-        for index, (start, stop) in enumerate(fill.blocks):
-            digests[target, index] = xxhash.xxh3_128_hexdigest(raw_bytes(read_rows(written, info, start, stop)))
+        info = place_info(plan, fill, expert)
+        for start, stop in fill.blocks:
+            raw = raw_bytes(read_rows(written, info, start, stop))
+            note(digests, fill.places[expert], start * fill.row_length, raw, lock)
 
     with BlockFile(writer.folder) as written:
         in_threads(
             [
                 *(partial(fill_block, fill, index) for fill in plan.fills for index in range(len(fill.blocks))),
                 *(
-                    partial(hash_complete, fill, target)
+                    partial(hash_complete, fill, expert)
                     for fill in plan.fills
-                    for target in fill.targets
-                    if shard_of[target].name in writer.complete
+                    for expert, place in enumerate(fill.places)
+                    if shard_of[place.tensor].name in writer.complete
                 ),
             ],
             workers,
@@ -200,9 +146,44 @@ def _write_shards(
     return {shard.name: digest_of(shard) for shard in plan.shards}
 
 
-def tensor_digest(blocks: Iterable[str]) -> str:
+def _origin(plan: Plan, fill: Fill, number: int) -> tuple[int, int]:
+    return (plan.donor(number), plan.first_unit(number)) if fill.kind == "expert" else (0, 0)
+
+
+def draw_numbers(plan: Plan) -> dict[Place, int]:
+    """A number for the first block of each drawn place, so that no two blocks of the result share one."""
+    numbers, count = {}, 0
+    for fill in plan.fills:
+        if fill.kind == "normal":
+            for place in fill.places:
+                numbers[place] = count
+                count += len(fill.blocks)
+    return numbers
+
+
+def place_info(plan: Plan, fill: Fill, number: int) -> TensorInfo:
+    """Where a fill's matrix lies in the result, as if it were a tensor of its own."""
+    place = fill.places[number]
+    whole = plan.written[place.tensor]
+    itemsize = TORCH_DTYPES[fill.dtype].itemsize
+    start = whole.start + place.start * itemsize
+    return TensorInfo(place.tensor, fill.dtype, fill.shape, whole.shard, start, fill.num_elements * itemsize)
+
+
+# tensor -> first element of a block -> digest of the block's bytes.
+Digests = dict[str, dict[int, str]]
+
+
+def note(digests: Digests, place: Place, element: int, raw: memoryview, lock: threading.Lock) -> None:
+    """Note the digest of a block that lies `element` elements into a place."""
+    digest = xxhash.xxh3_128_hexdigest(raw)
+    with lock:
+        digests.setdefault(place.tensor, {})[place.start + element] = digest
+
+
+def tensor_digest(blocks: Mapping[int, str]) -> str:
     """XXH3-128 over the digests of a tensor's blocks, so that blocks can be hashed in any order."""
-    return xxhash.xxh3_128_hexdigest("".join(blocks).encode())
+    return xxhash.xxh3_128_hexdigest("".join(blocks[element] for element in sorted(blocks)).encode())
 
 
 def shard_digest(tensors: Iterable[tuple[str, str]]) -> str:
@@ -210,45 +191,32 @@ def shard_digest(tensors: Iterable[tuple[str, str]]) -> str:
     return xxhash.xxh3_128_hexdigest("".join(f"{name}:{digest};" for name, digest in tensors).encode())
 
 
-def dense_rows(plan: Plan, reader: CheckpointReader, fill: Fill, start: int, stop: int) -> torch.Tensor:
-    """Rows of a fill's source in the target's dtype; of a router, which has none, the drawn rows."""
-    rows = (
-        router_rows(plan.recipe, fill)[start:stop]
-        if fill.source is None
-        else read_rows(reader, fill.source, start, stop)
-    )
-    return rows.to(TORCH_DTYPES[fill.dtype])
-
-
-def router_rows(recipe: UpcycleRecipe, fill: Fill) -> torch.Tensor:
-    """A layer's router, fp32 (E, D); its draw depends on the seed and the layer, not on the method."""
-    draw = registry.load("router", recipe.router)
-    return draw(fill.shape, float(recipe.router_std), generator(recipe.seed, "router", fill.layer or 0))  # type: ignore[no-any-return]
-
-
-def _lineage(plan: Plan, source: Source, source_name: str, digests: dict[str, str]) -> bytes:
-    recipe, units = plan.recipe, plan.intermediate_size
+def _lineage(plan: Plan, source: Source, names: Sequence[str], digests: dict[str, str]) -> bytes:
+    recipe, units = plan.recipe, plan.num_units
+    sources = [
+        {"name": name, "model_type": plan.dense["model_type"], "sha256": dict(sorted(sha256.items()))}
+        for name, sha256 in zip(names, source.sha256, strict=True)
+    ]
     entry: dict[str, Any] = {
         "command": "upcycle",
         "moetool": __version__,
         "torch": torch.__version__,
         "recipe": recipe.to_json(),
         "max_shard_size": plan.max_shard_size,
-        "source": {
-            "name": source_name,
-            "model_type": plan.dense["model_type"],
-            "sha256": dict(sorted(source.sha256.items())),
-        },
+        "source": sources[0],
     }
+    if len(sources) > 1:
+        entry["donors"] = sources[1:]
     if plan.num_redrawn:
         # From these and the recipe the sets are rebuilt exactly; a rebuild that disagrees is an error.
         entry["redrawn_units"] = {
             "num_units": units,
             "num_redrawn": plan.num_redrawn,
             "matrices": list(PROJECTIONS),
+            "layers": list(plan.moe_layers),
             "digests": [
                 [units_digest(recipe, layer, expert, units) for expert in range(recipe.num_experts)]
-                for layer in range(plan.num_layers)
+                for layer in plan.moe_layers
             ],
         }
     document = {"format": LINEAGE_FORMAT, "lineage": [entry], "shards": digests}

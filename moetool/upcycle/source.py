@@ -1,11 +1,11 @@
-"""The dense checkpoint's numbers: blocks of rows, read in threads, and one pass over all of them."""
+"""The dense models' numbers: blocks of rows, read in threads, and one pass over all of them."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,7 +14,9 @@ import torch
 from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo, sha256_file
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
-from moetool.upcycle.plan import FLOAT_DTYPES, Fill, Plan
+from moetool.upcycle.check import FLOAT_DTYPES
+from moetool.upcycle.layout import BLOCK_ELEMENTS, Fill
+from moetool.upcycle.plan import Plan
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -26,17 +28,17 @@ def raw_bytes(block: torch.Tensor) -> memoryview:
 
 @dataclass
 class Source:
-    """What one pass over the dense checkpoint gives.
+    """What one pass over the dense models gives.
 
     Attributes:
-        sha256: of each shard.
-        sums: (layer, projection) -> sum of each unit's entries, float64 (F,).
+        sha256: of each shard, for each donor.
+        sums: (donor, layer, projection) -> sum of each FFN unit's entries, float64 (F,).
         squares: the same of their squares.
     """
 
-    sha256: dict[str, str] = field(default_factory=dict)
-    sums: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
-    squares: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    sha256: list[dict[str, str]] = field(default_factory=list)
+    sums: dict[tuple[int, int, str], torch.Tensor] = field(default_factory=dict)
+    squares: dict[tuple[int, int, str], torch.Tensor] = field(default_factory=dict)
 
 
 def in_threads(jobs: Iterable[Callable[[], None]], workers: int) -> None:
@@ -102,49 +104,69 @@ def gather_rows(reader: BlockFile, info: TensorInfo, rows: torch.Tensor) -> torc
 
 
 def num_blocks(fills: Iterable[Fill]) -> int:
-    """How many blocks there are to read."""
+    """How many blocks there are to write."""
     return sum(len(fill.blocks) for fill in fills)
 
 
-def examine(plan: Plan, reader: CheckpointReader, workers: int, progress: Progress = silent) -> Source:
-    """Read the whole source once: hash its files, sum its FFN units, and look for NaN and infinity.
+@dataclass(frozen=True)
+class _Look:
+    """One tensor of one donor, to be looked at once; `fill` says what is made of it."""
+
+    donor: int
+    info: TensorInfo
+    fill: Fill
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """Of the tensor as it is in the donor."""
+        rows = self.info.shape[0] if self.info.shape else 1
+        step = max(1, BLOCK_ELEMENTS // max(1, self.info.num_elements // max(1, rows)))
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def examine(plan: Plan, readers: Sequence[CheckpointReader], workers: int, progress: Progress = silent) -> Source:
+    """Read the sources once: hash their files, sum their FFN units, and look for NaN and infinity.
 
     Raises:
         CheckpointError: a weight is not finite, or would not be in the target's dtype; names the tensor.
     """
-    source = Source()
+    source = Source([{} for _ in readers])
+    # The shared expert and the routed ones are made of the same matrices: the routed ones come first.
+    looks = {(d, info.name): _Look(d, info, fill) for fill in plan.fills for d, info in enumerate(fill.sources)}
+    looks |= {(d, i.name): _Look(d, i, f) for f in plan.fills if f.kind == "expert" for d, i in enumerate(f.sources)}
     done, lock = Counter[str](), threading.Lock()
-    fills = [fill for fill in plan.fills if fill.source]
-    total = num_blocks(fills) + len(reader.shards)
+    total = sum(len(look.blocks) for look in looks.values()) + sum(len(reader.shards) for reader in readers)
 
     def advance() -> None:
         with lock:
             done["steps"] += 1
             progress("reading the source", done["steps"], total)
 
-    def hash_shard(shard: str) -> None:
-        source.sha256[shard] = sha256_file(reader.folder / shard)
+    def hash_shard(donor: int, shard: str) -> None:
+        source.sha256[donor][shard] = sha256_file(readers[donor].folder / shard)
         advance()
 
-    def look(fill: Fill) -> None:
-        assert fill.source is not None
+    def look_at(look: _Look) -> None:
+        fill, info, reader = look.fill, look.info, readers[look.donor]
         units = plan.intermediate_size
+        summed = fill.kind == "expert" and plan.num_redrawn
         sums, squares = torch.zeros(units, dtype=torch.float64), torch.zeros(units, dtype=torch.float64)
-        overflows = fill.dtype != fill.source.dtype and fill.dtype != "F32"
-        for start, stop in fill.blocks:
-            block = read_rows(reader, fill.source, start, stop).float()
+        largest = max(1.0, plan.factor(fill))
+        overflows = fill.dtype != "F32" and (fill.dtype != info.dtype or largest > 1)
+        for start, stop in look.blocks:
+            block = read_rows(reader, info, start, stop).float()
             # A sum is finite unless an entry is not (or the sum overflows: then look at each entry).
             if not torch.isfinite(block.sum()) and not torch.isfinite(block).all():
                 raise CheckpointError(
-                    f"{reader.folder / fill.source.shard}: tensor {fill.source.name} holds NaN or infinity;"
+                    f"{reader.folder / info.shard}: tensor {info.name} holds NaN or infinity;"
                     " nothing was written: mend or fetch the source again"
                 )
-            if overflows and not torch.isfinite(block.to(TORCH_DTYPES[fill.dtype])).all():
+            if overflows and not torch.isfinite((block * largest).to(TORCH_DTYPES[fill.dtype])).all():
                 raise CheckpointError(
-                    f"{reader.folder / fill.source.shard}: tensor {fill.source.name} holds values that"
+                    f"{reader.folder / info.shard}: tensor {info.name} holds values that"
                     f" {FLOAT_DTYPES[fill.dtype]} cannot; nothing was written: choose another --dtype"
                 )
-            if fill.projection and plan.num_redrawn:
+            if summed:
                 wide = block.double()
                 if fill.projection == "down":
                     sums += wide.sum(0)
@@ -153,10 +175,14 @@ def examine(plan: Plan, reader: CheckpointReader, workers: int, progress: Progre
                     sums[start:stop] = wide.sum(1)
                     squares[start:stop] = wide.square_().sum(1)
             advance()
-        if fill.projection:
+        if summed:
             assert fill.layer is not None
-            source.sums[fill.layer, fill.projection] = sums
-            source.squares[fill.layer, fill.projection] = squares
+            assert fill.projection is not None
+            source.sums[look.donor, fill.layer, fill.projection] = sums
+            source.squares[look.donor, fill.layer, fill.projection] = squares
 
-    in_threads([*(partial(hash_shard, s) for s in reader.shards), *(partial(look, f) for f in fills)], workers)
+    jobs: list[Callable[[], None]] = [
+        partial(hash_shard, donor, shard) for donor, reader in enumerate(readers) for shard in reader.shards
+    ]
+    in_threads([*jobs, *(partial(look_at, look) for look in looks.values())], workers)
     return source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,18 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-import xxhash
 
 from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo, read_json, sha256_file
 from moetool.checkpoint.writer import check_written
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
-from moetool.recipe import PROJECTIONS, permutation, read_lineage, redrawn_units, units_digest
-from moetool.upcycle.plan import Fill, Plan
-from moetool.upcycle.run import dense_rows, shard_digest, tensor_digest
-from moetool.upcycle.source import TORCH_DTYPES, gather_rows, in_threads, raw_bytes, read_rows
+from moetool.recipe import read_lineage, redrawn_units, units_digest
+from moetool.upcycle.blocks import Cache, kept_block
+from moetool.upcycle.groups import split_share
+from moetool.upcycle.layout import Fill
+from moetool.upcycle.plan import Plan
+from moetool.upcycle.run import Digests, note, place_info, shard_digest, tensor_digest
+from moetool.upcycle.source import in_threads, raw_bytes, read_rows
 
 SAMPLE_ROWS = 16  # rows of each tensor that a quick check compares
 FALSE_ALARMS = 1e-3  # chance that the statistics of a right checkpoint fail, over all its slices
@@ -29,8 +31,8 @@ FALSE_ALARMS = 1e-3  # chance that the statistics of a right checkpoint fail, ov
 
 def bound(plan: Plan) -> float:
     """How many standard errors a slice's statistics may lie off: 5, and more where there are many slices."""
-    tests = 2 * len(PROJECTIONS) * plan.num_layers * plan.recipe.num_experts
-    return max(5.0, NormalDist().inv_cdf(1 - FALSE_ALARMS / tests / 2))
+    drawn = sum(len(fill.places) for fill in plan.fills if fill.kind in ("expert", "normal"))
+    return max(5.0, NormalDist().inv_cdf(1 - FALSE_ALARMS / (2 * drawn) / 2))
 
 
 @dataclass
@@ -40,10 +42,13 @@ class Proof:
     Attributes:
         level: quick or full.
         tensors: tensors whose entries were compared.
-        copied: entries found equal to the source, bit for bit (rounded once where the dtype differs).
-        redrawn_units: (layer, expert) pairs times units found redrawn; full only.
-        worst_sigma: the largest distance of a redrawn slice's mean or standard deviation from the
-            slice it replaced, in standard errors; full only.
+        copied: entries found equal to the source times the planned factor, bit for bit (rounded once
+            where that or the dtype asks for it).
+        redrawn_units: (layer, expert) pairs times units found changed; full only.
+        worst_sigma: the largest distance of a drawn slice's mean or standard deviation from what was
+            planned, in standard errors; full only.
+        split_groups: share of random tokens for which logits that tie in the model's dtype split a
+            group of experts; 0 where groups cannot tie.
     """
 
     level: str
@@ -51,26 +56,32 @@ class Proof:
     copied: int = 0
     redrawn_units: int = 0
     worst_sigma: float = 0.0
+    split_groups: float = 0.0
     lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
-        keys = ("level", "tensors", "copied", "redrawn_units", "worst_sigma")
-        return {
-            key: getattr(self, key) for key in keys if self.level == "full" or key in ("level", "tensors", "copied")
-        }
+        keys = ("level", "tensors", "copied", "redrawn_units", "worst_sigma", "split_groups")
+        full_only = ("redrawn_units", "worst_sigma")
+        return {key: getattr(self, key) for key in keys if self.level == "full" or key not in full_only}
 
 
 def verify(
-    plan: Plan, reader: CheckpointReader, out: Path, level: str, workers: int, progress: Progress = silent
+    plan: Plan,
+    readers: Sequence[CheckpointReader],
+    out: Path,
+    level: str,
+    workers: int,
+    progress: Progress = silent,
 ) -> Proof:
     """Prove a finished folder against its plan.
 
     quick: config, key set, every header, the redrawn units' checksums, and rows of every tensor.
-    full: every entry. Kept entries equal the source bit for bit, every redrawn unit differs from it,
-    and each redrawn slice has the mean and standard deviation of the slice it replaced, within 5
-    standard errors (more where chance demands it, see `bound`): sigma / sqrt(n) and sigma / sqrt(2n) for n
-    normal values.
+    full: every entry. Kept entries equal the source (times the planned factor) bit for bit, every
+    changed unit differs from it, and each redrawn slice has the mean and standard deviation of the
+    slice it replaced, within 5 standard errors (more where chance demands it, see `bound`):
+    sigma / sqrt(n) and sigma / sqrt(2n) for n normal values. Added noise and what is drawn from
+    scratch are held against their planned moments in the same way.
 
     Raises:
         CheckpointError: names the first thing that does not hold.
@@ -78,29 +89,29 @@ def verify(
     proof = Proof(level)
     if read_json(out / "config.json") != dict(plan.config):
         raise CheckpointError(f"{out}/config.json is not the one that this recipe writes")
-    if set(CheckpointReader(out).tensors) != {target for fill in plan.fills for target in fill.targets}:
+    if set(CheckpointReader(out).tensors) != {tensor.name for tensor in plan.tensors}:
         raise CheckpointError(f"{out} does not hold the tensors that this recipe writes")
     check_written(out, plan.shards)
     _check_digests(plan, out)
-    infos = plan.written
-    total = len(plan.fills)
     done = 0
-    digests: dict[str, str] = {}
+    digests: Digests = {}
 
     def check(fill: Fill) -> None:
         nonlocal done
-        if level == "full":
-            for index, target in enumerate(fill.targets):
-                _check_full(plan, reader, written, fill, index, infos[target], proof, digests)
-        else:
-            _check_sample(plan, reader, written, fill, infos, proof)
+        for expert in range(len(fill.places)):
+            matrix = _Matrix(plan, readers, written, fill, expert, place_info(plan, fill, expert))
+            if level == "full":
+                _check_full(matrix, proof, digests)
+            else:
+                _check_sample(matrix, proof)
         with proof.lock:
-            proof.tensors += len(fill.targets)
             done += 1
-            progress("verifying", done, total)
+            progress("verifying", done, len(plan.fills))
 
     with BlockFile(out) as written:
         in_threads([partial(check, fill) for fill in plan.fills], workers)
+        proof.split_groups = split_share(plan, written)
+    proof.tensors = len(plan.tensors)
     if level == "full":
         _check_shards(plan, out, digests)
     return proof
@@ -121,15 +132,15 @@ def check_source(reader: CheckpointReader, recorded: Any, progress: Progress = s
 
 
 def _check_digests(plan: Plan, out: Path) -> None:
-    """The units that the recipe redraws on this machine are those that were redrawn."""
+    """The units that the recipe changes on this machine are those that were changed."""
     lineage = read_lineage(out)
     entry: Mapping[str, Any] = lineage["lineage"][0] if lineage and lineage["lineage"] else {}
     if not plan.num_redrawn:
         return
     recorded = entry.get("redrawn_units", {}).get("digests")
     rebuilt = [
-        [units_digest(plan.recipe, layer, expert, plan.intermediate_size) for expert in range(plan.recipe.num_experts)]
-        for layer in range(plan.num_layers)
+        [units_digest(plan.recipe, layer, expert, plan.num_units) for expert in range(plan.recipe.num_experts)]
+        for layer in plan.moe_layers
     ]
     if recorded != rebuilt:
         raise CheckpointError(
@@ -138,127 +149,130 @@ def _check_digests(plan: Plan, out: Path) -> None:
         )
 
 
-def _check_shards(plan: Plan, out: Path, digests: Mapping[str, str]) -> None:
+def _check_shards(plan: Plan, out: Path, digests: Digests) -> None:
     recorded = (read_lineage(out) or {}).get("shards")
     recorded = recorded if isinstance(recorded, dict) else {}
     for shard in plan.shards:
-        if recorded.get(shard.name) != shard_digest((t, digests[t]) for t in shard.starts):
+        if recorded.get(shard.name) != shard_digest((t, tensor_digest(digests.get(t, {}))) for t in shard.starts):
             raise CheckpointError(
                 f"{out / shard.name} has changed since it was written (its digest is not moetool.json's)"
             )
 
 
-def _kept(plan: Plan, fill: Fill, expert: int, start: int, stop: int) -> tuple[torch.Tensor, int]:
-    """Local positions of the units in rows [start, stop) that are redrawn, and the axis of the units."""
-    assert fill.layer is not None
-    assert fill.projection is not None
-    units = redrawn_units(plan.recipe, fill.layer, expert, fill.projection, plan.intermediate_size)
-    if fill.projection == "down":
-        return units, 1
-    return units[(units >= start) & (units < stop)] - start, 0
+@dataclass(frozen=True)
+class _Matrix:
+    """One place of one fill, and all that its check needs."""
 
+    plan: Plan
+    readers: Sequence[CheckpointReader]
+    written: BlockFile
+    fill: Fill
+    expert: int
+    info: TensorInfo
 
-def _rows(plan: Plan, reader: CheckpointReader, fill: Fill, expert: int, start: int, stop: int) -> torch.Tensor:
-    """What the target's rows would be if nothing were redrawn."""
-    order = None
-    if fill.projection and fill.layer is not None:
-        order = permutation(plan.recipe, fill.layer, expert, plan.intermediate_size)
-    if order is None or fill.source is None:
-        return dense_rows(plan, reader, fill, start, stop)
-    if fill.projection == "down":
-        return dense_rows(plan, reader, fill, start, stop).index_select(1, order)
-    return gather_rows(reader, fill.source, order[start:stop]).to(TORCH_DTYPES[fill.dtype])
+    @property
+    def axis(self) -> int:
+        """On which units lie."""
+        return 1 if self.fill.projection == "down" else 0
 
+    def changed(self, start: int, stop: int) -> torch.Tensor:
+        """Positions of the changed units in rows [start, stop) (columns, for down)."""
+        fill, plan = self.fill, self.plan
+        if fill.kind != "expert" or fill.layer is None or fill.projection is None:
+            return torch.empty(0, dtype=torch.int64)
+        units = redrawn_units(plan.recipe, fill.layer, self.expert, fill.projection, plan.num_units)
+        return units if self.axis == 1 else units[(units >= start) & (units < stop)] - start
 
-def _compare(
-    plan: Plan,
-    reader: CheckpointReader,
-    written: BlockFile,
-    fill: Fill,
-    expert: int,
-    info: TensorInfo,
-    start: int,
-    stop: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-    """Check the kept entries of some rows; return (expected, found, redrawn positions, axis, kept entries)."""
-    expected = _rows(plan, reader, fill, expert, start, stop)
-    found = read_rows(written, info, start, stop)
-    if not fill.projection:
-        units, axis = torch.empty(0, dtype=torch.int64), 0
-    else:
-        units, axis = _kept(plan, fill, expert, start, stop)
-    same = found.view(_INTEGERS[found.itemsize]) == expected.view(_INTEGERS[found.itemsize])
-    mask = torch.ones(expected.shape[axis], dtype=torch.bool)
-    mask[units] = False
-    kept = same[mask] if axis == 0 else same[:, mask]
-    if not kept.all():
-        where = "was to be copied" if not fill.projection else "holds kept units"
-        raise CheckpointError(
-            f"tensor {info.name} ({info.shard}) {where}, but rows {start}-{stop - 1} differ from the source"
-        )
-    if not torch.isfinite(found).all():
-        raise CheckpointError(f"tensor {info.name} ({info.shard}) holds NaN or infinity")
-    return expected, found, units, axis, kept.numel()
+    def compare(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Check the kept entries of some rows; return (expected, found, positions of changed units)."""
+        found = read_rows(self.written, self.info, start, stop)
+        if not torch.isfinite(found).all():
+            raise CheckpointError(f"tensor {self.info.name} ({self.info.shard}) holds NaN or infinity")
+        if self.fill.kind == "normal":
+            return found, found, torch.empty(0, dtype=torch.int64)
+        cache: Cache = {}
+        expected = kept_block(self.plan, self.readers, self.fill, self.expert, start, stop, cache)
+        units = self.changed(start, stop)
+        same = found.view(_INTEGERS[found.itemsize]) == expected.view(_INTEGERS[found.itemsize])
+        mask = torch.ones(expected.shape[self.axis], dtype=torch.bool)
+        mask[units] = False
+        kept = same[mask] if self.axis == 0 else same[:, mask]
+        if not kept.all():
+            where = "holds kept units" if self.fill.kind == "expert" else "was to be copied"
+            raise CheckpointError(
+                f"tensor {self.info.name} ({self.info.shard}) {where}, but rows {start}-{stop - 1} differ from the"
+                " source"
+            )
+        return expected, found, units
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
-def _check_sample(
-    plan: Plan, reader: CheckpointReader, written: BlockFile, fill: Fill, infos: Mapping[str, TensorInfo], proof: Proof
-) -> None:
+def _kept(expected: torch.Tensor, units: torch.Tensor, axis: int) -> int:
+    return expected.numel() - len(units) * expected.shape[1 - axis]
+
+
+def _check_sample(matrix: _Matrix, proof: Proof) -> None:
+    fill = matrix.fill
     rows = fill.shape[0]
-    for expert, target in enumerate(fill.targets):
-        # Another place in each tensor, the same in each run.
-        place = int.from_bytes(hashlib.sha256(target.encode()).digest()[:4], "little")
-        start = place % max(1, rows - SAMPLE_ROWS + 1)
-        *_, kept = _compare(plan, reader, written, fill, expert, infos[target], start, min(rows, start + SAMPLE_ROWS))
-        with proof.lock:
-            proof.copied += kept
+    if not fill.num_elements:
+        return
+    # Another place in each tensor, the same in each run.
+    key = f"{matrix.info.name}{fill.places[matrix.expert].start or ''}"
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
+    start = place % max(1, rows - SAMPLE_ROWS + 1)
+    expected, _, units = matrix.compare(start, min(rows, start + SAMPLE_ROWS))
+    with proof.lock:
+        proof.copied += _kept(expected, units, matrix.axis) if fill.kind != "normal" else 0
 
 
-def _check_full(
-    plan: Plan,
-    reader: CheckpointReader,
-    written: BlockFile,
-    fill: Fill,
-    expert: int,
-    info: TensorInfo,
-    proof: Proof,
-    digests: dict[str, str],
-) -> None:
-    units_total = plan.intermediate_size
-    old, new = _Sums(), _Sums()
-    changed = torch.zeros(units_total, dtype=torch.bool)
-    blocks = []
+def _check_full(matrix: _Matrix, proof: Proof, digests: Digests) -> None:
+    plan, fill, axis = matrix.plan, matrix.fill, matrix.axis
+    old, new, whole = _Sums(), _Sums(), _Sums()
+    changed = torch.zeros(plan.num_units, dtype=torch.bool)
     for start, stop in fill.blocks:
-        expected, found, units, axis, kept = _compare(plan, reader, written, fill, expert, info, start, stop)
-        blocks.append(xxhash.xxh3_128_hexdigest(raw_bytes(found)))
+        expected, found, units = matrix.compare(start, stop)
+        note(digests, fill.places[matrix.expert], start * fill.row_length, raw_bytes(found), proof.lock)
+        if fill.kind == "normal":
+            zero = fill.zero_row if fill.zero_row is not None and start <= fill.zero_row < stop else None
+            new.add(found if zero is None else torch.cat([found[: zero - start], found[zero - start + 1 :]]))
+            continue
+        whole.add(expected)
         if len(units):
             before, after = expected.index_select(axis, units), found.index_select(axis, units)
+            changed[units + (start if axis == 0 else 0)] |= (before != after).any(1 - axis)
+            # Of noise, what was added counts; of a redrawn slice, what is there now.
             old.add(before)
-            new.add(after)
-            differs = (before != after).any(1 - axis)
-            changed[units + (start if axis == 0 else 0)] |= differs
+            new.add(after.float() - before.float() if plan.recipe.method == "noise" else after)
         with proof.lock:
-            proof.copied += kept
-    digests[info.name] = tensor_digest(blocks)
-    if not old.n:
+            proof.copied += _kept(expected, units, axis)
+    if not new.n:
         return
-    num = int(changed.sum())
-    # A redrawn unit of a dense model that is constant there (all entries equal) is redrawn to the same.
-    if num != plan.num_redrawn and old.std > 0:
+    num, recipe = int(changed.sum()), plan.recipe
+    rounding = torch.finfo(found.dtype).eps * (old.rms if old.n else new.rms) / 12**0.5
+    if fill.kind == "normal":
+        mean, std = 0.0, fill.value
+    elif recipe.method == "noise":
+        mean = 0.0
+        std = float(recipe.noise_scale) * whole.std if recipe.noise_std is None else float(recipe.noise_std)
+    else:
+        mean, std, rounding = old.mean, old.std, 0.0
+    # A redrawn unit of a dense model that is constant there (all entries equal) is redrawn to the same, and
+    # noise below the dtype's resolution is none.
+    if fill.kind == "expert" and num != plan.num_redrawn and std > rounding:
         raise CheckpointError(
-            f"tensor {info.name}: {num} units differ from the source, the recipe redraws {plan.num_redrawn}"
+            f"tensor {matrix.info.name}: {num} units differ from the source, the recipe changes {plan.num_redrawn}"
         )
     sigma = 0.0
-    if old.std > 0:
-        mean_error, std_error = old.std / old.n**0.5, old.std / (2 * old.n) ** 0.5
-        sigma = max(abs(new.mean - old.mean) / mean_error, abs(new.std - old.std) / std_error)
+    if std > rounding:
+        mean_error, std_error = std / new.n**0.5, std / (2 * new.n) ** 0.5
+        off = max(0.0, abs(new.std - std) - ((std**2 + rounding**2) ** 0.5 - std))
+        sigma = max(abs(new.mean - mean) / mean_error, off / std_error)
         if sigma > bound(plan):
             raise CheckpointError(
-                f"tensor {info.name}: the redrawn entries have mean {new.mean:.6g} and std {new.std:.6g},"
-                f" the replaced ones {old.mean:.6g} and {old.std:.6g}: {sigma:.1f} standard errors apart"
+                f"tensor {matrix.info.name}: the drawn entries have mean {new.mean:.6g} and std {new.std:.6g},"
+                f" planned were {mean:.6g} and {std:.6g}: {sigma:.1f} standard errors apart"
             )
     with proof.lock:
         proof.worst_sigma = max(proof.worst_sigma, sigma)
@@ -277,6 +291,10 @@ class _Sums:
         self.n += wide.numel()
         self._sum += float(wide.sum())
         self._squares += float(wide.square().sum())
+
+    @property
+    def rms(self) -> float:
+        return (self._squares / self.n) ** 0.5  # type: ignore[no-any-return]
 
     @property
     def mean(self) -> float:

@@ -26,7 +26,7 @@ DENSE = "model.layers.0.mlp.gate_proj.weight"
         ("copied", "was to be copied"),
         ("kept", "holds kept units"),
         ("scaled", "standard errors apart"),
-        ("restored", "the recipe redraws 32"),
+        ("restored", "the recipe changes 32"),
         ("nudged", "has changed since it was written"),
         ("config", "is not the one that this recipe writes"),
     ],

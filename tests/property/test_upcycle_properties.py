@@ -18,7 +18,7 @@ from moetool.checkpoint.writer import TensorLayout, layout_shards
 from moetool.commands.options import parse_size
 from moetool.errors import CheckpointError
 from moetool.recipe import UpcycleRecipe, generator, redrawn_units
-from moetool.upcycle.plan import Fill
+from moetool.upcycle.layout import Fill, Place
 
 ratios = st.decimals(0, 1, places=3)
 
@@ -87,7 +87,7 @@ def test_a_layout_is_what_a_reader_finds(entries: list[Any], limit: int, tmp_pat
 
 @given(rows=st.integers(0, 5000), columns=st.integers(0, 3000))
 def test_blocks_cover_every_row_once(rows: int, columns: int) -> None:
-    fill = Fill(None, ("x",), "F32", (rows, columns))
+    fill = Fill("carried", (), (Place("x"),), "F32", (rows, columns))
     covered = [row for start, stop in fill.blocks for row in range(start, stop)]
     assert covered == (list(range(rows)) if columns else [])
 

@@ -1,0 +1,43 @@
+"""Cohere2 MoE: attention and experts side by side behind one norm, top-k, then softmax; shared experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moetool.arch.spec import ArchSpec, SharedExpert, ffn
+from moetool.recipe import UpcycleRecipe
+
+
+def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
+    """Shared experts are added (the family's default takes the average with the routed ones)."""
+    return {
+        "num_shared_experts": recipe.shared_experts,
+        "shared_expert_combination_strategy": "sum",
+        "expert_selection_fn": "softmax",
+        "norm_topk_prob": True,
+        "attention_bias": bool(dense["biases"]),
+        "layer_norm_eps": dense["layer_norm_eps"],
+        "logit_scale": dense["logit_scale"],
+        "sliding_window_pattern": dense["sliding_window_pattern"],
+        "prefix_dense_intermediate_size": dense["intermediate_size"],
+        # 1 would give dense layers without a window the rotary positions that they never had.
+        "prefix_dense_sliding_window_pattern": 2,
+    }
+
+
+SPEC = ArchSpec(
+    model_type="cohere2_moe",
+    architecture="Cohere2MoeForCausalLM",
+    dense=("cohere2",),
+    experts=ffn("mlp.experts.{expert}"),
+    router="model.layers.{layer}.mlp.gate.weight",
+    num_experts_key="num_experts",
+    top_k_key="num_experts_per_tok",
+    units_key="intermediate_size",
+    config_map=config_map,
+    shared=SharedExpert(ffn("mlp.shared_experts")),
+    moe_layers=lambda moe, layers: {"mlp_layer_types": ["sparse" if i in moe else "dense" for i in range(layers)]},
+    biases="qkvo",
+    windows="layer_types",
+)

@@ -1,0 +1,41 @@
+"""Granite MoE: Granite's multipliers, top-k, then softmax; one tensor holds all experts of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moetool.arch.spec import ArchSpec
+from moetool.recipe import UpcycleRecipe
+
+
+def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
+    """A Llama's multipliers are 1, and its attention's the usual 1 / sqrt(head_dim)."""
+    attention = dense["head_dim"] ** -0.5
+    return {
+        "attention_bias": bool(dense["biases"]),
+        "embedding_multiplier": dense.get("embedding_multiplier", 1.0),
+        "logits_scaling": dense.get("logits_scaling", 1.0),
+        "residual_multiplier": dense.get("residual_multiplier", 1.0),
+        "attention_multiplier": dense["attention_multiplier"] if dense["model_type"] == "granite" else attention,
+        "router_aux_loss_coef": 0.001,
+    }
+
+
+MOE = "model.layers.{layer}.block_sparse_moe"
+SPEC = ArchSpec(
+    model_type="granitemoe",
+    architecture="GraniteMoeForCausalLM",
+    dense=("granite", "llama"),
+    experts={
+        "gate": f"{MOE}.input_linear.weight",
+        "up": f"{MOE}.input_linear.weight",
+        "down": f"{MOE}.output_linear.weight",
+    },
+    router=f"{MOE}.router.layer.weight",
+    num_experts_key="num_local_experts",
+    top_k_key="num_experts_per_tok",
+    units_key="intermediate_size",
+    config_map=config_map,
+    biases="qkvo",
+)

@@ -1,0 +1,35 @@
+"""Hunyuan MoE: norms on queries and keys, softmax, top-k, renormalised; always one shared expert; router in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moetool.arch.spec import ArchSpec, SharedExpert, ffn
+from moetool.recipe import UpcycleRecipe
+
+
+def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
+    """The shared expert has the size of a routed one."""
+    return {
+        "attention_bias": bool(dense["biases"]),
+        "eod_token_id": dense["eod_token_id"],
+        "pretraining_tp": 1,
+    }
+
+
+SPEC = ArchSpec(
+    model_type="hunyuan_v1_moe",
+    architecture="HunYuanMoEV1ForCausalLM",
+    dense=("hunyuan_v1_dense",),
+    experts=ffn("mlp.experts.{expert}"),
+    router="model.layers.{layer}.mlp.gate.wg.weight",
+    num_experts_key="num_experts",
+    top_k_key="moe_topk",
+    units_key="intermediate_size",
+    config_map=config_map,
+    router_fp32=True,
+    router_dtype="F32",
+    shared=SharedExpert(ffn("mlp.shared_mlp"), default=1, sizes=(1,)),
+    biases="qkvo",
+)

@@ -1,0 +1,39 @@
+"""Qwen2-MoE: softmax over all experts, top-k, renormalised; a shared expert behind a sigmoid gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moetool.arch.spec import ArchSpec, SharedExpert, ffn, listed_dense
+from moetool.recipe import UpcycleRecipe
+
+
+def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
+    """Without `norm_topk_prob` the chosen experts' weights would not sum to 1."""
+    units = dense["intermediate_size"] // recipe.granularity
+    return {
+        "shared_expert_intermediate_size": units * (recipe.shared_experts or 0),
+        "norm_topk_prob": True,
+        "qkv_bias": bool(dense["biases"]),
+        "use_sliding_window": dense["sliding_window"] is not None,
+        "max_window_layers": dense.get("max_window_layers", dense["num_hidden_layers"]),
+        "router_aux_loss_coef": 0.001,
+    }
+
+
+SPEC = ArchSpec(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    dense=("qwen2", "llama"),
+    experts=ffn("mlp.experts.{expert}"),
+    router="model.layers.{layer}.mlp.gate.weight",
+    num_experts_key="num_experts",
+    top_k_key="num_experts_per_tok",
+    units_key="moe_intermediate_size",
+    config_map=config_map,
+    shared=SharedExpert(ffn("mlp.shared_expert"), gate="model.layers.{layer}.mlp.shared_expert_gate.weight", default=1),
+    moe_layers=listed_dense,
+    biases="qkv",
+    windows="layer_types",
+)

@@ -1,0 +1,37 @@
+"""Qwen3-MoE: norms on queries and keys, softmax over all experts, top-k, renormalised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moetool.arch.spec import ArchSpec, ffn, listed_dense
+from moetool.recipe import UpcycleRecipe
+
+
+def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
+    """transformers 5 writes `num_local_experts`, others read `num_experts`: both are there."""
+    return {
+        "num_experts": recipe.num_experts,
+        "norm_topk_prob": True,
+        "attention_bias": bool(dense["biases"]),
+        "use_sliding_window": dense["sliding_window"] is not None,
+        "max_window_layers": 0 if dense["sliding_window"] is not None else dense["num_hidden_layers"],
+        "router_aux_loss_coef": 0.001,
+    }
+
+
+SPEC = ArchSpec(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    dense=("qwen3",),
+    experts=ffn("mlp.experts.{expert}"),
+    router="model.layers.{layer}.mlp.gate.weight",
+    num_experts_key="num_local_experts",
+    top_k_key="num_experts_per_tok",
+    units_key="moe_intermediate_size",
+    config_map=config_map,
+    moe_layers=listed_dense,
+    biases="qkvo",
+    windows="all",
+)

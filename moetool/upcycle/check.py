@@ -1,0 +1,248 @@
+"""Whether sources and a recipe go together: every refusal names what would do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from moetool import registry
+from moetool.arch.dense import EMBEDDING, FFN, LM_HEAD, NORM, DenseSpec, dims, layer_tensors, shape
+from moetool.arch.spec import ArchSpec
+from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.errors import CheckpointError, ConfigError
+from moetool.recipe import UpcycleRecipe
+
+FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+MAX_STD = 1000  # far above any use; fp16 ends at 65504
+# Left behind by old exporters; models compute it.
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+
+
+def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]) -> None:
+    """Hold a recipe against itself, the family and the dense model.
+
+    Args:
+        recipe: with `shared_experts` a number.
+        spec: the family to write.
+        dense: the filled dense config.
+
+    Raises:
+        ConfigError: a number is out of range or does not divide; names those that would do.
+    """
+    for name in ("drop_ratio", "noise_ratio"):
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ConfigError(f"{name.replace('_', ' ')} {getattr(recipe, name)} is not between 0 and 1")
+    for name in ("router_std", "noise_std", "noise_scale"):
+        if not 0 <= (getattr(recipe, name) or 0) <= MAX_STD:
+            raise ConfigError(f"{name.replace('_', ' ')} {getattr(recipe, name)} is not between 0 and {MAX_STD}")
+    if recipe.num_experts < 2:
+        raise ConfigError(f"{recipe.num_experts} experts: a Mixture of Experts has at least 2")
+    if not 1 <= recipe.top_k <= recipe.num_experts:
+        raise ConfigError(f"top-k {recipe.top_k} is not between 1 and the number of experts, {recipe.num_experts}")
+    units, parts = dense["intermediate_size"], recipe.granularity
+    if parts < 1 or units % parts:
+        fitting = _few(n for n in range(1, units + 1) if units % n == 0)
+        raise ConfigError(f"--granularity {parts} does not divide the intermediate size {units}; choose from {fitting}")
+    _check_shared(recipe, spec)
+    if recipe.method == "scratch":
+        return
+    group, donors = recipe.group_size, recipe.num_donors
+    if recipe.num_experts % (group * donors):
+        step = group * donors
+        why = f"{group} experts together are one dense FFN" + (f", for each of {donors} donors" if donors > 1 else "")
+        raise ConfigError(
+            f"--num-experts {recipe.num_experts} is no multiple of {step} ({why}); choose from"
+            f" {_few(_multiples(step, recipe.num_experts))}"
+        )
+    if recipe.top_k % group:
+        raise ConfigError(
+            f"--top-k {recipe.top_k} is no multiple of {group} ({group} experts together are one dense FFN, so the"
+            f" start would not be the dense model); choose from {_few(range(group, recipe.num_experts + 1, group))}"
+        )
+    if group > 1 and (recipe.router == "zeros" or recipe.router_std == 0):
+        others = ", ".join(name for name in registry.names("router") if name != "zeros")
+        raise ConfigError(
+            f"--router zeros ties all groups of experts, and parts of several would be chosen; choose from {others},"
+            " with --router-std above 0"
+        )
+
+
+def _check_shared(recipe: UpcycleRecipe, spec: ArchSpec) -> None:
+    shared, parts = recipe.shared_experts or 0, recipe.granularity
+    if spec.shared is None:
+        if shared:
+            raise ConfigError(
+                f"{spec.model_type} has no shared experts; leave --shared-experts {shared} out, or choose a --target"
+                f" that has: {_with(lambda other: other.shared is not None)}"
+            )
+        return
+    allowed = [*range(parts), *(n * parts for n in range(1, 5))]
+    fitting = [n for n in allowed if n in spec.shared.sizes or not spec.shared.sizes]
+    if shared < 0 or (shared > parts and shared % parts) or (spec.shared.sizes and shared not in spec.shared.sizes):
+        raise ConfigError(
+            f"--shared-experts {shared} does not fit {spec.model_type} with granularity {parts}; choose from"
+            f" {_few(fitting)}"
+        )
+
+
+def _with(has: Callable[[ArchSpec], bool]) -> str:
+    return ", ".join(name for name in registry.names("target") if has(registry.load("target", name)))
+
+
+def _multiples(step: int, near: int) -> list[int]:
+    first = max(1, near // step - 1)
+    return [n * step for n in range(first, first + 5) if n * step > 1]
+
+
+def _few(numbers: Iterable[int]) -> str:
+    shown = list(numbers)
+    return ", ".join(map(str, shown[:24])) + (", ..." if len(shown) > 24 else "")
+
+
+def moe_layers(text: str, spec: ArchSpec, layers: int) -> frozenset[int]:
+    """The layers that become MoE, of `--moe-layers`.
+
+    Args:
+        text: `all`; `every:N`, the N-th, 2N-th, ... layer, counted from 1; or a list of layers counted
+            from 0 such as `0-3,8` or `4-`.
+        spec: the family to write.
+        layers: of the dense model.
+
+    Raises:
+        ConfigError: it is none of these, names layers that are not there, or none, or the family
+            cannot have these dense layers.
+    """
+    every = re.fullmatch(r"every:([1-9]\d*)", text)
+    if text == "all":
+        chosen = frozenset(range(layers))
+    elif every:
+        chosen = frozenset(i for i in range(layers) if (i + 1) % int(every[1]) == 0)
+    else:
+        chosen = frozenset()
+        for part in text.split(","):
+            match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", part.strip())
+            if not match:
+                raise ConfigError(f"--moe-layers '{text}': give all, every:2, or layers such as 4- or 0-3,8")
+            first = int(match[1])
+            last = first if not match[2] else int(match[3]) if match[3] else layers - 1
+            if not first <= last < layers:
+                raise ConfigError(f"--moe-layers '{text}': '{part}' is no range within the layers 0-{layers - 1}")
+            chosen |= frozenset(range(first, last + 1))
+    if not chosen:
+        raise ConfigError(f"--moe-layers '{text}' names none of the {layers} layers")
+    if len(chosen) < layers:
+        able = _with(lambda other: other.moe_layers is not None)
+        if spec.moe_layers is None:
+            raise ConfigError(
+                f"--moe-layers {text}: {spec.model_type} has no dense layers; choose a --target that has: {able}"
+            )
+        try:
+            spec.moe_layers(chosen, layers)
+        except ValueError as error:
+            raise ConfigError(f"--moe-layers {text} does not fit {spec.model_type}: {error}") from None
+    return chosen
+
+
+def check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Hold every tensor of a dense model against its family and config.json; return those to use.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, of another shape than config.json says, or
+            holds no plain floating-point numbers.
+    """
+    if dense["num_hidden_layers"] > len(reader.tensors):  # before names are made of a number that may be anything
+        raise CheckpointError(
+            f"{reader.folder}: config.json says {dense['num_hidden_layers']} layers, there are only"
+            f" {len(reader.tensors)} tensors; some are missing: fetch the checkpoint again"
+        )
+    sizes = dims(dense)
+    expected = {EMBEDDING: "V D", NORM: "D", LM_HEAD: "V D"}
+    inner = (*layer_tensors(dense_spec, dense).items(), *FFN.items())
+    for layer in range(dense["num_hidden_layers"]):
+        expected |= {f"model.layers.{layer}.{name}": letters for name, letters in inner}
+    found = {name: info for name, info in reader.tensors.items() if not IGNORED.search(name)}
+    for name, info in found.items():
+        if name not in expected:
+            raise CheckpointError(f"{reader.folder}: tensor {name[:100]} has no place in a {dense_spec.model_type}")
+        if info.shape != shape(expected[name], sizes):
+            raise CheckpointError(
+                f"{reader.folder}: tensor {name} has shape {list(info.shape)},"
+                f" config.json says {list(shape(expected[name], sizes))}"
+            )
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{reader.folder}: tensor {name} has dtype {info.dtype}; only {', '.join(FLOAT_DTYPES)} can be upcycled"
+            )
+    missing = [name for name in expected if name not in found and name != LM_HEAD]
+    if LM_HEAD not in found and not dense["tie_word_embeddings"]:
+        missing.append(LM_HEAD)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{reader.folder}: tensor {missing[0]}{more} is missing; fetch the checkpoint again")
+    # A head saved beside tied embeddings is dropped only if it is the same tensor; transformers
+    # unties them when it is not, and so do we.
+    if LM_HEAD in found and dense["tie_word_embeddings"] and _equal(reader, found[LM_HEAD], found[EMBEDDING]):
+        del found[LM_HEAD]
+    return found
+
+
+def _equal(reader: CheckpointReader, a: TensorInfo, b: TensorInfo) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    step = 1 << 20
+    for offset in range(0, a.size, step):
+        length = min(step, a.size - offset)
+        blocks = []
+        for info in (a, b):
+            buffer = bytearray(length)
+            reader.read_into(info, offset, memoryview(buffer))
+            blocks.append(buffer)
+        if blocks[0] != blocks[1]:
+            return False
+    return True
+
+
+def check_donor(
+    first: CheckpointReader, donor: CheckpointReader, configs: tuple[Mapping[str, Any], Mapping[str, Any]]
+) -> None:
+    """Hold a donor against the first dense model: tensors can be averaged only where all else is the same.
+
+    Args:
+        first: DENSE.
+        donor: another.
+        configs: what the family's config.json would be for either, without the token ids.
+
+    Raises:
+        ConfigError: their configs or tokenizers differ; says in what.
+    """
+    ours, theirs = configs
+    differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    if differing:
+        key = differing[0]
+        raise ConfigError(
+            f"--donor {donor.folder}: {key} is {theirs.get(key)!r}, in {first.folder} it is {ours.get(key)!r}; donors"
+            " are trained from one dense model and differ in weights only"
+        )
+    for name in TOKENIZER_FILES:
+        if _content(first, name) != _content(donor, name):
+            raise ConfigError(
+                f"--donor {donor.folder}: its {name} is not that of {first.folder}; donors need one tokenizer"
+            )
+
+
+def _content(reader: CheckpointReader, name: str) -> Any:
+    path = reader.folder / name
+    if not path.is_file():
+        return None
+    raw = path.read_bytes()
+    try:
+        document = json.loads(raw) if name == "tokenizer.json" else None
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        return raw
+    # Truncation and padding say how somebody called it last, not what it is.
+    return {key: value for key, value in document.items() if key not in ("truncation", "padding", "version")}

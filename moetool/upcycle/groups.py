@@ -1,0 +1,50 @@
+"""Virtual groups of experts in low precision: how often logits that tie split a group.
+
+Shapes: T tokens, D hidden, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moetool.checkpoint.reader import BlockFile
+from moetool.recipe import generator
+from moetool.upcycle.layout import Fill
+from moetool.upcycle.plan import Plan
+from moetool.upcycle.run import place_info
+from moetool.upcycle.source import read_rows
+
+NUM_TOKENS = 1024  # a layer
+NORMS = ("post_attention_layernorm", "input_layernorm")  # the one before the FFN, by which a family has
+
+
+def split_share(plan: Plan, written: BlockFile) -> float:
+    """Share of tokens for which the top-k takes only a part of some group, over all MoE layers.
+
+    The experts of a group have the same row in the router, so whole groups are chosen, unless two
+    groups' logits are equal. In fp32 that does not happen; a router that computes in bf16 rounds
+    logits to 8 bits. Tokens are normal random vectors times the weight of the norm before the FFN.
+    """
+    group = plan.recipe.group_size
+    routers = [fill for fill in plan.fills if fill.kind == "router"]
+    if group == 1 or plan.spec.router_fp32 or all(fill.dtype == "F32" for fill in routers):
+        return 0.0
+    split = 0
+    for fill in routers:
+        rows_ED = read_rows(written, place_info(plan, fill, 0), 0, fill.shape[0])
+        draw = generator(plan.recipe.seed, "tokens", fill.layer or 0)
+        tokens_TD = torch.randn(NUM_TOKENS, fill.shape[1], generator=draw) * _norm_D(plan, written, fill)
+        logits_TE = torch.nn.functional.linear(tokens_TD.to(rows_ED.dtype), rows_ED)
+        chosen_TK = logits_TE.float().topk(plan.recipe.top_k, dim=-1).indices // group
+        counts = torch.nn.functional.one_hot(chosen_TK, plan.recipe.num_experts // group).sum(1)
+        split += int(((counts != 0) & (counts != group)).any(-1).sum())
+    return split / (NUM_TOKENS * len(routers))
+
+
+def _norm_D(plan: Plan, written: BlockFile, fill: Fill) -> torch.Tensor:
+    """The weight of the norm before the FFN; ones where the family has its norms after it."""
+    prefix = f"model.layers.{fill.layer}"
+    if f"{prefix}.post_feedforward_layernorm.weight" in plan.written:
+        return torch.ones(fill.shape[1])
+    name = next(name for norm in NORMS if (name := f"{prefix}.{norm}.weight") in plan.written)
+    return read_rows(written, plan.written[name], 0, fill.shape[1]).float().flatten()
