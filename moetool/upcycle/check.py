@@ -52,9 +52,10 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
     group, donors = recipe.group_size, recipe.num_donors
     if recipe.num_experts % (group * donors):
         step = group * donors
-        why = f"{group} experts together are one dense FFN" + (f", for each of {donors} donors" if donors > 1 else "")
+        reasons = [f"{group} experts together are one dense FFN"] * (group > 1)
+        reasons += [f"each of {donors} donors gives as many"] * (donors > 1)
         raise ConfigError(
-            f"--num-experts {recipe.num_experts} is no multiple of {step} ({why}); choose from"
+            f"--num-experts {recipe.num_experts} is no multiple of {step} ({', '.join(reasons)}); choose from"
             f" {_few(_multiples(step, recipe.num_experts))}"
         )
     if recipe.top_k % group:
