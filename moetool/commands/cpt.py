@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from moetool import registry
-from moetool.commands.console import Console, count, escape
+from moetool.commands.console import Console, count, escape, size
 from moetool.commands.options import (
     ConfigFlag,
     JsonFlag,
@@ -86,6 +86,10 @@ def cpt(
         Literal["file", "line", "paragraph"],
         _option(DATA, "What one document of a plain-text file is (elsewhere it is a row)."),
     ] = "file",
+    cross_document: Annotated[
+        bool,
+        _option(DATA, "Let tokens attend to earlier documents of their sequence, or begin anew at each document."),
+    ] = True,
     max_tokens: Annotated[
         int | None,
         _option(
@@ -139,20 +143,34 @@ def cpt(
     beta1: Annotated[float, _option(RATE, "AdamW's.", min=0.0, max=0.9999)] = 0.9,
     beta2: Annotated[float, _option(RATE, "AdamW's.", min=0.0, max=0.9999)] = 0.95,
     grad_clip: Annotated[float, _option(RATE, "Largest norm of the gradient; 0: any.", min=0.0)] = 1.0,
+    keep_optimizer: Annotated[
+        bool,
+        _option(
+            RATE, "Begin with the optimizer state and fp32 weights of MODEL, a step folder; the schedule is this run's."
+        ),
+    ] = False,
     balance: Annotated[
         list[str] | None,
         _option(
             MOE,
-            f"Balance loss: {', '.join(registry.names('balance'))}; repeats.",
+            f"What keeps the load of the experts even: {', '.join(registry.names('balance'))}; repeats.",
             "aux=0.01 and z-loss=0.001",
             metavar="NAME[=COEFFICIENT]",
             callback=_balance,
         ),
     ] = None,
+    freeze_router: Annotated[bool, _option(MOE, "Train everything but the routers.")] = False,
     precision: Annotated[
         Literal["bf16", "fp32"] | None,
         _option(RUN, "Of the arithmetic; weights and moments are fp32 in both.", "bf16 on a GPU, fp32 on a CPU"),
     ] = None,
+    gradient_checkpointing: Annotated[
+        bool, _option(RUN, "Compute layers again in the backward pass: less memory, a third slower.")
+    ] = False,
+    compile: Annotated[bool, _option(RUN, "With torch.compile: minutes at first, then faster.")] = False,
+    deterministic: Annotated[
+        bool, _option(RUN, "Deterministic kernels alone, so that a GPU gives the same bits again.")
+    ] = False,
     save_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], _option(RUN, "Of saved weights; auto is MODEL's.")
     ] = "auto",
@@ -196,11 +214,16 @@ def cpt(
         raise typer.BadParameter(str(error)) from None
 
     from moetool.checkpoint.hub import resolve_model
-    from moetool.train.balance import parse
+    from moetool.train.balance import check_frozen, parse
     from moetool.train.loop import Run
     from moetool.train.open import open_run
     from moetool.train.state import saved_steps
 
+    try:
+        strategies = parse(balance) if balance else None
+        check_frozen(strategies or {}, freeze_router)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
     main = os.environ.get("RANK", "0") == "0"
     console = Console(context, json and main, quiet or not main)
     asked: dict[str, Any] = {  # None is TrainConfig's UNSET
@@ -214,6 +237,7 @@ def cpt(
         "val_fraction": val_fraction,
         "text_field": text_field,
         "document": document,
+        "cross_document": cross_document,
         "max_steps": max_steps,
         "max_tokens": max_tokens,
         "seq_len": seq_len,
@@ -231,12 +255,17 @@ def cpt(
         "beta1": beta1,
         "beta2": beta2,
         "grad_clip": grad_clip,
-        "balance": parse(balance) if balance else None,
+        "balance": strategies,
+        "freeze_router": freeze_router,
         "precision": precision,
+        "gradient_checkpointing": gradient_checkpointing,
+        "compile": compile,
+        "deterministic": deterministic,
         "save_dtype": save_dtype,
         "save_every": save_every,
         "eval_every": eval_every,
         "keep_checkpoints": keep_checkpoints,
+        "keep_optimizer": keep_optimizer,
         "resume": resume,
         "seed": seed,
     }
@@ -245,9 +274,12 @@ def cpt(
             run = opened.enter_context(open_run(TrainConfig(**asked), progress))
         finished = not isinstance(run, Run)
         if isinstance(run, Run):
+            console.say(_plan_text(run.plan))
+            with console.progress() as progress:
+                progress("load the model", 0, 1)
+                run.load()
             for warning in run.warnings:
                 console.warn(warning)
-            console.say(_plan_text(run.plan))
             if main:
                 write_options(context, out)
             try:
@@ -261,6 +293,8 @@ def cpt(
         else:
             summary = run
     document_out = {"out": str(out), "already_finished": finished, **summary}
+    if isinstance(run, Run):
+        document_out["memory"] = run.plan["memory"]
     if main:
         console.result(document_out, *_result_text(document_out))
     return document_out
@@ -285,7 +319,7 @@ def _weights(values: list[str], sources: list[str]) -> dict[str, float]:
 def _plan_text(plan: dict[str, Any]) -> str:
     active = plan["num_active_parameters"]
     sparse = f" ({count(active)} active)" if active != plan["num_parameters"] else ""
-    balance = ", ".join(f"{name} {value:g}" for name, value in plan["balance"].items())
+    balance = ", ".join(f"{name} {value:g}" if value else name for name, value in plan["balance"].items())
     start = f" from step {plan['step']}" if plan["step"] else ""
     lines = [
         f"[bold]{count(plan['num_parameters'])}[/bold] parameters{sparse} on {escape(plan['device'])}"
@@ -300,6 +334,10 @@ def _plan_text(plan: dict[str, Any]) -> str:
             f" {source['epochs']:.2g} epochs of {count(source['available_tokens'])}"
         )
     lines += [f"  val    {escape(name)}: {count(tokens)} tokens" for name, tokens in plan["val"].items()]
+    need = plan["memory"]
+    parts = ", ".join(f"{name} {size(need[name])}" for name in ("weights", "gradients", "optimizer", "activations"))
+    each = " in each process" if plan["num_processes"] > 1 else ""
+    lines.append(f"  memory about {size(need['total'])}{each}: {parts}")
     return "\n".join(lines)
 
 
@@ -307,12 +345,23 @@ def _result_text(summary: dict[str, Any]) -> list[Any]:
     parts: list[Any] = []
     if summary["val"]:
         table = Table("domain", title="validation loss", title_justify="left")
-        for name in ("before", "after", "change"):
+        routed = summary.get("mri", {})
+        for name in ("before", "after", "change", *(["mri before", "mri after"] if routed else [])):
             table.add_column(name, justify="right")
+        table.add_column("")
         for name, value in summary["val"].items():
             before, after = value["before"], value["after"]
-            table.add_row(escape(name), f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+            cells = [f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"]
+            if routed:
+                cells += [f"{max(routed[name][when]):.2f}" for when in ("before", "after")]
+            table.add_row(escape(name), *cells, "adaptation" if name in summary["adaptation"] else "forgetting")
         parts.append(table)
+    table = Table("source", title="text that was trained on", title_justify="left")
+    for name in ("tokens", "epochs"):
+        table.add_column(name, justify="right")
+    for name, entry in summary["ledger"].items():
+        table.add_row(escape(name), count(entry["tokens"]), f"{entry['epochs']:.2g}")
+    parts.append(table)
     done = "finished before, with the same options: " if summary["already_finished"] else ""
     # Unknown where metrics.jsonl was deleted before the last step folder became the result.
     speed = f", {count(summary['tokens_per_second'])} tokens/s" if summary["tokens_per_second"] else ""

@@ -128,6 +128,11 @@ class TokenMixture:
         sample = self.sample(n)
         return self.sources[sample.source].stream.read(sample.window * self.seq_len, self.seq_len + 1)
 
+    def positions(self, n: int) -> np.ndarray:
+        """Places of the tokens of sample `n` in their documents: int64 of shape (seq_len + 1,)."""
+        sample = self.sample(n)
+        return self.sources[sample.source].stream.positions(sample.window * self.seq_len, self.seq_len + 1)
+
     def ledger(self, num_samples: int) -> dict[str, dict[str, float]]:
         """What the first `num_samples` samples take from each source.
 

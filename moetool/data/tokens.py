@@ -74,6 +74,20 @@ class TokenStream:
         tokens: np.ndarray = self.memory[places].astype(np.int64)
         return tokens
 
+    def positions(self, start: int, length: int) -> np.ndarray:
+        """Each token's place in its document, from 0 where the document or the window begins; int64 (length,).
+
+        Raises:
+            IndexError: the tokens are not all in the stream.
+        """
+        if start < 0 or length < 0 or start + length > self.num_tokens:
+            raise IndexError(f"tokens {start} to {start + length} of a stream of {self.num_tokens}")
+        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        last = int(np.searchsorted(self.offsets, start + length, side="left"))
+        edges = np.clip(self.offsets[first : last + 1], start, start + length)
+        places: np.ndarray = np.arange(start, start + length) - np.repeat(edges[:-1], np.diff(edges))
+        return places
+
     def documents(self, indices: np.ndarray) -> TokenStream:
         """The stream of some documents, in the order of `indices`; the tokens stay where they are."""
         lengths = np.diff(self.offsets)[indices]

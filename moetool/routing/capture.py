@@ -90,14 +90,20 @@ class Route:
 
         Sigmoid scores are divided by their sum, as in the balance loss of DeepSeek-V3 (section 2.1.2).
         """
+        scores_TE = self.scores_TE()
+        if self.scoring in ("softmax", "probability"):
+            return scores_TE
+        return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+
+    def scores_TE(self) -> Tensor:
+        """The family's score of each expert, before a selection bias, with its gradient."""
         if self.scoring == "softmax":
             return self.logits_TE.softmax(dim=-1)
         if self.scoring == "probability":
             return self.logits_TE
-        scores_TE = self.logits_TE.sigmoid()
         if self.scoring == "sqrtsoftplus":
-            scores_TE = nn.functional.softplus(self.logits_TE).sqrt()
-        return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+            return nn.functional.softplus(self.logits_TE).sqrt()
+        return self.logits_TE.sigmoid()
 
 
 class RouterCapture:
@@ -109,6 +115,7 @@ class RouterCapture:
     Attributes:
         layers: indices of the decoder layers that have a router, ascending.
         routers: layer -> its router module.
+        scoring: layer -> how it scores, as in Route, by its class.
 
     Raises:
         CheckpointError: the model has no router, or two in one layer.
@@ -130,9 +137,10 @@ class RouterCapture:
             )
         self.routers = dict(sorted(self.routers.items()))
         self.layers = list(self.routers)
+        self.scoring = {layer: _scoring(module) for layer, module in self.routers.items()}
         self._consume: Callable[[Route], None] | None = None
         for layer, module in self.routers.items():
-            module.register_forward_hook(self._hook(layer, _scoring(module)))
+            module.register_forward_hook(self._hook(layer, self.scoring[layer]))
 
     def _hook(self, layer: int, scoring: str) -> Callable[[nn.Module, Any, Any], None]:
         # Softmax families of some transformers versions return probabilities: seen once a router, at
@@ -143,8 +151,8 @@ class RouterCapture:
             nonlocal checked, scoring
             if self._consume is None:
                 return
-            logits_TE, weights_TK, indices_TK = _read(output, type(module).__name__, layer)
-            if not checked and not torch.compiler.is_compiling():
+            logits_TE, weights_TK, indices_TK = read_output(output, type(module).__name__, layer)
+            if not checked and not logits_TE.is_meta and not torch.compiler.is_compiling():
                 scoring, checked = ("probability" if _are_probabilities(logits_TE) else "softmax"), True
             self._consume(Route(layer, logits_TE, weights_TK, indices_TK, scoring))
 
@@ -186,7 +194,12 @@ def _scoring(router: nn.Module) -> str:
     return str(getattr(router, "expert_selection_fn", listed))  # cohere2_moe: a config key decides
 
 
-def _read(output: Any, class_name: str, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+def read_output(output: Any, class_name: str, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (T, E) in float32, weights (T, K) and chosen experts (T, K) of what a router returned.
+
+    Raises:
+        CheckpointError: it returned something else.
+    """
     readable = isinstance(output, tuple) and len(output) >= 3 and class_name not in _UNREADABLE
     if readable and all(isinstance(part, Tensor) for part in output[:3]):
         logits, weights, indices = output[:3]

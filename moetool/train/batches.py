@@ -95,12 +95,16 @@ class MicroBatch:
     """What one process runs forward at once.
 
     Attributes:
-        tokens: int64 (micro_batch_size, seq_len + 1); inputs are [:, :-1], labels [:, 1:].
+        inputs: int64 (micro_batch_size, seq_len).
+        labels: likewise, the token after each input; IGNORED where nothing is predicted.
+        positions: likewise, each input's place in its document; None where documents see each other.
         seed: of the random numbers drawn in its forward.
     """
 
-    tokens: Tensor
-    seed: int
+    inputs: Tensor
+    labels: Tensor
+    positions: Tensor | None
+    seed: int = 0
 
 
 def micro_batches(
@@ -115,27 +119,32 @@ def micro_batches(
     samples = mixture.batch(step)
     share = []
     for number in range(rank, len(samples) // size, num_processes):
-        rows = [mixture.tokens(n) for n in samples[number * size : (number + 1) * size]]
+        chosen = samples[number * size : (number + 1) * size]
+        tokens = torch.from_numpy(np.stack([mixture.tokens(n) for n in chosen]))
+        positions = None
+        if not config.cross_document:
+            positions = torch.from_numpy(np.stack([mixture.positions(n)[:-1] for n in chosen]))
         key = np.random.SeedSequence([config.seed, step, number]).generate_state(1, np.uint64)
-        share.append(MicroBatch(torch.from_numpy(np.stack(rows)), int(key[0])))
+        share.append(MicroBatch(tokens[:, :-1], tokens[:, 1:], positions, int(key[0])))
     return share
 
 
-def validation_batches(
-    stream: TokenStream, config: TrainConfig, rank: int, num_processes: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and labels, int64 (batch, seq_len), that predict every token of a stream but its first once.
+def validation_batches(stream: TokenStream, config: TrainConfig, rank: int, num_processes: int) -> Iterator[MicroBatch]:
+    """Batches that predict every token of a stream but its first once, as many for each process.
 
     The last window may be shorter: its rest is filled up, to the right of all that is predicted, and
-    labelled IGNORED.
+    labelled IGNORED. A process for which no window is left gets one without anything to predict, since
+    all processes must take part where weights are sharded.
     """
     length, size = config.seq_len, config.micro_batch_size
     starts = range(0, max(0, stream.num_tokens - 1), length)
-    for begin in range(rank * size, len(starts), num_processes * size):
-        inputs, labels = [], []
-        for start in starts[begin : begin + size]:
-            window = stream.read(start, min(length + 1, stream.num_tokens - start))
-            rest = length + 1 - len(window)
+    for begin in range(0, len(starts), num_processes * size):
+        inputs, labels, positions = [], [], []
+        for start in starts[begin + rank * size : begin + (rank + 1) * size] or [stream.num_tokens - 1]:
+            here = min(length + 1, stream.num_tokens - start)
+            window, rest = stream.read(start, here), length + 1 - here
             inputs.append(np.pad(window[:-1], (0, rest)))
             labels.append(np.pad(window[1:], (0, rest), constant_values=IGNORED))
-        yield torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(labels))
+            positions.append(np.pad(stream.positions(start, here)[:-1], (0, rest)))
+        stacked = [torch.from_numpy(np.stack(rows)) for rows in (inputs, labels, positions)]
+        yield MicroBatch(stacked[0], stacked[1], None if config.cross_document else stacked[2])

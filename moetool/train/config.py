@@ -33,6 +33,7 @@ class TrainConfig:
         val_fraction: share of the documents of each source without a validation set of its name that
             is held out for one.
         text_field: the field that holds the text in JSONL, Parquet and datasets.
+        cross_document: whether tokens attend to earlier documents of their sequence.
         document: what one document of a plain-text file is: file, line or paragraph.
         max_steps: optimizer updates; excludes `max_tokens`.
         max_tokens: predicted tokens over all updates, rounded down to whole steps.
@@ -51,12 +52,18 @@ class TrainConfig:
         beta1: AdamW's first decay rate.
         beta2: AdamW's second decay rate.
         grad_clip: largest L2 norm of the gradient; 0 does not clip.
-        balance: strategy -> coefficient; by default aux and z-loss for a Mixture of Experts.
+        balance: strategy -> coefficient; by default aux and z-loss for a Mixture of Experts, nothing with
+            a frozen router.
+        freeze_router: the routers' weights stay as they are.
         precision: bf16 or fp32; by default bf16 on a GPU, fp32 on a CPU.
+        gradient_checkpointing: compute each layer a second time in the backward instead of keeping it.
+        compile: with torch.compile.
+        deterministic: torch's deterministic kernels alone.
         save_dtype: of saved checkpoints; auto is the source's.
         save_every: updates between checkpoints; by default a tenth of the run.
         eval_every: updates between validations; by default a tenth of the run.
         keep_checkpoints: how many step folders are kept.
+        keep_optimizer: begin with the optimizer's moments and fp32 weights of `model`, a step folder.
         resume: go on from the newest step folder; False begins again.
         seed: of the data order and of dropout.
     """
@@ -71,6 +78,7 @@ class TrainConfig:
     val_fraction: float = 0.01
     text_field: str = "text"
     document: str = "file"
+    cross_document: bool = True
     max_steps: int = UNSET
     max_tokens: int = UNSET
     seq_len: int = UNSET
@@ -89,11 +97,16 @@ class TrainConfig:
     beta2: float = 0.95
     grad_clip: float = 1.0
     balance: Mapping[str, float] = UNSET
+    freeze_router: bool = False
     precision: str = UNSET
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    deterministic: bool = False
     save_dtype: str = "auto"
     save_every: int = UNSET
     eval_every: int = UNSET
     keep_checkpoints: int = 2
+    keep_optimizer: bool = False
     resume: bool = True
     seed: int = 0
 
@@ -143,7 +156,7 @@ class TrainConfig:
             cooldown_end=0.7 if self.cooldown_end is None else self.cooldown_end,
             constant_end=0.8 if self.constant_end is None else self.constant_end,
             warmup_steps=warmup,
-            balance=dict(default_balance if self.balance is None else self.balance),
+            balance=dict(({} if self.freeze_router else default_balance) if self.balance is None else self.balance),
             precision=self.precision or ("bf16" if gpu else "fp32"),
             save_every=self.save_every or every,
             eval_every=self.eval_every or every,
@@ -171,7 +184,7 @@ class TrainConfig:
         options = (
             "replay_ratio", "val_fraction", "max_steps", "seq_len", "global_batch_size", "micro_batch_size", "schedule",
             *parameters(self.schedule), "weight_decay", "beta1", "beta2", "grad_clip", "precision", "save_dtype",
-            "seed",
+            "seed", "keep_optimizer", "cross_document",
         )  # fmt: skip
         return {
             "model": model,
@@ -179,6 +192,7 @@ class TrainConfig:
             "weight": {name: self.weights.get(name, 1) for name in (*self.train, *self.replay)},
             **{name.replace("_", "-"): getattr(self, name) for name in options},
             "balance": dict(self.balance or {}),
+            "freeze-router": self.freeze_router,
         }
 
 

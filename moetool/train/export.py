@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moetool.checkpoint.reader import CheckpointReader, read_json
 from moetool.checkpoint.writer import COMPANIONS, UNFINISHED, sync_folder, write_file
+from moetool.errors import ConfigError
 from moetool.recipe import LINEAGE, extend_lineage
+from moetool.train.selection import is_selection_bias
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _SAMPLE = 4096  # bytes of each tensor that are part of a fingerprint
@@ -51,20 +53,40 @@ def fingerprint(source: Path) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(model: nn.Module, source: Path, folder: Path, dtype: str, entry: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: Path,
+    folder: Path,
+    dtype: str,
+    entry: Mapping[str, Any],
+) -> None:
     """Write a stock checkpoint: weights in the family's own layout, everything else as in the source.
 
     Args:
-        model: of transformers, not wrapped.
+        model: of transformers, not wrapped; its parameters may be sharded.
+        weights: its parameters by name, whole, on the CPU.
         source: the checkpoint that the training began with; its config.json is carried over word for
             word but for the dtype and `output_router_logits`, so that keys that only older readers
             know survive.
         folder: is made.
-        dtype: of floating-point parameters on disk; buffers keep theirs.
+        dtype: of floating-point parameters on disk; buffers keep theirs, a selection bias is float32.
         entry: added to the lineage in moetool.json.
+
+    Raises:
+        ConfigError: a weight is not finite, or not in that dtype: such a model is never saved.
     """
     # Keyed by parameter: tied weights stay one tensor, which transformers then writes once.
-    cast = {parameter: parameter.detach().to(getattr(torch, dtype)) for parameter in model.parameters()}
+    # A selection bias moves by steps that are below bf16's precision.
+    cast = {
+        parameter: weights[name].to(torch.float32 if is_selection_bias(name) else getattr(torch, dtype))
+        for name, parameter in model.named_parameters()
+    }
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(cast[parameter]).all()):
+            too_large = bool(torch.isfinite(weights[name]).all())
+            advice = "--save-dtype float32 or bfloat16" if too_large else "lower --lr or --grad-clip"
+            raise ConfigError(f"{name} is not finite in {dtype}, so step {entry['steps']} is not saved; {advice}")
     named = dict(model.named_parameters(remove_duplicate=False))
     state = {name: cast[named[name]] if name in named else tensor for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")  # type: ignore[operator]

@@ -1,7 +1,7 @@
 """The training loop: owns its batches, random generators and schedule.
 
-accelerate (imported nowhere else) gives devices, processes and gathering. The model after N updates
-is the model of step N.
+accelerate (see processes.py) gives devices, processes and gathering. The model after N updates is the
+model of step N.
 
 Shapes: B sequences, S their length, V vocabulary, E experts, L layers.
 """
@@ -9,15 +9,13 @@ Shapes: B sequences, S their length, V vocabulary, E experts, L layers.
 from __future__ import annotations
 
 import math
-import os
+import signal
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,16 +25,21 @@ from moetool.errors import CheckpointError, ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture, has_routers
 from moetool.train import balance, schedules, state
-from moetool.train.batches import IGNORED, Corpus, micro_batches, mix, validation_batches
+from moetool.train.batches import Corpus, MicroBatch, micro_batches, mix
 from moetool.train.config import TrainConfig
+from moetool.train.execution import apply_execution
 from moetool.train.export import publish, save_checkpoint, source_dtype
-from moetool.train.metrics import MetricsLog, summarize
+from moetool.train.interrupt import noting
+from moetool.train.memory import peak_flops
+from moetool.train.metrics import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import adamw
-from moetool.train.plan import describe
+from moetool.train.plan import describe, memory_warnings, untrained_routers
+from moetool.train.processes import Accelerator, autocast, gather_in, is_sharded, number, sum_dtype, whole
+from moetool.train.validate import check_documents_apart, logits, validate
 
 
 class Run:
-    """A training run, ready to go on from `step`.
+    """A training run, ready to go on from `step` once it is loaded.
 
     Attributes:
         config: resolved.
@@ -46,82 +49,120 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, corpus: Corpus, identity: dict[str, Any], step: int
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        skeleton: Any,
+        corpus: Corpus,
+        identity: dict[str, Any],
+        step: int,
     ) -> None:
         self.config, self.step = config, step
         self._accelerator, self._corpus, self._identity = accelerator, corpus, identity
         self._mixture = mix(corpus, config)
         self._schedule = schedules.build(config.schedule, config.max_steps, vars(config))
         self._dtype = source_dtype(config.model) if config.save_dtype == "auto" else config.save_dtype
-        self._strategies = balance.build(config.balance)
+        self._losses = balance.build_losses(config.balance)
 
+        plan = describe(config, skeleton, self._mixture, corpus, accelerator.num_processes, is_sharded(accelerator))
+        where = {"device": str(accelerator.device), "num_processes": accelerator.num_processes}
+        self.plan = {**plan, "step": step, "save_dtype": self._dtype, **where}
+        self.warnings = memory_warnings(self.plan["memory"], accelerator.device)
+        self._peak_flops = peak_flops(accelerator.device, config.precision)
+        self._ahead: tuple[list[float], float, float] | None = None
+
+    def load(self) -> None:
+        """Load the weights, and the optimizer's moments where there are some; then OUT is this run's.
+
+        Adds to `warnings`.
+
+        Raises:
+            CheckpointError: they cannot be loaded.
+            ConfigError: the model cannot be trained like this.
+        """
+        config, accelerator, step = self.config, self._accelerator, self.step
         start = state.step_folder(config.out, step) if step else config.model
         try:
-            self._core = _load(start, accelerator.device)
+            # A model that is going to be sharded may be too large for one device.
+            self._core = _load(start, torch.device("cpu") if is_sharded(accelerator) else accelerator.device)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {state.ADVICE}" if step else str(error)) from None
         self._capture = RouterCapture(self._core) if has_routers(self._core) else None
-        plan, self.warnings = describe(config, self._core, self._capture, self._mixture, corpus)
-        where = {"device": str(accelerator.device), "num_processes": accelerator.num_processes}
-        self.plan = {**plan, "step": step, "save_dtype": self._dtype, **where}
-        optimizer = adamw(self._core, config)
-        if step:
-            state.load_training_state(start, self._core, optimizer)
-        self._model, self._optimizer = accelerator.prepare(self._core, optimizer)
-        self._raw_optimizer = optimizer
+        self._selections = balance.build_selections(config.balance, self._core, self._capture) if self._capture else []
+        if self._capture and config.freeze_router:
+            balance.freeze_routers(self._capture)
+        if self._capture:
+            self.warnings += untrained_routers(self._core, self._capture)
+        if not config.cross_document:
+            check_documents_apart(self._core)
+        gather_in(accelerator, config.precision)
+        apply_execution(config, self._core)
+        self._raw_optimizer = adamw(self._core, config)
+        self._model, self._optimizer = accelerator.prepare(self._core, self._raw_optimizer)
+        if step or config.keep_optimizer:
+            state.load_training_state(start, self._core, self._raw_optimizer, state.ADVICE if step else state.FRESH)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:  # only now: a command that is refused deletes nothing
+            state.claim(config.out)
+            if not config.resume:
+                state.clear(config.out)
+            state.set_aside(config.out, step)
 
     def train(self, progress: Progress = silent) -> dict[str, Any]:
         """Train to the end, validating and saving on the way.
+
+        Ctrl-C and SIGTERM end it after the step that is under way, with a checkpoint; then they act.
 
         Returns:
             The summary, which also lies in OUT/summary.json.
 
         Raises:
-            ConfigError: the loss or the gradient is not finite; nothing of that step is saved.
+            ConfigError: the loss or the gradient is not finite; nothing that led to it is saved.
         """
         config, out = self.config, self.config.out
         log = MetricsLog(out / state.METRICS, self.step) if self._accelerator.is_main_process else None
-        if self.step == 0:
-            self._validate(log, progress)
-        while self.step < config.max_steps:
-            row = self._update()
-            if log:
-                log.append(row)
-            note = f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  {row['tokens_per_second']:.0f} tok/s"
-            progress("train", self.step, config.max_steps, note)
-            last = self.step == config.max_steps
-            if last or self.step % config.eval_every == 0:
+
+        def tell() -> None:
+            progress("train", self.step, config.max_steps, "stopping after this step; again: at once")
+
+        with noting(tell) as noted:
+            if self.step == 0:
                 self._validate(log, progress)
-            if last or self.step % config.save_every == 0:
-                self._save()
+            while self.step < config.max_steps:
+                row = self._update()
+                if log:
+                    log.append(row)
+                note = f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  {row['tokens_per_second']:.0f} tok/s"
+                note += f"  {row['mfu']:.0%} MFU" if "mfu" in row else ""
+                progress("train", self.step, config.max_steps, note)
+                last = self.step == config.max_steps
+                if last or self.step % config.eval_every == 0:
+                    self._validate(log, progress)
+                stopping = not last and self._any(bool(noted.signum))
+                if last or stopping or self.step % config.save_every == 0:
+                    self._save()
+                if stopping:
+                    break
+        if self.step < config.max_steps:
+            signal.raise_signal(noted.signum or signal.SIGTERM)
         summary: dict[str, Any] = {}
         if log:
-            summary = {**self._so_far(), **summarize(log, config.seq_len * config.global_batch_size)}
+            summary = {**self._so_far(), **summarize(log, config.seq_len * config.global_batch_size, config.train)}
             publish(state.step_folder(out, self.step), out, {**summary, "identity": self._identity})
             state.release(out)
         self._accelerator.wait_for_everyone()
         return summary
 
+    def _any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process, so that all do the same."""
+        return bool(self._accelerator.reduce(torch.tensor(float(flag), device=self._accelerator.device)))
+
     def _update(self) -> dict[str, Any]:
         """One optimizer step; returns its row of metrics."""
-        config, accelerator = self.config, self._accelerator
+        config = self.config
+        values, grad_norm, seconds = self._ahead or self._gradient()
+        self._ahead = None
         began = time.perf_counter()
-        world = accelerator.num_processes
-        batch = micro_batches(self._mixture, config, self.step, accelerator.process_index, world)
-        step_tokens, num_micro = config.seq_len * config.global_batch_size, len(batch) * world
-        sums: Tensor | float = 0.0
-        self._model.train()
-        for micro in batch:
-            torch.manual_seed(micro.seed)
-            with nullcontext() if micro is batch[-1] else accelerator.no_sync(self._model):
-                measured = self._forward_backward(micro.tokens, step_tokens, num_micro, world)
-            sums = sums + measured
-        norm = accelerator.clip_grad_norm_(self._model.parameters(), config.grad_clip or math.inf)
-        # One reduction and one wait for the device a step.
-        *values, grad_norm = torch.cat([accelerator.reduce(sums), norm.detach().reshape(1).to(sums)]).tolist()
-        loss = values[0] / step_tokens
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise ConfigError(self._not_finite(loss, grad_norm))
         lr = self._schedule(self.step)
         for group in self._raw_optimizer.param_groups:
             group["lr"] = lr
@@ -129,123 +170,139 @@ class Run:
         self._optimizer.zero_grad()
         self.step += 1
 
-        row = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
-        row["balance"] = {name: values[1 + i] / num_micro for i, name in enumerate(self._strategies)}
+        step_tokens = config.seq_len * config.global_batch_size
+        num_micro = config.global_batch_size // config.micro_batch_size
+        row: dict[str, Any] = {"step": self.step, "loss": values[0] / step_tokens, "lr": lr, "grad_norm": grad_norm}
+        row["balance"] = {name: values[1 + i] / num_micro for i, name in enumerate(self._losses)}
         row["num_tokens"] = self.step * step_tokens
-        row["tokens_per_second"] = step_tokens / (time.perf_counter() - began)
         if self._capture is not None:
-            counts_LE = torch.tensor(values[1 + len(self._strategies) :], dtype=torch.float64).reshape(
+            counts_LE = torch.tensor(values[1 + len(self._losses) :], dtype=torch.float64).reshape(
                 len(self._capture.layers), -1
             )
-            row["mri"] = (counts_LE.amax(dim=-1) / step_tokens).tolist()
+            for selection in self._selections:
+                selection.update(counts_LE)
+            row |= routing_row(counts_LE.long().numpy(), step_tokens)
+        row["tokens_per_second"] = step_tokens / (seconds + time.perf_counter() - began)
+        if self._peak_flops:
+            devices = self._accelerator.num_processes
+            row["mfu"] = row["tokens_per_second"] * self.plan["flops_per_token"] / self._peak_flops / devices
         return row
 
-    def _forward_backward(self, tokens: Tensor, step_tokens: int, num_micro: int, world: int) -> Tensor:
+    def _gradient(self) -> tuple[list[float], float, float]:
+        """The gradient of the next step, left in the parameters.
+
+        Returns:
+            Sums over the step (see `_forward_backward`), the gradient's norm, seconds.
+
+        Raises:
+            ConfigError: the loss or the gradient is not finite.
+        """
+        config, accelerator = self.config, self._accelerator
+        began = time.perf_counter()
+        world = accelerator.num_processes
+        batch = micro_batches(self._mixture, config, self.step, accelerator.process_index, world)
+        step_tokens, num_micro = config.seq_len * config.global_batch_size, len(batch) * world
+        sums: Tensor = torch.zeros((), dtype=sum_dtype(accelerator.device), device=accelerator.device)
+        step_counts: list[Tensor] = []
+        self._model.train()
+        for micro in batch:
+            torch.manual_seed(micro.seed)
+            with nullcontext() if micro is batch[-1] else accelerator.no_sync(self._model):
+                sums = sums + self._forward_backward(micro, step_tokens, num_micro, world, step_counts)
+        norm = accelerator.clip_grad_norm_(self._model.parameters(), config.grad_clip or math.inf)
+        # One reduction and one wait for the device a step.
+        *values, grad_norm = torch.cat([accelerator.reduce(sums), number(norm.detach()).reshape(1).to(sums)]).tolist()
+        loss = values[0] / step_tokens
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            what = f"the gradient norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
+            raise ConfigError(self._stopped(f"{what} at step {self.step + 1}; stopped before the update"))
+        return values, grad_norm, time.perf_counter() - began
+
+    def _forward_backward(
+        self, micro: MicroBatch, step_tokens: int, num_micro: int, world: int, step_counts: list[Tensor]
+    ) -> Tensor:
         """Add one micro-batch's share of the step's gradient.
 
         Args:
-            tokens: (B, S + 1).
+            micro: B sequences of S tokens.
             step_tokens: predicted tokens of the whole step.
             num_micro: micro-batches of the whole step.
             world: processes.
+            step_counts: routes to each expert of the step's earlier micro-batches, over all processes; is
+                added to where a strategy wants them.
 
         Returns:
             Sums for the step's metrics: language loss over tokens, each strategy's loss, routes to
             each expert (L x E).
         """
         device = self._accelerator.device
-        tokens = tokens.to(device, non_blocking=True)
         collect: AbstractContextManager[list[Route]] = self._capture.collect() if self._capture else nullcontext([])
-        with self._autocast(), collect as routes:
-            logits_BSV = self._model(input_ids=tokens[:, :-1], use_cache=False).logits
-        language_loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
-        losses = {name: strategy.losses(routes).mean() for name, strategy in self._strategies.items()}
+        with autocast(device, self.config.precision), collect as routes:
+            logits_BSV = logits(self._model, micro, device)
+        labels_T = micro.labels.flatten().to(device, non_blocking=True)
+        language_loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_T, reduction="sum")
+        counts_LE = balance.count_routes(routes)
+        counts = {"micro-batch": counts_LE}
+        if any(strategy.scope == "step" for strategy in self._losses.values()):
+            step_counts.append(self._accelerator.reduce(counts_LE))
+            counts["step"] = torch.stack(step_counts).sum(dim=0)
+        losses = {name: loss.losses(routes, counts[loss.scope]).mean() for name, loss in self._losses.items()}
         loss = language_loss / step_tokens
         for name, value in losses.items():
             loss = loss + self.config.balance[name] / num_micro * value
         # The gradients of the processes are averaged, but each is a share of one sum.
         self._accelerator.backward(loss * world)
-        counts = [balance.count_routes(routes).flatten()] if routes else []
-        parts = [language_loss.detach().reshape(1), *(value.detach().reshape(1) for value in losses.values()), *counts]
-        return torch.cat([part.to(_sum_dtype(device)) for part in parts])
+        parts = [language_loss, *losses.values(), counts_LE]
+        return torch.cat([part.detach().flatten().to(sum_dtype(device)) for part in parts])
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-
-    def _not_finite(self, loss: float, grad_norm: float) -> str:
-        what = f"the gradient norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    def _stopped(self, what: str) -> str:
         saved = state.saved_steps(self.config.out)
         good = (
             f"the last good checkpoint is {state.step_folder(self.config.out, saved[-1])}" if saved else "none is saved"
         )
         return (
-            f"{what} at step {self.step + 1}; stopped before the update, {good}. Lower --lr or --grad-clip, or use"
-            " --precision fp32, in another OUT (MODEL may be that checkpoint)"
+            f"{what}, {good}. Lower --lr or --grad-clip, or use --precision fp32, in another OUT (MODEL may be that"
+            " checkpoint)"
         )
 
-    @torch.no_grad()
     def _validate(self, log: MetricsLog | None, progress: Progress) -> None:
-        """Mean loss over all tokens of each validation set, the work shared by all processes."""
-        accelerator, val = self._accelerator, self._corpus.val
-        device = accelerator.device
+        """Validate on every set and log a row."""
+        val = self._corpus.val
         self._core.eval()
-        losses = {}
+        row: dict[str, Any] = {"step": self.step, "val": {}}
         for done, (name, stream) in enumerate(val.items()):
             progress("validate", done, len(val), name)
-            sums = torch.zeros(2, dtype=_sum_dtype(device), device=device)
-            for inputs_BS, labels_BS in validation_batches(
-                stream, self.config, accelerator.process_index, accelerator.num_processes
-            ):
-                with self._autocast():
-                    logits_BSV = self._core(input_ids=inputs_BS.to(device), use_cache=False).logits
-                labels = labels_BS.flatten().to(device)
-                sums[0] += F.cross_entropy(
-                    logits_BSV.flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="sum"
-                )
-                sums[1] += (labels != IGNORED).sum()
-            total, count = accelerator.reduce(sums).tolist()
-            losses[name] = total / count
+            row["val"][name], routing = validate(self._core, self._capture, stream, self.config, self._accelerator)
+            if routing:
+                row.setdefault("routing", {})[name] = routing
         if val:
             progress("validate", len(val), len(val))
             if log:
-                log.append({"step": self.step, "val": losses})
+                log.append(row)
 
     def _so_far(self) -> dict[str, Any]:
         samples = self.step * self.config.global_batch_size
         return {"steps": self.step, "tokens": samples * self.config.seq_len, "ledger": self._mixture.ledger(samples)}
 
     def _save(self) -> None:
-        if self._accelerator.is_main_process:
-            state.save_step(self.config.out, self.step, self._fill, self.config.keep_checkpoints)
+        """Write a step folder, once the next step's loss and gradient show that the last update was no ruin."""
+        self._ahead = self._gradient()
+        main = self._accelerator.is_main_process
+        # Every process takes part in gathering, one tensor after the other; the main one keeps them.
+        gathered = ((name, whole(parameter)) for name, parameter in self._core.named_parameters())
+        weights = {name: tensor for name, tensor in gathered if main}
+        moments = {key: tensor for key, tensor in state.moments(self._core, self._raw_optimizer) if main}
+
+        def fill(folder: Path) -> None:
+            entry = {"command": "cpt", "moetool": __version__, "torch": torch.__version__, "seed": self.config.seed}
+            entry |= {"options": self.config.to_json(), **self._so_far()}
+            save_checkpoint(self._core, weights, self.config.model, folder, self._dtype, entry)
+            master = weights if self._dtype != "float32" else None
+            state.save_training_state(folder, moments, master, self.step, self._identity)
+
+        if main:
+            state.save_step(self.config.out, self.step, fill, self.config.keep_checkpoints)
         self._accelerator.wait_for_everyone()
-
-    def _fill(self, folder: Path) -> None:
-        entry = {"command": "cpt", "moetool": __version__, "torch": torch.__version__, "seed": self.config.seed}
-        entry |= {"options": self.config.to_json(), **self._so_far()}
-        save_checkpoint(self._core, self.config.model, folder, self._dtype, entry)
-        master = self._dtype != "float32"
-        state.save_training_state(folder, self._core, self._raw_optimizer, self.step, self._identity, master)
-
-
-def make_accelerator() -> Accelerator:
-    """accelerate's view of the machine; mixed precision and accumulation are the loop's own.
-
-    Raises:
-        ConfigError: accelerate sees another number of processes than were launched: they would be so
-            many separate runs that write one folder.
-    """
-    accelerator = Accelerator(
-        mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    accelerator.gradient_accumulation_steps = 1
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise ConfigError(
-            f"{launched} processes were launched, accelerate sees {accelerator.num_processes}; on a CPU launch with"
-            " ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m moetool cpt ..."
-        )
-    return accelerator
 
 
 def _load(folder: Path, device: torch.device) -> Any:
@@ -257,7 +314,3 @@ def _load(folder: Path, device: torch.device) -> Any:
     model.config.output_router_logits = False
     model.generation_config = GenerationConfig()
     return model
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no double precision

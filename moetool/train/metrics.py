@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from moetool.checkpoint.writer import write_file
+from moetool.routing.metrics import dead_experts, entropy, mri
+from moetool.routing.stats import RoutingStats
 
 
 class MetricsLog:
@@ -36,18 +41,42 @@ class MetricsLog:
                     yield row
 
 
-def summarize(log: MetricsLog, step_tokens: int) -> dict[str, Any]:
+def routing_row(counts_LE: np.ndarray[Any, np.dtype[np.int64]], num_tokens: int) -> dict[str, Any]:
+    """What the routers did with some tokens: `mri`, `entropy` and `dead_experts`, one value a layer.
+
+    Args:
+        counts_LE: routes to each expert.
+        num_tokens: that were routed.
+    """
+    L, E = counts_LE.shape
+    arrays = {
+        "num_tokens": torch.tensor(num_tokens),
+        "counts": torch.from_numpy(counts_LE),
+        "probability": torch.zeros(L, E),
+        "coactivation": torch.zeros(L, E, E),
+    }
+    top_k = int(counts_LE[0].sum()) // max(num_tokens, 1)
+    stats = RoutingStats.from_arrays(range(L), top_k, arrays)
+    return {"mri": mri(stats), "entropy": entropy(stats), "dead_experts": dead_experts(stats)}
+
+
+def summarize(log: MetricsLog, step_tokens: int, train: Collection[str]) -> dict[str, Any]:
     """What a run's rows come to: last training loss, validation before and after, speed.
 
     Args:
         log: of the run.
         step_tokens: tokens of one step.
+        train: the domains that the new text is of.
 
     Returns:
-        `loss`, `val` {domain: {before, after}}, `seconds` (training steps alone), `tokens_per_second`.
+        `loss`; `val` {domain: {before, after}}; `adaptation` {domain: change of its loss} of the domains
+        that were trained on and `forgetting` of all others, replayed ones too: above 0 the model has
+        become worse; `mri` {domain: {before: [each layer], after}}; `seconds` (training steps alone) and
+        `tokens_per_second`.
     """
     loss, seconds, tokens = None, 0.0, 0
     val: dict[str, dict[str, float]] = {}
+    imbalance: dict[str, dict[str, list[float]]] = {}
     for row in log.rows():
         if "loss" in row:
             loss = row["loss"]
@@ -55,4 +84,15 @@ def summarize(log: MetricsLog, step_tokens: int) -> dict[str, Any]:
             tokens += step_tokens
         for name, value in row.get("val", {}).items():
             val.setdefault(name, {"before": value})["after"] = value
-    return {"loss": loss, "val": val, "seconds": seconds, "tokens_per_second": tokens / seconds if seconds else None}
+        for name, routing in row.get("routing", {}).items():
+            imbalance.setdefault(name, {"before": routing["mri"]})["after"] = routing["mri"]
+    change = {name: value["after"] - value["before"] for name, value in val.items()}
+    return {
+        "loss": loss,
+        "val": val,
+        "adaptation": {name: value for name, value in change.items() if name in train},
+        "forgetting": {name: value for name, value in change.items() if name not in train},
+        "mri": imbalance,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else None,
+    }

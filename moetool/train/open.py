@@ -14,48 +14,55 @@ from moetool.routing.capture import has_routers
 from moetool.train import balance, state
 from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
+from moetool.train.execution import check_execution, executing
 from moetool.train.export import fingerprint
-from moetool.train.loop import Run, make_accelerator
+from moetool.train.loop import Run
 from moetool.train.plan import skeleton
+from moetool.train.processes import agreed, make_accelerator
 
 
 @contextmanager
 def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Run | dict[str, Any]]:
-    """Check everything, lock OUT, and load what the run starts or goes on from.
+    """Check everything and lock OUT; nothing is loaded yet, and nothing in OUT changed.
 
     Yields:
-        The run, or the summary of the one that is finished in OUT.
+        The run, to be loaded, or the summary of the one that is finished in OUT.
 
     Raises:
         ConfigError: options contradict the model, the machine or the checkpoints in OUT.
         CheckpointError: MODEL or OUT cannot be used, or another process writes OUT.
         DataError: a source cannot be read.
     """
+    with executing(config), _opened(config, progress) as run:
+        yield run
+
+
+@contextmanager
+def _opened(config: TrainConfig, progress: Progress) -> Iterator[Run | dict[str, Any]]:
     accelerator = make_accelerator()
     main, out = accelerator.is_main_process, config.out
     state.check_folder(config.model, out, config.resume)
+    state.check_start(config.model, config.keep_optimizer)
     model = skeleton(config.model)
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     default_balance = balance.parse([]) if has_routers(model) else {}
     config = config.resolve(positions, default_balance, accelerator.device.type == "cuda")
     check_batches(config.global_batch_size, config.micro_batch_size, accelerator.num_processes)
+    balance.check(config, model)
+    check_execution(config, model, accelerator.device)
     accelerator.wait_for_everyone()
     with _held(out) if main else nullcontext():
         with accelerator.main_process_first():
             corpus = open_corpus(config, model.get_input_embeddings().num_embeddings, progress)
         identity = config.identity(fingerprint(config.model), corpus.fingerprints)
-        found = state.find(out) if config.resume else state.Found(0, None, None)
+        found = agreed(accelerator, state.find(out) if main and config.resume else state.Found())
         if found.identity is not None:
             _same(out, found.identity, identity)
         if found.summary is not None:
             yield found.summary
             return
-        run = Run(config, accelerator, corpus, identity, found.step)
-        accelerator.wait_for_everyone()
-        if main:
-            state.claim(out)
-            if not config.resume:  # only now: a command that is refused deletes nothing
-                state.clear(out)
+        run = Run(config, accelerator, model, corpus, identity, found.step)
+        run.warnings += [f"{reason}; going on from step {found.step}" for reason in found.damaged]
         yield run
     accelerator.end_training()
 

@@ -13,6 +13,7 @@ from moetool.errors import CheckpointError
 from moetool.routing.capture import RouterCapture
 from moetool.train.batches import Corpus
 from moetool.train.config import TrainConfig
+from moetool.train.memory import device_memory, estimate, flops_per_token, parameters
 
 
 def skeleton(folder: Path) -> Any:
@@ -33,37 +34,25 @@ def skeleton(folder: Path) -> Any:
 
 
 def describe(
-    config: TrainConfig, model: nn.Module, capture: RouterCapture | None, mixture: TokenMixture, corpus: Corpus
-) -> tuple[dict[str, Any], list[str]]:
-    """The plan of a run, as plain values, and warnings.
+    config: TrainConfig, model: Any, mixture: TokenMixture, corpus: Corpus, num_processes: int, sharded: bool
+) -> dict[str, Any]:
+    """The plan of a run, as plain values.
 
     Args:
         config: resolved.
-        model: with its weights.
-        capture: on its routers; None for a dense model.
+        model: without weights, see `skeleton`.
         mixture: of the sources.
         corpus: what they and the validation sets are.
+        num_processes: of the run.
+        sharded: whether each process holds a share of the weights.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    active, warnings = total, []
-    if capture is not None:
-        device = next(model.parameters()).device
-        with torch.no_grad(), capture.collect() as routes:
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-        num_experts, top_k = routes[0].logits_TE.shape[-1], routes[0].indices_TK.shape[-1]
-        experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-        active = total - experts + experts * top_k // num_experts
-        # Seen in what the routers return, so that it holds for every family and every flag.
-        if top_k == 1 and all(bool((route.weights_TK == 1).all()) for route in routes):
-            warnings.append(
-                "top-1 routing with weights divided by their sum: every weight is 1, so the language loss gives the"
-                " router no gradient and only the balance losses train it; use a top-k of 2 or more, or a family that"
-                " does not normalise"
-            )
+    total, active = parameters(model)
     ledger = mixture.ledger(config.max_steps * config.global_batch_size)
-    plan = {
+    return {
         "num_parameters": total,
         "num_active_parameters": active,
+        "flops_per_token": flops_per_token(model, config.seq_len),
+        "memory": estimate(model, config, num_processes, sharded),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
         "seq_len": config.seq_len,
@@ -81,4 +70,32 @@ def describe(
         },
         "val": {name: stream.num_tokens for name, stream in corpus.val.items()},
     }
-    return plan, warnings
+
+
+def memory_warnings(memory: dict[str, int], device: torch.device) -> list[str]:
+    """A warning where the estimate is more than a device has."""
+    there = device_memory(device)
+    if there is None or memory["total"] <= there:
+        return []
+    return [
+        f"this run needs about {memory['total'] / 1e9:.0f} GB a process, {device} has {there / 1e9:.0f} GB; lower"
+        " --micro-batch-size, use --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)"
+    ]
+
+
+@torch.no_grad()
+def untrained_routers(model: nn.Module, capture: RouterCapture) -> list[str]:
+    """A warning where the language loss does not reach the routers.
+
+    Seen in what they return, so that it holds for every family and every flag.
+    """
+    device = next(model.parameters()).device
+    with capture.collect() as routes:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    if routes[0].indices_TK.shape[-1] > 1 or not all(bool((route.weights_TK == 1).all()) for route in routes):
+        return []
+    return [
+        "top-1 routing with weights divided by their sum: every weight is 1, so the language loss gives the"
+        " router no gradient and only the balance losses train it; use a top-k of 2 or more, or a family that"
+        " does not normalise"
+    ]

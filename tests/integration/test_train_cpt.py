@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetool.checkpoint.model import load_model
 from moetool.checkpoint.writer import FolderLock
@@ -282,14 +283,108 @@ def test_a_second_process_is_refused(tmp_path: Path, llama: Path, jsonl: Path) -
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, llama: Path, jsonl: Path) -> None:
     out = tmp_path / "out"
-    bad = ["--lr", 1e30, "--schedule", "constant", "--warmup-steps", 0, "--save-every", 1]
+    bad = ["--lr", 1e30, "--schedule", "constant", "--warmup-steps", 0, "--save-every", 4]
     code, _, stderr = cpt(llama, out, jsonl, *bad)
     assert code == 1
-    assert "at step 2; stopped before the update" in stderr
-    assert "step-000001" in stderr
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
+    assert "at step 2; stopped before the update, none is saved" in stderr
+    assert not (out / "checkpoints").exists()
     assert [row["step"] for row in rows(out) if "loss" in row] == [1]
     assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("save_every", [1, 2])
+def test_a_model_that_an_update_ruined_is_not_saved(
+    tmp_path: Path, llama: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
+) -> None:
+    """Its weights may be finite: the first loss that is not comes an update later."""
+
+    def ruinous(step: int, total_steps: int, *, lr: float, warmup_steps: int) -> float:
+        return 1e30 if step == 2 else lr
+
+    monkeypatch.setattr("moetool.train.schedules.constant", ruinous)
+    out = tmp_path / "out"
+    more = ["--schedule", "constant", "--save-every", save_every]
+    code, _, stderr = cpt(llama, out, jsonl, *more)
+    assert code == 1
+    assert "at step 4; stopped before the update, the last good checkpoint is" in stderr
+    assert "step-000002" in stderr
+    assert sorted(path.name for path in (out / "checkpoints").iterdir())[-1] == "step-000002"
+    assert load_model(out / "checkpoints" / "step-000002")
+
+
+def test_a_damaged_newest_checkpoint_is_not_gone_on_from(tmp_path: Path, mixtral: Path, jsonl: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cpt(mixtral, one, jsonl, "--save-every", 1, "--keep-checkpoints", 3)[0] == 0
+    shutil.copytree(one, two)
+    for name in ("config.json", "summary.json"):
+        (two / name).unlink()
+    (two / "moetool.partial.json").write_text('{"command": "cpt"}')
+    steps = two / "checkpoints"
+    shutil.rmtree(steps / "step-000004")
+    moments = steps / "step-000003" / "training_state" / "optimizer.safetensors"
+    moments.write_bytes(moments.read_bytes()[:-9])
+    code, _, stderr = cpt(mixtral, two, jsonl, "--save-every", 1, "--keep-checkpoints", 3)
+    assert code == 0
+    assert stderr.replace("\n", " ").startswith(
+        f"warning: {moments} is damaged (not the bytes that were written); going on from step 2"
+    )
+    assert untimed(two) == untimed(one)
+    assert all(torch.equal(value, weights(one)[name]) for name, value in weights(two).items())
+    assert sorted(path.name for path in steps.iterdir()) == ["step-000002", "step-000003", "step-000004"]
+
+
+def test_going_on_with_the_optimizer_of_another_run(tmp_path: Path, llama: Path) -> None:
+    """Every window of the text is the same, so two runs in a row see what one does."""
+    text = tmp_path / "same.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    document = tokenizer.decode(tokenizer("A router sends each token to a few experts; the load")["input_ids"][:15])
+    assert len(tokenizer(document)["input_ids"]) == 15
+    text.write_text((json.dumps({"text": document}) + "\n") * 40)
+    steady = [
+        "--schedule",
+        "infinite",
+        "--cooldown-end",
+        0,
+        "--constant-end",
+        1,
+        "--warmup-steps",
+        0,
+        "--val-fraction",
+        0,
+    ]
+    whole, first, second, fresh = (tmp_path / name for name in ("whole", "first", "second", "fresh"))
+    assert cpt(llama, whole, text, *steady, steps=6)[0] == 0
+    assert cpt(llama, first, text, *steady, steps=4)[0] == 0
+    step = first / "checkpoints" / "step-000004"
+    assert cpt(step, second, text, *steady, "--keep-optimizer", steps=2)[0] == 0
+    assert cpt(step, fresh, text, *steady, steps=2)[0] == 0
+    losses = [[row["loss"] for row in rows(out) if "loss" in row] for out in (whole, second, fresh)]
+    assert losses[1] == losses[0][4:]
+    assert losses[2][0] == losses[0][4]
+    assert losses[2][1] != losses[0][5]
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(second).items())
+    moments = [
+        load_file(out / "checkpoints" / step / "training_state" / "optimizer.safetensors")
+        for out, step in ((second, "step-000002"), (fresh, "step-000002"))
+    ]
+    assert [moment["lm_head.weight/step"].item() for moment in moments] == [6.0, 2.0]
+
+
+def test_an_optimizer_that_is_not_there_or_does_not_fit(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    code, _, stderr = cpt(llama, tmp_path / "out", jsonl, "--keep-optimizer")
+    assert code == 1
+    assert "holds no optimizer state" in stderr
+    assert len(stderr.splitlines()) == 1
+    assert cpt(llama, tmp_path / "run", jsonl, steps=1)[0] == 0
+    step = tmp_path / "run" / "checkpoints" / "step-000001"
+    moments = step / "training_state" / "optimizer.safetensors"
+    stored = load_file(moments)
+    save_file(stored | {"lm_head.weight/exp_avg": torch.zeros(3)}, moments)
+    code, _, stderr = cpt(step, tmp_path / "out", jsonl, "--keep-optimizer")
+    assert code == 1
+    assert "lm_head.weight has shape [3], the model's [300, 32]" in stderr
+    assert len(stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_top_1_with_weights_divided_by_their_sum_is_warned_of(tmp_path: Path, jsonl: Path) -> None:
@@ -347,7 +442,12 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path) -> None:
     process.send_signal(signal.SIGINT)
     stderr = process.communicate()[1]
     assert process.returncode == 130
-    assert "the same command goes on from the checkpoint of step" in stderr.replace("\n", " ")
+    # The step under way was finished and saved, between two regular checkpoints.
+    done = len([row for row in rows(out) if "loss" in row])
+    assert f"stopped after step {done}; the same command goes on from the checkpoint of step {done}" in (
+        stderr.replace("\n", " ")
+    )
+    assert (out / "checkpoints" / f"step-{done:06d}").is_dir()
 
     resumed = tiny.cli(*arguments(out))
     assert resumed.returncode == 0, resumed.stderr
@@ -363,12 +463,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_is_143(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+def test_sigterm_is_143_and_writes_a_checkpoint(tmp_path: Path, llama: Path, jsonl: Path) -> None:
     out = tmp_path / "out"
     process = start("cpt", llama, out, "--train", f"new={jsonl}", "--max-steps", 5000, *SMALL)
     wait_for_step(process, out, 3)
     process.terminate()
-    assert "the same command goes on from the beginning" in process.communicate()[1].replace("\n", " ")
+    stderr = process.communicate()[1].replace("\n", " ")
+    done = len([row for row in rows(out) if "loss" in row])
+    assert f"the same command goes on from the checkpoint of step {done}" in stderr
     assert process.returncode == 143
 
 

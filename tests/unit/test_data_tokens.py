@@ -336,3 +336,12 @@ def test_the_current_folder_is_refused(tmp_path: Path, llama: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="give a folder inside it"):
         write_tokens(["one"], load_tokenizer(llama), Path())
+
+
+def test_positions_count_from_the_document_or_the_window() -> None:
+    stream = TokenStream({}, np.array([0, 3, 4]), np.array([0, 3, 4, 9]), np.arange(9))
+    assert stream.positions(0, 9).tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
+    assert stream.positions(1, 4).tolist() == [0, 1, 0, 0]
+    assert stream.positions(6, 3).tolist() == [0, 1, 2]
+    with pytest.raises(IndexError, match="tokens 6 to 10"):
+        stream.positions(6, 4)

@@ -30,7 +30,9 @@ def test_processes_share_the_same_micro_batches(llama: Path, jsonl: Path, world:
     shares = [micro_batches(mixture, settings, 3, rank, world) for rank in range(world)]
     dealt = [shares[number % world][number // world] for number in range(4)]
     expected = np.stack([mixture.tokens(n) for n in range(24, 32)])
-    assert torch.equal(torch.cat([micro.tokens for micro in dealt]), torch.from_numpy(expected))
+    assert torch.equal(torch.cat([micro.inputs for micro in dealt]), torch.from_numpy(expected[:, :-1]))
+    assert torch.equal(torch.cat([micro.labels for micro in dealt]), torch.from_numpy(expected[:, 1:]))
+    assert all(micro.positions is None for micro in dealt)
     alone = micro_batches(mixture, settings, 3, 0, 1)
     assert [micro.seed for micro in dealt] == [micro.seed for micro in alone]
     assert len({micro.seed for step in range(3) for micro in micro_batches(mixture, settings, step, 0, 1)}) == 12
@@ -43,12 +45,31 @@ def test_validation_predicts_every_token_once(world: int, num_tokens: int) -> No
     stream = TokenStream({}, np.array([0]), np.array([0, num_tokens]), memory)
     settings = config(Path("m"), Path("p"))
     predicted = []
-    for rank in range(world):
-        for inputs_BS, labels_BS in validation_batches(stream, settings, rank, world):
-            real = labels_BS != IGNORED
-            assert (labels_BS[real] == inputs_BS[real] + 1).all()
-            predicted += labels_BS[real].tolist()
+    batches = [list(validation_batches(stream, settings, rank, world)) for rank in range(world)]
+    assert len({len(share) for share in batches}) == 1  # all take part where weights are sharded
+    for batch in (batch for share in batches for batch in share):
+        real = batch.labels != IGNORED
+        assert (batch.labels[real] == batch.inputs[real] + 1).all()
+        predicted += batch.labels[real].tolist()
     assert sorted(predicted) == memory[1:].tolist()
+
+
+def test_positions_begin_anew_at_each_document(llama: Path, jsonl: Path) -> None:
+    settings = config(llama, jsonl, cross_document=False)
+    corpus = open_corpus(settings, 300)
+    for micro in micro_batches(mix(corpus, settings), settings, 3, 0, 1):
+        assert micro.positions is not None
+        for inputs, positions in zip(micro.inputs.tolist(), micro.positions.tolist(), strict=True):
+            place = -1
+            for token, position in zip(inputs, positions, strict=True):
+                place = place + 1
+                assert position == place
+                place = -1 if token == 0 else place  # <|endoftext|> ends its document
+    for batch in validation_batches(corpus.val["a"], settings, 0, 1):
+        assert batch.positions is not None
+        new = batch.positions[:, 1:] == 0
+        ended = (batch.inputs[:, :-1] == 0) & (batch.labels[:, 1:] != IGNORED)
+        assert torch.equal(new & (batch.labels[:, 1:] != IGNORED), ended)
 
 
 def test_validation_documents_are_not_trained_on(llama: Path, jsonl: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -13,12 +14,13 @@ from torch import nn
 
 from moetool.checkpoint.model import load_model
 from moetool.checkpoint.writer import FolderLock
-from moetool.errors import CheckpointError
+from moetool.errors import CheckpointError, ConfigError
 from moetool.train import state
 from moetool.train.config import TrainConfig
 from moetool.train.export import fingerprint, save_checkpoint, source_dtype
-from moetool.train.metrics import MetricsLog, summarize
+from moetool.train.metrics import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import adamw
+from moetool.train.processes import whole
 from tests import tiny
 
 
@@ -61,28 +63,91 @@ def test_training_state_round_trip(tmp_path: Path) -> None:
         group["lr"] = 0.1
     one(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    state.save_training_state(tmp_path, one, optimizer, 1, {"seed": 0}, master=True)
-    state.load_training_state(tmp_path, two, other)
+    weights = {name: whole(parameter) for name, parameter in one.named_parameters()}
+    state.save_training_state(tmp_path, dict(state.moments(one, optimizer)), weights, 1, {"seed": 0})
+    state.load_training_state(tmp_path, two, other, "do this")
     assert state.read_identity(tmp_path) == {"seed": 0}
     for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(ours, theirs)
         assert {k: v.tolist() for k, v in optimizer.state[ours].items()} == {
             k: v.tolist() for k, v in other.state[theirs].items()
         }
-    advice = "delete that step folder to go on from the one before"
-    files = {path: path.read_bytes() for path in (tmp_path / "training_state").iterdir()}
-    for path in files:
+    folder = tmp_path / "training_state"
+    for path in list(folder.iterdir()):
+        written = path.read_bytes()
         path.write_bytes(b"damaged")
-        with pytest.raises(CheckpointError, match=advice):
-            state.load_training_state(tmp_path, two, other)
-        path.write_bytes(files[path])
-    (tmp_path / "training_state" / "state.json").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match=advice):
-        state.read_identity(tmp_path)
-    (tmp_path / "training_state" / "state.json").write_bytes(files[tmp_path / "training_state" / "state.json"])
-    (tmp_path / "training_state" / "master.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=advice):
-        state.load_training_state(tmp_path, two, other)
+        with pytest.raises(CheckpointError, match=r"cannot be used .*; do this"):
+            state.load_training_state(tmp_path, two, other, "do this")
+        path.write_bytes(written)
+    (folder / "master.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        state.load_training_state(tmp_path, two, other, "do this")
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.Linear(4, 3), r"the model has no 0\.(bias|weight)"),
+        (nn.Sequential(nn.Linear(5, 3)), r"0\.weight has shape \[3, 4\], the model's \[3, 5\]"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)), r"holds nothing for 1\.bias"),
+    ],
+)
+def test_moments_of_another_model_are_refused(tmp_path: Path, model: nn.Module, reason: str) -> None:
+    one = nn.Sequential(nn.Linear(4, 3))
+    config = TrainConfig(model=Path("m"), out=Path("o"), train={})
+    optimizer = adamw(one, config)
+    one(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    state.save_training_state(tmp_path, dict(state.moments(one, optimizer)), None, 1, {})
+    with pytest.raises(CheckpointError, match=reason):
+        state.load_training_state(tmp_path, model, adamw(model, config), "do this")
+
+
+def run_folder(out: Path) -> list[Path]:
+    """A run of three step folders."""
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights" * 100)
+        state.save_training_state(folder, {"a/exp_avg": torch.ones(100)}, None, 1, {"seed": 0})
+
+    return [state.save_step(out, step, fill, keep=3) for step in (5, 10, 15)]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state/optimizer.safetensors"])
+@pytest.mark.parametrize("damage", ["shorter", "one bit", "absent"])
+def test_a_damaged_newest_step_is_not_gone_on_from(tmp_path: Path, name: str, damage: str) -> None:
+    newest = run_folder(tmp_path)[-1] / name
+    assert state.find(tmp_path) == state.Found(15, {"seed": 0})
+    written = bytearray(newest.read_bytes())
+    if damage == "shorter":
+        newest.write_bytes(written[:-1])
+    elif damage == "one bit":
+        written[-20] ^= 1
+        newest.write_bytes(written)
+    else:
+        newest.unlink()
+    found = state.find(tmp_path)
+    assert (found.step, found.identity) == (10, {"seed": 0})
+    assert str(newest) in found.damaged[0]
+    # With its name it would stand before good folders when old ones are deleted.
+    state.set_aside(tmp_path, found.step)
+    assert state.saved_steps(tmp_path) == [5, 10]
+    assert state.save_step(tmp_path, 20, fill, keep=2)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000010", "step-000020"]
+
+
+def test_a_step_folder_without_its_state_is_told(tmp_path: Path) -> None:
+    folders = run_folder(tmp_path)
+    (folders[2] / "training_state" / "state.json").write_text("{")
+    (folders[1] / "training_state" / "state.json").unlink()
+    found = state.find(tmp_path)
+    assert found.step == 5
+    assert "is not valid JSON" in found.damaged[0]
+    assert "no such file" in found.damaged[1]
+    (folders[0] / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no step folder before it is intact; begin again with --no-resume"):
+        state.find(tmp_path)
 
 
 def test_a_full_disk_is_no_bug(tmp_path: Path) -> None:
@@ -148,7 +213,8 @@ def test_saved_weights_are_the_rounded_masters(tmp_path: Path, tied: bool) -> No
     with torch.no_grad():
         model.model.norm.weight.add_(1e-4)
         model.lm_head.weight.mul_(1.001)
-    save_checkpoint(model, source, tmp_path / "saved", "bfloat16", {"command": "cpt"})
+    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    save_checkpoint(model, weights, source, tmp_path / "saved", "bfloat16", {"command": "cpt"})
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert set(saved) == set(load_file(source / "model.safetensors"))
     assert ("lm_head.weight" in saved) is not tied
@@ -158,9 +224,18 @@ def test_saved_weights_are_the_rounded_masters(tmp_path: Path, tied: bool) -> No
     assert written == {key: value for key, value in config.items() if key != "output_router_logits"}
 
 
+@pytest.mark.parametrize(("value", "advice"), [(float("nan"), "lower --lr"), (1e5, "--save-dtype float32")])
+def test_a_model_that_is_not_finite_is_not_saved(tmp_path: Path, llama: Path, value: float, advice: str) -> None:
+    model = load_model(llama, "float32")
+    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    weights["model.norm.weight"] = torch.full((32,), value)
+    with pytest.raises(ConfigError, match=rf"model\.norm\.weight is not finite in float16, .*step 7 .*{advice}"):
+        save_checkpoint(model, weights, llama, tmp_path / "saved", "float16", {"steps": 7})
+
+
 def test_metrics_keep_each_step_once(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)
-    log.append({"step": 0, "val": {"a": 3.0}})
+    log.append({"step": 0, "val": {"a": 3.0, "b": 1.0}, "routing": {"a": {"mri": [0.9]}}})
     for step in (1, 2, 3):
         log.append({"step": step, "loss": 4.0 - step, "tokens_per_second": 10.0})
     with log.path.open("a") as file:
@@ -168,11 +243,21 @@ def test_metrics_keep_each_step_once(tmp_path: Path) -> None:
     log = MetricsLog(log.path, 2)
     assert [row["step"] for row in log.rows()] == [0, 1, 2]
     log.append({"step": 3, "loss": 0.5, "tokens_per_second": 20.0})
-    log.append({"step": 3, "val": {"a": 2.0}})
-    assert summarize(log, 100) == {
+    log.append({"step": 3, "val": {"a": 2.0, "b": 1.25}, "routing": {"a": {"mri": [0.5]}}})
+    assert summarize(log, 100, {"a": "a.txt"}) == {
         "loss": 0.5,
-        "val": {"a": {"before": 3.0, "after": 2.0}},
+        "val": {"a": {"before": 3.0, "after": 2.0}, "b": {"before": 1.0, "after": 1.25}},
+        "adaptation": {"a": -1.0},
+        "forgetting": {"b": 0.25},
+        "mri": {"a": {"before": [0.9], "after": [0.5]}},
         "seconds": 25.0,
         "tokens_per_second": 12.0,
     }
     assert list(MetricsLog(log.path, 0).rows()) == []
+
+
+def test_the_routing_of_a_step() -> None:
+    row = routing_row(np.array([[100, 100, 100, 100], [200, 199, 1, 0]]), 200)
+    assert row["mri"] == [0.5, 1.0]
+    assert row["entropy"][0] == pytest.approx(1.0)
+    assert row["dead_experts"] == [[], [2, 3]]

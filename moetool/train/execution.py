@@ -1,0 +1,71 @@
+"""How a run is computed: layers twice, compiled, deterministically. What is computed stays the same, to rounding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from moetool.errors import ConfigError
+from moetool.train.config import TrainConfig
+
+
+def check_execution(config: TrainConfig, model: Any, device: torch.device) -> None:
+    """Refuse what the model or the machine cannot do, before the weights are read.
+
+    Args:
+        config: of the run.
+        model: of transformers; its weights may be on torch's meta device.
+        device: that it will train on.
+
+    Raises:
+        ConfigError: says what.
+    """
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConfigError(f"--gradient-checkpointing: transformers has none for {type(model).__name__}; leave it out")
+    if config.compile:
+        # The smallest of programs needs the same compilers (C++ on a CPU, Triton on a GPU) as a model.
+        torch.compile(lambda x: x * 2 + 1)(torch.zeros(8, device=device))
+
+
+def apply_execution(config: TrainConfig, model: Any) -> None:
+    """Set a model up for gradient checkpointing and compilation.
+
+    Args:
+        config: of the run.
+        model: of transformers, before it is wrapped; is changed in place, its tensors keep their names.
+    """
+    if config.gradient_checkpointing:
+        # The reentrant form would lose the gradient of the balance losses without a word.
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        model.compile()
+
+
+@contextmanager
+def executing(config: TrainConfig) -> Iterator[None]:
+    """Deterministic kernels if asked for; failures that come of how a run is computed become one line.
+
+    Raises:
+        ConfigError: an operation has no deterministic form, or torch cannot compile the model here.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except Exception as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        if config.deterministic and "deterministic" in reason:
+            raise ConfigError(f"--deterministic: {reason}; leave it out") from None
+        if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise ConfigError(f"--compile: torch cannot compile this here: {reason}; leave it out") from None
+        raise
+    finally:
+        torch.use_deterministic_algorithms(before)
+        if config.compile:
+            torch._dynamo.reset()  # another model of this process is not a recompilation of this one

@@ -1,0 +1,132 @@
+"""What a run needs of a device's memory and arithmetic, known before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moetool.routing.capture import RouterCapture, has_routers
+from moetool.train.config import TrainConfig
+
+FLOAT32, BFLOAT16 = 4, 2  # bytes
+
+# Dense bf16 operations a second of tensor cores, from the vendors' data sheets (without sparsity).
+_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "A10": 125e12,
+}
+
+
+def routing_size(model: Any) -> tuple[int, int]:
+    """Routed experts a layer and experts a token of a model without weights; (1, 1) for a dense one.
+
+    A router is run on torch's meta device, so that no family's names for the two need be known.
+    """
+    if not has_routers(model):
+        return 1, 1
+    capture = RouterCapture(model)
+    router = next(iter(capture.routers.values()))
+    with torch.no_grad(), capture.collect() as routes:
+        router(torch.zeros(1, 2, model.config.get_text_config().hidden_size, device="meta"))
+    return routes[0].logits_TE.shape[-1], routes[0].indices_TK.shape[-1]
+
+
+def parameters(model: Any) -> tuple[int, int]:
+    """Parameters of a model, in all and those that one token uses."""
+    num_experts, top_k = routing_size(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if _routed(name, p))
+    return total, total - experts + experts * top_k // num_experts
+
+
+def estimate(model: Any, config: TrainConfig, num_processes: int, sharded: bool) -> dict[str, int]:
+    """Bytes that each process needs on its device.
+
+    Weights, gradients and both moments are fp32, 16 bytes a parameter. Under bf16 autocast the matrices
+    are held in bf16 as well until the backward has used them; sharded weights are gathered a layer at a
+    time instead. Activations are an estimate: each matrix keeps its input and its output for the
+    backward, each norm three rows in fp32, and the logits a copy and a gradient in fp32.
+
+    Args:
+        model: without weights.
+        config: resolved.
+        num_processes: of the run.
+        sharded: whether each holds a share of the weights (FSDP).
+
+    Returns:
+        `weights`, `gradients`, `optimizer`, `activations` and their sum, `total`.
+    """
+    total, _ = parameters(model)
+    _, top_k = routing_size(model)
+    trained = total - config.freeze_router * sum(p.numel() for n, p in model.named_parameters() if _router(n))
+    share = num_processes if sharded else 1
+    compute = BFLOAT16 if config.precision == "bf16" else FLOAT32
+    text = model.config.get_text_config()
+    token, largest = 0, 0
+    for name, parameter in model.named_parameters():
+        if _embedding(name):
+            continue
+        largest = max(largest, parameter.numel())
+        if parameter.ndim == 1:
+            token += 3 * FLOAT32 * parameter.numel()
+        else:
+            token += compute * (top_k if _routed(name, parameter) else 1) * sum(parameter.shape[-2:])
+    if config.gradient_checkpointing:  # the inputs of all layers, and all of one
+        token = token // text.num_hidden_layers + text.num_hidden_layers * text.hidden_size * compute
+    token += text.vocab_size * (2 * FLOAT32 + compute)
+    casts = BFLOAT16 * (2 * largest if sharded else total) if config.precision == "bf16" else 0
+    need = {
+        "weights": FLOAT32 * total // share + casts,
+        "gradients": FLOAT32 * trained // share,
+        "optimizer": 2 * FLOAT32 * trained // share,
+        "activations": token * config.micro_batch_size * config.seq_len,
+    }
+    return {**need, "total": sum(need.values())}
+
+
+def flops_per_token(model: Any, seq_len: int) -> int:
+    """Operations that training on one token takes: 6 a parameter that it uses, and attention.
+
+    Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B: 6 N + 12 L H Q S, here without the input
+    embedding, which is looked up. What gradient checkpointing computes twice counts once.
+    """
+    config = model.config.get_text_config()
+    _, active = parameters(model)
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(
+        6 * (active - looked_up) + 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * seq_len
+    )
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Operations a second that a device can do in bf16; None where it is not known."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a device's memory; None where it is not its own."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+
+
+def _routed(name: str, parameter: Any) -> bool:
+    return ".experts." in name and parameter.ndim == 3
+
+
+def _router(name: str) -> bool:
+    return name.endswith((".gate.weight", ".router.weight", ".router.layer.weight"))
+
+
+def _embedding(name: str) -> bool:
+    return name.endswith(("embed_tokens.weight", "lm_head.weight"))

@@ -1,0 +1,243 @@
+"""Balance strategies that change which experts are chosen, by hooks and buffers; the saved model is stock.
+
+Shapes: T tokens of a micro-batch, E experts, K top-k, L layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moetool.errors import ConfigError
+from moetool.routing.capture import Route, RouterCapture, read_output
+from moetool.train.processes import share
+
+# Half-steps of Sinkhorn's iteration come in pairs; after these the tokens' sums are even to a few
+# thousandths for logits of trained routers (the experts' are even by the last half-step itself).
+SINKHORN_ITERATIONS = 8
+
+# The last part of the names under which families store a selection bias.
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
+_FAMILIES_WITH_BIAS = "glm4_moe, dots1, solar_open, deepseek_v3, ernie4_5_moe, minimax_m2, lfm2_moe, afmoe and others"
+
+
+class Selection(Protocol):
+    """A strategy that acts on the choice of experts.
+
+    Attributes:
+        coefficient: where the user names none; 0 where it takes none.
+    """
+
+    coefficient: ClassVar[float]
+
+    def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float) -> None:
+        """Raises ConfigError where the model's family does not allow it; the weights may be on torch's meta device."""
+        ...
+
+    def update(self, counts_LE: Tensor) -> None:
+        """After an optimizer step: routes to each expert in it, over all micro-batches and processes."""
+        ...
+
+
+def sinkhorn(logits_TE: Tensor, iterations: int = SINKHORN_ITERATIONS) -> Tensor:
+    """Scale exp(logits) until every token and every expert has the same share; logarithms of the result.
+
+    With C = exp(logits): d1_e = 1 / (E * sum_t C_te) to begin with, as in BlackMamba (Anthony et al.
+    2024, arXiv 2402.01771), then d0_t = 1 / (T * sum_e d1_e C_te) and d1_e = 1 / (E * sum_t d0_t C_te) in
+    turn; the result is d0_t C_te d1_e. All in logarithms, so that no logit overflows; the number of
+    iterations is fixed, because published stopping rules depend on the scale of the logits.
+
+    Args:
+        logits_TE: float32, any size of numbers.
+        iterations: pairs of half-steps.
+
+    Returns:
+        Float32 (T, E). Its exponential sums to 1/E for each expert and tends to 1/T for each token.
+    """
+    num_tokens, num_experts = logits_TE.shape
+    expert_E = -math.log(num_experts) - logits_TE.logsumexp(dim=0)
+    token_T1 = torch.zeros_like(logits_TE[:, :1])
+    for _ in range(iterations):
+        token_T1 = -math.log(num_tokens) - (logits_TE + expert_E).logsumexp(dim=1, keepdim=True)
+        expert_E = -math.log(num_experts) - (logits_TE + token_T1).logsumexp(dim=0)
+    return logits_TE + token_T1 + expert_E
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How a family weights the experts that it has chosen.
+
+    Attributes:
+        scoring: as in Route.
+        normalised: whether the chosen scores are divided by their sum.
+        factor: by which they are multiplied then.
+    """
+
+    scoring: str
+    normalised: bool
+    factor: float
+
+    def weights_TK(self, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
+        """The weights of chosen experts, with the gradient of the logits."""
+        chosen_TK = Route(0, logits_TE, indices_TK, indices_TK, self.scoring).scores_TE().gather(1, indices_TK)
+        if self.normalised:
+            chosen_TK = chosen_TK / chosen_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        return chosen_TK * self.factor
+
+
+@torch.no_grad()
+def find_weighting(router: nn.Module, scoring: str) -> Weighting:
+    """Find out how a router weights its choices by trying a copy of it on random tokens.
+
+    What is found is what the family does, whatever flags its config sets: the rule must give the
+    router's own weights for the router's own choices.
+
+    Args:
+        router: its weights may be on torch's meta device; they are replaced in the copy.
+        scoring: as in Route.
+
+    Raises:
+        ConfigError: the weights are no multiple of the chosen experts' scores.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(router).to_empty(device="cpu").float().eval()
+    for parameter in probe.parameters():
+        parameter.normal_(std=0.5, generator=generator)
+    for buffer in probe.buffers():
+        buffer.zero_()
+    matrix = next(parameter for parameter in probe.parameters() if parameter.ndim == 2)
+    hidden_TD = torch.randn(64, matrix.shape[-1], generator=generator)
+    try:
+        try:
+            output = probe.forward(hidden_TD)
+        except TypeError:  # families whose block hands the selection bias over
+            output = probe.forward(hidden_TD, torch.zeros(matrix.shape[0]))
+        logits_TE, weights_TK, indices_TK = read_output(output, type(router).__name__, 0)
+        for normalised in (False, True):
+            expected_TK = Weighting(scoring, normalised, 1.0).weights_TK(logits_TE, indices_TK)
+            ratio_TK = weights_TK.float() / expected_TK
+            factor = ratio_TK.mean().item()
+            if torch.allclose(ratio_TK, torch.full_like(ratio_TK, factor), rtol=1e-3, atol=0):
+                # Rounded: a factor is a number in a config, what is measured of it has float32's noise.
+                return Weighting(scoring, normalised, float(f"{factor:.5g}"))
+    except Exception as error:  # a router that needs more than hidden states
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(_NO_SINKHORN.format(type(router).__name__, f" ({reason})")) from None
+    raise ConfigError(_NO_SINKHORN.format(type(router).__name__, ""))
+
+
+_NO_SINKHORN = (
+    "--balance sinkhorn: how {} weights its choices cannot be applied to other choices{}; use aux, global-aux or"
+    " loss-free"
+)
+
+
+class Sinkhorn:
+    """Choose experts in training by Sinkhorn's assignment, which gives every expert the same share.
+
+    A forward hook replaces the chosen indices by the top-k of `sinkhorn(logits)` over the micro-batch,
+    without gradient; their weights are the family's own for those experts, and carry the router's
+    gradient. Outside training the router is untouched, because the assignment needs the whole batch:
+    the saved model is the trained one with plain top-k. Clark et al. 2022 (arXiv 2202.01169), section
+    3.2; used in continual pretraining by Therien et al. 2025 (arXiv 2503.05029). It takes no coefficient.
+    A selection bias of the family has no part in the choice.
+    """
+
+    coefficient: ClassVar[float] = 0.0
+
+    def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float = 0.0) -> None:
+        for layer, router in capture.routers.items():
+            if getattr(router, "topk_group", 1) < getattr(router, "num_group", 1):
+                raise ConfigError(
+                    f"--balance sinkhorn: layer {layer} chooses experts within groups (n_group"
+                    f" {router.num_group}), which Sinkhorn's assignment would ignore; use aux, global-aux or loss-free"
+                )
+            weighting = find_weighting(router, capture.scoring[layer])
+            # Ahead of the hook that collects, so that the choices that act are the ones that are counted.
+            router.register_forward_hook(_choose(weighting), prepend=True)
+
+    def update(self, counts_LE: Tensor) -> None:
+        """Nothing: each micro-batch is balanced by itself."""
+
+
+def _choose(weighting: Weighting) -> Any:
+    # A pure function of the router's output, so that the recomputation under gradient checkpointing
+    # chooses the same experts.
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not module.training:
+            return None
+        logits, weights, indices = output[:3]
+        logits_TE = logits.float().reshape(-1, logits.shape[-1])
+        with torch.no_grad():
+            chosen_TK = sinkhorn(logits_TE.detach()).topk(indices.shape[-1], dim=-1).indices
+        weights_TK = weighting.weights_TK(logits_TE, chosen_TK)
+        return (
+            logits,
+            weights_TK.reshape(weights.shape).to(weights.dtype),
+            chosen_TK.reshape(indices.shape).to(indices.dtype),
+            *output[3:],
+        )
+
+    return hook
+
+
+class LossFree:
+    """Add `coefficient` to the selection bias of underloaded experts after each step, take it from overloaded ones.
+
+    b_e += u * sign(mean load - load of e), from the routes of the whole step over all processes; the
+    bias decides who is chosen, not how choices are weighted: Wang et al. 2024 (arXiv 2408.15664),
+    algorithm 1, with their u = 0.001. The bias stays float32, in the saved checkpoint too.
+    """
+
+    coefficient: ClassVar[float] = 0.001
+
+    def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float) -> None:
+        self._rate, self._places = coefficient, selection_biases(model, capture.routers)
+
+    @torch.no_grad()
+    def update(self, counts_LE: Tensor) -> None:
+        """Move every bias by one step of the update rate."""
+        sign_LE = (counts_LE.mean(dim=-1, keepdim=True, dtype=torch.float64) - counts_LE).sign()
+        for (module, name), sign_E in zip(self._places, sign_LE, strict=True):
+            bias: Tensor = getattr(module, name)
+            bias.add_(share(sign_E.to(bias.dtype).reshape(bias.shape), bias), alpha=self._rate)
+
+
+def selection_biases(model: nn.Module, routers: Mapping[int, nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Where the selection bias of each layer's router is: (module, attribute), its own or its block's.
+
+    Not the tensors themselves, which are others once a model has been moved to a device.
+
+    Args:
+        model: of transformers.
+        routers: layer -> router.
+
+    Raises:
+        ConfigError: a router has none that is saved, so that the bias would be lost with the checkpoint.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    stored = [name for name in model.state_dict() if is_selection_bias(name)]
+    places = []
+    for layer, router in routers.items():
+        block = names[router].rpartition(".")[0]
+        found = [name for name in stored if name.startswith(f"{names[router]}.") or name.rpartition(".")[0] == block]
+        if len(found) != 1:
+            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            raise ConfigError(
+                f"--balance loss-free: a checkpoint of '{kind}' cannot store a selection bias for layer {layer};"
+                f" {_FAMILIES_WITH_BIAS} can. Use aux or global-aux"
+            )
+        owner, _, attribute = found[0].rpartition(".")
+        places.append((model.get_submodule(owner), attribute))
+    return places
+
+
+def is_selection_bias(name: str) -> bool:
+    """Whether a tensor of a model is a selection bias, by its name."""
+    return name.rpartition(".")[2] in BIAS_NAMES

@@ -1,0 +1,100 @@
+"""The mean loss over every token of a validation set, the work shared by all processes.
+
+Shapes: B sequences, S their length, T tokens that are predicted, V vocabulary, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moetool.data.tokens import TokenStream
+from moetool.errors import ConfigError
+from moetool.routing.capture import Route, RouterCapture
+from moetool.train.batches import IGNORED, MicroBatch, validation_batches
+from moetool.train.config import TrainConfig
+from moetool.train.metrics import routing_row
+from moetool.train.processes import Accelerator, autocast, sum_dtype
+
+
+def logits(model: Any, batch: MicroBatch, device: torch.device) -> Tensor:
+    """Logits of a batch, (B, S, V). Places that begin anew make transformers keep documents apart."""
+    apart = {} if batch.positions is None else {"position_ids": batch.positions.to(device, non_blocking=True)}
+    out: Tensor = model(input_ids=batch.inputs.to(device, non_blocking=True), use_cache=False, **apart).logits
+    return out
+
+
+@torch.no_grad()
+def validate(
+    model: Any, capture: RouterCapture | None, stream: TokenStream, config: TrainConfig, accelerator: Accelerator
+) -> tuple[float, dict[str, Any] | None]:
+    """Loss and routing of one validation set.
+
+    Args:
+        model: in evaluation mode; not wrapped for gradients.
+        capture: on its routers; None for a dense model.
+        stream: the set.
+        config: of the run.
+        accelerator: its processes, which must all call.
+
+    Returns:
+        The mean loss, and `mri`, `entropy` and `dead_experts` of each layer over the predicted places.
+    """
+    device = accelerator.device
+    sums: Tensor = torch.zeros(2, dtype=sum_dtype(device), device=device)
+    counts_LE: Tensor | None = None
+    for batch in validation_batches(stream, config, accelerator.process_index, accelerator.num_processes):
+        collect: AbstractContextManager[list[Route]] = capture.collect() if capture else nullcontext([])
+        with autocast(device, config.precision), collect as routes:
+            logits_BSV = logits(model, batch, device)
+        labels_T = batch.labels.flatten().to(device)
+        predicted_T = labels_T != IGNORED
+        loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_T, ignore_index=IGNORED, reduction="sum")
+        sums += torch.stack([loss.to(sums), predicted_T.sum().to(sums)])
+        if routes:
+            counted = torch.stack([_counts(route, predicted_T) for route in routes])
+            counts_LE = counted if counts_LE is None else counts_LE + counted
+    total, count = accelerator.reduce(sums).tolist()
+    routing = None
+    if counts_LE is not None:
+        routing = routing_row(accelerator.reduce(counts_LE).cpu().long().numpy(), int(count))
+    return total / count, routing
+
+
+def _counts(route: Route, predicted_T: Tensor) -> Tensor:
+    """Routes to each expert from the predicted places, (E,)."""
+    counts_E = torch.zeros(route.logits_TE.shape[-1], dtype=torch.int64, device=predicted_T.device)
+    weights_TK = predicted_T[:, None].expand_as(route.indices_TK).long()
+    return counts_E.scatter_add_(0, route.indices_TK.flatten(), weights_TK.flatten())
+
+
+@torch.no_grad()
+def check_documents_apart(model: Any) -> None:
+    """Refuse `--no-cross-document` for a model that does not keep documents apart by their positions.
+
+    Two documents of random tokens run in one sequence and each alone: the logits must be the same.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    documents = [torch.randint(vocab_size, (1, length), generator=generator) for length in (7, 9)]
+    places = [torch.arange(document.shape[1])[None] for document in documents]
+
+    def run(tokens: Tensor, positions: Tensor) -> Tensor:
+        return logits(model, MicroBatch(tokens, tokens, positions), device).float()
+
+    together = run(torch.cat(documents, dim=1), torch.cat(places, dim=1))
+    alone = torch.cat([run(*pair) for pair in zip(documents, places, strict=True)], dim=1)
+    if not torch.allclose(together, alone, rtol=0, atol=1e-3 * float(alone.abs().max())):
+        raise ConfigError(
+            f"--no-cross-document: {type(model).__name__} lets a document see the one before it, whatever the"
+            " positions; leave the option out"
+        )
