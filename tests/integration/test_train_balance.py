@@ -1,0 +1,411 @@
+"""Balance strategies at work: router gradients however a run is computed, real runs, what they save."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moetool.checkpoint.model import load_model
+from moetool.routing.capture import RouterCapture
+from moetool.train import balance
+from moetool.train.balance import build_losses, build_selections, count_routes
+from moetool.train.config import TrainConfig
+from moetool.train.execution import apply_execution, executing
+from tests import tiny
+
+SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3, "--json", "--quiet"]
+LOSSES = ["aux", "global-aux", "pooled-aux", "z-loss"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    return {
+        "mixtral": tiny.save_mixtral(folder / "mixtral"),
+        "glm4_moe": tiny.save_glm4_moe(folder / "glm4_moe"),
+    }
+
+
+@pytest.fixture
+def light_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile traces and differentiates, but generates no C++, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+def cpt(model: Path, out: Path, text: Path, *more: object, steps: int = 4) -> tuple[int, str, str]:
+    return tiny.in_process("cpt", model, out, "--train", f"new={text}", "--max-steps", steps, *SMALL, *more)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of training, without their speed."""
+    read = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k in ("step", "loss", "grad_norm", "balance", "mri")} for row in read]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def options(strategies: list[str]) -> list[str]:
+    return [part for name in strategies for part in ("--balance", name)]
+
+
+def router_gradients(model_folder: Path, strategies: list[str], **how: Any) -> list[Tensor]:
+    """Of two micro-batches, as the loop adds them up, the balance losses weighing as much as language."""
+    chosen = dict.fromkeys(balance.parse(strategies), 1.0)
+    config = TrainConfig(model_folder, model_folder, {}, balance=chosen, **how)
+    with executing(config):
+        model: Any = load_model(model_folder, "float32")
+        capture = RouterCapture(model)
+        with torch.no_grad(), capture.collect():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long))  # as the plan does
+        build_selections(config.balance, model, capture)
+        apply_execution(config, model)
+        model.train()
+        seen: list[Tensor] = []
+        for micro in range(2):
+            tokens = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(micro))
+            with capture.collect() as routes:
+                logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+            assert [route.layer for route in routes] == capture.layers
+            seen.append(count_routes(routes))
+            counts = {"micro-batch": seen[-1], "step": torch.stack(seen).sum(dim=0)}
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            for strategy in build_losses(config.balance).values():
+                loss = loss + strategy.losses(routes, counts[strategy.scope]).mean()
+            (loss / 2).backward()
+            assert len(routes) == len(capture.layers)  # nothing was collected in the recomputation
+        gradients = [router.weight.grad for router in capture.routers.values()]
+    assert all(isinstance(gradient, Tensor) and gradient.abs().max() > 0 for gradient in gradients)
+    return [gradient for gradient in gradients if isinstance(gradient, Tensor)]
+
+
+CASES = [
+    *((family, [name]) for family in ("mixtral", "glm4_moe") for name in [*LOSSES, "sinkhorn"]),
+    ("glm4_moe", ["loss-free", "aux"]),
+]
+
+
+@pytest.mark.parametrize(("family", "strategies"), CASES)
+def test_gradient_checkpointing_keeps_the_routers_gradient(
+    models: dict[str, Path], family: str, strategies: list[str]
+) -> None:
+    plain = router_gradients(models[family], strategies)
+    again = router_gradients(models[family], strategies, gradient_checkpointing=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    without = router_gradients(models[family], ["none"])
+    assert not any(torch.allclose(a, b, rtol=1e-2) for a, b in zip(plain, without, strict=True))
+
+
+def _compiled_gradient_is_the_same(folder: Path, strategies: list[str], **how: bool) -> None:
+    plain, compiled = (router_gradients(folder, strategies, **more) for more in ({}, {"compile": True, **how}))
+    for a, b in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "strategies"), [("mixtral", [*LOSSES, "sinkhorn"]), ("glm4_moe", ["loss-free"])])
+def test_compilation_keeps_the_routers_gradient(
+    models: dict[str, Path], light_compiler: None, family: str, strategies: list[str]
+) -> None:
+    _compiled_gradient_is_the_same(models[family], strategies, gradient_checkpointing=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(("family", "strategies"), CASES)
+def test_compilation_keeps_the_routers_gradient_of_each_strategy(
+    models: dict[str, Path], light_compiler: None, family: str, strategies: list[str], how: dict[str, bool]
+) -> None:
+    _compiled_gradient_is_the_same(models[family], strategies, **how)
+
+
+STRATEGIES = [
+    ("mixtral", ["global-aux", "z-loss"]),
+    ("mixtral", ["pooled-aux"]),
+    ("mixtral", ["sinkhorn", "z-loss"]),
+    ("mixtral", ["none"]),
+    ("glm4_moe", ["aux", "global-aux", "pooled-aux", "z-loss"]),
+    ("glm4_moe", ["sinkhorn"]),
+    ("glm4_moe", ["loss-free=0.01"]),
+    ("glm4_moe", ["loss-free", "aux=0.001"]),
+]
+
+
+@pytest.mark.parametrize(("family", "strategies"), STRATEGIES)
+def test_a_run_with_each_strategy_saves_the_stock_model_that_it_trained(
+    tmp_path: Path, models: dict[str, Path], jsonl: Path, family: str, strategies: list[str]
+) -> None:
+    out, val = tmp_path / "out", tiny.save_jsonl(tmp_path / "val.jsonl", ["Something else."], repeat=3)
+    code, stdout, stderr = cpt(models[family], out, jsonl, *options(strategies), "--val", f"v={val}")
+    assert (code, stderr) == (0, "")
+    names = {name.partition("=")[0] for name in strategies} & set(LOSSES)
+    for row in rows(out):
+        if "loss" in row:
+            assert set(row["balance"]) == names
+            assert all(0.5 <= mri <= 1 for mri in row["mri"])
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert "output_router_logits" not in json.loads((out / "config.json").read_text())
+    assert weights(out).keys() == weights(models[family]).keys()
+    # What was validated is what a stock model computes from the files.
+    stream = [token for token in _val_tokens(out, models[family], val)]
+    total = 0.0
+    for start in range(0, len(stream) - 1, 16):
+        window = torch.tensor([stream[start : start + 17]])
+        with torch.no_grad():
+            logits = model(input_ids=window[:, :-1]).logits
+        total += torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction="sum").item()
+    assert json.loads(stdout)["val"]["v"]["after"] == pytest.approx(total / (len(stream) - 1), rel=1e-4)
+
+
+def _val_tokens(out: Path, model: Path, val: Path) -> list[int]:
+    from moetool.train.batches import open_corpus
+
+    config = TrainConfig(model, out, {"new": str(val)}, val={"v": str(val)}, val_fraction=0.0)
+    stream = open_corpus(config, 300).val["v"]
+    return [int(token) for token in stream.read(0, stream.num_tokens)]
+
+
+def test_strategies_balance_a_collapsed_router(tmp_path: Path, jsonl: Path) -> None:
+    """Routers that send nearly all tokens to two of four experts use all of them again."""
+    source = tiny.save_glm4_moe(tmp_path / "source")
+    _collapse(source)
+    before, after = {}, {}
+    for name in ("none", "aux=1", "global-aux=1", "pooled-aux=1", "loss-free=0.1", "sinkhorn"):
+        out = tmp_path / name.partition("=")[0]
+        assert cpt(source, out, jsonl, "--balance", name, "--lr", 1e-2, "--val-fraction", 0, steps=15)[0] == 0
+        mri = [sum(row["mri"]) / len(row["mri"]) for row in rows(out) if "mri" in row]
+        before[name], after[name] = mri[0], min(mri)
+    assert before["none"] > 0.9
+    assert before["sinkhorn"] < 0.65  # from the first step; 1/2 is balance
+    assert all(after[name] < after["none"] - 0.1 for name in after if name != "none"), after
+
+
+def _collapse(folder: Path) -> None:
+    """Make two experts of every layer win for most tokens, by the selection bias of a saved model."""
+    from safetensors.torch import save_file
+
+    tensors = weights(folder)
+    for name in tensors:
+        if name.endswith("mlp.gate.weight"):
+            tensors[name][2:] = tensors[name][:1].clone() * 0.999
+            tensors[name][2:] -= 0.5 * tensors[name][:2].mean(dim=0)
+        if name.endswith("e_score_correction_bias"):
+            tensors[name][:2] = 0.3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_selection_bias_is_saved_in_float32(tmp_path: Path, jsonl: Path, dtype: torch.dtype) -> None:
+    source, out = tiny.save_glm4_moe(tmp_path / "source", dtype=dtype), tmp_path / "out"
+    assert cpt(source, out, jsonl, "--balance", "loss-free=0.0011")[0] == 0
+    with safe_open(out / "model.safetensors", "pt") as file:
+        biases = {name: file.get_tensor(name) for name in file.keys() if name.endswith("e_score_correction_bias")}  # noqa: SIM118
+        assert file.get_tensor("model.layers.1.mlp.gate.weight").dtype == dtype
+    assert len(biases) == 2
+    for bias in biases.values():
+        assert bias.dtype == torch.float32
+        # Four steps of +u, -u or 0 each, of which bf16 would know three digits.
+        steps_E = bias / 0.0011
+        torch.testing.assert_close(steps_E, steps_E.round(), atol=1e-4, rtol=0)
+        assert 0 < steps_E.abs().max() <= 4.001
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert model.dtype == dtype
+    loaded = model.model.layers[1].mlp.gate.e_score_correction_bias
+    assert torch.equal(loaded, biases["model.layers.1.mlp.gate.e_score_correction_bias"])
+
+
+@pytest.mark.parametrize("strategies", [["loss-free=0.01"], ["global-aux"], ["sinkhorn"]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_is_bit_identical(
+    tmp_path: Path, jsonl: Path, dtype: torch.dtype, strategies: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moetool.train.loop import Run
+
+    source = tiny.save_glm4_moe(tmp_path / "source", dtype=dtype, attention_dropout=0.1)
+    args = [*options(strategies), "--save-every", 2]
+    assert cpt(source, tmp_path / "straight", jsonl, *args, steps=6)[0] == 0
+
+    update = Run._update
+    with monkeypatch.context() as patch:
+
+        def failing(run: Run) -> dict[str, Any]:
+            if run.step == 5:
+                raise KeyboardInterrupt
+            return update(run)
+
+        patch.setattr(Run, "_update", failing)
+        assert cpt(source, tmp_path / "stopped", jsonl, *args, steps=6)[0] == 130
+    assert cpt(source, tmp_path / "stopped", jsonl, *args, steps=6)[0] == 0
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "straight")
+    straight, stopped = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
+    assert all(torch.equal(value, stopped[name]) for name, value in straight.items())
+
+
+def test_frozen_routers_stay_as_they_are(tmp_path: Path, models: dict[str, Path], jsonl: Path) -> None:
+    out = tmp_path / "out"
+    assert cpt(models["glm4_moe"], out, jsonl, "--freeze-router", "--balance", "loss-free", "--weight-decay", 1)[0] == 0
+    before, after = weights(models["glm4_moe"]), weights(out)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    routers = {name for name in before if name.endswith("mlp.gate.weight")}
+    assert len(routers) == 2
+    assert not changed & routers
+    assert any("experts" in name for name in changed)
+    assert sum(name.endswith("e_score_correction_bias") for name in changed) == 2
+
+    plain = tmp_path / "plain"  # no --balance: the default losses have no use
+    assert cpt(models["mixtral"], plain, jsonl, "--freeze-router", steps=1)[0] == 0
+    assert rows(plain)[1]["balance"] == {}
+    code, _, stderr = cpt(models["mixtral"], plain, jsonl, steps=1)
+    assert code == 1
+    assert "--freeze-router (True before, False now)" in stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "code", "message"),
+    [
+        ("mixtral", ["--balance", "sinkhorn", "--balance", "loss-free"], 2, "give one of them"),
+        ("mixtral", ["--balance", "sinkhorn=0.1"], 2, "'sinkhorn' takes no coefficient"),
+        ("mixtral", ["--balance", "none", "--balance", "aux"], 2, "stands alone"),
+        ("mixtral", ["--freeze-router", "--balance", "z-loss"], 2, "no use for --balance z-loss; sinkhorn, loss-free"),
+        ("mixtral", ["--balance", "loss-free"], 1, "'mixtral' cannot store a selection bias"),
+        ("llama", ["--freeze-router"], 1, "is a dense model without a router"),
+        ("llama", ["--balance", "sinkhorn"], 1, "is a dense model without a router"),
+    ],
+)
+def test_contradictions_are_one_line_and_leave_nothing(
+    tmp_path: Path, models: dict[str, Path], llama: Path, jsonl: Path, family: str, more: list[str], code: int,
+    message: str,
+) -> None:  # fmt: skip
+    result = cpt({**models, "llama": llama}[family], tmp_path / "out", jsonl, *more)
+    assert result[0] == code
+    assert message in " ".join(result[2].replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [["--gradient-checkpointing"], ["--deterministic"]])
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe"])
+def test_how_a_run_is_computed_does_not_change_it(
+    tmp_path: Path, models: dict[str, Path], jsonl: Path, family: str, more: list[str]
+) -> None:
+    strategies = options(["sinkhorn", "z-loss"] if family == "mixtral" else ["loss-free", "global-aux"])
+    assert cpt(models[family], tmp_path / "plain", jsonl, *strategies)[0] == 0
+    assert cpt(models[family], tmp_path / "other", jsonl, *strategies, *more)[0] == 0
+    assert rows(tmp_path / "plain") == rows(tmp_path / "other")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_compiled_run_is_the_same_to_rounding(tmp_path: Path, jsonl: Path, light_compiler: None) -> None:
+    model = tiny.save_glm4_moe(tmp_path / "model", num_hidden_layers=1, first_k_dense_replace=0)
+    args = [*options(["loss-free", "aux"]), "--val-fraction", 0.2, "--gradient-checkpointing"]
+    assert cpt(model, tmp_path / "plain", jsonl, *args)[0] == 0
+    code, _, stderr = cpt(model, tmp_path / "other", jsonl, *args, "--compile")
+    assert (code, stderr) == (0, "")
+    _same_to_rounding(tmp_path / "plain", tmp_path / "other")
+
+
+def _same_to_rounding(one: Path, other: Path) -> None:
+    for a, b in zip(rows(one), rows(other), strict=True):
+        assert a["step"] == b["step"]
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+            assert a["balance"] == pytest.approx(b["balance"], rel=1e-3)
+
+
+def test_what_cannot_be_compiled_is_one_line(
+    tmp_path: Path, models: dict[str, Path], jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    code, _, stderr = cpt(models["mixtral"], tmp_path / "out", jsonl, "--compile")
+    assert code == 1
+    assert "--compile: torch cannot compile this here" in stderr
+    assert "No working C++ compiler" in stderr
+    assert len(stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_batches_have_no_padding(tmp_path: Path, jsonl: Path) -> None:
+    """Counts, probabilities and Sinkhorn's assignment are over all tokens, so all must be text."""
+    from moetool.train.batches import micro_batches, mix, open_corpus
+
+    source = tiny.save_mixtral(tmp_path / "model")
+    config = TrainConfig(
+        source, tmp_path / "out", {"new": str(jsonl)}, max_steps=50, seq_len=100, global_batch_size=4,
+        micro_batch_size=2, replay_ratio=0.0,
+    )  # fmt: skip
+    corpus = open_corpus(config, 300)
+    stream = corpus.train["new"]
+    known = set(stream.read(0, stream.num_tokens).tolist())
+    mixture = mix(corpus, config)
+    for step in range(50):  # several epochs of a text that is no multiple of the sequence
+        for micro in micro_batches(mixture, config, step, 0, 1):
+            assert micro.inputs.shape == (2, 100)
+            assert {*micro.inputs.flatten().tolist(), *micro.labels.flatten().tolist()} <= known
+
+
+@pytest.mark.slow
+def test_compiled_to_machine_code(tmp_path: Path, models: dict[str, Path], jsonl: Path) -> None:
+    args = ["--train", f"new={jsonl}", "--max-steps", 3, *SMALL, *options(["sinkhorn", "z-loss"])]
+    assert tiny.cli("cpt", models["mixtral"], tmp_path / "plain", *args).returncode == 0
+    compiled = tiny.cli("cpt", models["mixtral"], tmp_path / "other", *args, "--compile", timeout=900)
+    assert compiled.returncode == 0, compiled.stderr
+    _same_to_rounding(tmp_path / "plain", tmp_path / "other")
+
+
+def _torchrun(processes: int, model: Path, out: Path, text: Path, *more: object) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0",
+        "-m", "moetool", "cpt", model, out, "--train", f"new={text}", "--max-steps", 4, *SMALL, *more,
+    ]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategies", [["loss-free=0.01", "aux"], ["sinkhorn", "z-loss"], ["pooled-aux"]])
+def test_two_processes_balance_as_one(
+    tmp_path: Path, models: dict[str, Path], jsonl: Path, strategies: list[str]
+) -> None:
+    model = models["glm4_moe"]
+    _torchrun(2, model, tmp_path / "two", jsonl, *options(strategies))
+    assert cpt(model, tmp_path / "one", jsonl, *options(strategies))[0] == 0
+    _same_to_rounding(tmp_path / "one", tmp_path / "two")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        if name.endswith("e_score_correction_bias"):
+            assert torch.equal(one[name], two[name])
+
+
+@pytest.mark.slow
+def test_global_aux_of_two_processes_is_aux_of_one_that_sees_all(
+    tmp_path: Path, models: dict[str, Path], jsonl: Path
+) -> None:
+    """Four sequences, two a process: counted together they are one micro-batch of four."""
+    _torchrun(2, models["mixtral"], tmp_path / "two", jsonl, "--balance", "global-aux=0.5")
+    wide = ["--micro-batch-size", 4, "--balance", "aux=0.5"]
+    assert cpt(models["mixtral"], tmp_path / "one", jsonl, *wide)[0] == 0
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        if "loss" in one:
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+            assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+            assert one["balance"]["aux"] == pytest.approx(two["balance"]["global-aux"], rel=1e-4)
