@@ -31,6 +31,18 @@ def _balance(values: list[str] | None) -> list[str] | None:
     return values
 
 
+# accelerate's names, which are the packages' own.
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab")
+
+
+def _trackers(values: list[str] | None) -> list[str] | None:
+    for value in values or []:
+        if value not in TRACKERS:
+            near = registry.suggest(value, TRACKERS)
+            raise typer.BadParameter(f"unknown tracker '{value}'{near}; choose from {', '.join(TRACKERS)}")
+    return values
+
+
 def _option(panel: str, help: str, default: str = "", **more: Any) -> Any:
     """An option of a panel of --help; `default` tells one that is no fixed value."""
     if default:
@@ -180,6 +192,10 @@ def cpt(
     resume: Annotated[
         bool, _option(RUN, "Go on from the newest step folder in OUT, or delete that run and begin again.")
     ] = True,
+    log_with: Annotated[
+        list[str] | None,
+        _option(RUN, f"Also log to a tracker: {', '.join(TRACKERS)}; repeats.", metavar="NAME", callback=_trackers),
+    ] = None,
     seed: Annotated[int, _option(RUN, "Of the data order and of dropout.", min=0)] = 0,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -267,6 +283,7 @@ def cpt(
         "keep_checkpoints": keep_checkpoints,
         "keep_optimizer": keep_optimizer,
         "resume": resume,
+        "log_with": log_with or [],
         "seed": seed,
     }
     with ExitStack() as opened:

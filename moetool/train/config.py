@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class TrainConfig:
         keep_checkpoints: how many step folders are kept.
         keep_optimizer: begin with the optimizer's moments and fp32 weights of `model`, a step folder.
         resume: go on from the newest step folder; False begins again.
+        log_with: trackers to tell the metrics to.
         seed: of the data order and of dropout.
     """
 
@@ -108,6 +109,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     keep_optimizer: bool = False
     resume: bool = True
+    log_with: Sequence[str] = ()
     seed: int = 0
 
     def resolve(self, max_seq_len: int, default_balance: Mapping[str, float], gpu: bool) -> TrainConfig:

@@ -34,7 +34,7 @@ from moetool.train.memory import peak_flops
 from moetool.train.metrics import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import adamw
 from moetool.train.plan import describe, memory_warnings, untrained_routers
-from moetool.train.processes import Accelerator, autocast, gather_in, is_sharded, number, sum_dtype, whole
+from moetool.train.processes import Accelerator, autocast, gather_in, is_sharded, number, sum_dtype, track, whole
 from moetool.train.validate import check_documents_apart, logits, validate
 
 
@@ -91,8 +91,8 @@ class Run:
         self._selections = balance.build_selections(config.balance, self._core, self._capture) if self._capture else []
         if self._capture and config.freeze_router:
             balance.freeze_routers(self._capture)
-        if self._capture:
-            self.warnings += untrained_routers(self._core, self._capture)
+        if self._capture and not config.freeze_router:
+            self.warnings += untrained_routers(self._core, self._capture, list(self._losses))
         if not config.cross_document:
             check_documents_apart(self._core)
         gather_in(accelerator, config.precision)
@@ -107,6 +107,8 @@ class Run:
             if not config.resume:
                 state.clear(config.out)
             state.set_aside(config.out, step)
+        if config.log_with:
+            accelerator.init_trackers("moetool", {key: str(value) for key, value in config.to_json().items()})
 
     def train(self, progress: Progress = silent) -> dict[str, Any]:
         """Train to the end, validating and saving on the way.
@@ -130,8 +132,7 @@ class Run:
                 self._validate(log, progress)
             while self.step < config.max_steps:
                 row = self._update()
-                if log:
-                    log.append(row)
+                self._log(log, row)
                 note = f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  {row['tokens_per_second']:.0f} tok/s"
                 note += f"  {row['mfu']:.0%} MFU" if "mfu" in row else ""
                 progress("train", self.step, config.max_steps, note)
@@ -152,6 +153,12 @@ class Run:
             state.release(out)
         self._accelerator.wait_for_everyone()
         return summary
+
+    def _log(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
+        if log:
+            log.append(row)
+        if self.config.log_with:
+            track(self._accelerator, row)
 
     def _any(self, flag: bool) -> bool:
         """Whether the flag is set in any process, so that all do the same."""
@@ -253,7 +260,7 @@ class Run:
         # The gradients of the processes are averaged, but each is a share of one sum.
         self._accelerator.backward(loss * world)
         parts = [language_loss, *losses.values(), counts_LE]
-        return torch.cat([part.detach().flatten().to(sum_dtype(device)) for part in parts])
+        return torch.cat([part.detach().flatten().to(device, sum_dtype(device)) for part in parts])
 
     def _stopped(self, what: str) -> str:
         saved = state.saved_steps(self.config.out)
@@ -277,8 +284,7 @@ class Run:
                 row.setdefault("routing", {})[name] = routing
         if val:
             progress("validate", len(val), len(val))
-            if log:
-                log.append(row)
+            self._log(log, row)
 
     def _so_far(self) -> dict[str, Any]:
         samples = self.step * self.config.global_batch_size

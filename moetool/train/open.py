@@ -39,7 +39,7 @@ def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Run |
 
 @contextmanager
 def _opened(config: TrainConfig, progress: Progress) -> Iterator[Run | dict[str, Any]]:
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(config.log_with, config.out / state.TRACKERS)
     main, out = accelerator.is_main_process, config.out
     state.check_folder(config.model, out, config.resume)
     state.check_start(config.model, config.keep_optimizer)

@@ -6,10 +6,13 @@ The only file that imports accelerate.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator as Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -20,13 +23,21 @@ from moetool.errors import ConfigError
 Value = TypeVar("Value")
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """accelerate's view of the machine; mixed precision and accumulation are the loop's own.
+
+    Args:
+        trackers: to be told of metrics, by accelerate's names.
+        folder: where those write that write files.
 
     Raises:
         ConfigError: accelerate sees another number of processes than were launched: they would be so
-            many separate runs that write one folder. Or it was configured for what cpt cannot do.
+            many separate runs that write one folder. Or it was configured for what cpt cannot do, or a
+            tracker's package is not installed.
     """
+    known = [str(tracker) for tracker in get_available_trackers()]
+    if absent := [name for name in trackers if name not in known]:
+        raise ConfigError(f"--log-with {absent[0]}: that package is not installed; run pip install {absent[0]}")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
         raise ConfigError(
             "accelerate is configured for DeepSpeed, which moetool cpt does not train with; use its FSDP2"
@@ -38,6 +49,8 @@ def make_accelerator() -> Accelerator:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = Accelerator(
         mixed_precision="no",
+        log_with=list(trackers) or None,
+        project_dir=folder,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     accelerator.gradient_accumulation_steps = 1
@@ -53,6 +66,25 @@ def make_accelerator() -> Accelerator:
             " FSDP needs GPUs and fsdp_version: 2, see docs/accelerate/fsdp2.yaml"
         )
     return accelerator
+
+
+def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
+    """Tell the trackers a row of metrics: one number for all layers, the worst one's."""
+    worst: dict[str, Callable[[Any], float]] = {
+        "mri": max,
+        "entropy": min,
+        "dead_experts": lambda layers: sum(map(len, layers)),
+    }
+    values: dict[str, float] = {}
+    for key, value in row.items():
+        if key in ("val", "balance"):
+            values |= {f"{key}/{name}": loss for name, loss in value.items()}
+        elif key == "routing":
+            for name, measures in value.items():
+                values |= {f"{measure}/{name}": worst[measure](layers) for measure, layers in measures.items()}
+        elif key != "step":
+            values[f"train/{key}"] = worst[key](value) if key in worst else value
+    accelerator.log(values, step=row["step"])
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -29,7 +29,7 @@ from moetool.checkpoint.writer import PARTIAL, foreign_files, sync_folder, write
 from moetool.errors import CheckpointError, ConfigError
 from moetool.train.processes import share, whole
 
-METRICS, SUMMARY, STEPS = "metrics.jsonl", "summary.json", "checkpoints"
+METRICS, SUMMARY, STEPS, TRACKERS = "metrics.jsonl", "summary.json", "checkpoints", "trackers"
 STATE = "training_state"
 _FORMAT = 1
 ADVICE = "delete that step folder to go on from the one before it"
@@ -64,7 +64,7 @@ def check_folder(model: Path, out: Path, resume: bool = True) -> None:
         raise CheckpointError(
             f"{out} holds {', '.join(sorted(names)[:3])} and no run of moetool cpt; choose another OUT"
         )
-    foreign = [] if resume else sorted(set(foreign_files(out)) - {METRICS, SUMMARY, STEPS})
+    foreign = [] if resume else sorted(set(foreign_files(out)) - {METRICS, SUMMARY, STEPS, TRACKERS})
     if foreign:
         raise CheckpointError(f"{out} also holds {', '.join(foreign[:3])}; move that away or choose another OUT")
 
@@ -102,8 +102,9 @@ def clear(out: Path) -> None:
     sweep(out)
     for step in saved_steps(out):
         _delete(step_folder(out, step))
-    if (out / STEPS).exists():
-        shutil.rmtree(out / STEPS)
+    for name in (STEPS, TRACKERS):
+        if (out / name).exists():
+            shutil.rmtree(out / name)
     for path in out.iterdir():
         if path.name != PARTIAL:
             path.unlink()

@@ -404,6 +404,52 @@ def test_expert_sizes_that_are_no_multiple_of_16_bytes(
     assert (code, stderr) == (0, "")
 
 
+def test_trackers(tmp_path: Path, mixtral: Path, jsonl: Path) -> None:
+    """A stand-in for wandb notes what it is told; accelerate finds it by its metadata."""
+    site, told = tmp_path / "site", tmp_path / "told.jsonl"
+    (site / "wandb").mkdir(parents=True)
+    (site / "wandb-9.0.dist-info").mkdir()
+    (site / "wandb-9.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: wandb\nVersion: 9.0\n")
+    (site / "wandb" / "__init__.py").write_text(f"""import json
+def tell(**what):
+    with open({str(told)!r}, "a") as file:
+        file.write(json.dumps(what) + "\\n")
+class config:
+    update = staticmethod(lambda values, **_: tell(config=values))
+class Run:
+    log = staticmethod(lambda values, step: tell(step=step, values=values))
+    finish = staticmethod(lambda: tell(finished=True))
+init = lambda project: (tell(project=project), Run)[1]
+""")
+    out = tmp_path / "out"
+    more = ["--max-steps", 2, "--val-fraction", 0.1, *SMALL, "--log-with", "wandb"]
+    done = tiny.cli("cpt", mixtral, out, "--train", f"new={jsonl}", *more, env={"PYTHONPATH": str(site)})
+    assert done.returncode == 0, done.stderr
+    notes = [json.loads(line) for line in told.read_text().splitlines()]
+    assert notes[0] == {"project": "moetool"}
+    assert notes[1]["config"]["lr"] == "0.001"
+    assert notes[-1] == {"finished": True}
+    logged = [note for note in notes if "step" in note]
+    assert [note["step"] for note in logged] == [row["step"] for row in rows(out)]
+    for note, row in zip(logged, rows(out), strict=True):
+        if "loss" in row:
+            assert note["values"]["train/loss"] == row["loss"]
+            assert note["values"]["train/mri"] == max(row["mri"])
+            assert note["values"]["balance/aux"] == row["balance"]["aux"]
+        else:
+            assert note["values"]["val/new"] == row["val"]["new"]
+            assert note["values"]["entropy/new"] == min(row["routing"]["new"]["entropy"])
+
+
+def test_a_tracker_that_is_not_there(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    code, _, stderr = cpt(llama, tmp_path / "out", jsonl, "--log-with", "swanlab")
+    assert code == 1
+    assert stderr == "moetool: --log-with swanlab: that package is not installed; run pip install swanlab\n"
+    code, _, stderr = cpt(llama, tmp_path / "out", jsonl, "--log-with", "wandbb")
+    assert code == 2
+    assert "did you mean 'wandb'" in stderr
+
+
 def start(*arguments: object) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "moetool", *map(str, arguments)]
