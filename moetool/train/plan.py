@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +85,24 @@ def memory_warnings(memory: dict[str, int], device: torch.device) -> list[str]:
 
 
 @torch.no_grad()
-def untrained_routers(model: nn.Module, capture: RouterCapture) -> list[str]:
+def untrained_routers(model: nn.Module, capture: RouterCapture, losses: Sequence[str]) -> list[str]:
     """A warning where the language loss does not reach the routers.
 
     Seen in what they return, so that it holds for every family and every flag.
+
+    Args:
+        model: with its weights.
+        capture: on its routers.
+        losses: the balance losses of the run.
     """
     device = next(model.parameters()).device
     with capture.collect() as routes:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-    if routes[0].indices_TK.shape[-1] > 1 or not all(bool((route.weights_TK == 1).all()) for route in routes):
+        model(input_ids=torch.arange(8, device=device)[None], use_cache=False)
+    # A family may multiply the normalised weight by a factor, so it is the same number rather than 1.
+    if routes[0].indices_TK.shape[-1] > 1 or any(route.weights_TK.unique().numel() > 1 for route in routes):
         return []
+    trained = f"only {', '.join(losses)} train{'s' if len(losses) == 1 else ''} it" if losses else "nothing trains it"
     return [
-        "top-1 routing with weights divided by their sum: every weight is 1, so the language loss gives the"
-        " router no gradient and only the balance losses train it; use a top-k of 2 or more, or a family that"
-        " does not normalise"
+        "top-1 routing with weights divided by their sum: every weight is the same, so the language loss gives the"
+        f" router no gradient and {trained}; use a top-k of 2 or more, or a family that does not normalise"
     ]

@@ -161,7 +161,7 @@ def test_a_run_with_each_strategy_saves_the_stock_model_that_it_trained(
     assert "output_router_logits" not in json.loads((out / "config.json").read_text())
     assert weights(out).keys() == weights(models[family]).keys()
     # What was validated is what a stock model computes from the files.
-    stream = [token for token in _val_tokens(out, models[family], val)]
+    stream = _val_tokens(out, models[family], val)
     total = 0.0
     for start in range(0, len(stream) - 1, 16):
         window = torch.tensor([stream[start : start + 17]])
@@ -294,6 +294,28 @@ def test_contradictions_are_one_line_and_leave_nothing(
     assert result[0] == code
     assert message in " ".join(result[2].replace("│", " ").split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "top_k", "more", "trained"),
+    [
+        ("mixtral", 1, [], "only aux, z-loss train it"),
+        ("glm4_moe", 1, ["--balance", "global-aux"], "only global-aux trains it"),  # its weight is 1.5
+        ("mixtral", 1, ["--balance", "sinkhorn"], "nothing trains it"),
+        ("mixtral", 1, ["--freeze-router"], None),
+        ("mixtral", 2, [], None),
+    ],
+)
+def test_a_router_without_gradient_from_the_language_loss_is_warned_of(
+    tmp_path: Path, jsonl: Path, family: str, top_k: int, more: list[str], trained: str | None
+) -> None:
+    model = getattr(tiny, f"save_{family}")(tmp_path / "model", num_experts_per_tok=top_k)
+    arguments = ["cpt", model, tmp_path / "out", "--train", f"new={jsonl}", "--max-steps", 1, *SMALL[:-2], *more]
+    code, _, stderr = tiny.in_process(*arguments)
+    assert code == 0
+    said = " ".join(stderr.split())
+    assert ("gives the router no gradient" in said) == (trained is not None)
+    assert trained is None or trained in said
 
 
 @pytest.mark.parametrize("more", [["--gradient-checkpointing"], ["--deterministic"]])
