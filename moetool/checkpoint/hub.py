@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
 from moetool.errors import CheckpointError
@@ -49,15 +52,64 @@ def find_model(model: str) -> Path | None:
         return None
 
 
+def fetch_headers(model: str, into: Path) -> Path:
+    """The folder of a model, without its weights where it is on the hub: enough for a plan.
+
+    For a hub model a folder is made in `into` that holds its configuration and tokenizer, and shards
+    whose headers are the remote ones; their data is a hole that takes no disk.
+
+    Raises:
+        CheckpointError: nothing is there, or it holds no safetensors.
+    """
+    if Path(model).expanduser().exists() or not _HUB_NAME.match(model):
+        return resolve_model(model)
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    folder = into / "headers"
+    while folder.exists():
+        folder = folder.with_name(folder.name + "_")
+    shutil.copytree(resolve_model(model, weights=False), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    name, _, revision = model.partition("@")
+    try:
+        metadata = get_safetensors_metadata(name, revision=revision or None)
+    except NotASafetensorsRepoError:
+        raise CheckpointError(
+            f"{model} holds no safetensors on the hub; convert it first: load with transformers in a place you trust"
+            " and save_pretrained"
+        ) from None
+    except Exception as error:
+        raise _no_answer(model, error) from None
+    for file, header in metadata.files_metadata.items():
+        if file != Path(file).name or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{model}: its index names {file[:100]!r}, which is no shard's name")
+        entries = {
+            name: {"dtype": str(info.dtype), "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+            for name, info in header.tensors.items()
+        }
+        raw = json.dumps(entries).encode()
+        with (folder / file).open("wb") as shard:
+            shard.write(len(raw).to_bytes(8, "little") + raw)
+            shard.truncate(8 + len(raw) + max((info.data_offsets[1] for info in header.tensors.values()), default=0))
+    return folder
+
+
+def _no_answer(model: str, error: Exception) -> CheckpointError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CheckpointError(
+        f"no folder {model} here, and the hub did not give it ({type(error).__name__}: {first[:160]});"
+        " check the spelling, or the network and `hf auth login`"
+    )
+
+
 def _download(name: str, revision: str | None, model: str, weights: bool) -> str:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not sys.stderr.isatty():  # the hub client draws its bars into files and pipes as well
+        disable_progress_bars()
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
     except Exception as error:  # the hub client's errors have no common base: network, HTTP, cache
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"no folder {model} here, and the hub did not give it ({type(error).__name__}: {first[:160]});"
-            " check the spelling, or the network and `hf auth login`"
-        ) from None
+        raise _no_answer(model, error) from None

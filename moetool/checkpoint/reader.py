@@ -20,6 +20,7 @@ from moetool.errors import CheckpointError
 # safetensors dtype -> bytes an element, for the dtypes that hold plain weights.
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_HEADER = 100_000_000  # the format's own limit
+MAX_OPEN = 200  # files kept open at once; systems allow as few as 256
 MAX_JSON = 50_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -147,10 +148,19 @@ class BlockFile:
         descriptor = self._files.get(info.shard)
         if descriptor is None:
             opened = os.open(self.folder / info.shard, os.O_RDONLY)
+            if len(self._files) >= MAX_OPEN:
+                try:
+                    self._read(opened, info, offset, buffer)
+                finally:
+                    os.close(opened)
+                return
             # Two threads may race to open a shard; the loser's descriptor is closed.
             descriptor = self._files.setdefault(info.shard, opened)
             if descriptor != opened:
                 os.close(opened)
+        self._read(descriptor, info, offset, buffer)
+
+    def _read(self, descriptor: int, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         position = info.start + offset
         while buffer:
             count = os.preadv(descriptor, [buffer], position)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from moetool import registry
-from moetool.commands.console import Console, count, escape, size
+from moetool.commands.console import Console, size
 from moetool.commands.options import (
     ConfigFlag,
     JsonFlag,
@@ -24,10 +25,9 @@ from moetool.commands.options import (
     parse_size,
     typed,
 )
+from moetool.commands.upcycle_table import closing, describe, table, warnings
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from moetool.checkpoint.reader import CheckpointReader
     from moetool.upcycle.plan import Plan
 
@@ -179,7 +179,7 @@ def upcycle(
         raise typer.BadParameter(f"--top-k {top_k} is more than --num-experts {num_experts}")
     max_bytes = parse_size(max_shard_size)
 
-    from moetool.checkpoint.hub import resolve_model
+    from moetool.checkpoint.hub import fetch_headers, resolve_model
     from moetool.checkpoint.reader import CheckpointReader
     from moetool.checkpoint.writer import FolderLock, prepare
     from moetool.errors import CheckpointError
@@ -190,7 +190,12 @@ def upcycle(
     console = Console(context, json, quiet)
     started = time.perf_counter()
     names = [dense, *(donor or [] if method != "scratch" else [])]
-    folders = [resolve_model(name) for name in names]
+    stack = context.with_resource(ExitStack())
+    if plan:  # of a hub model the headers are enough
+        headers = Path(stack.enter_context(TemporaryDirectory()))
+        folders = [fetch_headers(name, headers) for name in names]
+    else:
+        folders = [resolve_model(name) for name in names]
     real = Path(os.path.realpath(out))  # a loop of links is no error here
     for folder in folders:
         real_source = Path(os.path.realpath(folder))
@@ -219,58 +224,40 @@ def upcycle(
         dtype={long: short for short, long in FLOAT_DTYPES.items()}.get(dtype, "auto"),
     )
     workers = workers or num_cores()
-    with ExitStack() as stack:
-        readers = [stack.enter_context(CheckpointReader(folder)) for folder in folders]
-        planned = build_plan(readers, recipe, max_bytes)
-        document = describe(planned, out, workers)
-        if plan:
-            console.result(document, table(document))
-            return document
-        for warning in warnings(planned):
-            console.warn(warning)
-        with FolderLock(out):
-            if not overwrite and _is_finished(planned, readers, out):
-                document["already_finished"] = True
-            else:
-                prepare(out, planned.identity(), overwrite)
-                need, free = planned.num_bytes, free_disk(out) + _written(out)
-                if need > free:
-                    raise CheckpointError(
-                        f"{out}: {size(need)} to write, {size(free)} free; free some space or choose another disk"
-                    )
-                from moetool.upcycle.run import run_plan
-
-                with console.progress() as progress:
-                    files = {"moetool.yaml": options_text(context).encode()}
-                    run_plan(planned, readers, out, names, workers, files, progress)
-        document["seconds"] = round(time.perf_counter() - started, 2)
-        if verify != "none":
-            from moetool.upcycle.verify import verify as prove
+    readers = [stack.enter_context(CheckpointReader(folder)) for folder in folders]
+    planned = build_plan(readers, recipe, max_bytes)
+    document = describe(planned, out, workers)
+    if plan:
+        console.result(document, table(document))
+        return document
+    for warning in warnings(planned):
+        console.warn(warning)
+    with FolderLock(out):
+        if not overwrite and _is_finished(planned, readers, out):
+            document["already_finished"] = True
+        else:
+            prepare(out, planned.identity(), overwrite)
+            need, free = planned.num_bytes, free_disk(out) + _written(out)
+            if need > free:
+                raise CheckpointError(
+                    f"{out}: {size(need)} to write, {size(free)} free; free some space or choose another disk"
+                )
+            from moetool.upcycle.run import run_plan
 
             with console.progress() as progress:
-                try:
-                    document["proof"] = prove(planned, readers, out, verify, workers, progress).to_json()
-                except CheckpointError as error:
-                    raise CheckpointError(f"{out} does not prove: {error}; --overwrite writes it again") from None
+                files = {"moetool.yaml": options_text(context).encode()}
+                run_plan(planned, readers, out, names, workers, files, progress)
+    document["seconds"] = round(time.perf_counter() - started, 2)
+    if verify != "none":
+        from moetool.upcycle.verify import verify as prove
+
+        with console.progress() as progress:
+            try:
+                document["proof"] = prove(planned, readers, out, verify, workers, progress).to_json()
+            except CheckpointError as error:
+                raise CheckpointError(f"{out} does not prove: {error}; --overwrite writes it again") from None
     console.result(document, table(document), closing(document))
     return document
-
-
-def warnings(plan: Plan) -> list[str]:
-    """What a recipe means that its user may not want."""
-    told = []
-    if plan.recipe.top_k == plan.recipe.group_size:
-        what = "expert" if plan.recipe.top_k == 1 else "group of experts"
-        more = plan.recipe.group_size * 2
-        told.append(
-            f"with --top-k {plan.recipe.top_k}, {plan.spec.model_type} gives every chosen {what} the same weight: the"
-            f" router gets no gradient from the language loss, only from a balance loss; use --top-k {more} to train it"
-        )
-    if plan.recipe.router == "zeros":
-        told.append(
-            "--router zeros sends every token to the same first experts of each layer until training moves them apart"
-        )
-    return told
 
 
 def _is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path) -> bool:
@@ -293,97 +280,3 @@ def _is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path) -> 
 
 def _written(out: Path) -> int:
     return sum(path.stat().st_size for path in out.glob("model*.safetensors*"))
-
-
-def describe(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
-    """The plan as `--json` gives it."""
-    from moetool.upcycle.plan import free_disk, peak_memory
-
-    recipe = plan.recipe
-    return {
-        "out": str(out),
-        "dense_family": plan.dense["model_type"],
-        "target": plan.spec.model_type,
-        "architecture": plan.spec.architecture,
-        "recipe": recipe.to_json(),
-        "num_layers": int(plan.dense["num_hidden_layers"]),
-        "moe_layers": list(plan.moe_layers),
-        "parameters": plan.parameters,
-        "flops_per_token": plan.flops_per_token,
-        "redrawn_units": {"per_expert": plan.num_redrawn, "of": plan.num_units, "common": plan.common_share},
-        "num_bytes": plan.num_bytes,
-        "num_shards": len(plan.shards),
-        "free_disk_bytes": free_disk(out),
-        "workers": workers,
-        "peak_memory_bytes": peak_memory(workers),
-    }
-
-
-def table(document: dict[str, Any]) -> Table:
-    """The plan for people."""
-    from rich.table import Table
-
-    recipe, parameters = document["recipe"], document["parameters"]
-    layers, flops = len(document["moe_layers"]), document["flops_per_token"]
-    of = "" if layers == document["num_layers"] else f" of {document['num_layers']}"
-    shared = f" and {recipe['shared_experts']} shared" if recipe["shared_experts"] else ""
-    parts = f", each 1/{recipe['granularity']} of the dense FFN" if recipe["granularity"] > 1 else ""
-    rows = {
-        "family": f"{document['dense_family']} -> {document['target']} ({document['architecture']})",
-        "experts": f"{recipe['num_experts']}{shared} a layer, top-{recipe['top_k']}, {layers}{of} layers{parts}",
-        "method": method_line(document),
-        "parameters": f"{count(parameters['dense'])} dense -> {count(parameters['total'])} total,"
-        f" {count(parameters['active'])} active",
-        "compute": f"{flops['moe'] / flops['dense']:.2f} times the dense model's, {count(flops['moe'])} FLOPs a token",
-        "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
-        f" ({size(document['free_disk_bytes'])} free)",
-        "memory": f"at most about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
-    }
-    made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    made.add_column(style="bold")
-    made.add_column(overflow="fold")
-    for label, value in rows.items():
-        made.add_row(label, value)
-    return made
-
-
-def method_line(document: dict[str, Any]) -> str:
-    """What is done to the experts, in words."""
-    recipe, units = document["recipe"], document["redrawn_units"]
-    donors = f"from {recipe['num_donors']} dense models, " if recipe["num_donors"] > 1 else ""
-    if recipe["method"] == "scratch":
-        return "every tensor drawn anew, nothing of the dense model kept"
-    if not units["per_expert"]:
-        return f"{donors}{recipe['method']}: plain copies"
-    where = "in gate, up and down alike" if recipe["drop_index"] == "shared" else "in each matrix, units permuted"
-    what = "redrawn"
-    if recipe["method"] == "noise":
-        std = f"std {recipe['noise_std']}" if recipe["noise_std"] else f"{recipe['noise_scale']} x each matrix's std"
-        what = f"given noise of {std}"
-    return (
-        f"{donors}{recipe['method']}: {units['per_expert']} of {units['of']} units {what} in each expert, {where};"
-        f" two experts have {units['common']:.1%} in common"
-    )
-
-
-def proof_line(proof: dict[str, Any]) -> str:
-    """What a proof has shown, in one sentence."""
-    told = f"{proof['tensors']} tensors, {count(proof['copied'])} kept entries equal to the source"
-    if proof.get("redrawn_units"):
-        told += (
-            f", {proof['redrawn_units']} units changed, their statistics within"
-            f" {proof['worst_sigma']:.1f} standard errors of the plan"
-        )
-    if proof["split_groups"]:
-        told += (
-            f"; in this dtype, router logits tie for {proof['split_groups']:.1%} of random tokens, which then miss a"
-            " part of the dense FFN"
-        )
-    return f"[green]verified[/green] ({proof['level']}): {told}"
-
-
-def closing(document: dict[str, Any]) -> str:
-    """The last lines: what was proved, how long it took."""
-    lines = [proof_line(document["proof"])] if "proof" in document else []
-    done = "was finished already" if document.get("already_finished") else f"written in {document['seconds']:.1f} s"
-    return "\n".join([*lines, f"{escape(document['out'])} {done}"])

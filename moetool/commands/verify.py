@@ -10,7 +10,7 @@ import typer
 
 from moetool.commands.console import Console, escape
 from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, num_cores
-from moetool.commands.upcycle import proof_line
+from moetool.commands.upcycle_table import proof_line
 
 
 def verify(

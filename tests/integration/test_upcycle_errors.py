@@ -254,17 +254,25 @@ def test_killed_at_random_moments_it_cannot_be_loaded_and_ends_with_the_same_byt
     from moetool.errors import CheckpointError
 
     dense = tiny.save_llama(tmp_path / "dense", hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    donor = tiny.save_llama(tmp_path / "donor", 1, hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
     common = ["--max-shard-size", "10MB", "--verify", "none"]
-    whole = tmp_path / "whole"
-    process = start("upcycle", dense, whole, *common)
-    began = wait_for(whole, process)
-    assert process.wait() == 0
-    lasts = time.perf_counter() - began
-    expected = {p.name: p.read_bytes() for p in whole.glob("*.safetensors")}
-    chance, unfinished = random.Random(0), 0
-    for trial in range(25):
-        out = tmp_path / f"out{trial}"
-        process = start("upcycle", dense, out, *common)
+    recipes: list[list[object]] = [
+        [],
+        ["--target", "granitemoe", "--drop-index", "per-matrix"],
+        ["--target", "glm4_moe", "--granularity", 4, "--num-experts", 12, "--top-k", 3, "--donor", donor],
+        ["--target", "qwen2_moe", "--method", "scratch"],
+    ]
+    chance, unfinished, whole = random.Random(0), 0, {}
+    for number, recipe in enumerate(recipes):
+        process = start("upcycle", dense, tmp_path / f"whole{number}", *recipe, *common)
+        began = wait_for(tmp_path / f"whole{number}", process)
+        assert process.wait() == 0
+        files = {p.name: p.read_bytes() for p in (tmp_path / f"whole{number}").glob("*.safetensors")}
+        whole[number] = (time.perf_counter() - began, files)
+    for trial in range(52):
+        out, number = tmp_path / f"out{trial}", trial % len(recipes)
+        lasts, expected = whole[number]
+        process = start("upcycle", dense, out, *recipes[number], *common)
         wait_for(out, process)
         time.sleep(chance.uniform(0, lasts))
         process.kill()
@@ -273,11 +281,15 @@ def test_killed_at_random_moments_it_cannot_be_loaded_and_ends_with_the_same_byt
             unfinished += 1
             with pytest.raises(CheckpointError):
                 CheckpointReader(out)
-        finished = tiny.cli("upcycle", dense, out, *common)
+        if (out / "moetool.partial.json").exists() and trial % 4 == 0:
+            other = tiny.cli("upcycle", dense, out, *recipes[number], *common, "--seed", "7")
+            assert other.returncode == 1
+            assert "seed 0 -> 7" in other.stderr
+        finished = tiny.cli("upcycle", dense, out, *recipes[number], *common)
         assert finished.returncode == 0, finished.stderr
         assert {p.name: p.read_bytes() for p in out.glob("*.safetensors")} == expected
         shutil.rmtree(out)
-    assert unfinished >= 10
+    assert unfinished >= 20
 
 
 @pytest.mark.slow
@@ -405,3 +417,29 @@ def test_verify_of_a_damaged_lineage_is_one_line(llama: Path, tmp_path: Path, pa
         del entry[part]
     (out / "moetool.json").write_text(json.dumps(document))
     fails("verify", out)
+
+
+def test_every_shard_is_on_disk_before_it_gets_its_name(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append(("rename", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    out = tmp_path / "moe"
+    assert tiny.in_process("upcycle", llama, out, "--max-shard-size", "100KB")[0] == 0
+    names = [p.name for p in out.glob("model*")] + ["config.json", "moetool.json"]
+    assert len(names) > 5
+    for name in names:
+        place = events.index(("rename", name))
+        assert ("fsync", f"{name}.unfinished") in events[:place]
+        assert ("fsync", "moe") in events[place:], "the rename itself is made durable"
