@@ -20,8 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetool.checkpoint.model import load_model
 from moetool.checkpoint.writer import FolderLock
+from moetool.errors import CheckpointError
 from moetool.train.batches import mix, open_corpus
 from moetool.train.config import TrainConfig
+from moetool.train.memory import flops_per_token
+from moetool.train.plan import skeleton
 from tests import tiny
 
 SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3]
@@ -402,6 +405,33 @@ def test_expert_sizes_that_are_no_multiple_of_16_bytes(
     model = tiny.save_mixtral(tmp_path / "model", num_attention_heads=2, num_key_value_heads=1, **sizes)
     code, _, stderr = cpt(model, tmp_path / "out", jsonl, "--precision", precision, "--quiet", steps=1)
     assert (code, stderr) == (0, "")
+
+
+def test_memory_is_told_before_anything_is_loaded(
+    tmp_path: Path, mixtral: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, stdout, _ = cpt(mixtral, tmp_path / "one", jsonl, "--json", "--quiet", steps=1)
+    assert code == 0
+    memory = json.loads(stdout)["memory"]
+    assert memory["weights"] == 4 * 74912
+    assert memory["total"] == sum(value for name, value in memory.items() if name != "total")
+
+    def fail(*_: Any) -> None:
+        raise CheckpointError("too large")
+
+    monkeypatch.setattr("moetool.train.loop.load_model", fail)
+    code, stdout, stderr = cpt(mixtral, tmp_path / "out", jsonl, steps=1)
+    assert code == 1
+    assert "memory about" in stdout
+    assert stderr == "moetool: too large\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_flop_utilisation(tmp_path: Path, llama: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetool.train.loop.peak_flops", lambda device, precision: 1e9)
+    assert cpt(llama, tmp_path / "out", jsonl, steps=1)[0] == 0
+    row = next(row for row in rows(tmp_path / "out") if "loss" in row)
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops_per_token(skeleton(llama), 16) / 1e9)
 
 
 def test_trackers(tmp_path: Path, mixtral: Path, jsonl: Path) -> None:

@@ -1,0 +1,106 @@
+"""What a run is said to need before it loads anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig
+
+from moetool.train import memory
+from moetool.train.config import TrainConfig
+from moetool.train.plan import memory_warnings, skeleton
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "mixtral": (MixtralForCausalLM, MixtralConfig(num_local_experts=8, **SIZES)),
+}
+
+
+def config(**changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {"seq_len": 128, "global_batch_size": 2, "micro_batch_size": 2, "precision": "fp32"}
+    return TrainConfig(model=Path("m"), out=Path("o"), train={}, max_steps=1, **(values | changes))
+
+
+def test_parameters_by_hand(mixtral: Path, llama: Path) -> None:
+    # 2 layers: q and o 32x32, k and v 32x16, two norms of 32; ends 300x32 each and a norm.
+    attention, ends = 2 * (2 * 1024 + 2 * 512 + 64), 2 * 9600 + 32
+    expert = 3 * 32 * 64
+    assert memory.parameters(skeleton(llama)) == (attention + ends + 2 * expert,) * 2
+    moe = attention + ends + 2 * 4 * 32
+    assert memory.parameters(skeleton(mixtral)) == (moe + 2 * 4 * expert, moe + 2 * 2 * expert)
+    assert memory.routing_size(skeleton(mixtral)) == (4, 2)
+    active = moe + 2 * 2 * expert
+    assert memory.flops_per_token(skeleton(mixtral), 16) == 6 * (active - 9600) + 12 * 2 * 32 * 16
+
+
+def test_weights_and_moments_are_16_bytes_a_parameter(mixtral: Path) -> None:
+    model = skeleton(mixtral)
+    total, _ = memory.parameters(model)
+    need = memory.estimate(model, config(), 2, sharded=False)
+    assert [need[name] for name in ("weights", "gradients", "optimizer")] == [4 * total, 4 * total, 8 * total]
+    assert need["total"] == 16 * total + need["activations"]
+    shared = memory.estimate(model, config(), 2, sharded=True)
+    assert [shared[name] for name in ("weights", "gradients", "optimizer")] == [2 * total, 2 * total, 4 * total]
+    assert shared["activations"] == need["activations"]
+    assert memory.estimate(model, config(precision="bf16"), 1, sharded=False)["weights"] == 6 * total
+    frozen = memory.estimate(model, config(freeze_router=True), 1, sharded=False)
+    assert need["gradients"] - frozen["gradients"] == 4 * 2 * 4 * 32
+    half = memory.estimate(model, config(micro_batch_size=1), 1, sharded=False)
+    assert need["activations"] == 2 * half["activations"]
+    less = memory.estimate(model, config(gradient_checkpointing=True), 1, sharded=False)
+    assert less["activations"] < need["activations"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", MODELS)
+def test_activations_are_near_what_autograd_keeps(family: str, precision: str) -> None:
+    kind, settings = MODELS[family]
+    model = kind(settings).train()
+    with torch.device("meta"):
+        empty = kind(settings)
+    estimated = memory.estimate(empty, config(precision=precision), 1, sharded=False)["activations"]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(1000, (2, 128))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        logits = model(tokens, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+    copies = 2 * sum(parameter.numel() for parameter in model.parameters()) * (precision == "bf16")
+    assert loss.requires_grad
+    assert 0.7 < estimated / (sum(kept.values()) - copies) < 1.4
+
+
+def test_another_familys_router_is_read() -> None:
+    settings = Qwen3MoeConfig(
+        num_experts=6, num_experts_per_tok=3, moe_intermediate_size=16, hidden_size=32, num_hidden_layers=1
+    )
+    from transformers import Qwen3MoeForCausalLM
+
+    with torch.device("meta"):
+        assert memory.routing_size(Qwen3MoeForCausalLM(settings)) == (6, 3)
+
+
+def test_a_device_that_is_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetool.train.plan.device_memory", lambda device: 80 * 10**9)
+    assert memory_warnings({"total": 70 * 10**9}, torch.device("cuda")) == []
+    (warning,) = memory_warnings({"total": 120 * 10**9}, torch.device("cuda"))
+    assert "needs about 120 GB a process, cuda has 80 GB" in warning
+    assert memory.peak_flops(torch.device("cpu"), "bf16") is None
