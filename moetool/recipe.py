@@ -106,6 +106,20 @@ class UpcycleRecipe:
         shared = self.shared_experts or 0
         return self.granularity - shared if shared < self.granularity else self.granularity
 
+    def donor(self, expert: int) -> int:
+        """The dense model that a routed expert comes from."""
+        return expert // (self.num_experts // self.num_donors)
+
+    def first_unit(self, expert: int, num_units: int) -> int:
+        """The unit of the dense FFN that is a routed expert's first; the shared expert's is 0.
+
+        Args:
+            expert: its number.
+            num_units: of one expert.
+        """
+        shared = self.shared_experts or 0
+        return ((shared if shared < self.granularity else 0) + expert % self.group_size) * num_units
+
 
 def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
     """A CPU generator for one draw; no two indices of a stream share one.

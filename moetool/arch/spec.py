@@ -79,6 +79,20 @@ class ArchSpec:
         """Whether a tensor holds all experts of a layer."""
         return "{expert}" not in self.experts["gate"]
 
+    def expert_place(self, projection: str, layer: int, expert: int, num_elements: int) -> tuple[str, int]:
+        """The tensor of an expert's matrix, and the element of it at which the matrix begins.
+
+        Args:
+            projection: gate, up or down.
+            layer: of the expert.
+            expert: its number.
+            num_elements: of the matrix.
+        """
+        name = self.experts[projection]
+        together = [p for p in PROJECTIONS if self.experts[p] == name]
+        place = expert * len(together) + together.index(projection) if self.fused else 0
+        return name.format(layer=layer, expert=expert), place * num_elements
+
     def config(self, dense: Mapping[str, Any], recipe: UpcycleRecipe, moe: frozenset[int]) -> dict[str, Any]:
         """config.json of the result.
 
@@ -94,6 +108,29 @@ class ArchSpec:
         if self.moe_layers:
             config |= self.moe_layers(moe, dense["num_hidden_layers"])
         return config
+
+
+def scales(recipe: UpcycleRecipe, spec: ArchSpec) -> tuple[float, float]:
+    """Factors on the outputs of the routed experts and of the shared one that make the start exact.
+
+    A group of M routed experts has equal logits and weights that sum to 1 over the chosen groups, so
+    it gives 1/M of the sum of its shards: the factor is M. Where the shared expert is one or more (c)
+    copies of the whole FFN, it and the routed ones give half each.
+    """
+    shared, parts = recipe.shared_experts or 0, recipe.granularity
+    if recipe.method == "scratch":
+        return 1.0, 1.0
+    if shared == 0:
+        return float(parts), 1.0
+    gate = 0.5 if spec.shared and spec.shared.gate else 1.0  # sigmoid(0)
+    if shared < parts:
+        return float(parts - shared), 1 / gate
+    return parts / 2, parts / (2 * shared) / gate
+
+
+def routed_factor(recipe: UpcycleRecipe, spec: ArchSpec) -> float:
+    """The factor that the routed experts' down-projections carry: 1 where config.json holds it."""
+    return 1.0 if spec.scaling_key else scales(recipe, spec)[0]
 
 
 def ffn(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, str]:

@@ -1,7 +1,11 @@
-"""What moetool.json says of an upcycled checkpoint: its recipe, its redrawn units, its dense source."""
+"""What moetool.json says of an upcycled checkpoint: its recipe, the units it changed, its dense sources.
+
+Shapes: F intermediate units of an expert.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetool import __version__
-from moetool.arch.dense import FFN, dense_config
-from moetool.arch.spec import ArchSpec, detect
+from moetool import __version__, registry
+from moetool.arch.dense import dense_config
+from moetool.arch.spec import ArchSpec, dense_ffn, detect, routed_factor
 from moetool.checkpoint.hub import find_model
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, MoetoolError
-from moetool.recipe import LINEAGE, PROJECTIONS, UpcycleRecipe, read_lineage, redrawn_units, units_digest
+from moetool.recipe import (
+    LINEAGE,
+    PROJECTIONS,
+    UpcycleRecipe,
+    read_lineage,
+    recorded_sources,
+    redrawn_units,
+    units_digest,
+)
+
+_LAYER = re.compile(r"^model\.layers\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -27,25 +41,41 @@ class Origin:
         entry: the lineage entry.
         recipe: what was asked.
         spec: the family on disk.
-        num_layers: decoder layers.
+        layers: the layers with experts, ascending.
         num_units: intermediate units of an expert (F).
-        source: the dense model as its user named it.
+        sources: the dense models as their user named them: DENSE, then the other donors.
     """
 
     entry: Mapping[str, Any]
     recipe: UpcycleRecipe
     spec: ArchSpec
-    num_layers: int
+    layers: tuple[int, ...]
     num_units: int
-    source: str
+    sources: tuple[str, ...]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether every tensor was drawn: no expert comes from a dense FFN."""
+        return self.recipe.method == "scratch"
 
     @property
     def num_redrawn(self) -> int:
-        """Units redrawn in each matrix of an expert."""
+        """Units changed in each matrix of an expert: redrawn, or given noise."""
         return self.recipe.num_redrawn(self.num_units)
 
+    @property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """The experts that hold the same part of the dense FFN, and so have something in common."""
+        every, size = range(self.recipe.num_experts), 1 if self.drawn else self.recipe.group_size
+        return tuple(tuple(every[part::size]) for part in range(size))
+
+    @property
+    def factor(self) -> float:
+        """What down-projections of the dense FFN were multiplied with."""
+        return routed_factor(self.recipe, self.spec)
+
     def redrawn(self, layer: int, expert: int, *projections: str) -> Tensor:
-        """Bool (F,): the units, by position in the expert, of which one of these matrices was redrawn."""
+        """Bool (F,): the units, by position in the expert, of which one of these matrices was changed."""
         redrawn_F = torch.zeros(self.num_units, dtype=torch.bool)
         for projection in projections or PROJECTIONS:
             redrawn_F[redrawn_units(self.recipe, layer, expert, projection, self.num_units)] = True
@@ -56,7 +86,7 @@ def read_origin(folder: Path) -> Origin | None:
     """The origin of a checkpoint; None where moetool did not upcycle it.
 
     Raises:
-        CheckpointError: moetool.json is damaged, or does not describe this checkpoint: the redrawn
+        CheckpointError: moetool.json is damaged, or does not describe this checkpoint: the changed
             units rebuilt from its recipe must have the checksums that it records.
     """
     entry = first_entry(folder)
@@ -64,30 +94,57 @@ def read_origin(folder: Path) -> Origin | None:
         return None
     with CheckpointReader(folder) as reader:
         spec = detect(reader.config)
-        info = reader.tensors.get(spec.experts["gate"].format(layer=0, expert=0)) if spec else None
-        if spec is None or info is None or len(info.shape) != 2:
+        if spec is None:
             return None
-        num_layers, num_experts = reader.config.get("num_hidden_layers"), reader.config.get(spec.num_experts_key)
+        numbers = {int(found[1]) for name in reader.tensors if (found := _LAYER.match(name))}
+        layers = sorted(layer for layer in numbers if spec.router.format(layer=layer) in reader.tensors)
+        num_experts = reader.config.get(spec.num_experts_key)
+        num_units = _num_units(reader, spec, layers[0]) if layers else None
+    if num_units is None:
+        return None  # not in the layout that moetool writes
     path = folder / LINEAGE
     try:
         recipe = UpcycleRecipe.from_json(entry.get("recipe", {}))
-        if not (recipe.drop_ratio.is_finite() and 0 <= recipe.drop_ratio <= 1):
-            raise CheckpointError(f"{LINEAGE}: drop_ratio is not between 0 and 1")
+        _check_recipe(recipe)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}; delete it to analyse the checkpoint without") from None
-    source = entry.get("source")
-    shards = source.get("sha256") if isinstance(source, dict) else None
-    if not isinstance(source, dict) or not isinstance(shards, dict) or not isinstance(source.get("name"), str):
-        raise CheckpointError(f"{path} does not name the dense source; delete it to analyse the checkpoint without")
-    if recipe.num_experts != num_experts or type(num_layers) is not int:
+    if recipe.num_experts != num_experts:
         raise CheckpointError(
             f"{path} tells of {recipe.num_experts} experts, config.json of {num_experts!r}; delete it to analyse the"
             " checkpoint without"
         )
-    origin = Origin(entry, recipe, spec, num_layers, info.shape[0], source["name"])
+    sources = recorded_sources(entry)
+    named = all(isinstance(source.get("name"), str) and isinstance(source.get("sha256"), dict) for source in sources)
+    if not named or len(sources) != recipe.num_donors:
+        raise CheckpointError(f"{path} does not name the dense source; delete it to analyse the checkpoint without")
+    names = tuple(source["name"] for source in sources)
+    origin = Origin(entry, recipe, spec, tuple(layers), num_units, names)
     if origin.num_redrawn:
         _check_digests(origin, path)
     return origin
+
+
+def _num_units(reader: CheckpointReader, spec: ArchSpec, layer: int) -> int | None:
+    """Units of an expert, from the shape of its tensor; None where it has another shape than it should."""
+    info = reader.tensors.get(spec.experts["gate"].format(layer=layer, expert=0))
+    if info is None or len(info.shape) != (3 if spec.fused else 2):
+        return None
+    together = sum(name == spec.experts["gate"] for name in spec.experts.values()) if spec.fused else 1
+    return info.shape[-2] // together
+
+
+def _check_recipe(recipe: UpcycleRecipe) -> None:
+    """Refuse a recipe that `moetool upcycle` cannot have written: what follows relies on it."""
+    for name in ("drop_ratio", "noise_ratio"):
+        ratio = getattr(recipe, name)
+        if not (ratio.is_finite() and 0 <= ratio <= 1):
+            raise CheckpointError(f"{LINEAGE}: {name} is not between 0 and 1")
+    donors, shared = recipe.num_donors, recipe.shared_experts or 0
+    sound = (
+        recipe.method in registry.names("method") and donors >= 1 and recipe.granularity >= 1 and shared >= 0
+    ) and (recipe.method == "scratch" or recipe.num_experts % (recipe.group_size * donors) == 0)
+    if not sound:
+        raise CheckpointError(f"{LINEAGE}: no upcycling has this recipe")
 
 
 def first_entry(folder: Path) -> dict[str, Any] | None:
@@ -97,16 +154,17 @@ def first_entry(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_digests(origin: Origin, path: Path) -> None:
-    recorded = origin.entry.get("redrawn_units")
-    digests = recorded.get("digests") if isinstance(recorded, dict) else None
+    recorded = origin.entry.get("redrawn_units", {})
+    digests = recorded.get("digests")
     shape = [len(row) if isinstance(row, list) else 0 for row in digests] if isinstance(digests, list) else []
-    if not isinstance(digests, list) or shape != [origin.recipe.num_experts] * origin.num_layers:
+    layers, experts = len(origin.layers), origin.recipe.num_experts
+    if not isinstance(digests, list) or shape != [experts] * layers or recorded.get("layers") != list(origin.layers):
         raise CheckpointError(
-            f"{path} has no checksum for each of {origin.num_layers} x {origin.recipe.num_experts} experts; delete it"
-            " to analyse the checkpoint without"
+            f"{path} has no checksum for each of {layers} x {experts} experts; delete it to analyse the checkpoint"
+            " without"
         )
-    for layer, experts in enumerate(digests):
-        for expert, digest in enumerate(experts):
+    for layer, row in zip(origin.layers, digests, strict=True):
+        for expert, digest in enumerate(row):
             if units_digest(origin.recipe, layer, expert, origin.num_units) != digest:
                 raise CheckpointError(
                     f"layer {layer}, expert {expert}: the redrawn units rebuilt from the recipe are not those in"
@@ -116,30 +174,36 @@ def _check_digests(origin: Origin, path: Path) -> None:
                 )
 
 
-def find_dense(origin: Origin) -> Path:
-    """The folder of the dense source, if it is on this machine and looks like the one that was upcycled.
+def find_dense(origin: Origin) -> tuple[Path, ...]:
+    """The folders of the dense models, if they are on this machine and look like those that were upcycled.
 
-    Looked at are family, the names of its files, and the names and shapes of its FFN matrices; hashing
+    Looked at are family, the names of the files, and the names and shapes of the FFN matrices; hashing
     the files (`moetool verify`) is left out, since that reads all of them.
 
     Raises:
-        CheckpointError: it is not; says why.
+        CheckpointError: one is not; says which and why.
     """
-    folder = find_model(origin.source)
+    found = []
+    for name, expected in zip(origin.sources, recorded_sources(dict(origin.entry)), strict=True):
+        try:
+            found.append(_find(name, expected, origin))
+        except MoetoolError as error:
+            raise CheckpointError(f"{name[:200]}: {error}") from None
+    return tuple(found)
+
+
+def _find(name: str, expected: Mapping[str, Any], origin: Origin) -> Path:
+    folder = find_model(name)
     if folder is None:
         raise CheckpointError("no such folder here, and not in the hub's cache")
-    expected: Mapping[str, Any] = origin.entry["source"]
-    try:
-        with CheckpointReader(folder) as reader:
-            spec, config = dense_config(reader.config)
-    except MoetoolError as error:
-        raise CheckpointError(str(error)) from None
+    with CheckpointReader(folder) as reader:
+        spec, config = dense_config(reader.config)
     if spec.model_type != expected.get("model_type") or set(reader.shards) != set(expected["sha256"]):
         raise CheckpointError(f"{folder} has another family or other files than the model that was upcycled")
-    sizes = {"F": origin.num_units, "D": config["hidden_size"]}
-    for layer in range(origin.num_layers):
-        for name, letters in FFN.items():
-            info = reader.tensors.get(f"model.layers.{layer}.{name}")
-            if info is None or info.shape != tuple(sizes[letter] for letter in letters.split()):
+    units, hidden = origin.num_units * origin.recipe.granularity, config["hidden_size"]
+    for layer in origin.layers:
+        for projection, tensor in dense_ffn(layer).items():
+            info = reader.tensors.get(tensor)
+            if info is None or info.shape != ((hidden, units) if projection == "down" else (units, hidden)):
                 raise CheckpointError(f"{folder} has other FFN matrices than the model that was upcycled")
     return folder

@@ -1,20 +1,22 @@
 """How alike the experts of an upcycled checkpoint are, to each other and to the dense FFN, from the files.
 
-Shapes: E experts, M = E or, with the dense FFN as the last one, E + 1; F intermediate units, R rows and
-C columns of a block of a matrix, U the units in it.
+Shapes: E experts; M of them that hold one part of the dense FFN, and that part in each dense model; F
+intermediate units of an expert, R rows and C columns of a block of a matrix, U the units in it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moetool.arch.dense import FFN
+from moetool.arch.spec import dense_ffn
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
@@ -26,21 +28,25 @@ PARTS = ("all", "kept", "redrawn")
 _BLOCK = 1 << 22  # elements of all experts together that are read at a time
 
 
-def similarity(folder: Path, origin: Origin, dense: Path | None, progress: Progress = silent) -> list[dict[str, Any]]:
+def similarity(
+    folder: Path, origin: Origin, dense: Sequence[Path] | None, progress: Progress = silent
+) -> list[dict[str, Any]]:
     """Cosine similarity of experts, gate, up and down taken together as one vector.
 
-    `kept` and `redrawn` take the entries of units that were kept in both, and the rest (redrawn in at
-    least one). Matrices whose units were permuted are put back into the dense order first.
+    Experts are held against those that began as the same part of the dense FFN, and against that part
+    in the dense model that they come from, its down-projection times the factor that the experts'
+    carry. `kept` and `redrawn` take the entries of units that were kept in both, and the rest (changed
+    in at least one). Matrices whose units were permuted are put back into the dense order first.
 
     Args:
         folder: the upcycled checkpoint, trained further or not.
         origin: from `origin.read_origin`.
-        dense: folder of the dense source, from `origin.find_dense`.
+        dense: folders of the dense models, from `origin.find_dense`.
 
     Returns:
         For each layer `layer`, `between_experts` and `with_dense` (None without `dense`); each has the
         means `all`, `kept`, `redrawn`, `min` and `max` of all, and `experts`, the three of each expert
-        (its mean over the others). None where there are no such units.
+        (its mean over the others). None where there are no such units, or no other expert.
 
     Raises:
         CheckpointError: a file is damaged, or holds no plain weights of the experts.
@@ -48,57 +54,120 @@ def similarity(folder: Path, origin: Origin, dense: Path | None, progress: Progr
     rows = []
     with ExitStack() as stack:
         reader = stack.enter_context(CheckpointReader(folder))
-        source = stack.enter_context(CheckpointReader(dense)) if dense else None
-        for layer in range(origin.num_layers):
-            progress("similarity of experts", layer, origin.num_layers)
-            cosines = _cosines(_matrices(reader, source, origin, layer), origin, layer)
-            rows.append({"layer": layer} | _row(cosines, origin.recipe.num_experts, dense is not None))
-    progress("similarity of experts", origin.num_layers, origin.num_layers)
+        sources = [stack.enter_context(CheckpointReader(path)) for path in dense or ()]
+        for done, layer in enumerate(origin.layers):
+            progress("similarity of experts", done, len(origin.layers))
+            rows.append({"layer": layer} | _layer(reader, sources, origin, layer))
+    progress("similarity of experts", len(origin.layers), len(origin.layers))
     return rows
 
 
-Matrix = tuple[CheckpointReader, TensorInfo]
+def _layer(reader: CheckpointReader, sources: Sequence[CheckpointReader], origin: Origin, layer: int) -> dict[str, Any]:
+    E = origin.recipe.num_experts
+    between = {part: torch.full((E, E), math.nan, dtype=torch.float64) for part in PARTS}
+    dense = {part: torch.full((E, 1), math.nan, dtype=torch.float64) for part in PARTS}
+    for experts in origin.parts:
+        of = [len(experts) + (origin.recipe.donor(expert) if sources else 0) for expert in experts]
+        for part, cosine_MM in _cosines(reader, sources, origin, layer, experts).items():
+            for row, expert in enumerate(experts):
+                for column, other in enumerate(experts):
+                    if other != expert:
+                        between[part][expert, other] = cosine_MM[row, column]
+                if sources:
+                    dense[part][expert, 0] = cosine_MM[row, of[row]]
+    return {"between_experts": _summary(between), "with_dense": _summary(dense) if sources else None}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that is part of a tensor, with its units in the order of the dense FFN.
+
+    Attributes:
+        reader: of its checkpoint.
+        info: the tensor.
+        start: element at which it begins.
+        stride: elements from a row to the next.
+        columns: in a row.
+        place_F: dense unit -> its position in the matrix; None where they are the same.
+        factor: what is read is multiplied with it.
+    """
+
+    reader: CheckpointReader
+    info: TensorInfo
+    start: int
+    stride: int
+    columns: int
+    place_F: Tensor | None = None
+    factor: float = 1.0
+
+    def read(self, projection: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) as float32."""
+        if self.place_F is not None and projection != "down":
+            return torch.cat([self._rows(row, row + 1) for row in self.place_F[start:stop].tolist()])
+        block_RC = self._rows(start, stop)
+        return block_RC if self.place_F is None else block_RC[:, self.place_F]
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        count = (stop - start - 1) * self.stride + self.columns
+        flat = read_block(self.reader, self.info, self.start + start * self.stride, count, torch.float32)
+        return flat.as_strided((stop - start, self.columns), (self.stride, 1)) * self.factor
 
 
 def _matrices(
-    reader: CheckpointReader, source: CheckpointReader | None, origin: Origin, layer: int
-) -> dict[str, list[Matrix]]:
-    """Projection -> the matrices of a layer's experts, the dense one last."""
-    found: dict[str, list[Matrix]] = {}
-    for projection, dense_name in zip(PROJECTIONS, FFN, strict=True):
-        pattern = origin.spec.experts[projection]
-        names = [(reader, pattern.format(layer=layer, expert=e)) for e in range(origin.recipe.num_experts)]
-        if source:
-            names.append((source, f"model.layers.{layer}.{dense_name}"))
-        pairs = [(file, file.tensors.get(name)) for file, name in names]
-        matrices = [(file, info) for file, info in pairs if info is not None and info.dtype in DTYPES]
-        shapes = {info.shape for _, info in matrices}
-        units = {shape[-1 if projection == "down" else 0] for shape in shapes}
-        if len(matrices) < len(names) or len(shapes) > 1 or units != {origin.num_units}:
-            raise CheckpointError(f"layer {layer}: the files hold no plain {projection} weights of one shape")
-        found[projection] = matrices
-    return found
+    reader: CheckpointReader,
+    sources: Sequence[CheckpointReader],
+    origin: Origin,
+    layer: int,
+    experts: Sequence[int],
+    projection: str,
+) -> tuple[list[Matrix], int]:
+    """One projection of experts of one part, then of that part in each dense model; and its rows."""
+    gate = _plain(reader, origin.spec.expert_place("gate", layer, experts[0], 0)[0], layer)
+    F, hidden = origin.num_units, gate.shape[-1]
+    rows, columns = (hidden, F) if projection == "down" else (F, hidden)
+    fused = sum(name == origin.spec.experts[projection] for name in origin.spec.experts.values())
+    whole = (origin.recipe.num_experts, fused * rows, columns) if origin.spec.fused else (rows, columns)
+    found = []
+    for expert in experts:
+        name, start = origin.spec.expert_place(projection, layer, expert, rows * columns)
+        order_F = permutation(origin.recipe, layer, expert, F)
+        place_F = None if order_F is None else order_F.argsort()
+        found.append(Matrix(reader, _plain(reader, name, layer, whole), start, columns, columns, place_F))
+    first, units = origin.recipe.first_unit(experts[0], F), F * origin.recipe.granularity
+    for source in sources:
+        info = _plain(source, dense_ffn(layer)[projection], layer)
+        if projection == "down":
+            found.append(Matrix(source, info, first, units, columns, factor=origin.factor))
+        else:
+            found.append(Matrix(source, info, first * hidden, hidden, columns))
+    return found, rows
 
 
-def _cosines(matrices: dict[str, list[Matrix]], origin: Origin, layer: int) -> dict[str, Tensor]:
+def _plain(reader: CheckpointReader, name: str, layer: int, shape: tuple[int, ...] | None = None) -> TensorInfo:
+    info = reader.tensors.get(name)
+    if info is None or info.dtype not in DTYPES or shape not in (None, info.shape):
+        raise CheckpointError(f"layer {layer}: the files hold no plain {name.rpartition('.layers.')[2]} of one shape")
+    return info
+
+
+def _cosines(
+    reader: CheckpointReader, sources: Sequence[CheckpointReader], origin: Origin, layer: int, experts: Sequence[int]
+) -> dict[str, Tensor]:
     """Part -> cosine similarity (M, M); NaN where a part is empty."""
-    M = len(matrices["gate"])
+    M = len(experts) + len(sources)
     # Inner products over all entries, over those kept in both, and the squared norm of the first over
     # the latter.
     total_MM, kept_MM, norm_MM = (torch.zeros(M, M, dtype=torch.float64) for _ in range(3))
-    for projection, files in matrices.items():
-        places = [_places(origin, layer, m) for m in range(M)]
+    for projection in PROJECTIONS:
+        matrices, R = _matrices(reader, sources, origin, layer, experts, projection)
         kept_MF = torch.ones(M, origin.num_units)
-        for expert in range(origin.recipe.num_experts if origin.num_redrawn else 0):
-            redrawn_F, order_F = origin.redrawn(layer, expert, projection), places[expert]
-            kept_MF[expert] = (~(redrawn_F if order_F is None else redrawn_F[order_F])).float()
-        R, C = files[0][1].shape
-        step = max(1, _BLOCK // (M * C))
+        for row, expert in enumerate(experts if origin.num_redrawn else ()):
+            redrawn_F, place_F = origin.redrawn(layer, expert, projection), matrices[row].place_F
+            kept_MF[row] = (~(redrawn_F if place_F is None else redrawn_F[place_F])).float()
+        step = max(1, _BLOCK // (M * matrices[0].columns))
         for start in range(0, R, step):
             stop = min(R, start + step)
-            block_MRC = torch.stack(
-                [_read(*file, start, stop, place, projection) for file, place in zip(files, places, strict=True)]
-            )
+            block_MRC = torch.stack([matrix.read(projection, start, stop) for matrix in matrices])
             total_MM += _inner(block_MRC)
             if not origin.num_redrawn:
                 continue
@@ -110,48 +179,24 @@ def _cosines(matrices: dict[str, list[Matrix]], origin: Origin, layer: int) -> d
                 block_MRC *= kept_MU[:, :, None]
             kept_MM += _inner(block_MRC)
             norm_MM += ((squares_MU * kept_MU) @ kept_MU.T).double()
-    if not origin.num_redrawn:
-        kept_MM, norm_MM = total_MM, total_MM.diagonal()[:, None].expand(M, M)
-    rest_MM = total_MM.diagonal()[:, None] - norm_MM
-    rest_MM[rest_MM <= 1e-6 * total_MM.diagonal()[:, None]] = 0  # nothing but rounding
     whole_MM = total_MM.diagonal()[:, None].expand(M, M)
+    if origin.drawn:  # nothing was kept, and nothing redrawn
+        norm_MM, rest_MM = torch.zeros_like(total_MM), torch.zeros_like(total_MM)
+    else:
+        if not origin.num_redrawn:
+            kept_MM, norm_MM = total_MM, whole_MM
+        rest_MM = whole_MM - norm_MM
+        rest_MM[rest_MM <= 1e-6 * whole_MM] = 0  # nothing but rounding
     parts = ((total_MM, whole_MM), (kept_MM, norm_MM), (total_MM - kept_MM, rest_MM))
     return {
-        name: (inner_MM / (of_MM * of_MM.T).sqrt()).clamp(-1, 1)
+        name: torch.where(of_MM * of_MM.T > 0, inner_MM / (of_MM * of_MM.T).sqrt(), math.nan).clamp(-1, 1)
         for name, (inner_MM, of_MM) in zip(PARTS, parts, strict=True)
     }
-
-
-def _places(origin: Origin, layer: int, expert: int) -> Tensor | None:
-    """Dense unit -> its position in an expert; None where they are the same (as in the dense model)."""
-    if expert == origin.recipe.num_experts:
-        return None
-    order_F = permutation(origin.recipe, layer, expert, origin.num_units)
-    return None if order_F is None else order_F.argsort()
-
-
-def _read(
-    reader: CheckpointReader, info: TensorInfo, start: int, stop: int, place_F: Tensor | None, projection: str
-) -> Tensor:
-    """Rows [start, stop) of a matrix whose units are in the dense order."""
-    C = info.shape[1]
-    if place_F is None or projection == "down":
-        block_RC = read_block(reader, info, start * C, (stop - start) * C, torch.float32).view(-1, C)
-        return block_RC if place_F is None else block_RC[:, place_F]
-    return torch.stack([read_block(reader, info, row * C, C, torch.float32) for row in place_F[start:stop].tolist()])
 
 
 def _inner(block_MRC: Tensor) -> Tensor:
     flat = block_MRC.flatten(1)
     return (flat @ flat.T).double()
-
-
-def _row(cosines: dict[str, Tensor], num_experts: int, with_dense: bool) -> dict[str, Any]:
-    E = num_experts
-    others_EE = ~torch.eye(E, dtype=torch.bool)
-    between = {part: cosine_MM[:E, :E][others_EE].view(E, E - 1) for part, cosine_MM in cosines.items()}
-    dense = {part: cosine_MM[:E, E:] for part, cosine_MM in cosines.items()}
-    return {"between_experts": _summary(between), "with_dense": _summary(dense) if with_dense else None}
 
 
 def _summary(values: dict[str, Tensor]) -> dict[str, Any]:

@@ -47,14 +47,14 @@ class UnitUse:
             found = _LAYER.search(f".{name}.")
             if found and _fused(module, origin):
                 if module.down_proj.is_meta:
-                    self.note = "the use of redrawn units is not known: weights are offloaded from the device"
+                    self.note = "the use of changed units is not known: weights are offloaded from the device"
                     return
                 self._norms[int(found[1])] = torch.stack(
                     [w_HF.detach().float().norm(dim=0).double().cpu() for w_HF in module.down_proj.detach()]
                 )
                 module.register_forward_pre_hook(self._hook(int(found[1])))
-        if sorted(self._norms) != list(range(origin.num_layers)):
-            self.note = "the use of redrawn units is not known: this version of transformers builds experts otherwise"
+        if sorted(self._norms) != list(origin.layers):
+            self.note = "the use of changed units is not known: this version of transformers builds experts otherwise"
 
     def observe(self, name: str, route: Route, batch: Batch) -> None:
         """Observer of `measure`: called by the router, just before its experts run."""

@@ -28,9 +28,12 @@ def build_upcycling(
     notes = [use.note] if use and use.note else []
     dense, layers = None, None
     try:
-        dense = find_dense(origin)
+        if origin.drawn:
+            notes.append("every tensor was drawn, so there is no dense FFN to compare the experts with")
+        else:
+            dense = find_dense(origin)
     except CheckpointError as error:
-        notes.append(f"the dense model {origin.source[:200]} was not compared: {error}")
+        notes.append(f"the experts were not compared with the dense model {error}")
     try:
         layers = similarity(folder, origin, dense, progress)
     except CheckpointError as error:
@@ -38,7 +41,8 @@ def build_upcycling(
     unit_use = use.report() if use else None
     return {
         "recipe": origin.recipe.to_json(),
-        "source": origin.source,
+        "source": origin.sources[0],
+        "donors": list(origin.sources[1:]),
         "num_units": origin.num_units,
         "num_redrawn": origin.num_redrawn,
         "mean": _means(layers, unit_use),

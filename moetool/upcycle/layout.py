@@ -152,14 +152,14 @@ def _expert_places(
     spec: ArchSpec, recipe: UpcycleRecipe, layer: int, projection: str, shape: tuple[int, int]
 ) -> tuple[tuple[Place, ...], tuple[int, ...]]:
     """Where the experts' matrices go, and the shape of the tensor that they go to."""
-    name, experts = spec.experts[projection], range(recipe.num_experts)
+    places = tuple(
+        Place(*spec.expert_place(projection, layer, expert, shape[0] * shape[1]))
+        for expert in range(recipe.num_experts)
+    )
     if not spec.fused:
-        return tuple(Place(name.format(layer=layer, expert=expert)) for expert in experts), shape
-    together = [p for p in PROJECTIONS if spec.experts[p] == name]
-    rows, columns = shape
-    size, place = len(together) * rows * columns, together.index(projection) * rows * columns
-    whole = (recipe.num_experts, len(together) * rows, columns)
-    return tuple(Place(name.format(layer=layer), expert * size + place) for expert in experts), whole
+        return places, shape
+    together = sum(name == spec.experts[projection] for name in spec.experts.values())
+    return places, (recipe.num_experts, together * shape[0], shape[1])
 
 
 def _from_scratch(fill: Fill, spec: ArchSpec, dense: Mapping[str, Any]) -> Fill:

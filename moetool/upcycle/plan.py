@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moetool.arch.dense import EMBEDDING, LM_HEAD, dense_config
-from moetool.arch.spec import ArchSpec, choose
+from moetool.arch.spec import ArchSpec, choose, routed_factor, scales
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, layout_shards
 from moetool.errors import ConfigError
@@ -69,22 +69,20 @@ class Plan:
 
     def donor(self, expert: int) -> int:
         """The dense model that an expert comes from."""
-        return expert // (self.recipe.num_experts // self.recipe.num_donors)
+        return self.recipe.donor(expert)
 
     def first_unit(self, expert: int) -> int:
         """The unit of the dense FFN that is an expert's first; the shared expert's is 0."""
-        shared, parts = self.recipe.shared_experts or 0, self.recipe.granularity
-        return ((shared if shared < parts else 0) + expert % self.recipe.group_size) * self.num_units
+        return self.recipe.first_unit(expert, self.num_units)
 
     def factor(self, fill: Fill) -> float:
         """What the source is multiplied with in a fill; only down-projections carry one.
 
         The FFN is linear in down (and in up), not in gate: SiLU is not homogeneous.
         """
-        routed, shared = scales(self.recipe, self.spec)
         if fill.projection != "down":
             return 1.0
-        return shared if fill.kind == "shared" else 1.0 if self.spec.scaling_key else routed
+        return scales(self.recipe, self.spec)[1] if fill.kind == "shared" else routed_factor(self.recipe, self.spec)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -150,24 +148,6 @@ class Plan:
             "source_fingerprint": self.fingerprint,
             "shards": {shard.name: shard.size for shard in self.shards},
         }
-
-
-def scales(recipe: UpcycleRecipe, spec: ArchSpec) -> tuple[float, float]:
-    """Factors on the outputs of the routed experts and of the shared one that make the start exact.
-
-    A group of M routed experts has equal logits and weights that sum to 1 over the chosen groups, so
-    it gives 1/M of the sum of its shards: the factor is M. Where the shared expert is one or more (c)
-    copies of the whole FFN, it and the routed ones give half each.
-    """
-    shared, parts = recipe.shared_experts or 0, recipe.granularity
-    if recipe.method == "scratch":
-        return 1.0, 1.0
-    if shared == 0:
-        return float(parts), 1.0
-    gate = 0.5 if spec.shared and spec.shared.gate else 1.0  # sigmoid(0)
-    if shared < parts:
-        return float(parts - shared), 1 / gate
-    return parts / 2, parts / (2 * shared) / gate
 
 
 def build_plan(readers: Sequence[CheckpointReader], recipe: UpcycleRecipe, max_shard_size: int) -> Plan:
