@@ -24,6 +24,15 @@ SIZES = {
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
     },
+    # As many layers as the largest models, all narrow: shows what a tensor costs in memory. 0.39 B parameters.
+    "deep": {
+        "vocab_size": 32000,
+        "hidden_size": 256,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 112,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     # Layers of an 8 B model under embeddings of 2.21 GB: 1.98 B parameters.
     "large": {
         "vocab_size": 270000,
