@@ -34,8 +34,13 @@ def routing_size(model: Any) -> tuple[int, int]:
         return 1, 1
     capture = RouterCapture(model)
     router = next(iter(capture.routers.values()))
-    with torch.no_grad(), capture.collect() as routes:
-        router(torch.zeros(1, 2, model.config.get_text_config().hidden_size, device="meta"))
+    text = model.config.get_text_config()
+    try:
+        with torch.no_grad(), capture.collect() as routes:
+            router(torch.zeros(1, 2, text.hidden_size, device="meta"))
+    except TypeError:  # some take their selection bias as an argument
+        experts = [p.shape[0] for name, p in model.named_parameters() if _routed(name, p)]
+        return max(experts, default=1), getattr(text, "num_experts_per_tok", 1)
     return routes[0].logits_TE.shape[-1], routes[0].indices_TK.shape[-1]
 
 
