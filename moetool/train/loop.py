@@ -35,6 +35,7 @@ from moetool.train.metrics import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import adamw
 from moetool.train.plan import describe, memory_warnings, untrained_routers
 from moetool.train.processes import Accelerator, autocast, gather_in, is_sharded, number, sum_dtype, track, whole
+from moetool.train.selection import is_selection_bias
 from moetool.train.validate import check_documents_apart, logits, validate
 
 
@@ -319,4 +320,7 @@ def _load(folder: Path, device: torch.device) -> Any:
     # are; transformers refuses to save some that it loads.
     model.config.output_router_logits = False
     model.generation_config = GenerationConfig()
+    for name, parameter in model.named_parameters():
+        if is_selection_bias(name):  # no gradient reaches it, for which DDP would wait
+            parameter.requires_grad_(False)
     return model

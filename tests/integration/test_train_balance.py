@@ -23,6 +23,7 @@ from moetool.train import balance
 from moetool.train.balance import build_losses, build_selections, count_routes
 from moetool.train.config import TrainConfig
 from moetool.train.execution import apply_execution, executing
+from moetool.train.selection import selection_biases
 from tests import tiny
 
 SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3, "--json", "--quiet"]
@@ -226,6 +227,50 @@ def test_the_selection_bias_is_saved_in_float32(tmp_path: Path, jsonl: Path, dty
     assert model.dtype == dtype
     loaded = model.model.layers[1].mlp.gate.e_score_correction_bias
     assert torch.equal(loaded, biases["model.layers.1.mlp.gate.e_score_correction_bias"])
+
+
+@pytest.mark.parametrize(
+    "family", ["ernie4_5_moe", "dots1", "solar_open", "deepseek_v3", "minimax_m2", "lfm2_moe", "afmoe"]
+)
+def test_families_that_store_a_selection_bias_get_it_back(tmp_path: Path, jsonl: Path, family: str) -> None:
+    """The names that --help, the error and the docs give: trained, saved in bf16, read by transformers."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_with_bias(family, source)
+    arguments = ["--balance", "loss-free=0.0011", "--save-dtype", "bfloat16", "--val-fraction", 0]
+    code, _, stderr = cpt(source, out, jsonl, *arguments, steps=3)
+    assert (code, stderr) == (0, "")
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    places = selection_biases(model, RouterCapture(model).routers)
+    assert len(places) == 2
+    for module, name in places:
+        steps = getattr(module, name).detach() / 0.0011
+        assert steps.abs().max() > 0.9
+        torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+
+
+def save_with_bias(family: str, folder: Path) -> None:
+    from transformers import AutoConfig
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "head_dim": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "num_experts_per_tok": 2, "moe_k": 2, "moe_num_experts": 4, "num_experts": 4, "num_local_experts": 4,
+        "first_k_dense_replace": 0, "moe_layer_start_index": 0, "num_dense_layers": 0, "n_group": 1, "topk_group": 1,
+        "n_shared_experts": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.2,
+        "routed_scaling_factor": 1.0, "partial_rotary_factor": 1.0,
+        "layer_types": ["full_attention"] * 2,
+    }  # fmt: skip
+    if family == "deepseek_v3":  # latent attention
+        sizes |= {"num_key_value_heads": 4}
+    config = AutoConfig.for_model(family, **sizes)
+    if hasattr(config, "n_routed_experts"):
+        config.n_routed_experts = 4
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny.save_tokenizer(folder)
 
 
 @pytest.mark.parametrize("strategies", [["loss-free=0.01"], ["global-aux"], ["sinkhorn"]])
