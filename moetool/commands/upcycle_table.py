@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def describe(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
     """The plan as `--json` gives it."""
-    from moetool.upcycle.plan import free_disk, peak_memory
+    from moetool.upcycle.plan import free_disk
 
     recipe = plan.recipe
     return {
@@ -33,7 +33,7 @@ def describe(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
         "num_shards": len(plan.shards),
         "free_disk_bytes": free_disk(out),
         "workers": workers,
-        "peak_memory_bytes": peak_memory(workers),
+        "peak_memory_bytes": plan.peak_memory(workers),
     }
 
 
@@ -55,7 +55,7 @@ def table(document: dict[str, Any]) -> Table:
         "compute": f"{flops['moe'] / flops['dense']:.2f} times the dense model's, {count(flops['moe'])} FLOPs a token",
         "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
         f" ({size(document['free_disk_bytes'])} free)",
-        "memory": f"at most about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
+        "memory": f"about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
     }
     made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     made.add_column(style="bold")

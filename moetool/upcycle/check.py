@@ -49,10 +49,13 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
     _check_shared(recipe, spec)
     if recipe.method == "scratch":
         return
-    group, donors = recipe.group_size, recipe.num_donors
+    group, donors, shared = recipe.group_size, recipe.num_donors, recipe.shared_experts or 0
+    together = f"{group} experts together are one dense FFN"
+    if 0 < shared < parts:
+        together = f"{parts} parts less {shared} in the shared expert leave {group} experts that belong together"
     if recipe.num_experts % (group * donors):
         step = group * donors
-        reasons = [f"{group} experts together are one dense FFN"] * (group > 1)
+        reasons = [together] * (group > 1)
         reasons += [f"each of {donors} donors gives as many"] * (donors > 1)
         raise ConfigError(
             f"--num-experts {recipe.num_experts} is no multiple of {step} ({', '.join(reasons)}); choose from"
@@ -60,7 +63,7 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
         )
     if recipe.top_k % group:
         raise ConfigError(
-            f"--top-k {recipe.top_k} is no multiple of {group} ({group} experts together are one dense FFN, so the"
+            f"--top-k {recipe.top_k} is no multiple of {group} ({together}: the"
             f" start would not be the dense model); choose from {_few(range(group, recipe.num_experts + 1, group))}"
         )
     if group > 1 and (recipe.router == "zeros" or recipe.router_std == 0):

@@ -15,8 +15,9 @@ from moetool.checkpoint.writer import TensorLayout
 from moetool.recipe import PROJECTIONS, UpcycleRecipe
 
 # Tensors are read, drawn and written in blocks of whole rows of about this many elements. It is part
-# of the format: each block of drawn values has its own random stream.
-BLOCK_ELEMENTS = 1 << 20
+# of the format: each block of drawn values has its own random stream. Larger ones are slower (they
+# leave the processor's cache) and keep hundreds of megabytes in the allocator.
+BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -247,6 +247,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_random_moments_it_cannot_be_loaded_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     import random
 

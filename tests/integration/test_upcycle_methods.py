@@ -327,7 +327,7 @@ def test_a_plan_says_what_it_costs(llama: Path, tmp_path: Path) -> None:
     experts = 2 * 8 * 3 * 32 * 16
     assert plan["parameters"]["total"] == 2 * head + 2 * attention + norms + experts + 2 * 8 * 32
     assert plan["parameters"]["active"] == plan["parameters"]["total"] - experts // 2
-    assert plan["peak_memory_bytes"] > 300e6
+    assert plan["peak_memory_bytes"] > 280e6
     per_matrix = upcycle(llama, tmp_path / "moe", "--drop-index", "per-matrix", "--plan")
     assert per_matrix["redrawn_units"]["common"] == pytest.approx(0.5**6)
 
