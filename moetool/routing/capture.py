@@ -138,6 +138,7 @@ class RouterCapture:
         self.routers = dict(sorted(self.routers.items()))
         self.layers = list(self.routers)
         self.scoring = {layer: _scoring(module) for layer, module in self.routers.items()}
+        self._routes: list[Route] | None = None  # where routes go; None: nobody collects
         self._consume: Callable[[Route], None] | None = None
         for layer, module in self.routers.items():
             module.register_forward_hook(self._hook(layer, self.scoring[layer]))
@@ -149,12 +150,17 @@ class RouterCapture:
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal checked, scoring
-            if self._consume is None:
+            if self._routes is None:
                 return
             logits_TE, weights_TK, indices_TK = read_output(output, type(module).__name__, layer)
             if not checked and not logits_TE.is_meta and not torch.compiler.is_compiling():
                 scoring, checked = ("probability" if _are_probabilities(logits_TE) else "softmax"), True
-            self._consume(Route(layer, logits_TE, weights_TK, indices_TK, scoring))
+            route = Route(layer, logits_TE, weights_TK, indices_TK, scoring)
+            # Not one callable for both: torch.compile would compile anew for the `append` of each new list.
+            if self._consume is None:
+                self._routes.append(route)
+            else:
+                self._consume(route)
 
         return hook
 
@@ -167,11 +173,12 @@ class RouterCapture:
                 one layer's logits are alive at a time.
         """
         routes: list[Route] = []
-        before, self._consume = self._consume, consume or routes.append
+        before = self._routes, self._consume
+        self._routes, self._consume = routes, consume
         try:
             yield routes
         finally:
-            self._consume = before
+            self._routes, self._consume = before
 
 
 def has_routers(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +42,14 @@ def apply_execution(config: TrainConfig, model: Any) -> None:
         # The reentrant form would lose the gradient of the balance losses without a word.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if config.compile:
+        # Routes are collected in the forward and not again in the recomputation, which is this side effect.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = config.gradient_checkpointing
         model.compile()
+
+
+def evaluating(config: TrainConfig) -> AbstractContextManager[Any]:
+    """Validation runs uncompiled: its batches have other shapes, and each would be compiled for itself."""
+    return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 
 
 @contextmanager
@@ -68,4 +75,5 @@ def executing(config: TrainConfig) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         if config.compile:
+            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = False
             torch._dynamo.reset()  # another model of this process is not a recompilation of this one

@@ -27,7 +27,7 @@ from moetool.routing.capture import Route, RouterCapture, has_routers
 from moetool.train import balance, schedules, state
 from moetool.train.batches import Corpus, MicroBatch, micro_batches, mix
 from moetool.train.config import TrainConfig
-from moetool.train.execution import apply_execution
+from moetool.train.execution import apply_execution, evaluating
 from moetool.train.export import publish, save_checkpoint, source_dtype
 from moetool.train.interrupt import noting
 from moetool.train.memory import peak_flops
@@ -280,7 +280,8 @@ class Run:
         row: dict[str, Any] = {"step": self.step, "val": {}}
         for done, (name, stream) in enumerate(val.items()):
             progress("validate", done, len(val), name)
-            row["val"][name], routing = validate(self._core, self._capture, stream, self.config, self._accelerator)
+            with evaluating(self.config):
+                row["val"][name], routing = validate(self._core, self._capture, stream, self.config, self._accelerator)
             if routing:
                 row.setdefault("routing", {})[name] = routing
         if val:

@@ -375,12 +375,27 @@ def test_how_a_run_is_computed_does_not_change_it(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_compiled_run_is_the_same_to_rounding(tmp_path: Path, jsonl: Path, light_compiler: None) -> None:
+def test_a_compiled_run_is_the_same_to_rounding(
+    tmp_path: Path, jsonl: Path, light_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.utils import counters
+
+    compiled: dict[str, int] = {}
+    reset = torch._dynamo.reset
+
+    def count_and_reset() -> None:
+        compiled.update(graphs=counters["stats"]["unique_graphs"], breaks=sum(counters["graph_break"].values()))
+        reset()
+
+    monkeypatch.setattr(torch._dynamo, "reset", count_and_reset)
     model = tiny.save_glm4_moe(tmp_path / "model", num_hidden_layers=1, first_k_dense_replace=0)
     args = [*options(["loss-free", "aux"]), "--val-fraction", 0.2, "--gradient-checkpointing"]
     assert cpt(model, tmp_path / "plain", jsonl, *args)[0] == 0
+    counters.clear()
     code, _, stderr = cpt(model, tmp_path / "other", jsonl, *args, "--compile")
     assert (code, stderr) == (0, "")
+    # The model, once for all steps and validations, and the trial of the compiler.
+    assert compiled == {"graphs": 2, "breaks": 0}
     _same_to_rounding(tmp_path / "plain", tmp_path / "other")
 
 
@@ -438,7 +453,7 @@ def test_compiled_to_machine_code(tmp_path: Path, models: dict[str, Path], jsonl
 
 def _torchrun(processes: int, model: Path, out: Path, text: Path, *more: object) -> None:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
         "-m", "moetool", "cpt", model, out, "--train", f"new={text}", "--max-steps", 4, *SMALL, *more,
     ]  # fmt: skip
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
