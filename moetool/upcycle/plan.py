@@ -127,7 +127,7 @@ class Plan:
         """
         blocks = sum(len(fill.blocks) * len(fill.places) for fill in self.fills)
         sums = 2 * 8 * 3 * self.intermediate_size * len(self.moe_layers) * self.recipe.num_donors
-        return 270_000_000 + workers * 64 * BLOCK_ELEMENTS + 300 * blocks + sums * bool(self.num_redrawn)
+        return 270_000_000 + workers * 160 * BLOCK_ELEMENTS + 300 * blocks + sums * bool(self.num_redrawn)
 
     @property
     def common_share(self) -> float:

@@ -134,6 +134,14 @@ def examine(plan: Plan, readers: Sequence[CheckpointReader], workers: int, progr
     # The shared expert and the routed ones are made of the same matrices: the routed ones come first.
     looks = {(d, info.name): _Look(d, info, fill) for fill in plan.fills for d, info in enumerate(fill.sources)}
     looks |= {(d, i.name): _Look(d, i, f) for f in plan.fills if f.kind == "expert" for d, i in enumerate(f.sources)}
+    # In one piece: small tensors that outlive the blocks between them would keep the allocator from ever
+    # giving those back, and memory would grow with the number of layers.
+    summed = [
+        (d, f.layer or 0, f.projection or "") for f in plan.fills if f.kind == "expert" for d in range(len(readers))
+    ]
+    if plan.num_redrawn:
+        moments = torch.zeros((2, len(summed), plan.intermediate_size), dtype=torch.float64)
+        source.sums, source.squares = (dict(zip(summed, part, strict=True)) for part in moments)
     done, lock = Counter[str](), threading.Lock()
     total = sum(len(look.blocks) for look in looks.values()) + sum(len(reader.shards) for reader in readers)
 
@@ -148,9 +156,8 @@ def examine(plan: Plan, readers: Sequence[CheckpointReader], workers: int, progr
 
     def look_at(look: _Look) -> None:
         fill, info, reader = look.fill, look.info, readers[look.donor]
-        units = plan.intermediate_size
-        summed = fill.kind == "expert" and plan.num_redrawn
-        sums, squares = torch.zeros(units, dtype=torch.float64), torch.zeros(units, dtype=torch.float64)
+        key = (look.donor, fill.layer or 0, fill.projection or "")
+        is_ffn = fill.kind == "expert" and key in source.sums
         largest = max(1.0, plan.factor(fill))
         overflows = fill.dtype != "F32" and (fill.dtype != info.dtype or largest > 1)
         for start, stop in look.blocks:
@@ -166,20 +173,15 @@ def examine(plan: Plan, readers: Sequence[CheckpointReader], workers: int, progr
                     f"{reader.folder / info.shard}: tensor {info.name} holds values that"
                     f" {FLOAT_DTYPES[fill.dtype]} cannot; nothing was written: choose another --dtype"
                 )
-            if summed:
+            if is_ffn:
                 wide = block.double()
                 if fill.projection == "down":
-                    sums += wide.sum(0)
-                    squares += wide.square_().sum(0)
+                    source.sums[key] += wide.sum(0)
+                    source.squares[key] += wide.square_().sum(0)
                 else:
-                    sums[start:stop] = wide.sum(1)
-                    squares[start:stop] = wide.square_().sum(1)
+                    source.sums[key][start:stop] = wide.sum(1)
+                    source.squares[key][start:stop] = wide.square_().sum(1)
             advance()
-        if summed:
-            assert fill.layer is not None
-            assert fill.projection is not None
-            source.sums[look.donor, fill.layer, fill.projection] = sums
-            source.squares[look.donor, fill.layer, fill.projection] = squares
 
     jobs: list[Callable[[], None]] = [
         partial(hash_shard, donor, shard) for donor, reader in enumerate(readers) for shard in reader.shards
