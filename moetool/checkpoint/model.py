@@ -80,6 +80,24 @@ def load_model(
     return model.to(device) if device else model
 
 
+def skeleton(folder: Path) -> Any:
+    """The model of a checkpoint without its weights (on torch's meta device): seconds at any size.
+
+    Raises:
+        CheckpointError: transformers knows no causal language model for its config.json.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a damaged or foreign config fails in a dozen ways
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from None
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a checkpoint.
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moetool.checkpoint.model import load_model, load_tokenizer, pick_device
-from moetool.errors import ConfigError
+from moetool.checkpoint.model import load_model, load_tokenizer, pick_device, skeleton
+from moetool.errors import CheckpointError, ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing import metrics
 from moetool.routing.capture import RouterCapture
-from moetool.routing.comparison import RouteFile, build_comparison
+from moetool.routing.comparison import RouteFile, build_comparison, check_shapes
 from moetool.routing.drift import drift
-from moetool.routing.measure import Observer, Tokens, measure, probe
+from moetool.routing.measure import Observer, Tokens, measure, outline, probe
 from moetool.routing.origin import Origin, first_entry, read_origin
 from moetool.routing.report import build_report
 from moetool.routing.stats import RoutingStats
@@ -87,9 +87,12 @@ def analyze(
         ConfigError: the checkpoints differ in shape, or the settings do not fit the model.
     """
     origin = read_origin(model[1])
-    loaded, capture, empty = _open(model[1], settings)
+    _check_models([model, compare] if compare else [model], settings)
+    loaded, capture = _open(model[1], settings)
+    empty, seq_len = probe(loaded, capture), _seq_len(loaded, settings)
+    shape = _shape(loaded, capture, empty)
     limits = {
-        "seq_len": _seq_len(loaded, settings),
+        "seq_len": seq_len,
         "batch_size": settings.batch_size,
         "max_tokens": settings.max_tokens,
     }
@@ -107,8 +110,8 @@ def analyze(
     _free()
     comparison = None
     if compare and routes:
-        loaded, capture, other = _open(compare[1], settings)
-        routes.check(other)
+        loaded, capture = _open(compare[1], settings)
+        check_shapes(compare[0], shape, _shape(loaded, capture, probe(loaded, capture)))
         tokens_after = TokenCounts(texts, settings.max_tokens, empty, counted) if counted else None
         same = origin if origin and first_entry(compare[1]) == origin.entry else None
         use_after = _unit_use(loaded, same, settings)
@@ -117,7 +120,6 @@ def analyze(
             *([tokens_after.observe] if tokens_after else []),
             *([use_after.observe] if use_after else []),
         ]
-        _seq_len(loaded, replace(settings, seq_len=limits["seq_len"]))
         after = measure(loaded, capture, texts, **limits, observers=observers, progress=_named(progress, compare[0]))
         del loaded, capture
         _free()
@@ -139,11 +141,38 @@ def analyze(
     )
 
 
-def _open(folder: Path, settings: Settings) -> tuple[Any, RouterCapture, RoutingStats]:
+def _check_models(models: list[tuple[str, Path]], settings: Settings) -> None:
+    """Refuse, before any weights are loaded, a dense model, and a MODEL2 of another shape than MODEL."""
+    shapes: list[dict[str, Any]] = []
+    longest: list[int] = []
+    for name, folder in models:
+        empty_model = skeleton(folder)
+        try:
+            capture = RouterCapture(empty_model)
+        except CheckpointError as error:
+            raise CheckpointError(f"--compare {name}: {error}" if shapes else str(error)) from None
+        shapes.append(_shape(empty_model, capture, outline(empty_model, capture)))
+        longest.append(_seq_len(empty_model, settings))
+    name = models[-1][0]
+    check_shapes(name, shapes[0], shapes[-1])
+    if longest[-1] < longest[0]:
+        raise ConfigError(f"--seq-len {longest[0]}: the positions of {name} end at {longest[-1]}")
+
+
+def _shape(model: Any, capture: RouterCapture, empty: RoutingStats | None) -> dict[str, Any]:
+    """What two models must have in common, in words; None where it is not known."""
+    return {
+        "the layers with a router": _ranges(capture.layers),
+        "the number of experts": empty.num_experts if empty else None,
+        "top-k": empty.top_k if empty else None,
+        "the vocabulary": model.get_input_embeddings().num_embeddings,
+    }
+
+
+def _open(folder: Path, settings: Settings) -> tuple[Any, RouterCapture]:
     device = None if settings.device_map else pick_device(settings.device)
     model = load_model(folder, settings.dtype, device, settings.device_map)
-    capture = RouterCapture(model)
-    return model, capture, probe(model, capture)
+    return model, RouterCapture(model)
 
 
 def _unit_use(model: Any, origin: Origin | None, settings: Settings) -> UnitUse | None:

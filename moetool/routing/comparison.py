@@ -52,19 +52,6 @@ class RouteFile:
         N = len(batch.tokens_N)
         self._routes[name][self._row[route.layer], batch.start : batch.start + N] = route.indices_TK[:N].cpu().numpy()
 
-    def check(self, other: RoutingStats) -> None:
-        """Refuse a second checkpoint of another shape.
-
-        Raises:
-            ConfigError: its layers, experts or top-k differ.
-        """
-        for what in ("layers", "num_experts", "top_k"):
-            ours, theirs = getattr(self.like, what), getattr(other, what)
-            if ours != theirs:
-                raise ConfigError(
-                    f"--compare: the models differ in {what} ({ours} and {theirs}); compare checkpoints of one model"
-                )
-
     def compare(self, name: str, route: Route, batch: Batch) -> None:
         """Observer of the second checkpoint."""
         N = len(batch.tokens_N)
@@ -80,6 +67,25 @@ class RouteFile:
         1 where every choice stayed.
         """
         return [int(kept) / (num_tokens * self.like.top_k) for kept in self._kept[name].values()]
+
+
+def check_shapes(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Refuse a second checkpoint of another shape.
+
+    Args:
+        name: of the second, as the user named it.
+        one: what of the first -> value.
+        other: the same of the second; a value of None is not known.
+
+    Raises:
+        ConfigError: one differs.
+    """
+    for what, ours in one.items():
+        theirs = other[what]
+        if ours != theirs and ours is not None and theirs is not None:
+            raise ConfigError(
+                f"--compare {name}: the models differ in {what} ({ours} and {theirs}); compare checkpoints of one model"
+            )
 
 
 def _reserved(folder: Path, size: int) -> IO[bytes]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetool.errors import DataError
+from moetool.errors import CheckpointError, DataError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
 from moetool.routing.stats import RoutingStats
@@ -68,17 +68,53 @@ def read_batches(text: Tokens, seq_len: int, batch_size: int, num_tokens: int) -
         yield Batch(start, tokens_N, next_N, torch.from_numpy(ids_T).reshape(B, S), mask_T)
 
 
+class _FirstRoute(Exception):
+    """Ends a forward at its first router."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+
+
 @torch.inference_mode()
 def probe(model: Any, capture: RouterCapture) -> RoutingStats:
     """Empty stats of the model's shape.
 
-    Families call the number of experts and top-k by a dozen names: what the routers return for one
-    token says both.
+    Families call the number of experts and top-k by a dozen names: what the first router returns for
+    one token says both.
     """
     device = model.get_input_embeddings().weight.device
-    with capture.collect() as routes:
-        model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-    return RoutingStats.like(routes)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    found = _first_route(capture, partial(model.base_model, input_ids=ids, use_cache=False))
+    if found is None:
+        raise CheckpointError(f"{type(model).__name__}: none of its routers was asked for a token")
+    return found
+
+
+@torch.inference_mode()
+def outline(model: Any, capture: RouterCapture) -> RoutingStats | None:
+    """The same of a model on torch's meta device, which cannot run as a whole: one block is given a token.
+
+    None for the few families whose block wants more than that.
+    """
+    router = capture.routers[capture.layers[0]]
+    name = next(name for name, module in model.named_modules() if module is router)
+    hidden = torch.zeros(1, 1, model.config.get_text_config().hidden_size, device="meta")
+    try:
+        return _first_route(capture, partial(model.get_submodule(name.rpartition(".")[0]), hidden))
+    except (AttributeError, TypeError):
+        return None
+
+
+def _first_route(capture: RouterCapture, run: Callable[[], Any]) -> RoutingStats | None:
+    def end(route: Route) -> None:
+        raise _FirstRoute(route)
+
+    try:
+        with capture.collect(end):
+            run()
+    except _FirstRoute as first:
+        return RoutingStats(capture.layers, first.route.logits_TE.shape[-1], first.route.indices_TK.shape[-1])
+    return None
 
 
 @torch.inference_mode()
@@ -109,9 +145,9 @@ def measure(
 
     Raises:
         CheckpointError: a router cannot be read, or layers differ in experts or top-k.
-        DataError: a text has no tokens.
+        DataError: a text has no tokens, or one that the model does not know.
     """
-    device = model.get_input_embeddings().weight.device
+    device, vocabulary = model.get_input_embeddings().weight.device, model.get_input_embeddings().num_embeddings
     empty = probe(model, capture)
     stats: dict[str, RoutingStats] = {}
     for name, text in texts.items():
@@ -121,6 +157,11 @@ def measure(
         stats[name] = sums = empty + empty
         began, done = time.monotonic(), 0
         for batch in read_batches(text, seq_len, batch_size, total):
+            if (unknown := int(batch.tokens_N.max())) >= vocabulary:
+                raise DataError(
+                    f"--data {name}: token {unknown} is not among the model's {vocabulary}; the text was tokenized for"
+                    " another model"
+                )
             # Filling lies behind the text, where a causal model does not see it: no attention mask.
             with capture.collect(partial(_count, sums, observers, name, batch)):
                 model.base_model(input_ids=batch.ids_BS.to(device), use_cache=False)

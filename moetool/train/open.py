@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from moetool.checkpoint.model import skeleton
 from moetool.checkpoint.writer import FolderLock
 from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
@@ -17,7 +18,6 @@ from moetool.train.config import TrainConfig, check_batches, differences
 from moetool.train.execution import check_execution, executing
 from moetool.train.export import fingerprint
 from moetool.train.loop import Run
-from moetool.train.plan import skeleton
 from moetool.train.processes import agreed, make_accelerator
 
 

@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from moetool.data.mixture import TokenMixture
-from moetool.errors import CheckpointError
 from moetool.routing.capture import RouterCapture
 from moetool.train.batches import Corpus
 from moetool.train.config import TrainConfig
 from moetool.train.memory import device_memory, estimate, flops_per_token, parameters
-
-
-def skeleton(folder: Path) -> Any:
-    """The model of a checkpoint without its weights (on torch's meta device): seconds at any size.
-
-    Raises:
-        CheckpointError: transformers knows no causal language model for its config.json.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a damaged or foreign config fails in a dozen ways
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from None
 
 
 def describe(
@@ -41,7 +22,7 @@ def describe(
 
     Args:
         config: resolved.
-        model: without weights, see `skeleton`.
+        model: without weights, see `checkpoint.model.skeleton`.
         mixture: of the sources.
         corpus: what they and the validation sets are.
         num_processes: of the run.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moetool.checkpoint.model import load_model
-from moetool.errors import ConfigError, DataError
+from moetool.errors import CheckpointError, ConfigError, DataError
 from moetool.routing.analysis import Settings, analyze
 from moetool.routing.capture import RouterCapture
 from moetool.routing.comparison import RouteFile, saturation_by_chance
@@ -188,11 +189,8 @@ def test_chance_saturation_of_balanced_routers_is_k_over_e(mixtral: Path) -> Non
     assert saturation_by_chance(empty, empty) == [0.5, 0.5]
 
 
-def test_refusals(mixtral: Path, tmp_path: Path) -> None:
-    wider = tiny.save_mixtral(tmp_path / "wider", num_local_experts=6)
+def test_refusals(mixtral: Path) -> None:
     texts = {"a": Text(TOKENS)}
-    with pytest.raises(ConfigError, match="differ in num_experts"):
-        analyze(("m", mixtral), texts, Settings(device="cpu"), compare=("w", wider), scratch=tmp_path)
     with pytest.raises(ConfigError, match="positions end at 128"):
         analyze(("m", mixtral), texts, Settings(device="cpu", seq_len=129))
     with pytest.raises(ConfigError, match="layer 7 has no router; layers with one are 0-1"):
@@ -201,6 +199,47 @@ def test_refusals(mixtral: Path, tmp_path: Path) -> None:
         analyze(("m", mixtral), texts, Settings(device="cpu", vocabulary_layers=()))["vocabulary_specialization"]
         is None
     )
+
+
+SHAPES: dict[str, tuple[dict[str, Any], str]] = {
+    "layers": ({"num_hidden_layers": 3}, "the layers with a router (0-1 and 0-2)"),
+    "experts": ({"num_local_experts": 6}, "the number of experts (4 and 6)"),
+    "top-k": ({"num_experts_per_tok": 1}, "top-k (2 and 1)"),
+    "vocabulary": ({"vocab_size": 320}, "the vocabulary (300 and 320)"),
+}
+
+
+@pytest.mark.parametrize("change", SHAPES)
+def test_another_shape_is_refused_before_weights_are_read(
+    change: str, mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, message = SHAPES[change]
+    other = tiny.save_mixtral(tmp_path / "other", **changes)
+    monkeypatch.setattr("moetool.routing.analysis.load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match=f"--compare o: the models differ in {re.escape(message)}"):
+        analyze(("m", mixtral), {"a": Text(TOKENS)}, Settings(device="cpu"), compare=("o", other), scratch=tmp_path)
+
+
+def test_a_dense_model_is_refused_before_weights_are_read(
+    mixtral: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moetool.routing.analysis.load_model", lambda *_: pytest.fail("a model was loaded"))
+    texts, settings = {"a": Text(TOKENS)}, Settings(device="cpu")
+    with pytest.raises(CheckpointError, match=r"^--compare d: LlamaForCausalLM is a dense model"):
+        analyze(("m", mixtral), texts, settings, compare=("d", llama), scratch=tmp_path)
+    with pytest.raises(CheckpointError, match=r"^LlamaForCausalLM is a dense model"):
+        analyze(("d", llama), texts, settings)
+
+
+def test_fewer_positions_in_the_second_model_are_refused(mixtral: Path, tmp_path: Path) -> None:
+    shorter = tiny.save_mixtral(tmp_path / "shorter", max_position_embeddings=64)
+    with pytest.raises(ConfigError, match="--seq-len 128: the positions of s end at 64"):
+        analyze(("m", mixtral), {"a": Text(TOKENS)}, Settings(device="cpu"), compare=("s", shorter), scratch=tmp_path)
+
+
+def test_a_token_that_the_model_does_not_know(mixtral: Path) -> None:
+    with pytest.raises(DataError, match="--data a: token 300 is not among the model's 300"):
+        analyze(("m", mixtral), {"a": Text([1, 300, 2])}, Settings(device="cpu"))
 
 
 def test_drift_of_what_cannot_be_compared_is_unknown(mixtral: Path, tmp_path: Path) -> None:

@@ -18,13 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moetool.checkpoint.model import load_model
+from moetool.checkpoint.model import load_model, skeleton
 from moetool.checkpoint.writer import FolderLock
 from moetool.errors import CheckpointError
 from moetool.train.batches import mix, open_corpus
 from moetool.train.config import TrainConfig
 from moetool.train.memory import flops_per_token
-from moetool.train.plan import skeleton
 from tests import tiny
 
 SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3]

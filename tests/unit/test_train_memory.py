@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig
 
+from moetool.checkpoint.model import skeleton
 from moetool.train import memory
 from moetool.train.config import TrainConfig
-from moetool.train.plan import memory_warnings, skeleton
+from moetool.train.plan import memory_warnings
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 4,
