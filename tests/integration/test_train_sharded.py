@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -109,6 +112,23 @@ def test_sharded_weights_are_gathered_in_bf16(tmp_path: Path, mixtral: Path, jso
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(rows(one), rows(two), strict=True):
         assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=2e-2)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_accelerate_reads_the_configurations(name: str) -> None:
+    config = load_config_from_file(str(ROOT / "docs" / "accelerate" / f"{name}.yaml"))  # raises at an unknown key
+    assert config.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]
+    plugin = {field.name for field in fields(FullyShardedDataParallelPlugin)}
+    for key in getattr(config, "fsdp_config", None) or {}:
+        assert key.removeprefix("fsdp_") in plugin | {"version", "offload_params"}, key
+
+
+def test_deepspeed_is_refused(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    arguments = ["cpt", llama, tmp_path / "out", "--train", f"new={jsonl}", *OPTIONS]
+    done = tiny.cli(*arguments, env={"ACCELERATE_USE_DEEPSPEED": "true"})
+    assert done.returncode == 1
+    assert "configured for DeepSpeed" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_fsdp_that_would_not_shard_is_refused(tmp_path: Path, llama: Path, jsonl: Path) -> None:
