@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("docs")
     (root / "data" / "src").mkdir(parents=True)
     (root / "data" / "books").mkdir()
-    tiny.save_llama(root / "models" / "llama")
+    for seed, name in enumerate(("llama", "llama-code", "llama-prose")):
+        tiny.save_llama(root / "models" / name, seed)
     for name in ("code", "prose"):
         tiny.save_jsonl(root / "data" / f"{name}.jsonl", repeat=60)
     (root / "data" / "src" / "a.py").write_text("def add(a, b):\n    return a + b\n" * 40)
