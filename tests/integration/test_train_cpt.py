@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetool.checkpoint.model import load_model, skeleton
 from moetool.checkpoint.writer import FolderLock
 from moetool.errors import CheckpointError
+from moetool.train import state
 from moetool.train.batches import mix, open_corpus
 from moetool.train.config import TrainConfig
 from moetool.train.memory import flops_per_token
@@ -333,6 +335,31 @@ def test_a_damaged_newest_checkpoint_is_not_gone_on_from(tmp_path: Path, mixtral
     assert untimed(two) == untimed(one)
     assert all(torch.equal(value, weights(one)[name]) for name, value in weights(two).items())
     assert sorted(path.name for path in steps.iterdir()) == ["step-000002", "step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize("kind", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    tmp_path: Path, mixtral: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch, kind: Exception
+) -> None:
+    one, out = tmp_path / "one", tmp_path / "out"
+    assert cpt(mixtral, one, jsonl, "--save-every", 2)[0] == 0
+    written = state.save_training_state
+
+    def full(folder: Path, moments: Any, master: Any, step: int, identity: Any) -> None:
+        if step == 4:
+            raise kind
+        written(folder, moments, master, step, identity)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moetool.train.state.save_training_state", full)
+        code, _, stderr = cpt(mixtral, out, jsonl, "--save-every", 2)
+    assert code == 1
+    assert "space" in stderr
+    assert "run the same command again" in stderr
+    assert len(stderr.splitlines()) == 1
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
+    assert cpt(mixtral, out, jsonl, "--save-every", 2)[0] == 0
+    assert untimed(out) == untimed(one)
 
 
 def test_going_on_with_the_optimizer_of_another_run(tmp_path: Path, llama: Path) -> None:

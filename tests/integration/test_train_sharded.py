@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -152,3 +154,29 @@ def test_another_number_of_processes_keeps_the_data_order(tmp_path: Path, mixtra
     assert done.returncode == 0, done.stderr
     assert "from step 3" in done.stdout
     assert_alike(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_processes_stop_together_with_a_checkpoint(
+    tmp_path: Path, llama: Path, jsonl: Path, signum: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "moetool", "cpt"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    size = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 1, "--max-steps", 20_000]
+    command = [*launch, *map(str, [llama, out, "--train", f"new={jsonl}", *size])]
+    with subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and process.poll() is None:
+            if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count('"loss"') > 3:
+                break
+            time.sleep(0.01)
+        # As a scheduler stops the launcher alone, and as Ctrl-C reaches everything in a terminal.
+        os.kill(process.pid, signum) if signum == signal.SIGTERM else os.killpg(process.pid, signum)
+        stderr = process.communicate(timeout=120)[1]
+    assert process.returncode != 0
+    done = len([row for row in rows(out) if "loss" in row])
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{done:06d}"], stderr

@@ -30,6 +30,18 @@ def test_resolve_fills_in_what_was_not_given() -> None:
     assert config(balance={}).resolve(128, DEFAULT, gpu=False).balance == {}
 
 
+def test_the_rates_and_phases_of_the_study_are_the_defaults() -> None:
+    done = config(schedule="infinite").resolve(128, {}, gpu=False)
+    assert done.lr == 3e-4
+    assert done.min_lr == pytest.approx(3e-5)
+    assert done.constant_lr == pytest.approx(1.65e-4)
+    assert (done.cooldown_end, done.constant_end) == (0.7, 0.8)
+    # What a schedule does not read does not make another run of it.
+    assert done.identity("m", {})["constant-lr"] == done.constant_lr
+    assert "constant-lr" not in config().resolve(128, {}, gpu=False).identity("m", {})
+    assert config(cooldown_end=0.0).resolve(128, {}, gpu=False).cooldown_end == 0.0
+
+
 def test_tokens_are_rounded_down_to_whole_steps() -> None:
     done = config(max_steps=None, max_tokens=1000, seq_len=10, global_batch_size=32).resolve(128, {}, gpu=False)
     assert (done.max_steps, done.max_tokens) == (3, 960)
