@@ -64,6 +64,27 @@ REGISTRY: dict[str, dict[str, str]] = {
         "balance_loss": "moetool.routing.metrics:balance_loss",
         "balance_loss_hf": "moetool.routing.metrics:balance_loss_hf",
     },
+    "text measure": {
+        "coactivation_distance": "moetool.routing.measures:coactivation_distance",
+        "domain_divergence": "moetool.routing.measures:domain_divergence",
+        "vocabulary_specialization": "moetool.routing.measures:vocabulary_specialization",
+        "next_token_specialization": "moetool.routing.measures:next_token_specialization",
+    },
+    "comparison measure": {
+        "saturation": "moetool.routing.measures:saturation",
+        "mri_change": "moetool.routing.measures:mri_change",
+        "load_divergence": "moetool.routing.measures:load_divergence",
+        "continual_specialization": "moetool.routing.measures:continual_specialization",
+        "router_drift": "moetool.routing.measures:router_drift",
+        "expert_drift": "moetool.routing.measures:expert_drift",
+    },
+    "upcycling measure": {
+        "expert_similarity": "moetool.routing.measures:expert_similarity",
+        "dense_similarity": "moetool.routing.measures:dense_similarity",
+        "kept_similarity": "moetool.routing.measures:kept_similarity",
+        "unit_use": "moetool.routing.measures:unit_use",
+        "idle_units": "moetool.routing.measures:idle_units",
+    },
     "suite": {
         "cpt-english": "moetool.evaluate.suites:CPT_ENGLISH",
         "cpt-german": "moetool.evaluate.suites:CPT_GERMAN",

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from moetool import registry
+from moetool.commands.analyze_routing_checks import MEASURES, apply, check_asked_for, parse_check
+from moetool.commands.analyze_routing_table import summary, table
 from moetool.commands.console import Console, escape
 from moetool.commands.options import (
     ConfigFlag,
@@ -24,9 +22,8 @@ from moetool.commands.options import (
     parse_count,
     write_options,
 )
-from moetool.errors import CheckFailed, ConfigError
+from moetool.errors import ConfigError
 
-_CHECKS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 _COMPARE, _RUN = "Comparison and tokens", "How the texts run"
 
 
@@ -57,7 +54,8 @@ def analyze_routing(
         typer.Option(
             "--fail-if",
             metavar="CHECK",
-            help=f"Exit with 3 if a layer has, say, 'mri>0.6'. Measures: {', '.join(registry.names('metric'))}.",
+            help="Exit with 3 if a layer has, say, 'mri>0.6'. Measures: "
+            f"{', '.join(name for kind in MEASURES for name in registry.names(kind))}.",
             show_default=False,
         ),
     ] = None,
@@ -158,7 +156,7 @@ def analyze_routing(
 
     Writes report.json, report.html (one file that opens offline) and plots to --out.
     """
-    checks = [_parse_check(text) for text in fail_if or []]
+    checks = [parse_check(text) for text in fail_if or []]
     texts = named_paths(data or [], "--data")
     if out is None:
         raise typer.BadParameter("give a folder for the report: --out DIR")
@@ -175,6 +173,8 @@ def analyze_routing(
         raise typer.BadParameter(f"give {missing} (or --counts FILE)")
     elif top_k is not None:
         raise typer.BadParameter("--top-k belongs to --counts; a MODEL knows its own")
+
+    check_asked_for(checks, bool(compare), unit_use)
 
     _check_writable(out)
     console = Console(context, json, quiet)
@@ -214,8 +214,8 @@ def analyze_routing(
         files = write_report(report, out)
         write_options(context, out)
     result = report | {"files": files}
-    console.result(result, _table(report, shutil.get_terminal_size().columns), _summary(report, files["html"]))
-    _apply(checks, report)
+    console.result(result, table(report, shutil.get_terminal_size().columns), summary(report, files["html"]))
+    apply(checks, report)
     return result
 
 
@@ -226,35 +226,6 @@ def _check_writable(out: Path) -> None:
         raise ConfigError(f"--out {out}: {place} is a file; choose a folder")
     if not os.access(place, os.W_OK):
         raise ConfigError(f"--out {out}: {place} cannot be written; choose another folder")
-
-
-def _parse_check(text: str) -> tuple[str, str, float]:
-    """`mri>0.6` as (measure, operator, bound)."""
-    match = re.fullmatch(r"\s*([A-Za-z_][\w-]*)\s*(>=|<=|>|<)\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*", text)
-    if match is None:
-        raise typer.BadParameter(f"--fail-if '{text}': write it as 'mri>0.6', with one of > >= < <=")
-    try:
-        return registry.check("metric", match[1].replace("-", "_")), match[2], float(match[3])
-    except ConfigError as error:
-        raise typer.BadParameter(f"--fail-if '{text}': {error}") from None
-
-
-def _apply(checks: list[tuple[str, str, float]], report: dict[str, Any]) -> None:
-    """Raise CheckFailed with the domains, layers and values of every check that holds."""
-    failed = []
-    for measure, sign, bound in checks:
-        found = []
-        for name, domain in report["domains"].items():
-            values = [(row["layer"], row[measure]) for row in domain["layers"]]
-            if any(value is None for _, value in values):
-                raise ConfigError(f"--fail-if {measure}: it is not known from counts alone")
-            sized = [(layer, len(value) if isinstance(value, list) else value) for layer, value in values]
-            if bad := [f"layer {layer} ({value:.4g})" for layer, value in sized if _CHECKS[sign](value, bound)]:
-                found.append(f"{name}: {', '.join(bad)}")
-        if found:
-            failed.append(f"{measure}{sign}{bound:g} in {'; '.join(found)}")
-    if failed:
-        raise CheckFailed(f"--fail-if: {' | '.join(failed)}")
 
 
 def _parse_layers(text: str) -> tuple[int, ...] | str:
@@ -272,71 +243,3 @@ def _parse_layers(text: str) -> tuple[int, ...] | str:
             )
         layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(layers))
-
-
-_TONE = {"balanced": "green", "skewed": "yellow", "collapsed": "red"}
-
-
-def _table(report: dict[str, Any], width: int) -> Table:
-    """A row a layer, of the domain where its busiest expert is busiest; narrow terminals get fewer columns."""
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "mri": lambda row: f"{row['mri']:.3f}",
-        "x bal.": lambda row: f"{row['mri_normalized']:.2f}",
-        "entropy": lambda row: f"{row['entropy']:.3f}",
-        "dead": lambda row: str(len(row["dead_experts"])),
-    }
-    if width < 50:
-        del columns["x bal."]
-    many = len(report["domains"]) > 1
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer", justify="right", no_wrap=True)
-    if many:
-        table.add_column("worst on", no_wrap=True, overflow="ellipsis", max_width=max(8, width - 48))
-    for title in columns:
-        table.add_column(title, justify="right", no_wrap=True)
-    if width >= 60:
-        table.add_column("", no_wrap=True)
-    for place, level in enumerate(report["verdict"]["layers"]):
-        rows = [(name, domain["layers"][place]) for name, domain in report["domains"].items()]
-        name, row = max(rows, key=lambda pair: pair[1]["mri"])
-        cells: list[str | Text] = [
-            str(row["layer"]),
-            *([Text(name)] if many else []),
-            *(cell(row) for cell in columns.values()),
-        ]
-        if width >= 60:
-            cells.append(Text("█" * max(1, round(row["mri"] * 12)), style=_TONE[level]))
-        table.add_row(*cells)
-    return table
-
-
-def _summary(report: dict[str, Any], page: str) -> str:
-    verdict = report["verdict"]
-    head, colon, rest = verdict["title"].partition(":")
-    lines = [f"\n[bold {_TONE[verdict['level']]}]{head}[/]{colon}{escape(rest)}", *map(escape, verdict["findings"])]
-    if report["comparison"]:
-        rows = [row for domain in report["comparison"]["domains"].values() for row in domain["layers"]]
-        kept = sum(row["saturation"] for row in rows) / len(rows)
-        lines.append(f"{kept:.0%} of the choices are the same in {escape(report['comparison']['model'])}.")
-    if report["upcycling"]:
-        lines.append(escape(_experts(report)))
-    return "\n".join([*lines, f"The report is {escape(page)}"])
-
-
-def _experts(report: dict[str, Any]) -> str:
-    """What is known of the experts of an upcycled model, in one or two sentences."""
-    from moetool.routing.upcycling_page import change
-
-    first, second = report["upcycling"], (report["comparison"] or {}).get("upcycling")
-    alike = change(first, second, "between_experts", "all")
-    dense, kept = (change(first, second, "with_dense", part) for part in ("all", "kept"))
-    use, idle = change(first, second, "use"), change(first, second, "idle", share=True)
-    said = [
-        f"Experts are {alike} like each other" if alike else None,
-        f"{dense} like the dense model" if dense else None,
-        f"{kept} in the kept units" if dense and kept and first["num_redrawn"] else None,
-    ]
-    sentences = [", ".join(part for part in said if part)] if alike else []
-    if use:
-        sentences.append(f"Use of the redrawn units (1: as the kept ones): {use}, {idle} of them nearly idle")
-    return " ".join(f"{sentence}." for sentence in [*sentences, *([] if sentences else first["notes"])])

@@ -16,7 +16,7 @@ from typing import Any
 from moetool import __version__
 from moetool.routing.coactivation import MATRIX_EXPERTS
 from moetool.routing.metrics import DEAD_LOAD
-from moetool.routing.upcycling_page import similarity_series, tiles, use_series
+from moetool.routing.upcycling_page import beginning, changed_units, notes, similarity_series, tiles, use_series
 
 # The page shows the tokens of so many experts at most; report.json has all.
 _TOKEN_CELLS = 400
@@ -42,6 +42,7 @@ def render(report: dict[str, Any]) -> str:
     environment.filters |= {"visible": visible, "percent": percent, "number": number, "heat": heat}
     environment.globals |= {"line_chart": line_chart, "bars": bars, "column": column, "drift_series": drift_series}
     environment.globals |= {"upcycling_tiles": tiles, "similarity_series": similarity_series, "use_series": use_series}
+    environment.globals |= {"beginning": beginning, "chart_notes": notes, "changed_units": changed_units}
     drawn = report["coactivation"] and report["num_experts"] <= MATRIX_EXPERTS
     matrices = list(report["coactivation"].values()) if drawn else None  # in the order of the picker
     return environment.get_template("report.html.j2").render(

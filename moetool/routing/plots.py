@@ -16,13 +16,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moetool.routing.html import visible
+from moetool.routing.upcycling_page import changed_units, similarity_series, use_series
 
 _DPI = 200
+_SOMETIMES = ("saturation.png", "expert-similarity.png", "dense-similarity.png", "unit-use.png")
 _STYLE: dict[str, Any] = {"linewidth": 1.6, "markersize": 3, "marker": "o"}
 
 
 def write_plots(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw `mri.png`, `entropy.png`, one `load-<domain>.png` a domain, and `saturation.png` with a comparison.
+    """Draw `mri.png`, `entropy.png` and one `load-<domain>.png` a domain.
+
+    With a comparison also `saturation.png`; of an upcycled model `expert-similarity.png`,
+    `dense-similarity.png` and `unit-use.png`, as far as they are known.
 
     Args:
         report: as `report.build_report` gives it.
@@ -36,7 +41,7 @@ def write_plots(report: dict[str, Any], folder: Path) -> list[Path]:
 
 def _draw(report: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (*folder.glob("load-*.png"), folder / "saturation.png"):
+    for stale in (*folder.glob("load-*.png"), *(folder / name for name in _SOMETIMES)):
         stale.unlink(missing_ok=True)
     domains = report["domains"]
     layers = [row["layer"] for row in next(iter(domains.values()))["layers"]]
@@ -51,10 +56,46 @@ def _draw(report: dict[str, Any], folder: Path) -> list[Path]:
         compared = report["comparison"]["domains"]
         series = _columns(compared, "saturation")
         paths.append(_lines(folder / "saturation.png", layers, series, "Router saturation", None, (0, 1.03)))
+    return paths + _upcycling(report, folder, layers)
+
+
+def _upcycling(report: dict[str, Any], folder: Path, layers: Sequence[int]) -> list[Path]:
+    """What is known of the experts of an upcycled model; a model compared with is drawn solid, the first dashed."""
+    first, second = report["upcycling"], (report["comparison"] or {}).get("upcycling")
+    if not first:
+        return []
+    paths = []
+    if first["layers"]:
+        at = [row["layer"] for row in first["layers"]]
+        sides = {"between_experts": ("expert-similarity.png", "Cosine of two experts")}
+        if first["layers"][0]["with_dense"]:
+            sides["with_dense"] = ("dense-similarity.png", "Cosine with the dense FFN")
+        for side, (file, label) in sides.items():
+            series, dashed = similarity_series(first, second, side)
+            known = [value for line in series.values() for value in line if value is not None]
+            if known:
+                low = min(0.0, 1.1 * min(known))
+                paths.append(_lines(folder / file, at, series, label, None, (low, 1.03), dashed))
+    if first["unit_use"]:
+        series, dashed = use_series(first, second)
+        most = max((value for line in series.values() for value in line if value is not None), default=1.0)
+        label = f"Use of the {changed_units(first)}"
+        paths.append(
+            _lines(
+                folder / "unit-use.png",
+                layers,
+                series,
+                label,
+                1.0,
+                (0, 1.06 * max(most, 1)),
+                dashed,
+                "as the kept units",
+            )
+        )
     return paths
 
 
-def _columns(domains: Mapping[str, Any], measure: str) -> dict[str, list[float]]:
+def _columns(domains: Mapping[str, Any], measure: str) -> dict[str, list[float | None]]:
     return {name: [row[measure] for row in domain["layers"]] for name, domain in domains.items()}
 
 
@@ -84,21 +125,28 @@ def _new(width: float, height: float) -> tuple[Figure, Axes]:
 def _lines(
     path: Path,
     layers: Sequence[int],
-    series: Mapping[str, Sequence[float]],
+    series: Mapping[str, Sequence[float | None]],
     label: str,
     reference: float | None,
     limits: tuple[float, float],
+    dashed: Sequence[str] = (),
+    reference_name: str = "balanced",
 ) -> Path:
+    """A figure of lines by layer; a dashed one has the colour of the one before it."""
     figure, axes = _new(4.6, 2.8)
+    color = -1
     for name, values in series.items():
-        axes.plot(layers, values, label=plain_text(name), **_STYLE)
+        color += name not in dashed
+        points = [np.nan if value is None else value for value in values]
+        style = "--" if name in dashed else "-"
+        axes.plot(layers, points, style, color=f"C{color % 10}", label=plain_text(name), **_STYLE)
     if reference is not None:
-        axes.axhline(reference, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label="balanced")
+        axes.axhline(reference, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label=reference_name)
     axes.set(xlabel="Layer", ylabel=label, ylim=limits)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2 if dashed else 3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=_DPI)
     return path
 

@@ -7,7 +7,69 @@ from typing import Any
 
 Measured = Mapping[str, Any]
 OLDER = ", first model"
-_PARTS = {"kept": "kept units", "all": "all weights", "redrawn": "redrawn units"}
+
+
+def changed_units(first: Measured) -> str:
+    """What the units are called that are not the dense model's."""
+    return "units given noise" if first["recipe"]["method"] == "noise" else "redrawn units"
+
+
+def beginning(first: Measured) -> list[str]:
+    """How the experts began, in sentences."""
+    recipe, names = first["recipe"], [first["source"], *first["donors"]]
+    if recipe["method"] == "scratch":
+        return [f"moetool made this model in the shape of {names[0]} and drew every tensor: no weight comes from it."]
+    several, parts = len(names) > 1, recipe["granularity"]
+    whole = "the feed-forward network of one of them" if several else "its feed-forward network"
+    what = whole if parts == 1 else f"one of {parts} parts of {whole}"
+    if first["num_redrawn"]:
+        done = "noise added to" if recipe["method"] == "noise" else "drawn anew"
+        units = f"{first['num_redrawn']} of {first['num_units']} units"
+        each = " in each matrix" if recipe["drop_index"] == "per-matrix" else ""
+        what += f", with {f'{done} {units}' if done.startswith('noise') else f'{units} {done}'}{each} and the rest kept"
+    said = [f"moetool made this model from {_listed(names)}: every expert began as {what}."]
+    if recipe["shared_experts"]:
+        said.append("The shared expert is left out here.")
+    if parts > 1:
+        said.append("Experts are compared with those of the same part: different parts have nothing in common.")
+    return said
+
+
+def notes(first: Measured) -> dict[str, str]:
+    """What is to be seen in each chart."""
+    recipe, some = first["recipe"], bool(first["num_redrawn"])
+    if recipe["method"] == "scratch":
+        return {
+            "between": "Mean over pairs of experts. They were drawn apart and begin near 0.",
+            "dense": "",
+            "use": "",
+        }
+    apart = " (of two dense models: where these are)" if first["donors"] else ""
+    noise = recipe["method"] == "noise"
+    changed = "Units that one or both had changed begin" if noise else "Units that one or both had redrawn begin"
+    lower = "below 1" if noise else "near 0, and stay there while experts learn different things"
+    return {
+        "between": "Mean over pairs of experts. "
+        + (
+            f"Units that both kept begin at 1{apart}, and training moves them apart. {changed} {lower}."
+            if some
+            else f"Copied experts begin at 1{apart}: only training can tell them apart."
+        ),
+        "dense": "Mean over experts. "
+        + (
+            "Kept units begin at 1: what they have lost is what training has changed. "
+            + ("Units given noise begin below 1." if noise else "Redrawn units begin near 0, with no reason to return.")
+            if some
+            else "Copied experts begin at 1: what is missing is what training has changed."
+        ),
+        "use": "Their share of all that the units add to an expert's output, over their share of the units: 1 as much"
+        " as the kept ones, 0 nothing."
+        + ("" if noise else " Fresh from the draw they do little; training that works raises it."),
+    }
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def change(first: Measured, second: Measured | None, *keys: str, share: bool = False) -> str | None:
@@ -27,13 +89,13 @@ def _share(value: float) -> str:
 
 def tiles(first: Measured, second: Measured | None) -> list[tuple[str, str]]:
     """(value, label) of what is known."""
-    redrawn = bool(first["num_redrawn"])
+    redrawn, units = bool(first["num_redrawn"]), changed_units(first)
     found = [
         (change(first, second, "with_dense", "all"), "similarity of experts and the dense model"),
         (change(first, second, "with_dense", "kept") if redrawn else None, "the same, in the units that were kept"),
         (change(first, second, "between_experts", "all"), "similarity of two experts"),
-        (change(first, second, "use"), "use of redrawn units; 1 is as much as the kept ones"),
-        (change(first, second, "idle", share=True), "of redrawn units are nearly idle"),
+        (change(first, second, "use"), f"use of {units}; 1 is as much as the kept ones"),
+        (change(first, second, "idle", share=True), f"of {units} are nearly idle"),
     ]
     return [(value, label) for value, label in found if value is not None]
 
@@ -48,7 +110,8 @@ def similarity_series(
         second: of the second; its lines come first of each pair.
         side: `between_experts` or `with_dense`.
     """
-    parts = _PARTS if first["num_redrawn"] else {"all": _PARTS["all"]}
+    names = {"kept": "kept units", "all": "all weights", "redrawn": changed_units(first)}
+    parts = names if first["num_redrawn"] else {"all": names["all"]}
     lines = {
         name: [[row[side][part] for row in model["layers"]] for model in _models(first, second, "layers")]
         for part, name in parts.items()
@@ -57,7 +120,7 @@ def similarity_series(
 
 
 def use_series(first: Measured, second: Measured | None) -> tuple[dict[str, list[float | None]], list[str]]:
-    """The same of the use of redrawn units, a domain a line."""
+    """The same of the use of changed units, a domain a line."""
     models = _models(first, second, "unit_use")
     lines = {name: [[row["use"] for row in model["unit_use"][name]] for model in models] for name in first["unit_use"]}
     return _pairs(lines)

@@ -237,3 +237,60 @@ def test_similarity_and_use_of_every_upcycling(kind: Kind, tmp_path: Path) -> No
             assert 0.5 < before["redrawn"] < 0.99
         elif found["num_redrawn"]:
             assert abs(before["redrawn"]) < 0.2
+
+
+WORDS: dict[str, tuple[tuple[object, ...], int, list[str]]] = {
+    "noise": (
+        ("--method", "noise", "--noise-ratio", "0.25"),
+        1,
+        ["with noise added to 16 of 64 units", "Use of the units given noise", "Units given noise begin below 1"],
+    ),
+    "parts": (FINE, 1, ["one of 4 parts of its feed-forward network, with 8 of 16 units drawn anew", "same part"]),
+    "donors": (("--num-experts", 4), 2, ["the feed-forward network of one of them", "dense0 and ", "dense1:"]),
+    "scratch": (("--method", "scratch"), 1, ["drew every tensor", "no dense FFN to compare"]),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_the_page_says_how_the_experts_began(name: str, jsonl: Path, tmp_path: Path) -> None:
+    options, donors, sentences = WORDS[name]
+    folder, out = make(Kind("llama", "mixtral", options, donors), tmp_path), tmp_path / "out"
+    command = ("analyze-routing", folder, "--data", f"a={jsonl}", "--out", out, "--max-tokens", 64, "--quiet")
+    code, _, errors = tiny.in_process(*command)
+    assert code == 0, errors
+    page = (out / "report.html").read_text()
+    for sentence in sentences:
+        assert sentence in page
+    if name in ("noise", "scratch"):
+        assert "redrawn" not in page.lower()
+    plots = {path.name for path in (out / "plots").iterdir()} - {"mri.png", "entropy.png", "load-a.png"}
+    scratch = name == "scratch"
+    assert plots == {"expert-similarity.png", *(() if scratch else ("dense-similarity.png", "unit-use.png"))}
+    # A report of something else leaves none of them behind.
+    counts = tmp_path / "counts.json"
+    counts.write_text('{"en": {"0": [6, 1, 0, 1]}}')
+    assert tiny.in_process("analyze-routing", "--counts", counts, "--top-k", 1, "--out", out, "--quiet")[0] == 0
+    assert {path.name for path in (out / "plots").iterdir()} == {"mri.png", "entropy.png", "load-en.png"}
+
+
+def test_checks_of_the_upcycling(jsonl: Path, mixtral: Path, tmp_path: Path) -> None:
+    folder = make(Kind("llama", "mixtral", ("--method", "copy")), tmp_path)
+
+    def run(model: Path, check: str, *more: object) -> tuple[int, str]:
+        flags = ("--data", f"a={jsonl}", "--out", tmp_path / "o", "--max-tokens", 64, "--quiet", "--fail-if", check)
+        code, _, errors = tiny.in_process("analyze-routing", model, *flags, *more)
+        assert errors.count("\n") == (code != 0), errors
+        return code, errors
+
+    code, errors = run(folder, "expert_similarity>0.99")
+    assert code == 3
+    assert "--fail-if: expert_similarity>0.99 in layer 0 (1), layer 1 (1)" in errors
+    assert run(folder, "dense_similarity<0.99")[0] == 0
+    code, errors = run(folder, "unit_use<0.5")  # nothing was redrawn
+    assert (code, "known of models that moetool upcycled" in errors) == (1, True)
+    assert run(mixtral, "kept_similarity<0.5")[0] == 1
+    assert run(folder, "unit-use<0.5", "--no-unit-use")[0] == 2
+    code, errors = run(folder, "saturation<1")
+    assert (code, "needs --compare" in errors) == (2, True)
+    code, errors = run(folder, "expert_similarty>1")
+    assert (code, "did you mean 'expert_similarity'?" in errors) == (2, True)
