@@ -1,13 +1,17 @@
-"""What counting routes costs: tokens a second of `measure` against a bare forward over the same tokens.
+"""What analysing routes costs: time of the pass of `analyze-routing` against a bare forward over the same tokens.
 
-    python -m tests.benchmarks.routing_overhead [--tokens 200000] [--hidden 512] [--layers 4] [--device cpu]
+    python -m tests.benchmarks.routing_overhead [--tokens 204800] [--hidden 512] [--layers 4] [--device cpu]
 
-Batches alternate between the two, so that a busy machine slows both; the ratio is of the medians.
+A random Mixtral that `moetool upcycle` makes is sent the same batches bare and with what the command counts; batches
+alternate between the variants, so that a busy machine slows all. The ratio of `unit use` is of the whole pass: it looks
+at the first 8192 tokens of a text only, and what it costs there is spread over the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import statistics
 import tempfile
 import time
@@ -18,14 +22,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from moetool.checkpoint.model import load_model
+from moetool.cli import run as moetool
 from moetool.routing.capture import RouterCapture
 from moetool.routing.comparison import RouteFile
-from moetool.routing.measure import measure, probe
+from moetool.routing.measure import Batch, Observer, measure, probe
+from moetool.routing.origin import read_origin
+from moetool.routing.unit_use import SAMPLE, UnitUse
 from moetool.routing.vocabulary import TokenCounts
 
 SEQ_LEN, BATCH_SIZE, VOCABULARY = 512, 4, 8000
+STEP = SEQ_LEN * BATCH_SIZE
 
 
 class Text:
@@ -39,6 +48,23 @@ class Text:
         return self.tokens[start : start + length]
 
 
+def upcycled(folder: Path, options: argparse.Namespace) -> Path:
+    """A random dense model, upcycled with half of its units redrawn."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(options.hidden // 64, 2),
+        num_key_value_heads=max(options.hidden // 128, 1),
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "dense")
+    shape = ("--num-experts", str(options.experts), "--top-k", str(options.top_k))
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert moetool(["upcycle", str(folder / "dense"), str(folder / "moe"), *shape, "--quiet"]) == 0
+    return folder / "moe"
+
+
 def seconds(run: Callable[[], Any], device: str) -> float:
     """Wall time of a call, the device's work included."""
     began = time.perf_counter()
@@ -48,54 +74,74 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - began
 
 
-@torch.inference_mode()
+def at(start: int, observer: Observer) -> Observer:
+    """An observer that is told where a batch that is measured by itself lies in the text."""
+
+    def observe(name: str, route: Any, batch: Batch) -> None:
+        observer(name, route, Batch(start, batch.tokens_N, batch.next_N, batch.ids_BS, batch.mask_T))
+
+    return observe
+
+
 def main() -> None:
     """Print one line a variant."""
     parser = argparse.ArgumentParser()
-    for name, default in {"tokens": 200_000, "hidden": 512, "layers": 4, "experts": 8, "top-k": 2}.items():
+    defaults = {"tokens": 204_800, "hidden": 512, "layers": 4, "experts": 8, "top-k": 2}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=options.hidden,
-        intermediate_size=3 * options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 128,
-        num_local_experts=options.experts,
-        num_experts_per_tok=options.top_k,
-    )
-    model = MixtralForCausalLM(config).to(options.device).eval()
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, options.tokens)
-    whole = {"text": Text(tokens)}
+    with tempfile.TemporaryDirectory() as temporary:
+        measure_all(upcycled(Path(temporary), options), options)
+
+
+@torch.inference_mode()
+def measure_all(moe: Path, options: argparse.Namespace) -> None:
+    """Time every batch in every variant."""
+    model = load_model(moe, device=options.device)
+    origin = read_origin(moe)
+    assert origin
+    whole = {"text": Text(np.random.default_rng(0).integers(0, VOCABULARY, options.tokens // STEP * STEP))}
     capture = RouterCapture(model)
     empty = probe(model, capture)
     counts = TokenCounts(whole, options.tokens, empty, empty.layers)
-    routes = RouteFile(Path(tempfile.mkdtemp()), whole, options.tokens, empty)
-    settings: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "max_tokens": options.tokens}
-    variants: dict[str, list[Any]] = {
-        "counts": [],
-        "counts and tokens": [counts.observe],
-        "counts, tokens and comparison": [counts.observe, routes.write],
+    routes = RouteFile(moe.parent, whole, options.tokens, empty)
+    use = UnitUse(model, origin)
+    assert use.note is None, use.note
+    variants: dict[str, list[Observer]] = {
+        "routes": [],
+        "routes and tokens by expert": [counts.observe],
+        "routes, tokens and the choices that --compare keeps": [counts.observe, routes.write],
+        "routes, tokens and unit use": [counts.observe, use.observe],
     }
+    settings: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "max_tokens": STEP}
     times: dict[str, list[float]] = {name: [] for name in ("bare", *variants)}
-    step = SEQ_LEN * BATCH_SIZE
-    for start in range(0, options.tokens - step, step):
-        part = Text(tokens[start : start + step])
+    for start in range(0, whole["text"].num_tokens, STEP):
+        part = Text(whole["text"].tokens[start : start + STEP])
         ids = torch.from_numpy(part.tokens).view(BATCH_SIZE, SEQ_LEN).to(options.device)
         runs: dict[str, Callable[[], Any]] = {"bare": partial(model.base_model, input_ids=ids, use_cache=False)}
+        if not start:
+            seconds(runs["bare"], options.device)  # warm
         for name, observers in variants.items():
-            runs[name] = partial(measure, model, capture, {"text": part}, **settings, observers=observers)
-        turn = start // step % len(runs)  # none is always the first
+            placed = [at(start, observer) for observer in observers]
+            runs[name] = partial(measure, model, capture, {"text": part}, **settings, observers=placed)
+        turn = start // STEP % len(runs)  # none is always the first
         for name in [*runs, *runs][turn : turn + len(runs)]:
             times[name].append(seconds(runs[name], options.device))
-    bare = statistics.median(times["bare"][1:])
+    bare, looked_at = statistics.median(times["bare"]), -(-SAMPLE // STEP)
     print(
-        f"bare forward: {step / bare:.0f} tokens/s, {options.tokens} tokens, hidden {options.hidden}, {options.device}"
+        f"bare forward: {STEP / bare:.0f} tokens/s; {whole['text'].num_tokens} tokens, hidden {options.hidden},"
+        f" {options.layers} layers, {options.experts} experts, top-{options.top_k}, {options.device}"
     )
-    for name in variants:
-        print(f"{name}: time x {statistics.median(times[name][1:]) / bare:.3f}")
+    for name in list(variants)[:3]:
+        print(f"{name}: time x {statistics.median(times[name]) / bare:.3f}")
+    # Batches that are looked at and those that are not have times of their own: a median of each.
+    used = times["routes, tokens and unit use"]
+    inside = statistics.median(used[:looked_at])
+    outside = statistics.median(used[looked_at:]) if len(used) > looked_at else inside
+    total = (inside * looked_at + outside * (len(used) - looked_at)) / len(used)
+    print(f"routes, tokens and unit use, where units are looked at: time x {inside / bare:.3f}")
+    print(f"routes, tokens and unit use, the whole pass: time x {total / bare:.3f}")
 
 
 if __name__ == "__main__":
