@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import threading
-from collections import Counter
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo, sha256_file
+from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
 from moetool.upcycle.check import FLOAT_DTYPES
 from moetool.upcycle.layout import BLOCK_ELEMENTS, Fill
 from moetool.upcycle.plan import Plan
 
+MAX_WAITING = 8  # pieces of a file that wait to be hashed
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -85,12 +88,12 @@ def in_threads(jobs: Iterable[Callable[[], None]], workers: int) -> None:
 
 
 def read_rows(reader: BlockFile, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Rows [start, stop) of a tensor, shape (rows, row length) (a vector: rows of one)."""
+    """Rows [start, stop) of a tensor, shape (rows, row length) (a vector: rows of one); bytes of a foreign dtype."""
     rows = info.shape[0] if info.shape else 1
     row_bytes = info.size // rows
     buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
     reader.read_into(info, start * row_bytes, raw_bytes(buffer))
-    return buffer.view(TORCH_DTYPES[info.dtype]).view(stop - start, -1)
+    return buffer.view(TORCH_DTYPES.get(info.dtype, torch.uint8)).view(stop - start, -1)
 
 
 def gather_rows(reader: BlockFile, info: TensorInfo, rows: torch.Tensor) -> torch.Tensor:
@@ -108,83 +111,134 @@ def num_blocks(fills: Iterable[Fill]) -> int:
     return sum(len(fill.blocks) for fill in fills)
 
 
-@dataclass(frozen=True)
-class _Look:
-    """One tensor of one donor, to be looked at once; `fill` says what is made of it."""
+class _Hash:
+    """SHA-256 of a file whose pieces one thread reads, in order, and any thread hashes."""
 
-    donor: int
-    info: TensorInfo
-    fill: Fill
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._waiting: deque[memoryview] = deque()
+        self._busy = threading.Lock()
 
-    @property
-    def blocks(self) -> list[tuple[int, int]]:
-        """Of the tensor as it is in the donor."""
-        rows = self.info.shape[0] if self.info.shape else 1
-        step = max(1, BLOCK_ELEMENTS // max(1, self.info.num_elements // max(1, rows)))
-        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    def feed(self, piece: memoryview) -> None:
+        """Add the next piece."""
+        self._waiting.append(piece)
+        if len(self._waiting) > MAX_WAITING:
+            self.work(wait=True)
+
+    def work(self, wait: bool) -> None:
+        """Hash what waits, unless another thread is at it and `wait` is false."""
+        if self._busy.acquire(blocking=wait):
+            try:
+                while self._waiting:
+                    self._sha256.update(self._waiting.popleft())
+            finally:
+                self._busy.release()
+
+    def hexdigest(self) -> str:
+        """Of all that was fed."""
+        self.work(wait=True)
+        return self._sha256.hexdigest()
 
 
 def examine(plan: Plan, readers: Sequence[CheckpointReader], workers: int, progress: Progress = silent) -> Source:
     """Read the sources once: hash their files, sum their FFN units, and look for NaN and infinity.
 
+    A shard is read by one thread from its first byte to its last, because a hash and a sum of rows
+    depend on the order; where threads are left, others hash what those have read.
+
     Raises:
         CheckpointError: a weight is not finite, or would not be in the target's dtype; names the tensor.
     """
     source = Source([{} for _ in readers])
-    # The shared expert and the routed ones are made of the same matrices: the routed ones come first.
-    looks = {(d, info.name): _Look(d, info, fill) for fill in plan.fills for d, info in enumerate(fill.sources)}
-    looks |= {(d, i.name): _Look(d, i, f) for f in plan.fills if f.kind == "expert" for d, i in enumerate(f.sources)}
+    # The shared expert and the routed ones are made of the same matrices: the routed ones come last.
+    uses = {(d, info.name): fill for fill in plan.fills for d, info in enumerate(fill.sources)}
+    uses |= {(d, info.name): f for f in plan.fills if f.kind == "expert" for d, info in enumerate(f.sources)}
     # In one piece: small tensors that outlive the blocks between them would keep the allocator from ever
     # giving those back, and memory would grow with the number of layers.
-    summed = [
-        (d, f.layer or 0, f.projection or "") for f in plan.fills if f.kind == "expert" for d in range(len(readers))
-    ]
     if plan.num_redrawn:
-        moments = torch.zeros((2, len(summed), plan.intermediate_size), dtype=torch.float64)
-        source.sums, source.squares = (dict(zip(summed, part, strict=True)) for part in moments)
-    done, lock = Counter[str](), threading.Lock()
-    total = sum(len(look.blocks) for look in looks.values()) + sum(len(reader.shards) for reader in readers)
+        ffn = [(d, *_ffn(fill)) for fill in plan.fills if fill.kind == "expert" for d in range(len(readers))]
+        moments = torch.zeros((2, len(ffn), plan.intermediate_size), dtype=torch.float64)
+        source.sums, source.squares = (dict(zip(ffn, part, strict=True)) for part in moments)
+    hashes = {(d, shard): _Hash() for d, reader in enumerate(readers) for shard in reader.shards}
+    total = sum(info.size for reader in readers for info in reader.tensors.values())
+    done, left, lock = 0, len(hashes), threading.Lock()
 
-    def advance() -> None:
-        with lock:
-            done["steps"] += 1
-            progress("reading the source", done["steps"], total)
+    def read_shard(donor: int, shard: str) -> None:
+        nonlocal done, left
+        reader, sha256 = readers[donor], hashes[donor, shard]
+        tensors = sorted((t for t in reader.tensors.values() if t.shard == shard), key=lambda t: t.start)
+        try:
+            with (reader.folder / shard).open("rb") as file:  # the header: what lies before the first tensor
+                sha256.feed(memoryview(file.read(tensors[0].start if tensors else -1)))
+            for info in tensors:
+                for start, stop in _block_rows(info):
+                    block = read_rows(reader, info, start, stop)
+                    sha256.feed(raw_bytes(block))
+                    if (donor, info.name) in uses:
+                        _look(plan, source, reader, donor, info, uses[donor, info.name], start, block)
+                    with lock:
+                        done += block.nbytes
+                        progress("reading the source", done, total)
+            source.sha256[donor][shard] = sha256.hexdigest()
+        finally:
+            with lock:
+                left -= 1
 
-    def hash_shard(donor: int, shard: str) -> None:
-        source.sha256[donor][shard] = sha256_file(readers[donor].folder / shard)
-        advance()
+    def help_hashing() -> None:
+        while left:
+            for sha256 in hashes.values():
+                sha256.work(wait=False)
+            time.sleep(0.001)
 
-    def look_at(look: _Look) -> None:
-        fill, info, reader = look.fill, look.info, readers[look.donor]
-        key = (look.donor, fill.layer or 0, fill.projection or "")
-        is_ffn = fill.kind == "expert" and key in source.sums
-        largest = max(1.0, plan.factor(fill))
-        overflows = fill.dtype != "F32" and (fill.dtype != info.dtype or largest > 1)
-        for start, stop in look.blocks:
-            block = read_rows(reader, info, start, stop).float()
-            # A sum is finite unless an entry is not (or the sum overflows: then look at each entry).
-            if not torch.isfinite(block.sum()) and not torch.isfinite(block).all():
-                raise CheckpointError(
-                    f"{reader.folder / info.shard}: tensor {info.name} holds NaN or infinity;"
-                    " nothing was written: mend or fetch the source again"
-                )
-            if overflows and not torch.isfinite((block * largest).to(TORCH_DTYPES[fill.dtype])).all():
-                raise CheckpointError(
-                    f"{reader.folder / info.shard}: tensor {info.name} holds values that"
-                    f" {FLOAT_DTYPES[fill.dtype]} cannot; nothing was written: choose another --dtype"
-                )
-            if is_ffn:
-                wide = block.double()
-                if fill.projection == "down":
-                    source.sums[key] += wide.sum(0)
-                    source.squares[key] += wide.square_().sum(0)
-                else:
-                    source.sums[key][start:stop] = wide.sum(1)
-                    source.squares[key][start:stop] = wide.square_().sum(1)
-            advance()
-
-    jobs: list[Callable[[], None]] = [
-        partial(hash_shard, donor, shard) for donor, reader in enumerate(readers) for shard in reader.shards
-    ]
-    in_threads([*jobs, *(partial(look_at, look) for look in looks.values())], workers)
+    helpers = min(len(hashes), max(0, workers - len(hashes)))
+    in_threads([*(partial(read_shard, *key) for key in hashes), *[help_hashing] * helpers], workers)
     return source
+
+
+def _ffn(fill: Fill) -> tuple[int, str]:
+    assert fill.layer is not None
+    assert fill.projection is not None
+    return fill.layer, fill.projection
+
+
+def _block_rows(info: TensorInfo) -> list[tuple[int, int]]:
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, BLOCK_ELEMENTS // max(1, info.num_elements // max(1, rows)))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)] if info.size else []
+
+
+def _look(
+    plan: Plan,
+    source: Source,
+    reader: BlockFile,
+    donor: int,
+    info: TensorInfo,
+    fill: Fill,
+    start: int,
+    rows: torch.Tensor,
+) -> None:
+    """Sum the units in some rows of a tensor, and refuse what is not finite; `fill` is what is made of it."""
+    block = rows.float()
+    # A sum is finite unless an entry is not (or the sum overflows: then look at each entry).
+    if not torch.isfinite(block.sum()) and not torch.isfinite(block).all():
+        raise CheckpointError(
+            f"{reader.folder / info.shard}: tensor {info.name} holds NaN or infinity;"
+            " nothing was written: mend or fetch the source again"
+        )
+    largest = max(1.0, plan.factor(fill))
+    overflows = fill.dtype != "F32" and (fill.dtype != info.dtype or largest > 1)
+    if overflows and not torch.isfinite((block * largest).to(TORCH_DTYPES[fill.dtype])).all():
+        raise CheckpointError(
+            f"{reader.folder / info.shard}: tensor {info.name} holds values that"
+            f" {FLOAT_DTYPES[fill.dtype]} cannot; nothing was written: choose another --dtype"
+        )
+    if fill.kind != "expert" or not plan.num_redrawn:
+        return
+    sums, squares = source.sums[donor, *_ffn(fill)], source.squares[donor, *_ffn(fill)]
+    wide = block.double()
+    if fill.projection == "down":
+        sums += wide.sum(0)
+        squares += wide.square_().sum(0)
+    else:
+        sums[start : start + len(wide)] = wide.sum(1)
+        squares[start : start + len(wide)] = wide.square_().sum(1)

@@ -59,10 +59,15 @@ def make(pair: tuple[str, str], folder: Path, **changes: Any) -> Path:
     return tiny.save_dense(pair[0], folder, **(WITHOUT.get(pair, {}) | changes))
 
 
+@pytest.mark.parametrize("shared", [None, 0])
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_copies_are_the_dense_model(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_copies_are_the_dense_model(pair: tuple[str, str], shared: int | None, tmp_path: Path) -> None:
+    spec = SPECS[pair[1]].shared
+    if shared is not None and (spec is None or spec.sizes):
+        pytest.skip("it has no shared expert, or always")
     dense = make(pair, tmp_path / "dense")
-    out = upcycle(dense, tmp_path / "moe", pair[1], "--method", "copy", "--num-experts", 4)
+    options = () if shared is None else ("--shared-experts", shared)
+    out = upcycle(dense, tmp_path / "moe", pair[1], "--method", "copy", "--num-experts", 4, *options)
     assert close(logits(out), logits(dense))
 
 
