@@ -133,7 +133,9 @@ def _lines(
     reference_name: str = "balanced",
 ) -> Path:
     """A figure of lines by layer; a dashed one has the colour of the one before it."""
-    figure, axes = _new(4.6, 2.8)
+    columns = 2 if dashed else 3
+    rows = -(-(len(series) + (reference is not None)) // columns)
+    figure, axes = _new(4.6, 2.6 + 0.18 * rows)  # the legend takes no height from the axes
     color = -1
     for name, values in series.items():
         color += name not in dashed
@@ -146,7 +148,7 @@ def _lines(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside upper center", ncols=2 if dashed else 3, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=8)
     figure.savefig(path, dpi=_DPI)
     return path
 
