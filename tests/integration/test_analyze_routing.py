@@ -143,3 +143,35 @@ def test_another_tokenizer_is_refused(mixtral: Path, text: Path, tmp_path: Path)
     code, _, errors = in_process("analyze-routing", mixtral, "--data", f"b={text}", *out, "--compare", other)
     assert code == 1
     assert "another tokenizer" in errors
+
+
+def test_every_kind_of_text_gives_the_same_tokens(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    documents = [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "text.parquet")
+    assert in_process("tokenize", jsonl, "--out", tmp_path / "tokens", "--tokenizer", mixtral)[0] == 0
+    names = {"jsonl": jsonl, "parquet": tmp_path / "text.parquet", "tokens": tmp_path / "tokens"}
+    data = [part for name, path in names.items() for part in ("--data", f"{name}={path}")]
+    code, _, errors = in_process("analyze-routing", mixtral, *data, "--out", tmp_path / "o", "--max-tokens", "300")
+    assert code == 0, errors
+    domains = json.loads((tmp_path / "o" / "report.json").read_text())["domains"]
+    assert domains["jsonl"] == domains["parquet"] == domains["tokens"]
+
+
+@pytest.mark.parametrize("flags", [("--device-map", "auto"), ("--device", "cpu", "--dtype", "bfloat16")])
+def test_placement_and_precision(mixtral: Path, text: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    data = ("--data", f"b={text}", "--max-tokens", "200")
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    assert in_process("analyze-routing", mixtral, *data, "--out", plain, "--device", "cpu")[0] == 0
+    code, _, errors = in_process("analyze-routing", mixtral, *data, "--out", other, *flags)
+    assert code == 0, errors
+    first, second = (json.loads((folder / "report.json").read_text())["domains"]["b"] for folder in (plain, other))
+    assert second["num_tokens"] == 200
+    loads = [[row["load"] for row in found["layers"]] for found in (first, second)]
+    if "bfloat16" in flags:
+        assert loads[0] == [pytest.approx(load, abs=0.05) for load in loads[1]]
+        assert first != second, "the dtype changed nothing"
+    else:
+        assert loads[0] == loads[1]
