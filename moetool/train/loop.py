@@ -24,7 +24,7 @@ from moetool.checkpoint.model import load_model
 from moetool.errors import CheckpointError, ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture, has_routers
-from moetool.train import balance, schedules, state
+from moetool.train import balance, resume, schedules, state
 from moetool.train.batches import Corpus, MicroBatch, micro_batches, mix
 from moetool.train.config import TrainConfig
 from moetool.train.execution import apply_execution, evaluating
@@ -87,7 +87,7 @@ class Run:
             # A model that is going to be sharded may be too large for one device.
             self._core = _load(start, torch.device("cpu") if is_sharded(accelerator) else accelerator.device)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; {state.ADVICE}" if step else str(error)) from None
+            raise CheckpointError(f"{error}; {resume.ADVICE}" if step else str(error)) from None
         self._capture = RouterCapture(self._core) if has_routers(self._core) else None
         self._selections = balance.build_selections(config.balance, self._core, self._capture) if self._capture else []
         if self._capture and config.freeze_router:
@@ -101,7 +101,7 @@ class Run:
         self._raw_optimizer = adamw(self._core, config)
         self._model, self._optimizer = accelerator.prepare(self._core, self._raw_optimizer)
         if step or config.keep_optimizer:
-            state.load_training_state(start, self._core, self._raw_optimizer, state.ADVICE if step else state.FRESH)
+            resume.load(start, self._core, self._raw_optimizer, resume.ADVICE if step else resume.FRESH)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:  # only now: a command that is refused deletes nothing
             state.claim(config.out)
@@ -299,14 +299,14 @@ class Run:
         # Every process takes part in gathering, one tensor after the other; the main one keeps them.
         gathered = ((name, whole(parameter)) for name, parameter in self._core.named_parameters())
         weights = {name: tensor for name, tensor in gathered if main}
-        moments = {key: tensor for key, tensor in state.moments(self._core, self._raw_optimizer) if main}
+        moments = {key: tensor for key, tensor in resume.moments(self._core, self._raw_optimizer) if main}
 
         def fill(folder: Path) -> None:
             entry = {"command": "cpt", "moetool": __version__, "torch": torch.__version__, "seed": self.config.seed}
             entry |= {"options": self.config.to_json(), **self._so_far()}
             save_checkpoint(self._core, weights, self.config.model, folder, self._dtype, entry)
             master = weights if self._dtype != "float32" else None
-            state.save_training_state(folder, moments, master, self.step, self._identity)
+            resume.save(folder, moments, master, self.step, self._identity)
 
         if main:
             state.save_step(self.config.out, self.step, fill, self.config.keep_checkpoints)

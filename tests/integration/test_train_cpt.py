@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moetool.checkpoint.model import load_model, skeleton
 from moetool.checkpoint.writer import FolderLock
 from moetool.errors import CheckpointError
-from moetool.train import state
+from moetool.train import resume
 from moetool.train.batches import mix, open_corpus
 from moetool.train.config import TrainConfig
 from moetool.train.memory import flops_per_token
@@ -269,8 +269,8 @@ def test_out_must_be_free(tmp_path: Path, llama: Path, jsonl: Path) -> None:
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("my only copy")
     for out in (foreign, llama, llama / "out"):
-        for resume in ("--resume", "--no-resume"):
-            code, _, stderr = cpt(llama, out, jsonl, resume)
+        for option in ("--resume", "--no-resume"):
+            code, _, stderr = cpt(llama, out, jsonl, option)
             assert code == 1
             assert "choose another OUT" in stderr
     assert (foreign / "thesis.txt").read_text() == "my only copy"
@@ -343,7 +343,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
 ) -> None:
     one, out = tmp_path / "one", tmp_path / "out"
     assert cpt(mixtral, one, jsonl, "--save-every", 2)[0] == 0
-    written = state.save_training_state
+    written = resume.save
 
     def full(folder: Path, moments: Any, master: Any, step: int, identity: Any) -> None:
         if step == 4:
@@ -351,7 +351,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
         written(folder, moments, master, step, identity)
 
     with monkeypatch.context() as patched:
-        patched.setattr("moetool.train.state.save_training_state", full)
+        patched.setattr("moetool.train.resume.save", full)
         code, _, stderr = cpt(mixtral, out, jsonl, "--save-every", 2)
     assert code == 1
     assert "space" in stderr

@@ -15,7 +15,7 @@ from torch import nn
 from moetool.checkpoint.model import load_model
 from moetool.checkpoint.writer import FolderLock
 from moetool.errors import CheckpointError, ConfigError
-from moetool.train import state
+from moetool.train import resume, state
 from moetool.train.config import TrainConfig
 from moetool.train.export import fingerprint, save_checkpoint, source_dtype
 from moetool.train.metrics import MetricsLog, routing_row, summarize
@@ -64,9 +64,9 @@ def test_training_state_round_trip(tmp_path: Path) -> None:
     one(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     weights = {name: whole(parameter) for name, parameter in one.named_parameters()}
-    state.save_training_state(tmp_path, dict(state.moments(one, optimizer)), weights, 1, {"seed": 0})
-    state.load_training_state(tmp_path, two, other, "do this")
-    assert state.read_identity(tmp_path) == {"seed": 0}
+    resume.save(tmp_path, dict(resume.moments(one, optimizer)), weights, 1, {"seed": 0})
+    resume.load(tmp_path, two, other, "do this")
+    assert resume.read_identity(tmp_path) == {"seed": 0}
     for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(ours, theirs)
         assert {k: v.tolist() for k, v in optimizer.state[ours].items()} == {
@@ -77,11 +77,11 @@ def test_training_state_round_trip(tmp_path: Path) -> None:
         written = path.read_bytes()
         path.write_bytes(b"damaged")
         with pytest.raises(CheckpointError, match=r"cannot be used .*; do this"):
-            state.load_training_state(tmp_path, two, other, "do this")
+            resume.load(tmp_path, two, other, "do this")
         path.write_bytes(written)
     (folder / "master.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot be used"):
-        state.load_training_state(tmp_path, two, other, "do this")
+        resume.load(tmp_path, two, other, "do this")
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,9 @@ def test_moments_of_another_model_are_refused(tmp_path: Path, model: nn.Module, 
     optimizer = adamw(one, config)
     one(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    state.save_training_state(tmp_path, dict(state.moments(one, optimizer)), None, 1, {})
+    resume.save(tmp_path, dict(resume.moments(one, optimizer)), None, 1, {})
     with pytest.raises(CheckpointError, match=reason):
-        state.load_training_state(tmp_path, model, adamw(model, config), "do this")
+        resume.load(tmp_path, model, adamw(model, config), "do this")
 
 
 def run_folder(out: Path) -> list[Path]:
@@ -109,7 +109,7 @@ def run_folder(out: Path) -> list[Path]:
     def fill(folder: Path) -> None:
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"weights" * 100)
-        state.save_training_state(folder, {"a/exp_avg": torch.ones(100)}, None, 1, {"seed": 0})
+        resume.save(folder, {"a/exp_avg": torch.ones(100)}, None, 1, {"seed": 0})
 
     return [state.save_step(out, step, fill, keep=3) for step in (5, 10, 15)]
 

@@ -1,0 +1,151 @@
+"""`training_state/` of a step folder: what a run goes on from, and whether it is as it was written.
+
+Fp32 master weights where the checkpoint's own dtype is another, the optimizer's moments, both safetensors
+by parameter name, and state.json with a digest of every other file of the step folder. Nothing is
+pickled. Tensors are whole, so a run may go on with another number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moetool.checkpoint.reader import read_json
+from moetool.errors import CheckpointError
+from moetool.train.processes import share, whole
+
+STATE = "training_state"
+_FORMAT = 1
+# What to do when it does not fit: where a run goes on, and where it begins with another run's.
+ADVICE = "delete that step folder to go on from the one before it"
+FRESH = "give a step folder of a run with the same layers, or leave --keep-optimizer out"
+
+
+def intact(folder: Path) -> dict[str, Any]:
+    """The identity of the run that wrote a step folder, once all of its files are found unchanged.
+
+    Raises:
+        CheckpointError: names the first that is not.
+    """
+    identity = read_identity(folder)
+    for name, digest in read_json(folder / STATE / "state.json").get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if _digest(path) != digest:
+            raise CheckpointError(f"{path} is damaged (not the bytes that were written)")
+    return identity
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's moments as (`parameter/moment`, tensor on the CPU); all processes must walk through.
+
+    Args:
+        model: not wrapped.
+        optimizer: over its parameters.
+    """
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            yield f"{name}/{key}", whole(value)
+
+
+def save(
+    folder: Path,
+    moments: Mapping[str, Tensor],
+    master: Mapping[str, Tensor] | None,
+    step: int,
+    identity: Mapping[str, Any],
+) -> None:
+    """Write `training_state/` into a step folder whose other files are there.
+
+    Args:
+        folder: the step folder.
+        moments: of the optimizer, see `moments`.
+        master: fp32 weights by parameter; None where the checkpoint itself is fp32.
+        step: updates made.
+        identity: of the run, see TrainConfig.identity.
+    """
+    (folder / STATE).mkdir()
+    save_file(dict(moments), folder / STATE / "optimizer.safetensors")
+    if master is not None:
+        save_file(dict(master), folder / STATE / "master.safetensors")
+    files = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    document = {"format": _FORMAT, "step": step, "master": master is not None, "identity": identity}
+    document |= {"torch": torch.__version__, "files": files}
+    (folder / STATE / "state.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """The identity of the run that wrote a step folder.
+
+    Raises:
+        CheckpointError: state.json is absent, damaged or of another format.
+    """
+    document = read_json(folder / STATE / "state.json")
+    if document.get("format") != _FORMAT or not isinstance(document.get("identity"), dict):
+        raise CheckpointError(f"{folder / STATE} was made by another version of moetool")
+    return dict(document["identity"])
+
+
+@torch.no_grad()
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, advice: str) -> None:
+    """Put the master weights and moments of a step folder into a model and its optimizer.
+
+    Args:
+        folder: the step folder.
+        model: not wrapped; its parameters may be sharded.
+        optimizer: over its parameters.
+        advice: what to do when they do not fit.
+
+    Raises:
+        CheckpointError: they are absent, damaged, or of a model with other parameters.
+    """
+    parameters = dict(model.named_parameters())
+    try:
+        stored = load_file(folder / STATE / "optimizer.safetensors")
+        weights: dict[str, Tensor] = {}
+        master = folder / STATE / "master.safetensors"
+        # Without them a rounded model would be trained on; the first step folders did not say that they have them.
+        if read_json(folder / STATE / "state.json").get("master", master.exists()):
+            weights = load_file(master)
+            if absent := sorted(parameters.keys() - weights.keys()):
+                raise ValueError(f"master.safetensors holds no {absent[0]}")
+        for name, weight in weights.items():
+            _fitting(name, weight, parameters)
+            parameters[name].copy_(share(weight, parameters[name]))
+        with_moments = set()
+        for key, value in stored.items():
+            name, _, moment = key.rpartition("/")
+            with_moments.add(name)
+            parameter = _fitting(name, value, parameters)
+            optimizer.state[parameter][moment] = share(value, parameter)
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        if absent := sorted(trained - with_moments):
+            raise ValueError(f"optimizer.safetensors holds nothing for {absent[0]}")
+    except Exception as error:  # safetensors' own errors, absent files, shapes: all mean the same to the user
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder / STATE} cannot be used ({type(error).__name__}: {reason}); {advice}") from None
+
+
+def _fitting(name: str, value: Tensor, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter:
+    """The parameter of a name, which a tensor (or a single number) must fit."""
+    if name not in parameters:
+        raise ValueError(f"the model has no {name}")
+    if value.ndim and value.shape != parameters[name].shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}, the model's {list(parameters[name].shape)}")
+    return parameters[name]
