@@ -85,7 +85,7 @@ def percent(value: float | None) -> str:
     if value is None:
         return "–"
     digits = 0 if value >= 0.2 or round(value * 1000) % 10 == 0 else 1
-    return f"{value * 100:.{digits}f} %"
+    return f"{value * 100:.{digits}f}\u00a0%"  # one that does not break
 
 
 def number(value: float | None, digits: int = 2) -> str:

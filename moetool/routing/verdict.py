@@ -38,7 +38,7 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "level": level,
         "title": _title(level, levels, len(report["domains"])),
-        "findings": _findings(report, worst, dead),
+        "findings": _findings(report, level, worst, dead),
         "advice": _advice(level, dead, report),
         "layers": levels,
         "worst": worst,
@@ -97,13 +97,18 @@ def _title(level: str, levels: list[str], num_domains: int) -> str:
     return f"Collapsed: {over}{of} {'sends' if one else 'send'} most tokens to a few experts."
 
 
-def _findings(report: dict[str, Any], worst: dict[str, Any], dead: list[list[int]]) -> list[str]:
+def _findings(report: dict[str, Any], level: str, worst: dict[str, Any], dead: list[list[int]]) -> list[str]:
     balanced = report["top_k"] / report["num_experts"]
     findings = [
         f"The busiest expert is expert {worst['expert']} of layer {worst['layer']}: it receives {worst['mri']:.0%}"
         f" of the tokens of {worst['domain']}, where balance would give {balanced:.0%}"
         f" ({worst['mri_normalized']:.1f} times the balanced load)."
     ]
+    if level == "balanced" and worst["mri_normalized"] > BALANCED_MRI_NORMALIZED:
+        findings.append(
+            "That is specialisation: over all domains together no expert has that much to do. Where text of one kind is"
+            " served alone, it still sets the pace."
+        )
     total = report["num_experts"] * report["num_layers"]
     where = "in every domain" if len(report["domains"]) > 1 else f"on {worst['domain']}"
     if dead:
@@ -113,8 +118,19 @@ def _findings(report: dict[str, Any], worst: dict[str, Any], dead: list[list[int
             f" layer{'' if layers == 1 else 's'}: less than {DEAD_LOAD:.0%} of a fair share of tokens."
         )
     else:
-        findings.append(f"No expert is dead {where}.")
+        findings.append(f"No expert is dead {where}{_dead_on_one(report)}.")
     return findings
+
+
+def _dead_on_one(report: dict[str, Any]) -> str:
+    """The experts that single domains leave unused, where there are several domains."""
+    if len(report["domains"]) == 1:
+        return ""
+    counts = {
+        name: sum(len(row["dead_experts"]) for row in domain["layers"]) for name, domain in report["domains"].items()
+    }
+    parts = [f"{count} on {name}" for name, count in counts.items() if count]
+    return f"; dead on one kind of text: {', '.join(parts)}" if parts else ""
 
 
 def _advice(level: str, dead: list[list[int]], report: dict[str, Any]) -> list[str]:

@@ -110,6 +110,16 @@ def test_a_specialist_is_not_called_dead_or_skewed() -> None:
     assert verdict["worst"]["mri"] == 1.0
 
 
+def test_specialists_are_called_so_and_who_is_dead_on_one_domain_is_said() -> None:
+    pairs = {"a": [0, 1], "b": [2, 3], "c": [4, 5]}
+    findings = build_report("m", {name: stats_of([pair], 6) for name, pair in pairs.items()})["verdict"]["findings"]
+    assert "expert 0 of layer 0: it receives 100% of the tokens of a" in findings[0]
+    assert findings[1].startswith("That is specialisation")
+    assert findings[2] == "No expert is dead in every domain; dead on one kind of text: 4 on a, 4 on b, 4 on c."
+    alone = build_report("m", {"a": stats_of([[0, 1], [2, 3], [4, 5]], 6)})["verdict"]["findings"]
+    assert alone[1:] == ["No expert is dead on a."]
+
+
 def test_dead_in_every_domain() -> None:
     verdict = build_report("m", {"a": stats_of([[0, 1]], 4), "b": stats_of([[1, 2]], 4)})["verdict"]
     assert verdict["dead_experts"] == [[0, 3]]
@@ -175,7 +185,13 @@ def test_control_characters_are_visible() -> None:
     assert visible("two words") == "two words"
     assert "<" not in safe_json("</script>")
     assert json.loads(safe_json("</script>\u2028&")) == "</script>\u2028&"
-    assert [percent(v) for v in (0.512, 0.125, 0.08, 0, None)] == ["51 %", "12.5 %", "8 %", "0 %", "–"]
+    assert [percent(v).replace("\u00a0", " ") for v in (0.512, 0.125, 0.08, 0, None)] == [
+        "51 %",
+        "12.5 %",
+        "8 %",
+        "0 %",
+        "–",
+    ]
 
 
 def test_files_are_written_and_stale_plots_removed(tmp_path: Path) -> None:
