@@ -67,14 +67,14 @@ def _layer(reader: CheckpointReader, sources: Sequence[CheckpointReader], origin
     between = {part: torch.full((E, E), math.nan, dtype=torch.float64) for part in PARTS}
     dense = {part: torch.full((E, 1), math.nan, dtype=torch.float64) for part in PARTS}
     for experts in origin.parts:
-        of = [len(experts) + (origin.recipe.donor(expert) if sources else 0) for expert in experts]
+        of = torch.tensor(experts)
+        rows = torch.arange(len(experts))
+        donors = torch.tensor([origin.recipe.donor(expert) for expert in experts]) if sources else rows
         for part, cosine_MM in _cosines(reader, sources, origin, layer, experts).items():
-            for row, expert in enumerate(experts):
-                for column, other in enumerate(experts):
-                    if other != expert:
-                        between[part][expert, other] = cosine_MM[row, column]
-                if sources:
-                    dense[part][expert, 0] = cosine_MM[row, of[row]]
+            between[part][of[:, None], of] = cosine_MM[: len(experts), : len(experts)]
+            between[part][of, of] = math.nan
+            if sources:
+                dense[part][of, 0] = cosine_MM[rows, len(experts) + donors]
     return {"between_experts": _summary(between), "with_dense": _summary(dense) if sources else None}
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moetool.routing.drift import drift
 from tests import tiny
 
 SMALL: dict[str, Any] = {
@@ -73,7 +74,17 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int], str]] = {
 # What the published layout calls the bias that only chooses experts.
 BIASES = ("e_score_correction_bias", "expert_bias")
 BIASED = ["ernie4_5_moe", "dots1", "glm4_moe", "solar_open", "deepseek_v3", "minimax_m2", "lfm2_moe", "afmoe"]
+SHARED = [
+    "qwen2_moe", "qwen3_next", "granitemoeshared", "ernie4_5_moe", "dots1", "glm4_moe", "solar_open", "deepseek_v2",
+    "deepseek_v3", "hunyuan_v1_moe", "cohere2_moe", "afmoe",
+]  # fmt: skip
 LOUD = 3  # the expert that a bias prefers
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the same for all families, and take longer than all else."""
+    monkeypatch.setattr("moetool.routing.plots.write_plots", lambda report, folder: [])
 
 
 def build(family: str, folder: Path) -> Path:
@@ -161,3 +172,27 @@ def test_a_selection_bias_changes_the_counts_alone(family: str, jsonl: Path, tmp
         assert new["load"][LOUD] == 0.5  # every token's first choice
     # The router's probabilities are those before the bias; the first layer's input has not changed.
     assert after[0]["mean_probability"] == pytest.approx(before[0]["mean_probability"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drift_finds_the_router_and_the_expert_that_moved(family: str, tmp_path: Path) -> None:
+    before, after = build(family, tmp_path / "before"), tmp_path / "after"
+    model = AutoModelForCausalLM.from_pretrained(before, dtype=torch.float32)
+    last = FAMILIES[family][1][-1]
+    shared = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "shared" in name:  # a shared expert is no routed one
+                parameter.mul_(3)
+                shared += 1
+            elif f".layers.{last}." in name and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                parameter[2].mul_(0.5)
+        for parameter in routers(model, family)[last].parameters():
+            parameter.mul_(1.25)
+    assert (shared > 0) == (family in SHARED)
+    model.save_pretrained(after)
+    rows = drift(before, after, 4)
+    assert [row["layer"] for row in rows] == FAMILIES[family][1]
+    assert rows[-1]["router"] == pytest.approx(0.25)
+    assert rows[-1]["experts"] == pytest.approx([0, 0, 0.5, 0])
+    assert all(row["router"] == 0 and row["experts"] == [0] * 4 for row in rows[:-1])
