@@ -101,7 +101,7 @@ def outline(model: Any, capture: RouterCapture) -> RoutingStats | None:
     hidden = torch.zeros(1, 1, model.config.get_text_config().hidden_size, device="meta")
     try:
         return _first_route(capture, partial(model.get_submodule(name.rpartition(".")[0]), hidden))
-    except (AttributeError, TypeError):
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
 
 

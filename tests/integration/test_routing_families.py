@@ -196,3 +196,18 @@ def test_drift_finds_the_router_and_the_expert_that_moved(family: str, tmp_path:
     assert rows[-1]["router"] == pytest.approx(0.25)
     assert rows[-1]["experts"] == pytest.approx([0, 0, 0.5, 0])
     assert all(row["router"] == 0 and row["experts"] == [0] * 4 for row in rows[:-1])
+
+
+def test_routers_that_do_not_tell_their_choices_are_refused_before_weights_are_read(
+    jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"num_local_experts": 4, "intermediate_size_mlp": 32, "moe_layers": [0, 1, 2], "num_experts_per_tok": 1}
+    config = AutoConfig.for_model("llama4_text", **(SMALL | settings))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny.save_tokenizer(tmp_path / "model")
+    monkeypatch.setattr("moetool.routing.analysis.load_model", lambda *_: pytest.fail("a model was loaded"))
+    command = ("analyze-routing", tmp_path / "model", "--data", f"a={jsonl}", "--out", tmp_path / "out", "--quiet")
+    code, _, errors = tiny.in_process(*command)
+    assert (code, errors.count("\n")) == (1, 1)
+    assert "Llama4Router does not return (logits, weights, chosen experts)" in errors
+    assert not (tmp_path / "out").exists()
