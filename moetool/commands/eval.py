@@ -148,11 +148,11 @@ def evaluate(
         from moetool.evaluate.plots import write_plots
         from moetool.evaluate.processes import is_first, joined
         from moetool.evaluate.results import build_document, write_results
-        from moetool.evaluate.tasks import load_tasks, network, text_task
+        from moetool.evaluate.tasks import code_execution, load_tasks, network, text_task
 
         progress("start", 1, 1)
         hardware = pick_device(device)
-        with network(allowed=not offline):
+        with network(allowed=not offline), code_execution(allow_code_execution):
             folders = _distinct([baseline, *models] if baseline else models)
             run.check_models(folders)
             loaded = load_tasks(requested, include_path, allow_code_execution, progress)

@@ -21,7 +21,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import set_torch_seed
 from torch import Tensor
 
-from moetool.errors import EvaluationError
+from moetool.errors import DataError, EvaluationError
 from moetool.evaluate.tasks import FEWSHOT_SEED
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
@@ -85,11 +85,14 @@ class Harness(HFLM):
         return self._answer(super().generate_until, requests, len(requests))
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        self._counts_windows = True
+        self._counts_windows, self._num_tokens = True, 0
         try:
-            return self._answer(super().loglikelihood_rolling, requests, 0)
+            answers = self._answer(super().loglikelihood_rolling, requests, 0)
         finally:
             self._counts_windows = False
+        if self._num_tokens == 0:  # nothing was predicted: the best of all scores
+            raise DataError("the tokenizer makes no token of any document; look at the checkpoint's tokenizer")
+        return answers
 
     def _answer(self, method: Any, requests: Any, total: int) -> Any:
         # With several processes lm-eval repeats the last request until all have as many, as FSDP needs.
@@ -105,12 +108,13 @@ class Harness(HFLM):
             self._world_size = world_size
         return answers + answers[-1:] * extra
 
-    _counts_windows = False
+    _counts_windows, _num_tokens = False, 0
     _progress: Progress = staticmethod(silent)
 
     def tok_encode(self, *args: Any, **options: Any) -> Any:
         tokens = super().tok_encode(*args, **options)
         if self._counts_windows:  # all documents are tokenized before the first window is run
+            self._num_tokens += len(tokens)
             self._total += math.ceil(len(tokens) / self.max_length)
         return tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -16,7 +17,7 @@ from lm_eval.utils import hash_string, sanitize_list, sanitize_model_name
 from moetool.evaluate.cache import write_json
 from moetool.evaluate.compare import combine, influences, outside_noise, paired_difference, standard_error
 from moetool.evaluate.run import Evaluation, Settings
-from moetool.evaluate.suites import Suite
+from moetool.evaluate.suites import Benchmark, Suite
 from moetool.evaluate.tasks import Tasks
 
 SCHEMA_VERSION = 1
@@ -40,6 +41,8 @@ def build_document(
     results = {
         name: _scores(_merge(evaluation.entries[name], tasks), evaluation.entries[name], tasks) for name in models
     }
+    failed = evaluation.failed + [{"model": "", "task": t, "reason": why} for t, why in tasks.failed.items()]
+    failed += [failure for name, scores in results.items() for failure in _take_out_nan(scores, name, tasks)]
     if baseline is not None:
         for name in models:
             if name != baseline:
@@ -55,7 +58,7 @@ def build_document(
             for name, entries in evaluation.entries.items()
         },
         "num_kept": evaluation.num_kept,
-        "failed": evaluation.failed + [{"model": "", "task": t, "reason": why} for t, why in tasks.failed.items()],
+        "failed": failed,
     }
     return document
 
@@ -127,11 +130,26 @@ def _scores(merged: dict[str, Any], entries: Mapping[str, Any], tasks: Tasks) ->
                 stderr = None if influence is None else standard_error(influence)
             scores[task][key] = {
                 "value": float(value),
-                "stderr": stderr if isinstance(stderr, float) else None,
+                "stderr": stderr if isinstance(stderr, float) and math.isfinite(stderr) else None,
                 "higher_is_better": directions.get(metric),
                 "num_documents": metrics["sample_len"],
             }
     return {task: metrics for task, metrics in scores.items() if metrics}
+
+
+def _take_out_nan(scores: dict[str, Any], model: str, tasks: Tasks) -> list[dict[str, str]]:
+    """Take out of a model's scores what is no finite number, and say so of each task."""
+    failed = []
+    for task in list(scores):
+        bad = {key: score["value"] for key, score in scores[task].items() if not math.isfinite(score["value"])}
+        scores[task] = {key: score for key, score in scores[task].items() if key not in bad}
+        if bad and task not in tasks.groups:
+            said = " and ".join(f"{key.removesuffix(',none')} is {value}" for key, value in bad.items())
+            reason = f"{said}; look for NaN in the weights, or take another --dtype"
+            failed.append({"model": model, "task": task, "reason": reason})
+        if not scores[task]:
+            del scores[task]
+    return failed
 
 
 def _items(entry: Mapping[str, Any], key: str) -> dict[int, Any]:
@@ -172,19 +190,24 @@ def _difference(value: float, stderr: float | None) -> dict[str, Any]:
 def _averages(results: Mapping[str, Any], suite: Suite) -> dict[str, Any]:
     """Model -> mean of the suite's own metrics, over the benchmarks that every model has."""
     common = [
-        (benchmark.task, benchmark.metric)
+        benchmark
         for benchmark in suite.benchmarks
         if all(benchmark.metric in scores.get(benchmark.task, {}) for scores in results.values())
     ]
     averages: dict[str, Any] = {}
     for model, scores in results.items() if common else ():
-        parts = [scores[task][metric] for task, metric in common]
-        value, stderr = combine([(p["value"], p["stderr"]) for p in parts])
+        parts = [scores[benchmark.task][benchmark.metric] for benchmark in common]
+        value, stderr = combine([_scaled(p, b) for p, b in zip(parts, common, strict=True)])
         averages[model] = {"value": value, "stderr": stderr, "num_tasks": len(parts)}
         if all("difference" in p for p in parts):
-            differences = [(p["difference"]["value"], p["difference"]["stderr"]) for p in parts]
+            differences = [_scaled(p["difference"], b) for p, b in zip(parts, common, strict=True)]
             averages[model]["difference"] = _difference(*combine(differences))
     return averages
+
+
+def _scaled(score: Mapping[str, Any], benchmark: Benchmark) -> tuple[float, float | None]:
+    value, stderr = score["value"] / benchmark.best, score["stderr"]
+    return value, None if stderr is None else stderr / benchmark.best
 
 
 def _lm_eval_layout(

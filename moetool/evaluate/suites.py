@@ -15,6 +15,7 @@ class Benchmark:
         shots: examples in the prompt.
         metric: lm-eval's metric key, `metric,filter`: what the table shows and the average uses.
         note: how the task differs from what the paper ran, or what is missing.
+        best: the metric's best score, which is 1 in the average.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Benchmark:
     shots: int
     metric: str
     note: str = ""
+    best: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ DROP_UPCYCLING_ENGLISH = Suite(
         Benchmark("OpenBookQA", "openbookqa", 4, "acc,none"),
         Benchmark("TriviaQA", "triviaqa", 4, "exact_match,remove_whitespace"),
         Benchmark("HellaSwag", "hellaswag", 4, "acc,none"),
-        Benchmark("SQuAD2", "squadv2", 4, "exact,none"),
+        # lm-eval 0.4.13 fails on examples in the prompt of this task, whose class is older than they.
+        Benchmark("SQuAD2", "squadv2", 0, "exact,none", "0 shots: lm-eval cannot give it 4; 100 is best", best=100.0),
         Benchmark("XWINO-EN", "xwinograd_en", 4, "acc,none"),
         Benchmark("BBH", "bbh_cot_fewshot", 3, "exact_match,get-answer", "chain of thought"),
     ),

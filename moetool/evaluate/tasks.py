@@ -21,6 +21,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from moetool.data.text import TextSource, read_documents
 from moetool.errors import DataError, EvaluationError
@@ -213,7 +214,7 @@ def _absent(manager: TaskManager, name: str) -> list[str]:
                 if not _data_is_absent(error):
                     continue
         entry = manager.task_index.get(leaf)
-        config = (entry.cfg if entry else None) or {}
+        config = load_yaml(leaf, resolve_func=False) if leaf.endswith(".yaml") else (entry.cfg if entry else None) or {}
         files = (config.get("dataset_kwargs") or {}).get("data_files")
         files = [str(file) for file in files.values()] if isinstance(files, dict) else [str(files or "")]
         data = ", ".join(file for file in files if file) or str(config.get("dataset_path", ""))
@@ -224,19 +225,34 @@ def _absent(manager: TaskManager, name: str) -> list[str]:
 @contextmanager
 def network(allowed: bool = True) -> Iterator[None]:
     """Without permission, no library reaches for the network inside: data and models come from caches."""
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
     modules = (huggingface_hub.constants, datasets.config)
-    environment = {name: os.environ.get(name) for name in names}
     before = [module.HF_HUB_OFFLINE for module in modules]
     if not allowed:
         _go_offline()
-        os.environ.update(dict.fromkeys(names, "1"))
     try:
-        yield
+        with _set() if allowed else _set("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+            yield
     finally:
         for module, value in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = value
-        for name, text in environment.items():
+
+
+@contextmanager
+def code_execution(allowed: bool) -> Iterator[None]:
+    """With permission, `code_eval`, the hub's metric that runs what models write, does so inside."""
+    with _set("HF_ALLOW_CODE_EVAL") if allowed else _set():
+        yield
+
+
+@contextmanager
+def _set(*names: str) -> Iterator[None]:
+    """Environment variables are "1" inside."""
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, text in before.items():
             os.environ.pop(name, None)
             if text is not None:
                 os.environ[name] = text

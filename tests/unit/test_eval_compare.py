@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -84,3 +85,20 @@ def test_noise() -> None:
     assert not outside_noise(0.2, 0.1)
     assert not outside_noise(0.5, None)
     assert not outside_noise(0.0, 0.0)
+
+
+def test_many_documents_of_a_metric_without_a_formula_take_one_pass() -> None:
+    draw = random.Random(1)
+    hard = [draw.gauss(0, 1) for _ in range(6000)]
+    ours, theirs = ({i: h + draw.gauss(0.05, 0.5) for i, h in enumerate(hard)} for _ in range(2))
+    seen = []
+
+    def aggregation(items: Sequence[float]) -> float:
+        seen.append(len(items))
+        return sum(items) / len(items)
+
+    difference, error = paired_difference(aggregation, ours, theirs)
+    exact = paired_difference(lm.mean, ours, theirs)
+    assert sum(seen) == 4 * 6000  # the scores themselves, and the groups
+    assert difference == pytest.approx(exact[0])
+    assert error == pytest.approx(exact[1], rel=0.25)
