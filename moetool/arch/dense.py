@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +43,6 @@ class DenseSpec:
         biases: the projections of attention (of "qkvo") that always have a bias; where config.json
             has `attention_bias`, that decides for all four.
         refuse: config keys that change the function in a way no target has -> the value that is fine.
-        ignores: config keys that the family does not read, though others do.
         windows: how config.json says which layers look back over `sliding_window` tokens only: never,
             `all` of them, or by `layer_types`.
     """
@@ -54,7 +52,6 @@ class DenseSpec:
     layer: Mapping[str, str] = field(default_factory=lambda: ATTENTION | PRE_NORM)
     biases: str = ""
     refuse: Mapping[str, Any] = field(default_factory=dict)
-    ignores: tuple[str, ...] = ()
     windows: str | None = None
 
 
@@ -127,7 +124,6 @@ DENSE = {
             | {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001, "tie_word_embeddings": True}
             | {"attention_bias": False, "sliding_window": 4096, "sliding_window_pattern": 4},
             layer=ATTENTION | {"input_layernorm.weight": "D"},
-            ignores=("head_dim",),
             windows="layer_types",
         ),
         DenseSpec(
@@ -189,14 +185,18 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
         if config.get(key, fine) != fine:
             raise ConfigError(f"config.json: {key} = {config[key]!r} has no place in any MoE family of {model_type}")
     # null is a value (no end-of-text token, a window without end), except where the model needs a number.
-    given = {key: value for key, value in config.items() if key not in spec.ignores}
-    full = dict(spec.defaults) | {key: value for key, value in given.items() if value is not None or key in NULLABLE}
+    full = dict(spec.defaults) | {key: value for key, value in config.items() if value is not None or key in NULLABLE}
     for key, (kind, what) in KINDS.items():
         value = full.get(key)
         if value is not None and not (type(value) in kind and (isinstance(value, (bool, str)) or _is_size(value, key))):
             raise CheckpointError(f"config.json: {key} is {str(value)[:60]!r}, expected {what}")
     full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     full["head_dim"] = full["head_dim"] or full["hidden_size"] // full["num_attention_heads"]
+    if not full["head_dim"]:
+        raise CheckpointError(
+            f"config.json: {full['num_attention_heads']} attention heads do not fit a hidden size of"
+            f" {full['hidden_size']}"
+        )
     full["rope_parameters"] = _rope(full)
     full["biases"] = ("qkvo" if full["attention_bias"] else "") if "attention_bias" in spec.defaults else spec.biases
     full["layer_types"] = _layer_types(spec, full)
@@ -213,9 +213,9 @@ def _layer_types(spec: DenseSpec, config: Mapping[str, Any]) -> list[str]:
         raise CheckpointError(f"config.json: num_hidden_layers is {layers}, more than any model has")
     if spec.windows is None or window is None:
         return ["full_attention"] * layers
-    if spec.windows == "all":
+    given = config.get("layer_types")  # a Mistral with them is a Ministral, in whatever form it says so
+    if spec.windows == "all" and given is None:
         return ["sliding_attention"] * layers
-    given = config.get("layer_types")
     if given is not None:
         if not isinstance(given, list) or len(given) != layers or not all(kind in LAYER_TYPES for kind in given):
             raise CheckpointError(f"config.json: layer_types is no list of {layers} times {' or '.join(LAYER_TYPES)}")
@@ -237,7 +237,7 @@ def layer_tensors(spec: DenseSpec, config: Mapping[str, Any]) -> dict[str, str]:
 def _is_size(value: float, key: str) -> bool:
     if key in ("initializer_range", "attention_dropout") and value == 0:
         return True
-    return 0 < value < math.inf  # false for NaN, and exact for whole numbers of any length
+    return 0 < value < 2**63  # false for NaN, and exact for whole numbers of any length
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def expert_block(plan: Plan, source: Source, fill: Fill, expert: int, index: int
     axis = 1 if fill.projection == "down" else 0
     if axis == 0:
         units = units[(units >= start) & (units < stop)] - start
-    place = matrix_index(plan.recipe, fill.layer, expert, fill.projection) * len(fill.blocks) + index
+    place = matrix_index(plan.recipe, fill.layer, expert, fill.projection) * plan.draws_per_matrix + index
     draws = generator(plan.recipe.seed, "values", place)
     method = registry.load("method", plan.recipe.method)
     return method(kept, units, axis, expert_moments(plan, source, fill, expert), draws)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moetool.arch.dense import EMBEDDING, FFN, NORM
-from moetool.arch.spec import ArchSpec
+from moetool.arch.spec import ArchSpec, dense_ffn
 from moetool.checkpoint.reader import TensorInfo
 from moetool.checkpoint.writer import TensorLayout
 from moetool.recipe import PROJECTIONS, UpcycleRecipe
@@ -118,6 +118,11 @@ def lay_out(
             add(Fill("carried", sources, (Place(name),), dtype, info.shape))
             continue
         layer, projection = int(match[1]), PROJECTIONS[list(FFN).index(match[2])]
+        if recipe.dtype == "auto":  # matrices that share a tensor have one dtype, which holds both
+            dense_names = dense_ffn(layer)
+            together = [p for p in PROJECTIONS if spec.experts[p] == spec.experts[projection]]
+            dtypes = {donors[0][dense_names[p]].dtype for p in together}
+            dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
         if projection == "down":  # the first of the three in natural order: the router goes before the experts
             for fill in _beside_experts(spec, recipe, layer, hidden, dtype):
                 add(fill)

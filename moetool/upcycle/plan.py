@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from moetool.arch.dense import EMBEDDING, LM_HEAD, dense_config
 from moetool.arch.spec import ArchSpec, choose, routed_factor, scales
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, layout_shards
-from moetool.errors import ConfigError
+from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import UpcycleRecipe
 from moetool.upcycle.check import FLOAT_DTYPES, check_donor, check_recipe, check_tensors, moe_layers
 from moetool.upcycle.layout import BLOCK_ELEMENTS, Fill, lay_out
@@ -74,6 +75,11 @@ class Plan:
     def first_unit(self, expert: int) -> int:
         """The unit of the dense FFN that is an expert's first; the shared expert's is 0."""
         return self.recipe.first_unit(expert, self.num_units)
+
+    @cached_property
+    def draws_per_matrix(self) -> int:
+        """Random streams set aside for each matrix of an expert: the blocks of the one that has most."""
+        return max(len(fill.blocks) for fill in self.fills if len(fill.places) > 1)
 
     def factor(self, fill: Fill) -> float:
         """What the source is multiplied with in a fill; only down-projections carry one.
@@ -182,13 +188,20 @@ def build_plan(readers: Sequence[CheckpointReader], recipe: UpcycleRecipe, max_s
     check_recipe(recipe, spec, dense)
     moe = moe_layers(recipe.moe_layers, spec, dense["num_hidden_layers"])
     config = spec.config(dense, recipe, moe)
+    for key, value in config.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise CheckpointError(f"config.json: {key} is {str(value)[:60]}; JSON has no NaN and no infinity") from None
     sources = [check_tensors(readers[0], dense_spec, dense)]
     for reader in readers[1:]:
         other_spec, other = dense_config(reader.config)
         if other_spec is not dense_spec:
             raise ConfigError(f"--donor {reader.folder} is a {other_spec.model_type}, not a {dense_spec.model_type}")
         configs = [{k: v for k, v in c.items() if not k.endswith("token_id")} for c in (dense, other)]
-        keys = set(config) | set(dense_spec.defaults) - {"use_cache"}
+        # Rotary settings are in rope_parameters, in whatever form they were read.
+        no_matter = {"use_cache", "architectures", "rope_theta", "rope_scaling"}
+        keys = (set(config) | set(dense_spec.defaults)) - no_matter
         check_donor(readers[0], reader, tuple({k: c.get(k) for k in sorted(keys)} for c in configs))  # type: ignore[arg-type]
         sources.append(check_tensors(reader, dense_spec, other))
         if set(sources[-1]) != set(sources[0]):

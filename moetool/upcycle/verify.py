@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -21,18 +21,12 @@ from moetool.recipe import read_lineage, redrawn_units, units_digest
 from moetool.upcycle.blocks import Cache, kept_block
 from moetool.upcycle.groups import split_share
 from moetool.upcycle.layout import Fill
+from moetool.upcycle.moments import FALSE_ALARMS, FAR, Sums, bound, resolution, standard_errors
 from moetool.upcycle.plan import Plan
 from moetool.upcycle.run import Digests, note, place_info, shard_digest, tensor_digest
 from moetool.upcycle.source import in_threads, raw_bytes, read_rows
 
 SAMPLE_ROWS = 16  # rows of each tensor that a quick check compares
-FALSE_ALARMS = 1e-3  # chance that the statistics of a right checkpoint fail, over all its slices
-
-
-def bound(plan: Plan) -> float:
-    """How many standard errors a slice's statistics may lie off: 5, and more where there are many slices."""
-    drawn = sum(len(fill.places) for fill in plan.fills if fill.kind in ("expert", "normal"))
-    return max(5.0, NormalDist().inv_cdf(1 - FALSE_ALARMS / (2 * drawn) / 2))
 
 
 @dataclass
@@ -80,7 +74,7 @@ def verify(
     full: every entry. Kept entries equal the source (times the planned factor) bit for bit, every
     changed unit differs from it, and each redrawn slice has the mean and standard deviation of the
     slice it replaced, within 5 standard errors (more where chance demands it, see `bound`):
-    sigma / sqrt(n) and sigma / sqrt(2n) for n normal values. Added noise and what is drawn from
+    sigma / sqrt(n) and about sigma / sqrt(2n) for n normal values. Added noise and what is drawn from
     scratch are held against their planned moments in the same way.
 
     Raises:
@@ -95,11 +89,12 @@ def verify(
     _check_digests(plan, out)
     done = 0
     digests: Digests = {}
+    limit = bound(sum(len(fill.places) for fill in plan.fills if fill.kind in ("expert", "normal")))
 
     def check(fill: Fill) -> None:
         nonlocal done
         for expert in range(len(fill.places)):
-            matrix = _Matrix(plan, readers, written, fill, expert, place_info(plan, fill, expert))
+            matrix = _Matrix(plan, readers, written, fill, expert, place_info(plan, fill, expert), limit)
             if level == "full":
                 _check_full(matrix, proof, digests)
             else:
@@ -169,6 +164,7 @@ class _Matrix:
     fill: Fill
     expert: int
     info: TensorInfo
+    limit: float  # standard errors
 
     @property
     def axis(self) -> int:
@@ -229,7 +225,7 @@ def _check_sample(matrix: _Matrix, proof: Proof) -> None:
 
 def _check_full(matrix: _Matrix, proof: Proof, digests: Digests) -> None:
     plan, fill, axis = matrix.plan, matrix.fill, matrix.axis
-    old, new, whole = _Sums(), _Sums(), _Sums()
+    old, new, whole = Sums(), Sums(), Sums()
     changed = torch.zeros(plan.num_units, dtype=torch.bool)
     for start, stop in fill.blocks:
         expected, found, units = matrix.compare(start, stop)
@@ -250,56 +246,29 @@ def _check_full(matrix: _Matrix, proof: Proof, digests: Digests) -> None:
     if not new.n:
         return
     num, recipe = int(changed.sum()), plan.recipe
-    rounding = torch.finfo(found.dtype).eps * (old.rms if old.n else new.rms) / 12**0.5
     if fill.kind == "normal":
         mean, std = 0.0, fill.value
     elif recipe.method == "noise":
         mean = 0.0
         std = float(recipe.noise_scale) * whole.std if recipe.noise_std is None else float(recipe.noise_std)
     else:
-        mean, std, rounding = old.mean, old.std, 0.0
-    # A redrawn unit of a dense model that is constant there (all entries equal) is redrawn to the same, and
-    # noise below the dtype's resolution is none.
-    if fill.kind == "expert" and num != plan.num_redrawn and std > rounding:
+        mean, std = old.mean, old.std
+    grid = resolution(found.dtype, math.hypot(old.rms, std))
+    width = fill.num_elements // fill.shape[axis]
+    # A unit that is constant in the dense model (all entries equal) is redrawn to the same, noise below the
+    # dtype's resolution is none, and one or two numbers may be drawn as they were.
+    sure = std > FAR * grid and plan.num_redrawn * (grid / std) ** width * len(fill.places) < FALSE_ALARMS / 1000
+    if fill.kind == "expert" and num != plan.num_redrawn and sure:
         raise CheckpointError(
             f"tensor {matrix.info.name}: {num} units differ from the source, the recipe changes {plan.num_redrawn}"
         )
-    sigma = 0.0
-    if std > rounding:
-        mean_error, std_error = std / new.n**0.5, std / (2 * new.n) ** 0.5
-        off = max(0.0, abs(new.std - std) - ((std**2 + rounding**2) ** 0.5 - std))
-        sigma = max(abs(new.mean - mean) / mean_error, off / std_error)
-        if sigma > bound(plan):
-            raise CheckpointError(
-                f"tensor {matrix.info.name}: the drawn entries have mean {new.mean:.6g} and std {new.std:.6g},"
-                f" planned were {mean:.6g} and {std:.6g}: {sigma:.1f} standard errors apart"
-            )
+    sigma = standard_errors((new.mean, new.std, new.n), (mean, std), grid)
+    if sigma > matrix.limit:
+        raise CheckpointError(
+            f"tensor {matrix.info.name}: the drawn entries have mean {new.mean:.6g} and std {new.std:.6g},"
+            f" planned were {mean:.6g} and {std:.6g}: {sigma:.1f} standard errors apart"
+        )
     with proof.lock:
         proof.worst_sigma = max(proof.worst_sigma, sigma)
         if fill.projection == "gate":
             proof.redrawn_units += num
-
-
-class _Sums:
-    """Mean and standard deviation of blocks as they come, in float64."""
-
-    def __init__(self) -> None:
-        self.n, self._sum, self._squares = 0, 0.0, 0.0
-
-    def add(self, block: torch.Tensor) -> None:
-        wide = block.double()
-        self.n += wide.numel()
-        self._sum += float(wide.sum())
-        self._squares += float(wide.square().sum())
-
-    @property
-    def rms(self) -> float:
-        return (self._squares / self.n) ** 0.5  # type: ignore[no-any-return]
-
-    @property
-    def mean(self) -> float:
-        return self._sum / self.n
-
-    @property
-    def std(self) -> float:
-        return (max(self._squares / self.n - self.mean**2, 0.0) * self.n / max(1, self.n - 1)) ** 0.5  # type: ignore[no-any-return]
