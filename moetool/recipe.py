@@ -84,6 +84,8 @@ class UpcycleRecipe:
                 if not optional and type(value) is not (int if kind.startswith("int") else str):
                     raise TypeError(f"{field.name} is {value!r}")
                 read[field.name] = Decimal(value) if kind.startswith("Decimal") and not optional else value
+                if isinstance(read[field.name], Decimal) and not read[field.name].is_finite():
+                    raise TypeError(f"{field.name} is {value!r}")
             return cls(**read)
         except (TypeError, KeyError, ArithmeticError, ValueError) as error:
             raise CheckpointError(f"{LINEAGE}: the recipe cannot be read ({error})") from None

@@ -24,7 +24,7 @@ def resolve_model(model: str, weights: bool = True) -> Path:
     Raises:
         CheckpointError: nothing is there; says whether the hub was tried and what it answered.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # of a home that is not there it makes no error
     if path.is_dir():
         return path
     if path.exists():
@@ -61,7 +61,7 @@ def fetch_headers(model: str, into: Path) -> Path:
     Raises:
         CheckpointError: nothing is there, or it holds no safetensors.
     """
-    if Path(model).expanduser().exists() or not _HUB_NAME.match(model):
+    if Path(os.path.expanduser(model)).exists() or not _HUB_NAME.match(model):
         return resolve_model(model)
     from huggingface_hub import get_safetensors_metadata
     from huggingface_hub.errors import NotASafetensorsRepoError

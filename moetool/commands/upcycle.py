@@ -272,7 +272,8 @@ def _is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path) -> 
     lineage = document.get("lineage", [])
     if len(lineage) != 1 or lineage[0].get("recipe") != plan.recipe.to_json():
         return False
-    if set(document.get("shards") or ()) != {shard.name for shard in plan.shards}:
+    shards = document.get("shards")
+    if not isinstance(shards, dict) or set(shards) != {shard.name for shard in plan.shards}:
         return False
     recorded = [source.get("sha256") for source in recorded_sources(lineage[0])]
     return recorded == [{shard: sha256_file(reader.folder / shard) for shard in reader.shards} for reader in readers]

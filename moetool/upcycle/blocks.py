@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -175,6 +176,7 @@ def normal_block(plan: Plan, fill: Fill, start: int, stop: int, draw: int) -> to
     return block.to(TORCH_DTYPES[fill.dtype])
 
 
+@lru_cache(maxsize=2)  # the blocks of a large router come one after another, and orthogonal rows are slow
 def router_rows(recipe: UpcycleRecipe, fill: Fill) -> torch.Tensor:
     """A layer's router, fp32 (E, D); its draw depends on the seed and the layer, not on the method.
 

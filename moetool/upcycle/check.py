@@ -16,6 +16,7 @@ from moetool.recipe import UpcycleRecipe
 
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_STD = 1000  # far above any use; fp16 ends at 65504
+MAX_EXPERTS = 10_000  # a layer: a plan holds a line for each matrix
 # Left behind by old exporters; models compute it.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
@@ -32,14 +33,19 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
     Raises:
         ConfigError: a number is out of range or does not divide; names those that would do.
     """
+    registry.check("method", recipe.method)
+    registry.check("router", recipe.router)
+    for name, choices in (("drop_index", ("shared", "per-matrix")), ("dtype", ("auto", *FLOAT_DTYPES))):
+        if getattr(recipe, name) not in choices:
+            raise ConfigError(f"{name} {getattr(recipe, name)[:60]!r} is none of {', '.join(choices)}")
     for name in ("drop_ratio", "noise_ratio"):
         if not 0 <= getattr(recipe, name) <= 1:
             raise ConfigError(f"{name.replace('_', ' ')} {getattr(recipe, name)} is not between 0 and 1")
     for name in ("router_std", "noise_std", "noise_scale"):
         if not 0 <= (getattr(recipe, name) or 0) <= MAX_STD:
             raise ConfigError(f"{name.replace('_', ' ')} {getattr(recipe, name)} is not between 0 and {MAX_STD}")
-    if recipe.num_experts < 2:
-        raise ConfigError(f"{recipe.num_experts} experts: a Mixture of Experts has at least 2")
+    if not 2 <= recipe.num_experts <= MAX_EXPERTS:
+        raise ConfigError(f"{recipe.num_experts} experts: a Mixture of Experts has 2 to {MAX_EXPERTS}")
     if not 1 <= recipe.top_k <= recipe.num_experts:
         raise ConfigError(f"top-k {recipe.top_k} is not between 1 and the number of experts, {recipe.num_experts}")
     units, parts = dense["intermediate_size"], recipe.granularity

@@ -1,6 +1,6 @@
 """Virtual groups of experts in low precision: how often logits that tie split a group.
 
-Shapes: T tokens, D hidden, E experts, K top-k.
+Shapes: T tokens, D hidden, E experts, K top-k, G groups.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def split_share(plan: Plan, written: BlockFile) -> float:
         tokens_TD = torch.randn(NUM_TOKENS, fill.shape[1], generator=draw) * _norm_D(plan, written, fill)
         logits_TE = torch.nn.functional.linear(tokens_TD.to(rows_ED.dtype), rows_ED)
         chosen_TK = logits_TE.float().topk(plan.recipe.top_k, dim=-1).indices // group
-        counts = torch.nn.functional.one_hot(chosen_TK, plan.recipe.num_experts // group).sum(1)
-        split += int(((counts != 0) & (counts != group)).any(-1).sum())
+        counts_TG = torch.zeros(NUM_TOKENS, plan.recipe.num_experts // group, dtype=torch.int32)
+        counts_TG.scatter_add_(1, chosen_TK, torch.ones_like(chosen_TK, dtype=torch.int32))
+        split += int(((counts_TG != 0) & (counts_TG != group)).any(-1).sum())
     return split / (NUM_TOKENS * len(routers))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moetool import recipe
+from moetool import recipe, registry
 from moetool.upcycle import blocks, layout
 from moetool.upcycle.moments import standard_errors
 from tests import tiny
@@ -149,6 +149,58 @@ def test_a_few_numbers_in_a_unit_prove(hidden: int, tmp_path: Path) -> None:
         for method in ("drop", "noise"):
             options = ("--method", method, f"--{method}-ratio", "0.34", "--num-experts", 32, "--seed", seed)
             assert upcycle(dense, tmp_path / f"{method}{seed}", *options) == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": {"dtype": "F64"}},
+        {"recipe": {"drop_index": "none"}},
+        {"recipe": {"method": "none"}},
+        {"recipe": {"router": "none"}},
+        {"recipe": {"drop_ratio": "sNaN"}},
+        {"recipe": {"noise_std": "Infinity"}},
+        {"recipe": {"num_experts": 10**9}},
+        {"source": {"name": "~nobody/model"}},
+    ],
+    ids=str,
+)
+def test_a_lineage_that_nothing_writes_is_one_line(change: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe"
+    assert upcycle(llama, out) == ""
+    document = json.loads((out / "moetool.json").read_text())
+    for part, values in change.items():
+        document["lineage"][0][part] |= values
+    (out / "moetool.json").write_text(json.dumps(document))
+    code, _, err = tiny.in_process("verify", out, "--level", "quick")
+    assert code == 1
+    assert len(err.splitlines()) == 1
+
+
+def test_a_list_of_shards_that_is_none_is_another_checkpoint(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe"
+    assert upcycle(llama, out) == ""
+    document = json.loads((out / "moetool.json").read_text()) | {"shards": 64}
+    (out / "moetool.json").write_text(json.dumps(document))
+    assert "finished checkpoint of something else" in upcycle(llama, out)
+
+
+def test_a_router_of_many_blocks_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "BLOCK_ELEMENTS", 64)
+    drawn: list[tuple[int, ...]] = []
+    real = registry.load("router", "orthogonal")
+
+    def orthogonal(shape: tuple[int, ...], *arguments: Any) -> Tensor:
+        drawn.append(shape)
+        found: Tensor = real(shape, *arguments)
+        return found
+
+    monkeypatch.setattr("moetool.upcycle.router.orthogonal", orthogonal)
+    dense = tiny.save_llama(tmp_path / "dense")
+    options = ("--router", "orthogonal", "--num-experts", 16, "--workers", 1, "--seed", 77, "--method", "copy")
+    assert upcycle(dense, tmp_path / "moe", *options) == ""
+    assert set(drawn) == {(16, 32)}
+    assert len(drawn) <= 4  # two layers, written and proved, in 8 blocks each
 
 
 def test_standard_errors_are_normal_for_any_number_of_draws() -> None:
