@@ -19,6 +19,8 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
         "attention_bias": bool(dense["biases"]),
         "layer_norm_eps": dense["layer_norm_eps"],
         "logit_scale": dense["logit_scale"],
+        # It wants a number even where no layer has a window.
+        "sliding_window": dense["sliding_window"] or dense["max_position_embeddings"],
         "sliding_window_pattern": dense["sliding_window_pattern"],
         "prefix_dense_intermediate_size": dense["intermediate_size"],
         # 1 would give dense layers without a window the rotary positions that they never had.

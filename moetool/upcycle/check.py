@@ -50,7 +50,7 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
         raise ConfigError(f"top-k {recipe.top_k} is not between 1 and the number of experts, {recipe.num_experts}")
     units, parts = dense["intermediate_size"], recipe.granularity
     if parts < 1 or units % parts:
-        fitting = _few(n for n in range(1, units + 1) if units % n == 0)
+        fitting = _few(n for n in range(1, min(units, MAX_EXPERTS) + 1) if units % n == 0)
         raise ConfigError(f"--granularity {parts} does not divide the intermediate size {units}; choose from {fitting}")
     _check_shared(recipe, spec)
     if recipe.method == "scratch":
@@ -236,7 +236,9 @@ def check_donor(
             f"--donor {donor.folder}: {key} is {theirs.get(key)!r}, in {first.folder} it is {ours.get(key)!r}; donors"
             " are trained from one dense model and differ in weights only"
         )
-    for name in TOKENIZER_FILES:
+    # tokenizer.json says all; what lies beside it is what it was made from, which not everybody keeps.
+    whole = all((reader.folder / TOKENIZER_FILES[0]).is_file() for reader in (first, donor))
+    for name in TOKENIZER_FILES[:1] if whole else TOKENIZER_FILES:
         if _content(first, name) != _content(donor, name):
             raise ConfigError(
                 f"--donor {donor.folder}: its {name} is not that of {first.folder}; donors need one tokenizer"
@@ -254,5 +256,10 @@ def _content(reader: CheckpointReader, name: str) -> Any:
         document = None
     if not isinstance(document, dict):
         return raw
-    # Truncation and padding say how somebody called it last, not what it is.
+    # Truncation and padding say how somebody called it last, not what it is; merges were written "a b" before
+    # they were written ["a", "b"].
+    model = document.get("model")
+    if isinstance(model, dict) and isinstance(model.get("merges"), list):
+        merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+        document["model"] = model | {"merges": merges}
     return {key: value for key, value in document.items() if key not in ("truncation", "padding", "version")}

@@ -21,6 +21,7 @@ from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
 from moetool.recipe import LINEAGE, LINEAGE_FORMAT, PROJECTIONS, units_digest
 from moetool.upcycle.blocks import Cache, expert_block, kept_block, normal_block
+from moetool.upcycle.check import FLOAT_DTYPES
 from moetool.upcycle.layout import Fill, Place
 from moetool.upcycle.plan import Plan
 from moetool.upcycle.source import TORCH_DTYPES, Source, examine, in_threads, num_blocks, raw_bytes, read_rows
@@ -109,6 +110,7 @@ def _write_shards(
                     block = kept_block(plan, readers, fill, expert, start, stop, cache)
                 if fill.kind == "expert":
                     block = expert_block(plan, source, fill, expert, index, block)
+                _check_range(fill, fill.places[expert], block)
                 write(fill.places[expert], start * fill.row_length, block)
             # A block of down's rows holds all parts; of gate's and up's, each part has rows of its own.
             for key in [key for key in cache if fill.projection != "down" or key[0] == "made"]:
@@ -144,6 +146,15 @@ def _write_shards(
                 " same command writes it again"
             )
     return {shard.name: digest_of(shard) for shard in plan.shards}
+
+
+def _check_range(fill: Fill, place: Place, block: torch.Tensor) -> None:
+    """What is drawn or multiplied can leave the range of numbers; that of the source has been looked at."""
+    if (fill.dtype == "F16" or fill.kind == "normal") and fill.kind != "carried" and not torch.isfinite(block).all():
+        raise CheckpointError(
+            f"tensor {place.tensor} would hold values that {FLOAT_DTYPES[fill.dtype]} cannot; choose another --dtype,"
+            " or draw with a smaller standard deviation"
+        )
 
 
 def _origin(plan: Plan, fill: Fill, number: int) -> tuple[int, int]:

@@ -91,12 +91,31 @@ def test_a_cohere2_with_heads_of_their_own_size(tmp_path: Path) -> None:
     assert (logits(tmp_path / "moe") - logits(dense)).abs().max() < 1e-4
 
 
+def test_a_cohere2_without_windows(tmp_path: Path) -> None:
+    dense = tiny.save_dense("cohere2", tmp_path / "dense", layer_types=["full_attention"] * 2)
+    assert upcycle(dense, tmp_path / "moe", "--method", "copy") == ""
+    assert (logits(tmp_path / "moe") - logits(dense)).abs().max() < 1e-4
+
+
+def test_what_is_drawn_stays_in_the_range_of_the_dtype(tmp_path: Path) -> None:
+    dense = change_weights(tiny.save_dense("llama", tmp_path / "dense"), lambda t: t * 3000)
+    options = ("--method", "noise", "--noise-scale", 100, "--dtype")
+    assert "would hold values that float16 cannot" in upcycle(dense, tmp_path / "half", *options, "float16")
+    assert not (tmp_path / "half" / "config.json").exists()
+    assert upcycle(dense, tmp_path / "brain", *options, "bfloat16") == ""
+
+
 def test_donors_may_be_saved_in_another_form(tmp_path: Path) -> None:
     dense = tiny.save_llama(tmp_path / "dense", rope_theta=5e5)
     donor = tiny.save_llama(tmp_path / "donor", seed=1, rope_theta=5e5, dtype=torch.bfloat16)
     old = {"rope_parameters": ..., "rope_theta": 5e5, "rope_scaling": None, "architectures": ..., "use_cache": False}
     change_config(donor, **old)
     assert upcycle(dense, tmp_path / "moe", "--donor", donor) == ""
+    (dense / "vocab.json").write_text("{}")  # what a tokenizer.json was made from may be left behind
+    tokenizer = json.loads((donor / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+    (donor / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert upcycle(dense, tmp_path / "again", "--donor", donor) == ""
     change_config(donor, rope_theta=1e4)
     assert "rope_parameters is" in upcycle(dense, tmp_path / "other", "--donor", donor)
 
@@ -118,6 +137,11 @@ def test_numbers_that_no_model_has_are_refused(target: str, change: dict[str, An
     told = upcycle(dense, tmp_path / "moe", "--target", target, "--method", "scratch")
     assert "config.json" in told
     assert not (tmp_path / "moe").exists()
+
+
+def test_a_size_that_no_model_has_takes_no_time(tmp_path: Path) -> None:
+    dense = change_config(tiny.save_dense("llama", tmp_path / "dense"), intermediate_size=10**15)
+    assert "choose from 1, 2, 4, 5, 8" in upcycle(dense, tmp_path / "moe", "--granularity", 7)
 
 
 SHAPES: dict[str, Any] = {
