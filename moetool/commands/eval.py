@@ -216,7 +216,11 @@ def _distinct(models: list[str]) -> dict[str, Path]:
 def _places(result: dict[str, Any]) -> list[str]:
     if "out" not in result:
         return []
-    plots = f"; {len(result['plots'])} plots over training in plots/" if result["plots"] else ""
+    plots = (
+        f"; plots over training of {len(result['plots'])} task{'s' * (len(result['plots']) > 1)} in plots/"
+        if result["plots"]
+        else ""
+    )
     kept = f"; {result['num_kept']} scores are kept from an earlier run" if result["num_kept"] else ""
     return [f"results: {escape(result['out'])}{plots}{kept}"]
 

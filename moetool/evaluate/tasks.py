@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
@@ -74,6 +75,8 @@ def load_tasks(
     found = Tasks()
     absent: list[str] = []
     with network():
+        if any(_of_the_hub(_config(manager, leaf)) for name in names for leaf in _leaves(manager, name)):
+            _ask_the_hub()
         for done, (name, shots) in enumerate(names.items()):
             progress("load tasks", done, len(names), name)
             try:
@@ -203,7 +206,7 @@ def _data_is_absent(error: BaseException) -> bool:
 
 def _absent(manager: TaskManager, name: str) -> list[str]:
     """Each task under a name whose data is absent, with its data set."""
-    leaves = list(members(manager.task_index, name)) or [name]
+    leaves = _leaves(manager, name)
     absent = []
     for leaf in leaves:
         if len(leaves) > 1:
@@ -213,13 +216,39 @@ def _absent(manager: TaskManager, name: str) -> list[str]:
             except Exception as error:
                 if not _data_is_absent(error):
                     continue
-        entry = manager.task_index.get(leaf)
-        config = load_yaml(leaf, resolve_func=False) if leaf.endswith(".yaml") else (entry.cfg if entry else None) or {}
+        config = _config(manager, leaf)
         files = (config.get("dataset_kwargs") or {}).get("data_files")
         files = [str(file) for file in files.values()] if isinstance(files, dict) else [str(files or "")]
         data = ", ".join(file for file in files if file) or str(config.get("dataset_path", ""))
         absent.append(f"{leaf} ({data})" if data else leaf)
     return absent or [name]
+
+
+def _leaves(manager: TaskManager, name: str) -> list[str]:
+    return list(members(manager.task_index, name)) or [name]
+
+
+def _config(manager: TaskManager, leaf: str) -> dict[str, Any]:
+    if leaf.endswith(".yaml"):
+        return dict(load_yaml(leaf, resolve_func=False))
+    entry = manager.task_index.get(leaf)
+    return (entry.cfg if entry else None) or {}
+
+
+def _of_the_hub(config: Mapping[str, Any]) -> bool:
+    """Whether a task's data may come from the hub: it is neither a folder nor files that it lists."""
+    path = str(config.get("dataset_path", ""))
+    return path not in _PACKAGED_DATASETS_MODULES and not Path(path).is_dir()
+
+
+def _ask_the_hub() -> None:
+    """Go offline if the hub does not answer, where the libraries would try for half a minute a data set."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:  # no network, no such host, a certificate: whatever the client says of them
+        _go_offline()
 
 
 @contextmanager

@@ -131,10 +131,15 @@ def test_offline_uses_what_an_earlier_run_brought(served: Served, silent: Path, 
     code, online, stderr = run(here, *arguments)
     assert code == 0, stderr
     before = len(asked)
-    code, offline, stderr = run(here, *arguments, "--offline")
-    assert code == 0, stderr
-    assert offline == online
+    nowhere = ({**here[0], "HF_ENDPOINT": "http://127.0.0.1:9"}, asked)  # no network: nothing listens there
+    for place, flags in ((here, ["--offline"]), (nowhere, [])):
+        code, offline, stderr = run(place, *arguments, *flags)
+        assert code == 0, stderr
+        assert offline == online
     assert len(asked) == before
+    code, _, stderr = run(({**nowhere[0], "HF_HOME": str(tmp_path / "empty")}, asked), *arguments)
+    assert code == 1
+    assert "2 data sets are not at hand" in stderr
 
 
 @pytest.mark.slow

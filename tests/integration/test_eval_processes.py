@@ -58,6 +58,20 @@ def test_two_processes_give_the_scores_and_routes_of_one(mixtral: Path, llama: P
     assert json.loads(again.stdout)["results"] == two["results"]
 
 
+def test_accelerate_launch_gives_the_same(mixtral: Path, tmp_path: Path) -> None:
+    arguments = ["eval", mixtral, "--text", f"t={tiny.save_jsonl(tmp_path / 't.jsonl', repeat=2)}", "--json"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m", "moetool"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    for device in (["--device", "cpu"], ["--device-map", "auto"]):
+        code, stdout, stderr = tiny.in_process(*arguments, *device)
+        assert (code, stderr) == (0, "")
+        equal(json.loads(stdout)["results"], json.loads(done.stdout)["results"])
+
+
 def test_a_failure_in_one_process_ends_all(llama: Path, tmp_path: Path) -> None:
     evaluation.save_generation(tmp_path, "broken", number=4)
     judge = "import os\ndef judge(doc, results):\n    assert os.environ['RANK'] == '0', 'not here'\n"
