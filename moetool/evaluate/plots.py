@@ -56,6 +56,7 @@ def write_plots(document: Mapping[str, Any], metrics: Mapping[str, str], folder:
 def _draw(document: Mapping[str, Any], lines: Mapping[str, list[tuple[int, str]]], task: str, metric: str) -> Figure:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot()
+    names = [Path(run).name for run in lines]
     for run, points in lines.items():
         scores = [(tokens, document["results"][m].get(task, {}).get(metric)) for tokens, m in points]
         known = [(tokens, score) for tokens, score in scores if score]
@@ -65,7 +66,7 @@ def _draw(document: Mapping[str, Any], lines: Mapping[str, list[tuple[int, str]]
             yerr=[score["stderr"] or 0 for _, score in known],
             marker="o",
             capsize=2,
-            label=plain_text(Path(run).name),
+            label=plain_text("/".join(Path(run).parts[-1 if names.count(Path(run).name) == 1 else -2 :])),
         )
     base = document["results"].get(document["baseline"], {}).get(task, {}).get(metric)
     if base:

@@ -78,3 +78,25 @@ def test_dense_models_have_none_and_the_score_stays(llama: Path, mixtral: Path, 
     assert [layer["layer"] for layer in layers] == [0, 1]
     assert sum(layers[0]["load"]) == pytest.approx(1)
     assert 0.5 <= layers[0]["mri"] <= 1
+
+
+@pytest.mark.parametrize("family", ["qwen3", "granite", "ernie4_5"])
+def test_upcycled_families_are_counted(family: str, folder: Path, tmp_path: Path) -> None:
+    dense = tiny.save_dense(family, tmp_path / "dense")
+    tiny.save_tokenizer(dense)
+    code, _, stderr = tiny.in_process("upcycle", dense, tmp_path / "moe", "--num-experts", 4, "--top-k", 2)
+    assert code == 0, stderr
+    counted = routing(tmp_path / "moe", "--tasks", "choices", "--include-path", folder, "--limit", 5)["choices"]
+    assert counted["num_tokens"] > 0
+    for row in counted["layers"]:
+        assert sum(row["load"]) == pytest.approx(1)
+        assert 0.5 <= row["mri"] <= 1
+
+
+def test_only_layers_with_a_router_are_counted(folder: Path, tmp_path: Path) -> None:
+    model = tiny.save_glm4_moe(tmp_path / "glm")  # its first layer is dense
+    arguments = ["--tasks", "choices,generation", "--include-path", folder]
+    alone, together = routing(model, *arguments), routing(model, *arguments, "--batch-size", 4)
+    assert [row["layer"] for row in alone["choices"]["layers"]] == [1, 2]
+    for task in alone:
+        close(together[task], alone[task])
