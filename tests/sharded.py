@@ -1,6 +1,6 @@
-"""`python -m tests.sharded ...`: moetool, with accelerate's FSDP2 let onto CPU processes.
+"""`python -m tests.sharded ...`: moetool, with accelerate's FSDP2 and DeepSpeed let onto CPU processes.
 
-accelerate shards on GPUs only: on a CPU it falls back to whole replicas without a word (which moetool
+accelerate shares weights out on GPUs only: on a CPU it falls back to whole replicas without a word (which moetool
 refuses). Here the processes are passed off as GPUs that talk through gloo, so that what shards, saves and
 resumes is the code that runs on GPUs; that NCCL and CUDA do as well is not shown by it.
 """
@@ -34,8 +34,17 @@ def _tell_shards() -> None:
             for name, parameter in run._core.named_parameters()
             if isinstance(parameter, DTensor)
         }
+        shapes |= {  # ZeRO-3
+            name: [list(parameter.ds_shape), list(parameter.ds_tensor.shape)]
+            for name, parameter in run._core.named_parameters()
+            if hasattr(parameter, "ds_shape")
+        }
+        moments = sum(state["exp_avg"].numel() for state in run._raw_optimizer.state.values())
         total = sum(1 for _ in run._core.parameters())
-        print(json.dumps({"rank": os.environ["RANK"], "parameters": total, "shards": shapes}), file=sys.stderr)
+        print(
+            json.dumps({"rank": os.environ["RANK"], "parameters": total, "shards": shapes, "moments": moments}),
+            file=sys.stderr,
+        )
 
     setattr(loop.Run, "load", telling)  # noqa: B010 (mypy lets no method be replaced)
 

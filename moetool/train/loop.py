@@ -34,7 +34,18 @@ from moetool.train.memory import peak_flops
 from moetool.train.metrics import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import adamw
 from moetool.train.plan import describe, memory_warnings, untrained_routers
-from moetool.train.processes import Accelerator, autocast, gather_in, is_sharded, number, sum_dtype, track, whole
+from moetool.train.processes import (
+    Accelerator,
+    accumulating,
+    autocast,
+    is_sharded,
+    number,
+    prepare,
+    sum_dtype,
+    track,
+    whole,
+    zero_stage,
+)
 from moetool.train.selection import is_selection_bias
 from moetool.train.validate import check_documents_apart, logits, validate
 
@@ -65,7 +76,8 @@ class Run:
         self._dtype = source_dtype(config.model) if config.save_dtype == "auto" else config.save_dtype
         self._losses = balance.build_losses(config.balance)
 
-        plan = describe(config, skeleton, self._mixture, corpus, accelerator.num_processes, is_sharded(accelerator))
+        shared = accelerator.num_processes, is_sharded(accelerator), zero_stage(accelerator)
+        plan = describe(config, skeleton, self._mixture, corpus, *shared)
         where = {"device": str(accelerator.device), "num_processes": accelerator.num_processes}
         self.plan = {**plan, "step": step, "save_dtype": self._dtype, **where}
         self.warnings = memory_warnings(self.plan["memory"], accelerator.device)
@@ -96,12 +108,14 @@ class Run:
             self.warnings += untrained_routers(self._core, self._capture, list(self._losses))
         if not config.cross_document:
             check_documents_apart(self._core)
-        gather_in(accelerator, config.precision)
         apply_execution(config, self._core)
         self._raw_optimizer = adamw(self._core, config)
-        self._model, self._optimizer = accelerator.prepare(self._core, self._raw_optimizer)
+        advice = resume.ADVICE if step else resume.FRESH
         if step or config.keep_optimizer:
-            resume.load(start, self._core, self._raw_optimizer, resume.ADVICE if step else resume.FRESH)
+            resume.load_weights(start, self._core, advice)
+        self._model, self._optimizer = prepare(accelerator, self._core, self._raw_optimizer, config)
+        if step or config.keep_optimizer:
+            resume.load_moments(start, self._core, self._raw_optimizer, advice, self._model)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:  # only now: a command that is refused deletes nothing
             state.claim(config.out)
@@ -215,7 +229,7 @@ class Run:
         self._model.train()
         for micro in batch:
             torch.manual_seed(micro.seed)
-            with nullcontext() if micro is batch[-1] else accelerator.no_sync(self._model):
+            with accumulating(accelerator, self._model, micro is batch[-1]):
                 sums = sums + self._forward_backward(micro, step_tokens, num_micro, world, step_counts)
         norm = accelerator.clip_grad_norm_(self._model.parameters(), config.grad_clip or math.inf)
         # One reduction and one wait for the device a step.

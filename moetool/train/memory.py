@@ -51,19 +51,21 @@ def parameters(model: Any) -> tuple[int, int]:
     return total, total - experts + experts * top_k // num_experts
 
 
-def estimate(model: Any, config: TrainConfig, num_processes: int, sharded: bool) -> dict[str, int]:
+def estimate(model: Any, config: TrainConfig, num_processes: int, sharded: bool, zero_stage: int = 0) -> dict[str, int]:
     """Bytes that each process needs on its device.
 
     Weights, gradients and both moments are fp32, 16 bytes a parameter. Under bf16 autocast the matrices
     are held in bf16 as well until the backward has used them; sharded weights are gathered a layer at a
     time instead. Activations are an estimate: each matrix keeps its input and its output for the
-    backward, each norm three rows in fp32, and the logits a copy and a gradient in fp32.
+    backward, each norm three rows in fp32, and the logits a copy and a gradient in fp32. DeepSpeed updates
+    a second copy of a process's share of the weights, and in stage 3 keeps up to 1e9 gathered ones.
 
     Args:
         model: without weights.
         config: resolved.
         num_processes: of the run.
-        sharded: whether each holds a share of the weights (FSDP).
+        sharded: whether each holds a share of the weights (FSDP, ZeRO-3).
+        zero_stage: of DeepSpeed; 0 without it.
 
     Returns:
         `weights`, `gradients`, `optimizer`, `activations` and their sum, `total`.
@@ -71,7 +73,7 @@ def estimate(model: Any, config: TrainConfig, num_processes: int, sharded: bool)
     total, _ = parameters(model)
     _, top_k = routing_size(model)
     trained = total - config.freeze_router * sum(p.numel() for n, p in model.named_parameters() if _router(n))
-    share = num_processes if sharded else 1
+    weights, gradients, moments = (num_processes if sharded or zero_stage >= least else 1 for least in (3, 2, 1))
     compute = BFLOAT16 if config.precision == "bf16" else FLOAT32
     text = model.config.get_text_config()
     token, largest = 0, 0
@@ -87,10 +89,12 @@ def estimate(model: Any, config: TrainConfig, num_processes: int, sharded: bool)
         token = token // text.num_hidden_layers + text.num_hidden_layers * text.hidden_size * compute
     token += text.vocab_size * (2 * FLOAT32 + compute)
     casts = BFLOAT16 * (2 * largest if sharded else total) if config.precision == "bf16" else 0
+    copies = FLOAT32 * trained // num_processes if zero_stage else 0
+    copies += FLOAT32 * min(total, 10**9) if zero_stage == 3 else 0
     need = {
-        "weights": FLOAT32 * total // share + casts,
-        "gradients": FLOAT32 * trained // share,
-        "optimizer": 2 * FLOAT32 * trained // share,
+        "weights": FLOAT32 * total // weights + casts + copies,
+        "gradients": FLOAT32 * trained // gradients,
+        "optimizer": 2 * FLOAT32 * trained // moments,
         "activations": token * config.micro_batch_size * config.seq_len,
     }
     return {**need, "total": sum(need.values())}

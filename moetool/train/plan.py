@@ -16,7 +16,13 @@ from moetool.train.memory import device_memory, estimate, flops_per_token, param
 
 
 def describe(
-    config: TrainConfig, model: Any, mixture: TokenMixture, corpus: Corpus, num_processes: int, sharded: bool
+    config: TrainConfig,
+    model: Any,
+    mixture: TokenMixture,
+    corpus: Corpus,
+    num_processes: int,
+    sharded: bool,
+    zero_stage: int = 0,
 ) -> dict[str, Any]:
     """The plan of a run, as plain values.
 
@@ -27,6 +33,7 @@ def describe(
         corpus: what they and the validation sets are.
         num_processes: of the run.
         sharded: whether each process holds a share of the weights.
+        zero_stage: of DeepSpeed; 0 without it.
     """
     total, active = parameters(model)
     ledger = mixture.ledger(config.max_steps * config.global_batch_size)
@@ -34,7 +41,7 @@ def describe(
         "num_parameters": total,
         "num_active_parameters": active,
         "flops_per_token": flops_per_token(model, config.seq_len),
-        "memory": estimate(model, config, num_processes, sharded),
+        "memory": estimate(model, config, num_processes, sharded, zero_stage),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
         "seq_len": config.seq_len,

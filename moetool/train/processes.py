@@ -6,7 +6,10 @@ The only file that imports accelerate.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +17,13 @@ import torch
 from accelerate import Accelerator as Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moetool.errors import ConfigError
+from moetool.train import zero
+from moetool.train.config import TrainConfig
 
 Value = TypeVar("Value")
 
@@ -38,15 +43,14 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
     known = [str(tracker) for tracker in get_available_trackers()]
     if absent := [name for name in trackers if name not in known]:
         raise ConfigError(f"--log-with {absent[0]}: that package is not installed; run pip install {absent[0]}")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
-        raise ConfigError(
-            "accelerate is configured for DeepSpeed, which moetool cpt does not train with; use its FSDP2"
-            " configuration, docs/accelerate/fsdp2.yaml, which shards the same"
-        )
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    deepspeed, fsdp = _wanted("DEEPSPEED"), _wanted("FSDP")
+    if deepspeed and find_spec("deepspeed") is None:
+        raise ConfigError("accelerate is configured for DeepSpeed, which is not installed; run pip install deepspeed")
     if fsdp:
         # Each process loads for itself: accelerate's way of loading on one fails for models with buffers.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # What they say of each other's versions is nothing that a user can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"accelerate\.|torch\.distributed\.")
     accelerator = Accelerator(
         mixed_precision="no",
         log_with=list(trackers) or None,
@@ -56,16 +60,36 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
     accelerator.gradient_accumulation_steps = 1
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
+        found = "" if torch.cuda.is_available() else ", for there is no GPU"
         raise ConfigError(
-            f"{launched} processes were launched, accelerate sees {accelerator.num_processes}; on a CPU launch with"
-            " ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m moetool cpt ..."
+            f"{launched} processes were launched, accelerate sees {accelerator.num_processes}{found}; on a CPU launch"
+            " with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m moetool cpt ..."
         )
+    if deepspeed:
+        if not zero_stage(accelerator):
+            raise ConfigError(
+                f"accelerate is configured for DeepSpeed but would train with {accelerator.distributed_type.value};"
+                " launch it on GPUs, or without DeepSpeed"
+            )
+        zero.check(accelerator.state.deepspeed_plugin.deepspeed_config)
+        zero.take_over()
     if fsdp and not (is_sharded(accelerator) and getattr(accelerator, "is_fsdp2", False)):
         raise ConfigError(
             f"accelerate is configured for FSDP but would train with {accelerator.distributed_type.value};"
             " FSDP needs GPUs and fsdp_version: 2, see docs/accelerate/fsdp2.yaml"
         )
     return accelerator
+
+
+def _wanted(plugin: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1")
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's ZeRO stage, which shares out moments, from 2 on gradients, in 3 weights; 0 without DeepSpeed."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return 0
+    return int(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
 
 
 def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
@@ -88,8 +112,8 @@ def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a process holds a share of each weight (FSDP) and not all of it."""
-    return bool(accelerator.distributed_type == DistributedType.FSDP)
+    """Whether a process holds a share of each weight (FSDP, ZeRO-3) and not all of it."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP) or zero_stage(accelerator) == 3
 
 
 def agreed(accelerator: Accelerator, value: Value) -> Value:
@@ -104,6 +128,8 @@ def agreed(accelerator: Accelerator, value: Value) -> Value:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on the CPU; gathered from all processes, which must all call, where it is sharded."""
+    if zero.is_shared(tensor):
+        return zero.gathered(tensor)
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
 
@@ -131,12 +157,43 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def gather_in(accelerator: Accelerator, precision: str) -> None:
-    """Gather sharded weights in the precision of the arithmetic, before `prepare`.
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> tuple[Any, Any]:
+    """The model and its optimizer, wrapped for what the processes share out; the weights are in place.
 
-    Autocast alone would keep a bf16 copy of every whole matrix until the backward, sharded or not.
+    Args:
+        accelerator: of the run.
+        model: on this process's device, or on the CPU where its weights are going to be shared out.
+        optimizer: over its parameters.
+        config: of the run.
     """
-    if is_sharded(accelerator) and precision == "bf16":
+    if stage := zero_stage(accelerator):
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings.update(zero.configured(settings, config, accelerator.num_processes))
+        if stage == 3 and "loss-free" in config.balance:
+            raise ConfigError(
+                "--balance loss-free: ZeRO-3 shares out the selection bias, which has no gradient to be moved by; set"
+                " zero_stage to 2, or use docs/accelerate/fsdp2.yaml"
+            )
+        if stage == 3:
+            zero.partition(model, settings)
+        engine, _ = accelerator.prepare(model, optimizer)
+        zero.begin(engine, optimizer)
+        accelerator.deepspeed_engine_wrapped = steps = zero.Steps(engine)
+        return engine, steps
+    if is_sharded(accelerator) and config.precision == "bf16":
+        # Autocast alone would keep a bf16 copy of every whole matrix until the backward, sharded or not.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+    wrapped: tuple[Any, Any] = accelerator.prepare(model, optimizer)
+    return wrapped
+
+
+def accumulating(accelerator: Accelerator, model: Any, last: bool) -> AbstractContextManager[Any]:
+    """Around each backward of a step: only the last one's ends with the sum over the processes."""
+    if zero_stage(accelerator):
+        model.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+    return nullcontext() if last else accelerator.no_sync(model)

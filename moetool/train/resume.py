@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from moetool.checkpoint.reader import read_json
 from moetool.errors import CheckpointError
+from moetool.train import zero
 from moetool.train.processes import share, whole
 
 STATE = "training_state"
@@ -60,7 +62,8 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tupl
         optimizer: over its parameters.
     """
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
+        of = zero.moments(parameter, optimizer) if zero.is_updated(parameter) else optimizer.state.get(parameter, {})
+        for key, value in of.items():
             yield f"{name}/{key}", whole(value)
 
 
@@ -103,40 +106,65 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, advice: str) -> None:
-    """Put the master weights and moments of a step folder into a model and its optimizer.
+def load_weights(folder: Path, model: nn.Module, advice: str) -> None:
+    """Put the master weights of a step folder into a model, where it has some.
 
     Args:
         folder: the step folder.
-        model: not wrapped; its parameters may be sharded.
-        optimizer: over its parameters.
+        model: not wrapped, with all of its parameters.
         advice: what to do when they do not fit.
 
     Raises:
         CheckpointError: they are absent, damaged, or of a model with other parameters.
     """
     parameters = dict(model.named_parameters())
-    try:
-        stored = load_file(folder / STATE / "optimizer.safetensors")
-        weights: dict[str, Tensor] = {}
+    with _told(folder, advice):
         master = folder / STATE / "master.safetensors"
         # Without them a rounded model would be trained on; the first step folders did not say that they have them.
         if read_json(folder / STATE / "state.json").get("master", master.exists()):
             weights = load_file(master)
             if absent := sorted(parameters.keys() - weights.keys()):
                 raise ValueError(f"master.safetensors holds no {absent[0]}")
-        for name, weight in weights.items():
-            _fitting(name, weight, parameters)
-            parameters[name].copy_(share(weight, parameters[name]))
-        with_moments = set()
-        for key, value in stored.items():
+            for name, weight in weights.items():
+                _fitting(name, weight, parameters).copy_(weight)
+
+
+@torch.no_grad()
+def load_moments(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, advice: str, wrapped: Any = None
+) -> None:
+    """Put the moments of a step folder into an optimizer.
+
+    Args:
+        folder: the step folder.
+        model: not wrapped; its parameters may be sharded.
+        optimizer: over its parameters.
+        advice: what to do when they do not fit.
+        wrapped: DeepSpeed's engine, where it shares the moments out.
+
+    Raises:
+        CheckpointError: they are absent, damaged, or of a model with other parameters.
+    """
+    parameters = dict(model.named_parameters())
+    with _told(folder, advice):
+        found: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for key, value in load_file(folder / STATE / "optimizer.safetensors").items():
             name, _, moment = key.rpartition("/")
-            with_moments.add(name)
-            parameter = _fitting(name, value, parameters)
-            optimizer.state[parameter][moment] = share(value, parameter)
-        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
-        if absent := sorted(trained - with_moments):
+            found.setdefault(_fitting(name, value, parameters), {})[moment] = value
+        trained = (name for name, parameter in parameters.items() if parameter.requires_grad)
+        if absent := sorted(name for name in trained if parameters[name] not in found):
             raise ValueError(f"optimizer.safetensors holds nothing for {absent[0]}")
+        if any(map(zero.is_updated, found)):
+            zero.set_moments(wrapped, optimizer, found)
+        else:
+            for parameter, values in found.items():
+                optimizer.state[parameter] = {moment: share(value, parameter) for moment, value in values.items()}
+
+
+@contextmanager
+def _told(folder: Path, advice: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # safetensors' own errors, absent files, shapes: all mean the same to the user
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder / STATE} cannot be used ({type(error).__name__}: {reason}); {advice}") from None
@@ -146,6 +174,7 @@ def _fitting(name: str, value: Tensor, parameters: Mapping[str, nn.Parameter]) -
     """The parameter of a name, which a tensor (or a single number) must fit."""
     if name not in parameters:
         raise ValueError(f"the model has no {name}")
-    if value.ndim and value.shape != parameters[name].shape:
-        raise ValueError(f"{name} has shape {list(value.shape)}, the model's {list(parameters[name].shape)}")
+    shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
+    if value.ndim and value.shape != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}, the model's {list(shape)}")
     return parameters[name]

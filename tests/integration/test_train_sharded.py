@@ -125,11 +125,11 @@ def test_accelerate_reads_the_configurations(name: str) -> None:
         assert key.removeprefix("fsdp_") in plugin | {"version", "offload_params"}, key
 
 
-def test_deepspeed_is_refused(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+def test_deepspeed_that_would_not_train_is_refused(tmp_path: Path, llama: Path, jsonl: Path) -> None:
     arguments = ["cpt", llama, tmp_path / "out", "--train", f"new={jsonl}", *OPTIONS]
-    done = tiny.cli(*arguments, env={"ACCELERATE_USE_DEEPSPEED": "true"})
+    done = tiny.cli(*arguments, env={"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_DEEPSPEED": "true"})
     assert done.returncode == 1
-    assert "configured for DeepSpeed" in done.stderr
+    assert "accelerate is configured for DeepSpeed" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -51,6 +51,12 @@ def test_weights_and_moments_are_16_bytes_a_parameter(mixtral: Path) -> None:
     shared = memory.estimate(model, config(), 2, sharded=True)
     assert [shared[name] for name in ("weights", "gradients", "optimizer")] == [2 * total, 2 * total, 4 * total]
     assert shared["activations"] == need["activations"]
+    # ZeRO: whole weights but in stage 3, and each process updates a copy of its half; gathered weights in stage 3.
+    kinds = ("weights", "gradients", "optimizer")
+    zero = [memory.estimate(model, config(), 2, stage == 3, stage) for stage in (1, 2, 3)]
+    assert [zero[0][kind] for kind in kinds] == [6 * total, 4 * total, 4 * total]
+    assert [zero[1][kind] for kind in kinds] == [6 * total, 2 * total, 4 * total]
+    assert [zero[2][kind] for kind in kinds] == [8 * total, 2 * total, 4 * total]
     assert memory.estimate(model, config(precision="bf16"), 1, sharded=False)["weights"] == 6 * total
     frozen = memory.estimate(model, config(freeze_router=True), 1, sharded=False)
     assert need["gradients"] - frozen["gradients"] == 4 * 2 * 4 * 32
