@@ -37,7 +37,16 @@ def shipped(stage: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def zero(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    processes = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.sharded"]
+    processes = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "tests.sharded",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"} | environment
     return subprocess.run(
         [*processes, *map(str, arguments)],
