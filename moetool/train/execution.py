@@ -1,4 +1,7 @@
-"""How a run is computed: layers twice, compiled, deterministically. What is computed stays the same, to rounding."""
+"""How a run is computed: experts in bf16, layers twice, compiled, deterministically.
+
+What is computed stays the same, to rounding.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from moetool.errors import ConfigError
 from moetool.train.config import TrainConfig
+
+_AUTOCAST_EXPERTS = "grouped_mm_autocast"  # under this name transformers finds `_autocast_experts`
 
 
 def check_execution(config: TrainConfig, model: Any, device: torch.device) -> None:
@@ -32,12 +38,17 @@ def check_execution(config: TrainConfig, model: Any, device: torch.device) -> No
 
 
 def apply_execution(config: TrainConfig, model: Any) -> None:
-    """Set a model up for gradient checkpointing and compilation.
+    """Set a model up for experts in bf16, gradient checkpointing and compilation.
 
     Args:
         config: of the run.
         model: of transformers, before it is wrapped; is changed in place, its tensors keep their names.
     """
+    if config.precision == "bf16" and model.config.get_text_config()._experts_implementation == "grouped_mm":
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register(_AUTOCAST_EXPERTS, _autocast_experts)
+        model.set_experts_implementation(_AUTOCAST_EXPERTS)
     if config.gradient_checkpointing:
         # The reentrant form would lose the gradient of the balance losses without a word.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -45,6 +56,32 @@ def apply_execution(config: TrainConfig, model: Any) -> None:
         # Routes are collected in the forward and not again in the recomputation, which is this side effect.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = config.gradient_checkpointing
         model.compile()
+
+
+class _Cast:
+    """A module whose parameters are of another dtype."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self._module, self._dtype = module, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return value.to(self._dtype) if isinstance(value, nn.Parameter) else value
+
+
+def _autocast_experts(experts: Any, hidden_states: Tensor, *routes: Tensor) -> Tensor:
+    """transformers' grouped experts, in the dtype of autocast.
+
+    torch's grouped matrix product is none of the operations that autocast knows: the experts, most of a model's
+    arithmetic, would be computed in fp32.
+    """
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        experts = _Cast(experts, torch.get_autocast_dtype(device))
+    out: Tensor = grouped_mm_experts_forward(experts, hidden_states, *routes)
+    return out
 
 
 def evaluating(config: TrainConfig) -> AbstractContextManager[Any]:
