@@ -15,10 +15,10 @@ pytestmark = pytest.mark.slow
 
 
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "moetool", "eval"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [*command, *map(str, arguments), "--device", "cpu"],
+        [*command, "-m", "moetool", "eval", *map(str, arguments), "--device", "cpu"],
         capture_output=True, text=True, env=environment, check=False, timeout=240,
     )  # fmt: skip
 

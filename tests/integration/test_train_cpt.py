@@ -587,7 +587,7 @@ def test_two_processes_train_as_one(tmp_path: Path, jsonl: Path, dtype: torch.dt
 
     one, two = tmp_path / "one", tmp_path / "two"
     assert tiny.cli(*arguments(one)).returncode == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "moetool"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "moetool"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*launch, *arguments(two)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
