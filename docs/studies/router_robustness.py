@@ -1,0 +1,229 @@
+"""Study: what does a shift of distribution do to a router, small? See router-robustness.md.
+
+python docs/studies/router_robustness.py FOLDER --text en=EN.txt --text code=CODE.txt --text ja=JA.txt
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from study import Study, figure, keep, mean, options, spread, texts
+
+MODEL = {
+    "vocab_size": 4096,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+FIRST, SECOND = 0.8e6, 0.4e6
+HERE = Path(__file__).parent / "results"
+# Every model costs a token as many products as the dense one: two halves of its FFN, or three quarters of it
+# beside a shared quarter. All start from scratch, as the paper's do.
+MODELS: dict[str, tuple[str, ...]] = {
+    "top-2": ("--num-experts", "8", "--top-k", "2", "--granularity", "2"),
+    "fine-grained": (
+        *("--target", "glm4_moe", "--num-experts", "24", "--top-k", "3"),
+        *("--granularity", "4", "--shared-experts", "1"),
+    ),
+}
+RATES = ("--lr", "3e-3", "--min-lr", "3e-4")
+SINKHORN = ("--balance", "sinkhorn")
+# The first phase stays in its constant part, the second begins there: no re-warming.
+INFINITE = ("--schedule", "infinite", "--constant-lr", "1.65e-3")
+LEAVE = (*INFINITE, "--constant-end", "1.0")
+ENTER = (*INFINITE, "--warmup-ratio", "0", "--cooldown-end", "0", "--constant-end", "0.8")
+SHIFTS = ("ja", "code")
+REPLAY = ("0", "0.1", "0.3", "0.4")
+
+
+class Way(NamedTuple):
+    """A way through both phases: a model, options of each phase, and the replay ratios tried."""
+
+    model: str
+    first: tuple[str, ...] = ()
+    second: tuple[str, ...] = ()
+    replay: tuple[str, ...] = REPLAY
+    every_seed: bool = True
+
+
+WAYS: dict[str, Way] = {
+    "dense": Way("dense"),
+    "top-2": Way("top-2"),
+    "top-2, infinite": Way("top-2", LEAVE, ENTER, ("0", "0.3")),
+    "top-2, sinkhorn": Way("top-2", SINKHORN, SINKHORN, ("0", "0.3")),
+    "fine-grained": Way("fine-grained"),
+    "fine-grained, sinkhorn": Way("fine-grained", SINKHORN, SINKHORN, ("0", "0.3"), every_seed=False),
+}
+CLAIMED = ("0", "0.3")  # replay ratios with every seed
+
+Results = dict[int, dict[str, Any]]  # of each seed
+
+
+def slug(name: str) -> str:
+    """A folder's name."""
+    return name.replace(", ", "-")
+
+
+def start(study: Study, seed: int, model: str) -> str:
+    """A model of the seed before any training."""
+    dense = study.initial(seed)
+    if model == "dense":
+        return dense
+    return study.upcycle(dense, f"s{seed}/{model}", "--method", "scratch", *MODELS[model], "--seed", seed)
+
+
+def trained(study: Study, seed: int, name: str) -> str:
+    """The first phase: English."""
+    way = WAYS[name]
+    begin, out = start(study, seed, way.model), f"s{seed}/{slug(name)}-en"
+    return study.cpt(begin, out, FIRST, *RATES, *way.first, "--seed", seed, train=("en",))
+
+
+def shifted(study: Study, seed: int, name: str, shift: str, replay: str) -> dict[str, Any]:
+    """The second phase: forgetting, adaptation, mri, and what changed in the router."""
+    before = trained(study, seed, name)
+    words: list[object] = [*RATES, *WAYS[name].second, "--seed", seed]
+    if replay != "0":
+        words += ["--replay", "en=corpus/en-train.jsonl", "--replay-ratio", replay]
+    run = study.cpt(before, f"{before}-{shift}-{replay}", SECOND, *words, train=(shift,))
+    losses = study.losses(run)
+    entry: dict[str, Any] = {
+        "forgetting": losses[-1][1]["en"] - losses[0][1]["en"],
+        "adaptation": losses[0][1][shift] - losses[-1][1][shift],
+        "losses": losses,
+    }
+    if name != "dense":
+        entry["mri"] = {
+            when: [row["mri"] for row in study.rows(of) if "mri" in row]
+            for when, of in (("before", before), ("after", run))
+        }
+        entry["comparison"] = study.analyze(before, f"{run}-routing", "--compare", run)["comparison"]
+    return entry
+
+
+def union(study: Study, seed: int, shift: str) -> dict[str, float]:
+    """The baseline: the top-2 model trained on English and the new domain together, on all the tokens."""
+    begin, out = start(study, seed, "top-2"), f"s{seed}/union-{shift}"
+    run = study.cpt(begin, out, FIRST + SECOND, *RATES, "--seed", seed, train=("en", shift))
+    return study.losses(run)[-1][1]
+
+
+def draw_trade(results: Results) -> None:
+    """Forgetting against adaptation, a point a replay ratio, as means over seeds."""
+    made, cells = figure(HERE / "router-robustness-trade.png", columns=2, width=10.0)
+    for shift, axes in zip(SHIFTS, cells, strict=True):
+        for name in WAYS:
+            points = []
+            for replay in REPLAY:
+                runs = [found["second"].get(f"{name} -> {shift}, replay {replay}") for found in results.values()]
+                runs = [run for run in runs if run]
+                if runs:
+                    points.append((mean(run["adaptation"] for run in runs), mean(run["forgetting"] for run in runs)))
+                    axes.annotate(replay, points[-1], fontsize=6, xytext=(3, 3), textcoords="offset points")
+            axes.plot(*zip(*points, strict=True), "o-", label=name, markersize=4, lw=1)
+        axes.set(xlabel=f"adaptation: fall of the loss on {shift}", ylabel="forgetting: rise of the loss on en")
+        axes.legend(fontsize=7)
+    made.savefig(HERE / "router-robustness-trade.png")
+
+
+def balanced(name: str) -> float:
+    """K / E of a model."""
+    words = MODELS[WAYS[name].model]
+    return int(words[words.index("--top-k") + 1]) / int(words[words.index("--num-experts") + 1])
+
+
+def draw_shift(found: dict[str, Any]) -> None:
+    """mri over the steps around the shift, mean of the layers, in multiples of balance; of one seed."""
+    made, cells = figure(HERE / "router-robustness-mri.png", columns=2, width=10.0)
+    for shift, axes in zip(SHIFTS, cells, strict=True):
+        for name in WAYS:
+            for replay, style in (("0", "-"), ("0.3", ":")):
+                entry = found["second"].get(f"{name} -> {shift}, replay {replay}", {})
+                if "mri" in entry:
+                    steps = [mean(layers) / balanced(name) for layers in entry["mri"]["before"][-40:]]
+                    x = range(-len(steps), len(entry["mri"]["after"]))
+                    steps += [mean(layers) / balanced(name) for layers in entry["mri"]["after"]]
+                    axes.plot(list(x), steps, style, lw=0.9, label=f"{name}, replay {replay}")
+        axes.axvline(0, color="grey", lw=0.8)
+        axes.set(xlabel=f"steps after the shift to {shift}", ylabel="mri x E / K, mean of the layers")
+        axes.legend(fontsize=5, ncols=2)
+    made.savefig(HERE / "router-robustness-mri.png")
+
+
+def draw_layers(results: Results) -> None:
+    """Saturation, and mri before and after, of each layer on English; means over seeds."""
+    names = [name for name, way in WAYS.items() if way.model != "dense" and way.every_seed]
+    made, cells = figure(HERE / "router-robustness-layers.png", 2, len(names), 3.0 * len(names), 5.0)
+    for column, name in enumerate(names):
+        saturation, mri = cells[column], cells[len(names) + column]
+        for shift in SHIFTS:
+            for replay, style in (("0", "o-"), ("0.3", "o:")):
+                key = f"{name} -> {shift}, replay {replay}"
+                runs = [found["second"][key]["comparison"]["domains"]["en"]["layers"] for found in results.values()]
+                layers = range(len(runs[0]))
+                label = f"{shift}, replay {replay}"
+                saturation.plot(layers, [mean(r[i]["saturation"] for r in runs) for i in layers], style, label=label)
+                mri.plot(layers, [mean(r[i]["mri"] for r in runs) for i in layers], style, label=label)
+        mri.plot(layers, [mean(r[i]["mri"] - r[i]["mri_change"] for r in runs) for i in layers], "k-", label="before")
+        saturation.set_title(name, fontsize=8)
+        saturation.set(ylim=(0, 1), ylabel="saturation, en")
+        mri.set(ylim=(0, 1), ylabel="mri, en", xlabel="layer")
+        mri.legend(fontsize=5)
+    made.savefig(HERE / "router-robustness-layers.png")
+
+
+def tables(results: Results) -> str:
+    """The page's tables, in Markdown: mean and standard deviation over seeds."""
+    lines = [
+        "| model, phase two | forgetting | adaptation | en | new domain | mri, en, before | after | saturation, en |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    first = next(iter(results.values()))
+    for key in first["second"]:
+        shift = key.split(" -> ")[1].split(",")[0]
+        runs = [found["second"][key] for found in results.values() if key in found["second"]]
+        cells = [spread([run[what] for run in runs]) for what in ("forgetting", "adaptation")]
+        cells += [spread([run["losses"][-1][1][domain] for run in runs]) for domain in ("en", shift)]
+        told = [run["comparison"]["domains"]["en"]["layers"] for run in runs if "comparison" in run]
+        if told:
+            cells.append(spread([mean(layer["mri"] - layer["mri_change"] for layer in layers) for layers in told]))
+            cells += [spread([mean(layer[of] for layer in layers) for layers in told]) for of in ("mri", "saturation")]
+        else:
+            cells += [""] * 3
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    lines += ["", "| trained on the union | en | new domain |", "|---|---|---|"]
+    for shift in SHIFTS:
+        values = [[found["union"][shift][domain] for found in results.values()] for domain in ("en", shift)]
+        lines.append(f"| top-2, en and {shift} | {' | '.join(spread(seeds) for seeds in values)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run, keep the numbers, draw, and print the tables of the page."""
+    arguments = options("The router under a shift of distribution, small")
+    study = Study(arguments.folder, texts(arguments), MODEL, arguments.scale)
+    results: Results = {}
+    for seed in arguments.seed:
+        found: dict[str, Any] = {}
+        for shift in SHIFTS:
+            for name, way in WAYS.items():
+                if seed == 0 or way.every_seed:
+                    for replay in way.replay if seed == 0 else CLAIMED:
+                        found[f"{name} -> {shift}, replay {replay}"] = shifted(study, seed, name, shift, replay)
+        results[seed] = {"second": found, "union": {shift: union(study, seed, shift) for shift in SHIFTS}}
+    keep(HERE, "router-robustness.json", {str(seed): found for seed, found in results.items()})
+    draw_trade(results)
+    draw_shift(results[arguments.seed[0]])
+    draw_layers(results)
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    main()

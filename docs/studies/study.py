@@ -1,0 +1,188 @@
+"""What both studies share: text, tokenizer, dense models, and moetool's commands, run once each.
+
+Nothing here trains or measures: every number comes from a command that is printed as it is run. A
+command whose result is there already is not run again, and one that was interrupted goes on, so a study
+that was stopped is started again by the same line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+VALIDATION = 40_000  # bytes of each text, in whole lines
+SEQ_LEN, BATCH = 256, 8
+
+
+def options(description: str) -> argparse.Namespace:
+    """The options of a study; texts are NAME=PATH, one paragraph a line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("folder", type=Path, help="where everything is written")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=PATH", help="en, code and ja")
+    parser.add_argument("--seed", action="append", type=int, metavar="N", help="0, 1 and 2 unless told")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the tokens of every run, to try the script")
+    arguments = parser.parse_args()
+    arguments.seed = arguments.seed or [0, 1, 2]
+    return arguments
+
+
+class Study:
+    """A folder, and what is run in it."""
+
+    def __init__(self, folder: Path, texts: Mapping[str, Path], model: Mapping[str, Any], scale: float = 1.0) -> None:
+        self.folder, self.model, self.scale = folder.absolute(), dict(model), scale
+        self.domains = list(texts)
+        self._prepare(texts)
+
+    def _prepare(self, texts: Mapping[str, Path]) -> None:
+        """Split each text into paragraphs for training and validation; train the tokenizer on all domains."""
+        corpus = self.folder / "corpus"
+        if (self.folder / "tokenizer" / "tokenizer.json").exists():
+            return
+        corpus.mkdir(parents=True, exist_ok=True)
+        training = []
+        for name, path in texts.items():
+            lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            random.Random(name).shuffle(lines)
+            sizes = itertools.accumulate(len(line.encode()) for line in lines)
+            held = next(i for i, size in enumerate(sizes, 1) if size >= VALIDATION)
+            for part, some in (("val", lines[:held]), ("train", lines[held:])):
+                rows = "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in some)
+                (corpus / f"{name}-{part}.jsonl").write_text(rows, encoding="utf-8")
+            training += lines[held:]
+        self._tokenizer(training).save_pretrained(self.folder / "tokenizer")
+
+    def _tokenizer(self, lines: Iterable[str]) -> Any:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.model["vocab_size"],
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(lines, trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+    def initial(self, seed: int) -> str:
+        """A randomly initialised dense model with the tokenizer; its name in the folder."""
+        name = f"s{seed}/init"
+        if not (self.folder / name / "config.json").exists():
+            import torch
+            from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+            torch.manual_seed(seed)
+            LlamaForCausalLM(LlamaConfig(**self.model)).save_pretrained(self.folder / name)
+            AutoTokenizer.from_pretrained(self.folder / "tokenizer").save_pretrained(self.folder / name)
+        return name
+
+    def run(self, *words: object) -> None:
+        """Run a moetool command in the folder, printed as it is typed there."""
+        command = [str(word) for word in words]
+        print(f"$ moetool {shlex.join(command)}", flush=True)
+        done = subprocess.run([sys.executable, "-m", "moetool", *command], cwd=self.folder, check=False)
+        if done.returncode:
+            raise SystemExit(f"the command above ended with {done.returncode}; the same line goes on with the study")
+
+    def upcycle(self, dense: str, out: str, *words: object) -> str:
+        """`moetool upcycle`, unless its result is there."""
+        if not (self.folder / out / "config.json").exists():
+            self.run("upcycle", dense, out, *words, "--quiet")
+        return out
+
+    def cpt(self, model: str, out: str, tokens: float, *words: object, train: Sequence[str]) -> str:
+        """`moetool cpt` on some domains, validated on all, unless it is finished."""
+        if not (self.folder / out / "summary.json").exists():
+            steps = max(8, round(tokens * self.scale / (SEQ_LEN * BATCH)))
+            named = [word for name in train for word in ("--train", f"{name}=corpus/{name}-train.jsonl")]
+            val = [word for name in self.domains for word in ("--val", f"{name}=corpus/{name}-val.jsonl")]
+            size = [
+                "--seq-len",
+                SEQ_LEN,
+                "--global-batch-size",
+                BATCH,
+                "--micro-batch-size",
+                BATCH,
+                "--max-steps",
+                steps,
+            ]
+            often = ["--eval-every", max(1, steps // 5), "--save-every", max(1, steps // 4)]
+            self.run("cpt", model, out, *named, *words, *val, *size, *often, "--keep-checkpoints", 1, "--quiet")
+        return out
+
+    def analyze(self, model: str, out: str, *words: object) -> dict[str, Any]:
+        """`moetool analyze-routing` on the validation text of every domain; its report."""
+        report = self.folder / out / "report.json"
+        if not report.exists():
+            data = [word for name in self.domains for word in ("--data", f"{name}=corpus/{name}-val.jsonl")]
+            self.run("analyze-routing", model, *data, "--seq-len", SEQ_LEN, "--out", out, *words, "--quiet")
+        document: dict[str, Any] = json.loads(report.read_text())
+        return document
+
+    def rows(self, run: str) -> list[dict[str, Any]]:
+        """metrics.jsonl of a run."""
+        lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def losses(self, run: str) -> list[tuple[int, dict[str, float]]]:
+        """(tokens, validation loss a domain) over a run."""
+        return [(row["step"] * SEQ_LEN * BATCH, row["val"]) for row in self.rows(run) if "val" in row]
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean."""
+    return statistics.fmean(list(values))
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def figure(path: Path, rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes in a flat list, in one style; save with `figure.savefig(path)`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made, cells = plt.subplots(rows, columns, figsize=(width, height), dpi=150, layout="constrained", squeeze=False)
+    for axes in cells.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return made, list(cells.flat)
+
+
+def keep(folder: Path, name: str, document: Mapping[str, Any]) -> None:
+    """Write raw results beside the study."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=1, sort_keys=True)
+    temporary = folder / f"{name}.tmp"
+    temporary.write_text(text + "\n")
+    os.replace(temporary, folder / name)
+
+
+def texts(arguments: argparse.Namespace) -> dict[str, Path]:
+    """The texts of the command line, by name."""
+    named = dict(word.split("=", 1) for word in arguments.text)
+    missing = {"en", "code", "ja"} - set(named)
+    if missing:
+        raise SystemExit(f"give --text {' and '.join(f'{name}=PATH' for name in sorted(missing))}")
+    return {name: Path(path).absolute() for name, path in named.items()}

@@ -1,0 +1,78 @@
+"""The studies' scripts: each command that they would run is one that moetool takes."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from moetool.cli import app
+
+STUDIES = Path(__file__).parents[2] / "docs" / "studies"
+
+
+def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> list[list[str]]:
+    """What a study runs, with results made up; its figures and tables are made of them."""
+    monkeypatch.syspath_prepend(str(STUDIES))
+    for module in ("study", name):
+        sys.modules.pop(module, None)
+    study, script = importlib.import_module("study"), importlib.import_module(name)
+    ran: list[list[str]] = []
+    monkeypatch.setattr(script, "HERE", tmp_path / "results")
+    monkeypatch.setattr(study.Study, "initial", lambda self, seed: f"s{seed}/init")
+
+    def run(self: Any, *words: object) -> None:
+        ran.append([str(word) for word in words])
+        if words[0] != "analyze-routing":
+            out = self.folder / str(words[2])
+            out.mkdir(parents=True)
+            (out / ("config.json" if words[0] == "upcycle" else "summary.json")).touch()
+
+    monkeypatch.setattr(study.Study, "run", run)
+    losses = [(0, dict.fromkeys(("en", "code", "ja"), 5.0)), (2048, dict.fromkeys(("en", "code", "ja"), 4.0))]
+    monkeypatch.setattr(study.Study, "losses", lambda self, run: losses)
+    monkeypatch.setattr(study.Study, "rows", lambda self, run: [{"mri": [0.3] * 6}] * 3)
+    monkeypatch.setattr(study.Study, "analyze", analyze(study.Study.analyze))
+    words = [str(tmp_path / "work")]
+    for domain in ("en", "code", "ja"):
+        text = tmp_path / f"{domain}.txt"
+        text.write_text("\n".join(f"{domain} line {i} " + "x" * 900 for i in range(100)))
+        words += ["--text", f"{domain}={text}"]
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    script.main()
+    return ran
+
+
+def analyze(real: Any) -> Any:
+    layers = [{"load": [0.125] * 8, "saturation": 0.5, "mri": 0.3, "mri_change": 0.1} for _ in range(6)]
+    domains = {domain: {"layers": layers} for domain in ("en", "code", "ja")}
+    document = {"domains": domains, "comparison": {"domains": domains}}
+
+    def analyzed(self: Any, model: str, out: str, *words: object) -> dict[str, Any]:
+        (self.folder / out).mkdir(parents=True, exist_ok=True)
+        try:
+            real(self, model, out, *words)
+        except FileNotFoundError:  # no report was written: its command is all that we want
+            return document
+        raise AssertionError("a report from nowhere")
+
+    return analyzed
+
+
+@pytest.mark.parametrize("name", ["drop_upcycling", "router_robustness"])
+def test_every_command_of_a_study_is_one_that_moetool_takes(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran = commands(monkeypatch, tmp_path, name)
+    assert len(ran) > 100
+    group = typer.main.get_command(app)
+    outs: set[str] = set()
+    for words in ran:
+        command = group.commands[words[0]]  # type: ignore[attr-defined]
+        context = command.make_context(words[0], words[1:])
+        out = str(context.params["out"])
+        assert out not in outs, f"{out} is written twice"
+        outs.add(out)
+    assert list((tmp_path / "results").glob("*.png"))
