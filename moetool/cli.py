@@ -76,8 +76,16 @@ _ENVIRONMENT = {
     errno.ENOTDIR,
     errno.EIO,
     errno.EFBIG,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
 }
 _ADVICE = {
+    errno.ENOMEM: "free some memory, then run the same command again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), then run the same command again",
     errno.ENOSPC: "free some space or choose another folder, then run the same command again",
     errno.EDQUOT: "free some space or choose another folder, then run the same command again",
     errno.EROFS: "choose a folder that can be written",
@@ -86,7 +94,19 @@ _ADVICE = {
 }
 
 
+# How torch, numpy, tokenizers and Python's threads say that there is no memory left.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "Unable to allocate", "can't start new thread")
+_LESS_MEMORY = {
+    "upcycle": "use fewer --workers",
+    "verify": "use fewer --workers",
+    "cpt": "use a smaller --micro-batch-size or --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)",
+    "analyze-routing": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
+    "eval": "use a smaller --batch-size, --dtype bfloat16, or --device-map auto",
+}
+
+
 def _terminate(signum: int, frame: Any) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one acts at once
     raise SystemExit(EXIT_TERMINATED)
 
 
@@ -121,7 +141,11 @@ def run(arguments: list[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         advice = _ADVICE.get(error.errno or 0, "mend it and run the same command again")
         return _fail(f"{where}{os.strerror(error.errno or 0).lower()}; {advice}", 1)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+            reason = " ".join(str(error).split())[:200]
+            advice = _LESS_MEMORY.get(next(iter(arguments), ""), "use a machine with more")
+            return _fail(f"out of memory{reason and f' ({reason})'}; {advice}", 1)
         traceback.print_exc()
         print("moetool: this is a bug in moetool; please report it with the lines above", file=sys.stderr)
         return EXIT_BUG
@@ -142,11 +166,21 @@ def main() -> NoReturn:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
-        code = run(sys.argv[1:])
+        code = _flushed(run(sys.argv[1:]))
+        # What comes now comes too late: the work is done, and leaving takes a moment.
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
         if code == EXIT_TERMINATED:
             _fail("terminated", code)
+    except KeyboardInterrupt:  # while the last error was told
+        code = _fail("interrupted", EXIT_INTERRUPTED)
+    sys.exit(code)
+
+
+def _flushed(code: int) -> int:
+    """Hand standard output to its reader; what that has to say is worth an exit code of 1."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -155,4 +189,4 @@ def main() -> NoReturn:
         if code == 0:  # else it has been said
             code = _fail(f"standard output: {os.strerror(error.errno or 0).lower()}", 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    return code

@@ -22,6 +22,7 @@ ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16":
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_OPEN = 200  # files kept open at once; systems allow as few as 256
 MAX_JSON = 50_000_000
+SAMPLE = 4096  # bytes of each tensor that are part of a content fingerprint
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -235,6 +236,23 @@ class CheckpointReader(BlockFile):
         for info in self.tensors.values():
             digest.update(f"{info.name} {info.dtype} {info.shape} {info.shard} {info.start}".encode())
         return digest.hexdigest()
+
+
+def content_fingerprint(folder: Path) -> str:
+    """A digest of a checkpoint's content: config, headers and the first bytes of every tensor.
+
+    It survives a copy to another place and changes with another seed; reading all would take minutes.
+
+    Raises:
+        CheckpointError: it is no readable safetensors checkpoint.
+    """
+    with CheckpointReader(folder) as reader:
+        digest = hashlib.sha256(json.dumps(reader.config, sort_keys=True).encode())
+        for name, info in sorted(reader.tensors.items()):
+            sample = bytearray(min(SAMPLE, info.size))
+            reader.read_into(info, 0, memoryview(sample))
+            digest.update(f"{name} {info.dtype} {info.shape}".encode() + sample)
+    return digest.hexdigest()
 
 
 def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:

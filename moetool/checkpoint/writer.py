@@ -8,8 +8,6 @@ does not end in `.safetensors`, fsynced and renamed; the index and config.json c
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -19,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moetool.checkpoint.folder import PARTIAL, UNFINISHED, naming, sync_folder, write_file
 from moetool.checkpoint.reader import INDEX, ITEM_SIZE, SINGLE, read_header, read_json
 from moetool.errors import CheckpointError
-
-PARTIAL = "moetool.partial.json"
-UNFINISHED = ".unfinished"  # a shard being written: model-00001-of-00004.safetensors.unfinished
 
 # What `--overwrite` may delete: names of a checkpoint's layout and of moetool's own files.
 KNOWN_FILES = {
@@ -97,26 +93,6 @@ def layout_shards(tensors: Sequence[TensorLayout], max_shard_size: int) -> list[
     return shards
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it is whole or absent, whatever happens."""
-    temporary = path.with_name(path.name + UNFINISHED)
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def foreign_files(folder: Path) -> list[str]:
     """Names in a folder that neither moetool nor a checkpoint's layout knows."""
 
@@ -181,42 +157,6 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
         )
 
 
-class FolderLock:
-    """Holds a folder, made if need be, against a second writer until it is closed or its process ends (flock).
-
-    Raises:
-        CheckpointError: another process holds it (names that process if it left its number), or it is a file.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file; give a folder that does not exist yet")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            holder = ""
-            try:
-                writer = json.loads((folder / PARTIAL).read_text())["writer"]
-                holder = f" (process {int(writer['process'])} on {str(writer['host'])[:60]})"
-            except (OSError, ValueError, KeyError, TypeError):
-                pass
-            raise CheckpointError(f"{folder} is being written by another process{holder}; wait for it") from None
-        except OSError as error:
-            # Network file systems without such locks, or that lock only what is open for writing (NFS): go on without.
-            if error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                os.close(self._descriptor)
-                raise
-
-    def __enter__(self) -> FolderLock:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._descriptor)
-
-
 class CheckpointWriter:
     """Fills the shards of one folder; used inside a FolderLock.
 
@@ -257,11 +197,8 @@ class CheckpointWriter:
         path = self.folder / (shard.name + UNFINISHED)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._files[shard.name] = descriptor
-        try:
+        with naming(path):
             os.posix_fallocate(descriptor, 0, shard.size)
-        except OSError as error:
-            error.filename = str(path)
-            raise
         _write_all(descriptor, memoryview(shard.header), 0, path)
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
@@ -273,7 +210,8 @@ class CheckpointWriter:
         """Make a filled shard durable, give it its name, and note a digest of what was written. Any thread."""
         descriptor = self._files.pop(shard.name)
         try:
-            os.fsync(descriptor)
+            with naming(self.folder / shard.name):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         os.replace(self.folder / (shard.name + UNFINISHED), self.folder / shard.name)
@@ -303,14 +241,11 @@ class CheckpointWriter:
 
 
 def _write_all(descriptor: int, data: memoryview, position: int, path: Path) -> None:
-    try:
+    with naming(path):
         while data:
             count = os.pwrite(descriptor, data, position)
             position += count
             data = data[count:]
-    except OSError as error:
-        error.filename = str(path)
-        raise
 
 
 def check_written(folder: Path, shards: Sequence[Shard]) -> None:

@@ -176,9 +176,11 @@ def analyze_routing(
 
     check_asked_for(checks, bool(compare), unit_use)
 
+    from moetool.checkpoint.folder import FolderLock
+
     _check_writable(out)
     console = Console(context, json, quiet)
-    with console.progress() as progress:
+    with FolderLock(out), console.progress() as progress:
         if counts is not None:
             from moetool.routing.counts import read_counts
             from moetool.routing.report import build_report

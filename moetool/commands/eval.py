@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -140,8 +141,9 @@ def evaluate(
 
     # Of several processes only the first is heard.
     console = Console(context, json, quiet or os.environ.get("RANK", "0") != "0")
-    with console.progress() as progress, hushed():
+    with ExitStack() as stack, console.progress() as progress, hushed():
         progress("start", 0, 1, "lm-eval")
+        from moetool.checkpoint.folder import FolderLock
         from moetool.checkpoint.model import pick_device
         from moetool.data.text import TextSource
         from moetool.evaluate import run
@@ -162,7 +164,7 @@ def evaluate(
                 loaded.tasks[name] = text_task(name, TextSource(path, text_field, document), limit, progress)
                 loaded.texts[name] = path
             if out is not None and is_first():
-                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FolderLock(out))
                 write_options(context, out)
             with joined(hardware, device_map) as place:
                 settings = run.Settings(

@@ -160,7 +160,9 @@ def options_text(context: typer.Context) -> str:
 
 def write_options(context: typer.Context, folder: Path) -> None:
     """Leave `moetool.yaml` in a folder that a command has written."""
-    (folder / "moetool.yaml").write_text(options_text(context), encoding="utf-8")
+    from moetool.checkpoint.folder import write_file
+
+    write_file(folder / "moetool.yaml", options_text(context).encode())
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

@@ -14,6 +14,7 @@ from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, write_opti
 from moetool.errors import ConfigError
 
 if TYPE_CHECKING:
+    from moetool.checkpoint.folder import FolderLock
     from moetool.quickstart import Step
 
 
@@ -37,7 +38,7 @@ def quickstart(
 
     console = Console(context, json, quiet)
     began = time.perf_counter()
-    _claim(folder)
+    context.with_resource(_claimed(folder))
     root = context.find_root().command
     number = 1
 
@@ -74,8 +75,8 @@ def quickstart(
     return document
 
 
-def _claim(folder: Path) -> None:
-    """Refuse a folder that holds something else."""
+def _claimed(folder: Path) -> FolderLock:
+    """The folder, locked; refused if it holds something else."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a folder for the quickstart")
     ours = {"corpus", "init", "tasks", "moetool.yaml", "dense", "moe", "moe-copy", "cpt-replay", "cpt-no-replay"}
@@ -85,7 +86,9 @@ def _claim(folder: Path) -> None:
         raise ConfigError(
             f"{folder} holds other things ({', '.join(foreign[:3])}); give a new folder for the quickstart"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    from moetool.checkpoint.folder import FolderLock
+
+    return FolderLock(folder)
 
 
 def _outcome(command: str, result: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from moetool.commands.console import Console, count, escape, size
-from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, write_options
+from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, options_text
 
 
 def tokenize(
@@ -51,6 +51,7 @@ def tokenize(
 
     The inputs make one stream in the order given. Every document ends with the end-of-text token.
     """
+    from moetool.checkpoint.folder import FolderLock
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.model import load_tokenizer
     from moetool.data.text import TextSource, read_documents
@@ -61,7 +62,7 @@ def tokenize(
     folder = resolve_model(tokenizer, weights=False)
     loaded = load_tokenizer(folder)
     sources = [TextSource(path, text_field, document) for path in inputs]
-    with console.progress() as progress:
+    with FolderLock(out), console.progress() as progress:
         about = describe(sources, folder, loaded, progress)
         found = read_manifest(out)
         there = found is not None and found.get("key") == about["key"] and not overwrite
@@ -69,8 +70,8 @@ def tokenize(
             stream = open_tokens(out)
         else:
             documents = chain.from_iterable(read_documents(source, progress) for source in sources)
-            stream = write_tokens(documents, loaded, out, about, overwrite)
-            write_options(context, out)
+            files = {"moetool.yaml": options_text(context).encode()}
+            stream = write_tokens(documents, loaded, out, about, overwrite, files)
     manifest = stream.manifest
     result = {
         "out": str(out),

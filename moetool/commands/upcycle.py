@@ -179,9 +179,10 @@ def upcycle(
         raise typer.BadParameter(f"--top-k {top_k} is more than --num-experts {num_experts}")
     max_bytes = parse_size(max_shard_size)
 
+    from moetool.checkpoint.folder import FolderLock
     from moetool.checkpoint.hub import fetch_headers, resolve_model
     from moetool.checkpoint.reader import CheckpointReader
-    from moetool.checkpoint.writer import FolderLock, prepare
+    from moetool.checkpoint.writer import prepare
     from moetool.errors import CheckpointError
     from moetool.recipe import UpcycleRecipe
     from moetool.upcycle.check import FLOAT_DTYPES
@@ -262,8 +263,8 @@ def upcycle(
 
 def _is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path) -> bool:
     """Whether OUT is finished, with the same recipe, source and files (the proof then compares the weights)."""
+    from moetool.checkpoint.folder import PARTIAL
     from moetool.checkpoint.reader import sha256_file
-    from moetool.checkpoint.writer import PARTIAL
     from moetool.recipe import read_lineage, recorded_sources
 
     if not (out / "config.json").is_file() or (out / PARTIAL).exists():

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from moetool.checkpoint.folder import naming
+
 
 @contextmanager
 def unfinished_beside(folder: Path) -> Iterator[Path]:
@@ -56,13 +58,7 @@ def _opened(folder: Path) -> Iterator[int]:
 @contextmanager
 def durable(path: Path) -> Iterator[IO[bytes]]:
     """A new file that is on the disk, not only in the system's memory, when the block ends."""
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, too."""
-    with _opened(folder) as descriptor:
-        os.fsync(descriptor)

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from moetool.checkpoint.folder import sync_folder
 from moetool.checkpoint.model import load_tokenizer
-from moetool.data.folder import durable, sync_folder, unfinished_beside
+from moetool.data.folder import durable, unfinished_beside
 from moetool.data.text import TextSource, content_sha256, read_documents
 from moetool.errors import ConfigError, DataError
 from moetool.progress import Progress, silent
@@ -143,6 +144,7 @@ def write_tokens(
     folder: Path,
     about: dict[str, Any] | None = None,
     overwrite: bool = False,
+    files: Mapping[str, bytes] | None = None,
 ) -> TokenStream:
     """Tokenize documents into a folder, which appears only when it is complete.
 
@@ -152,6 +154,7 @@ def write_tokens(
         folder: the folder to make.
         about: more entries of the manifest, such as where the text came from.
         overwrite: take the place of a tokenised folder, which stays until the new one is complete.
+        files: small files to put beside the tokens.
 
     Raises:
         DataError: there are no documents, the tokenizer has no end-of-text token, or `folder`
@@ -204,8 +207,10 @@ def write_tokens(
             "eos_token_id": eos,
             "sha256": digest.hexdigest(),
         }
-        with durable(unfinished / "manifest.json") as file:
-            file.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        for name, data in {**(files or {}), "manifest.json": text.encode()}.items():
+            with durable(unfinished / name) as file:
+                file.write(data)
         sync_folder(unfinished)
         _check_free(folder, overwrite)
         for name in reversed(FILES):  # the manifest before the tokens

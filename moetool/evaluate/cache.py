@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moetool.checkpoint.reader import CheckpointReader
+from moetool.checkpoint.folder import write_file
+from moetool.checkpoint.reader import CheckpointReader, content_fingerprint
 from moetool.recipe import LINEAGE, read_lineage
 
 FOLDER = ".cache"
@@ -25,8 +25,8 @@ _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 def checkpoint_identity(folder: Path) -> str:
     """A digest that changes when a checkpoint's weights, configuration or tokenizer do.
 
-    Shards count by the hashes in moetool.json where it lists all of them and is not older than any,
-    otherwise by size, time of change and header.
+    Shards count by a sample of every tensor, and by the hashes in moetool.json where it lists all of them and is not
+    older than any, otherwise by size, time of change and header.
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint.
@@ -42,6 +42,7 @@ def checkpoint_identity(folder: Path) -> str:
         digest.update(reader.fingerprint().encode())
     else:
         digest.update(json.dumps(hashes, sort_keys=True).encode())
+    digest.update(content_fingerprint(folder).encode())  # times lie where a clock has jumped
     return digest.hexdigest()
 
 
@@ -81,9 +82,5 @@ def write(out: Path | None, name: str, entry: dict[str, Any]) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1 if path.name == "results.json" else None, ensure_ascii=False, default=str)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    indent = 1 if path.name == "results.json" else None
+    write_file(path, json.dumps(document, indent=indent, ensure_ascii=False, default=str).encode("utf-8", "replace"))

@@ -8,8 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from moetool.checkpoint.folder import write_file
 from moetool.recipe import read_lineage
-from moetool.routing.plots import plain_text
+from moetool.routing.plots import plain_text, png
 
 
 def training_tokens(folder: Path) -> tuple[str, int] | None:
@@ -48,7 +49,7 @@ def write_plots(document: Mapping[str, Any], metrics: Mapping[str, str], folder:
         metric = metrics[task] if metrics.get(task) in found else next(iter(found))
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{task.replace('/', '__')}.png"
-        _draw(document, lines, task, metric).savefig(file, dpi=150)
+        write_file(file, png(_draw(document, lines, task, metric), 150))
         files.append(str(file))
     return files
 

@@ -14,6 +14,7 @@ from lm_eval.evaluator_utils import EvalAcc, aggregate_groups
 from lm_eval.loggers.utils import add_env_info, get_commit_from_path
 from lm_eval.utils import hash_string, sanitize_list, sanitize_model_name
 
+from moetool.checkpoint.folder import write_file
 from moetool.evaluate.cache import write_json
 from moetool.evaluate.compare import combine, influences, outside_noise, paired_difference, standard_error
 from moetool.evaluate.run import Evaluation, Settings
@@ -255,18 +256,20 @@ def _write_samples(place: Path, entries: Mapping[str, dict[str, Any]]) -> None:
     """samples_TASK_DATE.jsonl, as lm-eval writes them; those of an earlier run of the task go."""
     for name, entry in entries.items():
         safe = name.replace("/", "__")
+        lines = []
+        for sample in entry["samples"]:
+            line = sample | {
+                "resps": sanitize_list(sample["resps"]),
+                "filtered_resps": sanitize_list(sample["filtered_resps"]),
+                "arguments": {
+                    f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(arguments)}
+                    for i, arguments in enumerate(sample["arguments"])
+                },
+                "target": str(sample["target"]),
+            }
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        file = place / f"samples_{safe}_{entry['date']}.jsonl"
+        write_file(file, "".join(lines).encode("utf-8", "replace"))
         for old in place.glob("samples_*_*.jsonl"):
-            if old.name[len("samples_") : old.name.rfind("_")] == safe:
+            if old.name[len("samples_") : old.name.rfind("_")] == safe and old != file:
                 old.unlink()
-        with (place / f"samples_{safe}_{entry['date']}.jsonl").open("w", encoding="utf-8") as file:
-            for sample in entry["samples"]:
-                line = sample | {
-                    "resps": sanitize_list(sample["resps"]),
-                    "filtered_resps": sanitize_list(sample["filtered_resps"]),
-                    "arguments": {
-                        f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(arguments)}
-                        for i, arguments in enumerate(sample["arguments"])
-                    },
-                    "target": str(sample["target"]),
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moetool.checkpoint.folder import UNFINISHED
 from moetool.routing.html import visible
 from moetool.routing.upcycling_page import changed_units, similarity_series, use_series
 
@@ -23,7 +25,7 @@ _SOMETIMES = ("saturation.png", "expert-similarity.png", "dense-similarity.png",
 _STYLE: dict[str, Any] = {"linewidth": 1.6, "markersize": 3, "marker": "o"}
 
 
-def write_plots(report: dict[str, Any], folder: Path) -> list[Path]:
+def draw_plots(report: dict[str, Any]) -> dict[str, bytes]:
     """Draw `mri.png`, `entropy.png` and one `load-<domain>.png` a domain.
 
     With a comparison also `saturation.png`; of an upcycled model `expert-similarity.png`,
@@ -31,40 +33,50 @@ def write_plots(report: dict[str, Any], folder: Path) -> list[Path]:
 
     Args:
         report: as `report.build_report` gives it.
-        folder: made if need be; the figures of an earlier report in it are removed.
+
+    Returns:
+        File name -> PNG.
     """
     with warnings.catch_warnings():
         # A name in a script that matplotlib's font lacks is drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        return _draw(report, folder)
+        return _draw(report)
 
 
-def _draw(report: dict[str, Any], folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in (*folder.glob("load-*.png"), *(folder / name for name in _SOMETIMES)):
-        stale.unlink(missing_ok=True)
+def remove_stale(folder: Path, plots: Collection[str]) -> None:
+    """Delete the figures of an earlier report that are none of `plots`, and what a killed run left of any."""
+    for stale in (
+        *folder.glob("load-*.png"),
+        *(folder / name for name in _SOMETIMES),
+        *folder.glob("*.png" + UNFINISHED),
+    ):
+        if stale.name not in plots:
+            stale.unlink(missing_ok=True)
+
+
+def _draw(report: dict[str, Any]) -> dict[str, bytes]:
     domains = report["domains"]
     layers = [row["layer"] for row in next(iter(domains.values()))["layers"]]
     balanced = report["top_k"] / report["num_experts"]
-    paths = [
-        _lines(folder / "mri.png", layers, _columns(domains, "mri"), "MRI", balanced, (0, 1.03)),
-        _lines(folder / "entropy.png", layers, _columns(domains, "entropy"), "Entropy of the load", 1.0, (0, 1.03)),
-    ]
+    plots = {
+        "mri.png": _lines(layers, _columns(domains, "mri"), "MRI", balanced, (0, 1.03)),
+        "entropy.png": _lines(layers, _columns(domains, "entropy"), "Entropy of the load", 1.0, (0, 1.03)),
+    }
     for name, file_name in _file_names(domains).items():
-        paths.append(_load(folder / f"load-{file_name}.png", layers, domains[name]["layers"], name))
+        plots[f"load-{file_name}.png"] = _load(layers, domains[name]["layers"], name)
     if report["comparison"]:
         compared = report["comparison"]["domains"]
         series = _columns(compared, "saturation")
-        paths.append(_lines(folder / "saturation.png", layers, series, "Router saturation", None, (0, 1.03)))
-    return paths + _upcycling(report, folder, layers)
+        plots["saturation.png"] = _lines(layers, series, "Router saturation", None, (0, 1.03))
+    return plots | _upcycling(report, layers)
 
 
-def _upcycling(report: dict[str, Any], folder: Path, layers: Sequence[int]) -> list[Path]:
+def _upcycling(report: dict[str, Any], layers: Sequence[int]) -> dict[str, bytes]:
     """What is known of the experts of an upcycled model; a model compared with is drawn solid, the first dashed."""
     first, second = report["upcycling"], (report["comparison"] or {}).get("upcycling")
     if not first:
-        return []
-    paths = []
+        return {}
+    plots = {}
     if first["layers"]:
         at = [row["layer"] for row in first["layers"]]
         sides = {"between_experts": ("expert-similarity.png", "Cosine of two experts")}
@@ -75,24 +87,14 @@ def _upcycling(report: dict[str, Any], folder: Path, layers: Sequence[int]) -> l
             known = [value for line in series.values() for value in line if value is not None]
             if known:
                 low = min(0.0, 1.1 * min(known))
-                paths.append(_lines(folder / file, at, series, label, None, (low, 1.03), dashed))
+                plots[file] = _lines(at, series, label, None, (low, 1.03), dashed)
     if first["unit_use"]:
         series, dashed = use_series(first, second)
         most = max((value for line in series.values() for value in line if value is not None), default=1.0)
         label = f"Use of the {changed_units(first)}"
-        paths.append(
-            _lines(
-                folder / "unit-use.png",
-                layers,
-                series,
-                label,
-                1.0,
-                (0, 1.06 * max(most, 1)),
-                dashed,
-                "as the kept units",
-            )
-        )
-    return paths
+        limits = (0, 1.06 * max(most, 1))
+        plots["unit-use.png"] = _lines(layers, series, label, 1.0, limits, dashed, "as the kept units")
+    return plots
 
 
 def _columns(domains: Mapping[str, Any], measure: str) -> dict[str, list[float | None]]:
@@ -114,6 +116,13 @@ def plain_text(label: str) -> str:
     return visible(label).replace("$", r"\$")
 
 
+def png(figure: Figure, dpi: int) -> bytes:
+    """A figure as the bytes of a PNG, so that its file can be written whole or not at all."""
+    image = io.BytesIO()
+    figure.savefig(image, dpi=dpi, format="png")
+    return image.getvalue()
+
+
 def _new(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -123,7 +132,6 @@ def _new(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _lines(
-    path: Path,
     layers: Sequence[int],
     series: Mapping[str, Sequence[float | None]],
     label: str,
@@ -131,7 +139,7 @@ def _lines(
     limits: tuple[float, float],
     dashed: Sequence[str] = (),
     reference_name: str = "balanced",
-) -> Path:
+) -> bytes:
     """A figure of lines by layer; a dashed one has the colour of the one before it."""
     columns = 2 if dashed else 3
     rows = -(-(len(series) + (reference is not None)) // columns)
@@ -149,11 +157,10 @@ def _lines(
     axes.grid(axis="y", color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=_DPI)
-    return path
+    return png(figure, _DPI)
 
 
-def _load(path: Path, layers: Sequence[int], rows: Sequence[Mapping[str, Any]], name: str) -> Path:
+def _load(layers: Sequence[int], rows: Sequence[Mapping[str, Any]], name: str) -> bytes:
     ratio_LE = np.array([row["load"] for row in rows]) * len(rows[0]["load"])
     L, E = ratio_LE.shape
     figure, axes = _new(min(max(2.6, 1.6 + 0.26 * E), 8), min(max(1.6, 1.1 + 0.17 * L), 8))
@@ -170,5 +177,4 @@ def _load(path: Path, layers: Sequence[int], rows: Sequence[Mapping[str, Any]], 
     bar.ax.set_yticklabels(["≤1/8", "1/4", "1/2", "1", "2", "4", "≥8"], fontsize=8)
     bar.ax.minorticks_off()
     bar.set_label("Load / balanced load", fontsize=8)
-    figure.savefig(path, dpi=_DPI)
-    return path
+    return png(figure, _DPI)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from moetool import registry
+from moetool.checkpoint.folder import write_files
 from moetool.routing import metrics
 from moetool.routing.coactivation import coactivation
 from moetool.routing.stats import RoutingStats
@@ -88,32 +88,24 @@ def _finite(value: Any) -> Any:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Write report.json, report.html and plots/*.png.
+    """Write report.json, report.html and plots/*.png: all of them, or none where the disk is full.
 
     Returns:
         `report`, `html` and `plots`: where they lie.
     """
     from moetool.routing.html import render
-    from moetool.routing.plots import write_plots
+    from moetool.routing.plots import draw_plots, remove_stale
 
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, ensure_ascii=False, allow_nan=False, indent=1)
-    _write(folder / "report.json", text + "\n")
-    _write(folder / "report.html", render(report))
-    write_plots(report, folder / "plots")
+    pages = {"report.json": text + "\n", "report.html": render(report)}
+    # A token may be half a surrogate pair, which UTF-8 cannot hold.
+    files = {name: page.encode("utf-8", "replace") for name, page in pages.items()}
+    plots = draw_plots(report)
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    write_files(folder, files | {f"plots/{name}": image for name, image in plots.items()})
+    remove_stale(folder / "plots", plots)
     return {
         "report": str(folder / "report.json"),
         "html": str(folder / "report.html"),
         "plots": str(folder / "plots"),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """Put a file in place at once, so that a full disk leaves the old one or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        # A token may be half a surrogate pair, which UTF-8 cannot hold.
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetool.checkpoint.folder import UNFINISHED, naming, sync_folder, write_file
 from moetool.checkpoint.reader import CheckpointReader, read_json
-from moetool.checkpoint.writer import COMPANIONS, UNFINISHED, sync_folder, write_file
+from moetool.checkpoint.writer import COMPANIONS
 from moetool.errors import ConfigError
 from moetool.recipe import LINEAGE, extend_lineage
 from moetool.train.selection import is_selection_bias
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_SAMPLE = 4096  # bytes of each tensor that are part of a fingerprint
 
 
 def source_dtype(source: Path) -> str:
@@ -34,23 +33,6 @@ def source_dtype(source: Path) -> str:
     for info in CheckpointReader(source).tensors.values():
         elements[info.dtype] += info.num_elements
     return _DTYPES.get(elements.most_common(1)[0][0], "float32") if elements else "float32"
-
-
-def fingerprint(source: Path) -> str:
-    """A digest of a checkpoint's content: config, headers and the first bytes of every tensor.
-
-    It survives a copy to another place and changes with another seed; reading all would take minutes.
-
-    Raises:
-        CheckpointError: it is no readable safetensors checkpoint.
-    """
-    with CheckpointReader(source) as reader:
-        digest = hashlib.sha256(json.dumps(reader.config, sort_keys=True).encode())
-        for name, info in sorted(reader.tensors.items()):
-            sample = bytearray(min(_SAMPLE, info.size))
-            reader.read_into(info, 0, memoryview(sample))
-            digest.update(f"{name} {info.dtype} {info.shape}".encode() + sample)
-    return digest.hexdigest()
 
 
 def save_checkpoint(
@@ -106,7 +88,7 @@ def publish(step_folder: Path, out: Path, summary: Mapping[str, Any]) -> None:
     files = sorted(path for path in step_folder.iterdir() if path.is_file() and path.name != "config.json")
     for path in files:
         unfinished = out / (path.name + UNFINISHED)
-        with path.open("rb") as source, unfinished.open("wb") as target:
+        with naming(unfinished), path.open("rb") as source, unfinished.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 24)
             target.flush()
             os.fsync(target.fileno())

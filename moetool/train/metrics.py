@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moetool.checkpoint.writer import write_file
+from moetool.checkpoint.folder import naming, write_file
 from moetool.routing.metrics import dead_experts, entropy, mri
 from moetool.routing.stats import RoutingStats
 
@@ -26,7 +26,7 @@ class MetricsLog:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row and hand it to the system at once."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> Iterator[dict[str, Any]]:

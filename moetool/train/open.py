@@ -7,8 +7,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import skeleton
-from moetool.checkpoint.writer import FolderLock
+from moetool.checkpoint.reader import content_fingerprint
 from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
@@ -16,7 +17,6 @@ from moetool.train import balance, state
 from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
 from moetool.train.execution import check_execution, executing
-from moetool.train.export import fingerprint
 from moetool.train.loop import Run
 from moetool.train.processes import agreed, make_accelerator
 
@@ -51,10 +51,10 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Run | dict[str,
     balance.check(config, model)
     check_execution(config, model, accelerator.device)
     accelerator.wait_for_everyone()
-    with _held(out) if main else nullcontext():
+    with FolderLock(out) if main else nullcontext():
         with accelerator.main_process_first():
             corpus = open_corpus(config, model.get_input_embeddings().num_embeddings, progress)
-        identity = config.identity(fingerprint(config.model), corpus.fingerprints)
+        identity = config.identity(content_fingerprint(config.model), corpus.fingerprints)
         found = agreed(accelerator, state.find(out) if main and config.resume else state.Found())
         if found.identity is not None:
             _same(out, found.identity, identity)
@@ -65,19 +65,6 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Run | dict[str,
         run.warnings += [f"{reason}; going on from step {found.step}" for reason in found.damaged]
         yield run
     accelerator.end_training()
-
-
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """OUT, made and locked; if nothing comes of it, it goes again."""
-    new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FolderLock(out):
-            yield
-    finally:
-        if new and not any(out.iterdir()):
-            out.rmdir()
 
 
 def _same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from moetool.checkpoint.folder import PARTIAL, naming, sync_folder, write_file
 from moetool.checkpoint.reader import INDEX, read_json
-from moetool.checkpoint.writer import PARTIAL, foreign_files, sync_folder, write_file
+from moetool.checkpoint.writer import foreign_files
 from moetool.errors import CheckpointError, ConfigError
 from moetool.train import resume
 
@@ -175,8 +176,9 @@ def save_step(out: Path, step: int, fill: Callable[[Path], None], keep: int) -> 
     sweep(out)
     temporary = folder.with_name(f".{folder.name}.unfinished")
     try:
-        fill(temporary)
-        _sync_tree(temporary)
+        with naming(folder):
+            fill(temporary)
+            _sync_tree(temporary)
         if folder.exists():
             _delete(folder)
         os.rename(temporary, folder)

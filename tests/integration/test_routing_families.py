@@ -84,7 +84,7 @@ LOUD = 3  # the expert that a bias prefers
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the same for all families, and take longer than all else."""
-    monkeypatch.setattr("moetool.routing.plots.write_plots", lambda report, folder: [])
+    monkeypatch.setattr("moetool.routing.plots.draw_plots", lambda report: {})
 
 
 def build(family: str, folder: Path) -> Path:

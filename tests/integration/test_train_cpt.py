@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import load_model, skeleton
-from moetool.checkpoint.writer import FolderLock
 from moetool.errors import CheckpointError
 from moetool.train import resume
 from moetool.train.batches import mix, open_corpus

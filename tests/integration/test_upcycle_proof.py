@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moetool.checkpoint import writer
+from moetool.checkpoint.folder import write_file as write_file_of_folder
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
 from tests import tiny
@@ -81,7 +82,7 @@ def test_per_matrix_statistics_are_those_of_the_units_that_are_replaced(tmp_path
 
 def test_config_json_comes_last(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    real = writer.write_file
+    real = write_file_of_folder
 
     def write_file(path: Path, data: bytes) -> None:
         written.append(path.name)
@@ -89,7 +90,7 @@ def test_config_json_comes_last(llama: Path, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(writer, "write_file", write_file)
     assert tiny.in_process("upcycle", llama, tmp_path / "moe", "--max-shard-size", "60KB")[0] == 0
-    assert written[0] == writer.PARTIAL
+    assert written[0] == "moetool.partial.json"
     assert written[-1] == "config.json"
     assert "model.safetensors.index.json" in written
 

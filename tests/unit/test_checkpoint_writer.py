@@ -9,11 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from moetool.checkpoint.folder import PARTIAL, FolderLock
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.checkpoint.writer import (
-    PARTIAL,
     CheckpointWriter,
-    FolderLock,
     TensorLayout,
     check_written,
     clear,

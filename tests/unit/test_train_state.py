@@ -12,12 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import load_model
-from moetool.checkpoint.writer import FolderLock
+from moetool.checkpoint.reader import content_fingerprint
 from moetool.errors import CheckpointError, ConfigError
 from moetool.train import resume, state
 from moetool.train.config import TrainConfig
-from moetool.train.export import fingerprint, save_checkpoint, source_dtype
+from moetool.train.export import save_checkpoint, source_dtype
 from moetool.train.metrics import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import adamw
 from moetool.train.processes import whole
@@ -204,7 +205,7 @@ def test_clear_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     one, same, other = (tiny.save_llama(tmp_path / str(i), seed=seed) for i, seed in enumerate((1, 1, 2)))
-    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    assert content_fingerprint(one) == content_fingerprint(same) != content_fingerprint(other)
     assert source_dtype(one) == "float32"
 
 

@@ -1,0 +1,155 @@
+"""Writing into a folder: files that are whole or absent, and a lock against a second writer."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from moetool.errors import CheckpointError
+
+PARTIAL = "moetool.partial.json"  # lies in a folder while a checkpoint in it is unfinished
+UNFINISHED = ".unfinished"  # ends the name of a file that is being written
+
+# What file systems answer that have no such locks, or that lock only what is open for writing (NFS).
+_NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system name a file: a full disk shows in a write, which knows no name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put files in place, each whole; on a full disk all that were there before stay as they were.
+
+    Args:
+        folder: is there.
+        files: name, or path below the folder, -> content.
+    """
+    unfinished = {folder / name: folder / (name + UNFINISHED) for name in files}
+    try:
+        for (path, temporary), data in zip(unfinished.items(), files.values(), strict=True):
+            with naming(path), temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:
+        for temporary in unfinished.values():
+            with suppress(OSError):
+                temporary.unlink()
+        raise
+    for path, temporary in unfinished.items():
+        os.replace(temporary, path)
+    for parent in {path.parent for path in unfinished}:
+        sync_folder(parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file so that it is whole or absent, whatever happens."""
+    write_files(path.parent, {path.name: data})
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FolderLock:
+    """Holds a folder, made if need be, against a second writer until it is closed or its process ends (flock).
+
+    A folder that it made and that is still empty goes again.
+
+    Raises:
+        CheckpointError: another process holds it (names that process where it can), or it is a file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file; give a folder that does not exist yet")
+        self._folder, self._made = folder, not folder.exists()
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._descriptor)
+                raise CheckpointError(
+                    f"{folder} is being written by another process{_holder(folder)};"
+                    " wait for it or choose another folder"
+                ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:  # there, go on without
+                    os.close(self._descriptor)
+                    raise
+            if self._is_current():
+                return
+            os.close(self._descriptor)  # its last holder has removed or replaced it meanwhile
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._folder), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with suppress(OSError):  # it is not empty
+            if self._made and self._is_current():
+                self._folder.rmdir()
+        os.close(self._descriptor)
+
+
+def _holder(folder: Path) -> str:
+    """Who holds a folder, as far as this machine knows: nothing is written for it, so nothing can be out of date."""
+    with suppress(OSError, ValueError, IndexError):
+        status = os.stat(folder)
+        for line in Path("/proc/locks").read_text().splitlines():
+            # 1: FLOCK  ADVISORY  WRITE 4711 fd:01:1311 0 EOF
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].endswith(f":{status.st_ino}") and _has_open(words[4], status):
+                return f" ({_describe(words[4])})"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # on another machine or in another container
+        writer = json.loads((folder / PARTIAL).read_text())["writer"]
+        return f" (process {int(writer['process'])} on {str(writer['host'])[:60]})"
+    return ""
+
+
+def _has_open(process: str, status: os.stat_result) -> bool:
+    try:
+        return any(os.path.samestat(entry.stat(), status) for entry in Path(f"/proc/{process}/fd").iterdir())
+    except PermissionError:  # another user's; the numbers agree
+        return True
+
+
+def _describe(process: str) -> str:
+    """A process's number, what it runs and since when."""
+    said = f"process {process}"
+    with suppress(OSError, ValueError, IndexError):
+        words = Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")
+        at = next((i for i, word in enumerate(words[:4]) if Path(word).name == "moetool"), None)
+        command = " ".join(words if at is None else ["moetool", *words[at + 1 :]]).strip()[:120]
+        said += f", '{''.join(c if c.isprintable() else ' ' for c in command)}'"
+        # Field 22, counted after the name in parentheses, which may hold anything; in ticks after the start.
+        ticks = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+        since = datetime.fromtimestamp(int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK"))
+        said += f", since {since:%Y-%m-%d %H:%M}"
+    return said
