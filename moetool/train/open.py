@@ -13,12 +13,12 @@ from moetool.checkpoint.reader import content_fingerprint
 from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
-from moetool.train import balance, state
+from moetool.train import balance, state, zero
 from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
 from moetool.train.execution import check_execution, executing
 from moetool.train.loop import Run
-from moetool.train.processes import agreed, make_accelerator
+from moetool.train.processes import agreed, make_accelerator, zero_stage
 
 
 @contextmanager
@@ -50,6 +50,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Run | dict[str,
     check_batches(config.global_batch_size, config.micro_batch_size, accelerator.num_processes)
     balance.check(config, model)
     check_execution(config, model, accelerator.device)
+    zero.check_options(config, zero_stage(accelerator))
     accelerator.wait_for_everyone()
     with FolderLock(out) if main else nullcontext():
         with accelerator.main_process_first():

@@ -171,11 +171,6 @@ def prepare(
     if stage := zero_stage(accelerator):
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings.update(zero.configured(settings, config, accelerator.num_processes))
-        if stage == 3 and "loss-free" in config.balance:
-            raise ConfigError(
-                "--balance loss-free: ZeRO-3 shares out the selection bias, which has no gradient to be moved by; set"
-                " zero_stage to 2, or use docs/accelerate/fsdp2.yaml"
-            )
         if stage == 3:
             zero.partition(model, settings)
         engine, _ = accelerator.prepare(model, optimizer)

@@ -50,6 +50,28 @@ def check(settings: Mapping[str, Any]) -> None:
             )
 
 
+def check_options(config: TrainConfig, stage: int) -> None:
+    """Refuse options that ZeRO-3 does not go with.
+
+    Args:
+        config: resolved.
+        stage: of ZeRO; 0 without DeepSpeed.
+
+    Raises:
+        ConfigError: says what to use instead.
+    """
+    if stage == 3 and "loss-free" in config.balance:
+        raise ConfigError(
+            "--balance loss-free: ZeRO-3 shares out the selection bias, which has no gradient to be moved by; set"
+            " zero_stage to 2, or use docs/accelerate/fsdp2.yaml"
+        )
+    if stage == 3 and config.compile:
+        raise ConfigError(
+            "--compile: ZeRO-3 gathers each layer's weights in hooks that torch.compile would compile anew for every"
+            " layer, up to its limit; set zero_stage to 2, use docs/accelerate/fsdp2.yaml, or leave it out"
+        )
+
+
 def take_over() -> None:
     """Keep DeepSpeed's log out of the output, which may be one JSON document, and transformers out of ZeRO-3.
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moetool.errors import ConfigError
-from moetool.train.zero import check
+from moetool.train.config import TrainConfig
+from moetool.train.zero import check, check_options
 from tests import tiny
 from tests.integration.test_train_sharded import OFTEN, OPTIONS, ROOT, assert_alike, rows, unfinish
 
@@ -115,6 +117,8 @@ BALANCE = [option for name in ("sinkhorn", "z-loss", "aux") for option in ("--ba
         (2, ["--precision", "bf16"], 1e-4),  # fp32 is 2e-3 away
         (3, ["--precision", "bf16"], 1e-4),
         (3, ["--gradient-checkpointing", *BALANCE], 1e-5),
+        (2, ["--compile", "--freeze-router"], 1e-5),
+        (3, ["--freeze-router"], 1e-5),
     ],
 )
 def test_zero_computes_what_one_process_does(
@@ -126,6 +130,10 @@ def test_zero_computes_what_one_process_does(
     done = zero(shipped(stage, monkeypatch), "cpt", mixtral, two, *arguments)
     assert done.returncode == 0, done.stderr
     assert_alike(one, two, rel)
+    if "--freeze-router" in more:
+        before, after = (load_file(folder / "model.safetensors") for folder in (mixtral, two))
+        same = {name for name in before if torch.equal(before[name], after[name])}
+        assert same == {name for name in before if name.endswith("gate.weight")}
     for ours, theirs in zip(rows(one), rows(two), strict=True):
         assert ours["balance"] == pytest.approx(theirs["balance"], rel=100 * rel)
 
@@ -182,6 +190,21 @@ def test_configurations_that_cpt_cannot_follow_are_refused(settings: dict[str, o
     with pytest.raises(ConfigError, match=reason):
         check({"zero_optimization": {"stage": 2}, **settings})
     check({"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}, "gradient_clipping": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"balance": {"loss-free": 0.001}}, "--balance loss-free: ZeRO-3 shares out the selection bias"),
+        ({"compile": True, "balance": {}}, "--compile: ZeRO-3 gathers each layer's weights in hooks"),
+    ],
+)
+def test_what_zero_3_does_not_go_with(option: dict[str, Any], reason: str) -> None:
+    config = TrainConfig(Path("model"), Path("out"), {}, **option)
+    with pytest.raises(ConfigError, match=reason):
+        check_options(config, 3)
+    for stage in (0, 1, 2):
+        check_options(config, stage)
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "deepspeed-zero3"])
