@@ -180,6 +180,7 @@ def cpt(
         bool, _option(RUN, "Compute layers again in the backward pass: less memory, a third slower.")
     ] = False,
     compile: Annotated[bool, _option(RUN, "With torch.compile: minutes at first, then faster.")] = False,
+    liger: Annotated[bool, _option(RUN, "With liger-kernel's Triton kernels, on a GPU.")] = False,
     deterministic: Annotated[
         bool, _option(RUN, "Deterministic kernels alone, so that a GPU gives the same bits again.")
     ] = False,
@@ -276,6 +277,7 @@ def cpt(
         "precision": precision,
         "gradient_checkpointing": gradient_checkpointing,
         "compile": compile,
+        "liger": liger,
         "deterministic": deterministic,
         "save_dtype": save_dtype,
         "save_every": save_every,

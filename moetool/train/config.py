@@ -58,6 +58,7 @@ class TrainConfig:
         precision: bf16 or fp32; by default bf16 on a GPU, fp32 on a CPU.
         gradient_checkpointing: compute each layer a second time in the backward instead of keeping it.
         compile: with torch.compile.
+        liger: with the kernels of liger-kernel.
         deterministic: torch's deterministic kernels alone.
         save_dtype: of saved checkpoints; auto is the source's.
         save_every: updates between checkpoints; by default a tenth of the run.
@@ -102,6 +103,7 @@ class TrainConfig:
     precision: str = UNSET
     gradient_checkpointing: bool = False
     compile: bool = False
+    liger: bool = False
     deterministic: bool = False
     save_dtype: str = "auto"
     save_every: int = UNSET

@@ -1,4 +1,4 @@
-"""How a run is computed: experts in bf16, layers twice, compiled, deterministically.
+"""How a run is computed: experts in bf16, layers twice, compiled, with other kernels, deterministically.
 
 What is computed stays the same, to rounding.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moetool.errors import ConfigError
+from moetool.routing.capture import has_routers
 from moetool.train.config import TrainConfig
 
 _AUTOCAST_EXPERTS = "grouped_mm_autocast"  # under this name transformers finds `_autocast_experts`
@@ -32,23 +34,30 @@ def check_execution(config: TrainConfig, model: Any, device: torch.device) -> No
     """
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise ConfigError(f"--gradient-checkpointing: transformers has none for {type(model).__name__}; leave it out")
+    if config.liger:
+        _check_liger(model.config.model_type, device)
     if config.compile:
         # The smallest of programs needs the same compilers (C++ on a CPU, Triton on a GPU) as a model.
         torch.compile(lambda x: x * 2 + 1)(torch.zeros(8, device=device))
 
 
 def apply_execution(config: TrainConfig, model: Any) -> None:
-    """Set a model up for experts in bf16, gradient checkpointing and compilation.
+    """Set a model up for experts in bf16, liger-kernel, gradient checkpointing and compilation.
 
     Args:
         config: of the run.
         model: of transformers, before it is wrapped; is changed in place, its tensors keep their names.
+
+    Raises:
+        ConfigError: liger-kernel fails on it.
     """
     if config.precision == "bf16" and model.config.get_text_config()._experts_implementation == "grouped_mm":
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(_AUTOCAST_EXPERTS, _autocast_experts)
         model.set_experts_implementation(_AUTOCAST_EXPERTS)
+    if config.liger:
+        _apply_liger(model)
     if config.gradient_checkpointing:
         # The reentrant form would lose the gradient of the balance losses without a word.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -56,6 +65,36 @@ def apply_execution(config: TrainConfig, model: Any) -> None:
         # Routes are collected in the forward and not again in the recomputation, which is this side effect.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = config.gradient_checkpointing
         model.compile()
+
+
+def _check_liger(model_type: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(f"--liger: liger-kernel's kernels run on a GPU, this run on {device}; leave it out")
+    if find_spec("liger_kernel") is None:
+        raise ConfigError("--liger: liger-kernel is not installed; run pip install liger-kernel")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # liger-kernel itself would leave the model alone without a word
+        raise ConfigError(f"--liger: liger-kernel has no kernels for '{model_type}'; leave it out")
+
+
+def _apply_liger(model: Any) -> None:
+    """Norms, rotary positions and a dense model's SwiGLU; the loss is the loop's, the experts are grouped in bf16.
+
+    liger-kernel's experts would be computed in the weights' own dtype, which is fp32.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    swiglu = not has_routers(model)
+    try:
+        _apply_liger_kernel_to_instance(
+            model=model, cross_entropy=False, fused_linear_cross_entropy=False, swiglu=swiglu
+        )
+    except Exception as error:  # made for other versions of transformers, or for layers of another kind
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"--liger: liger-kernel cannot change this model ({type(error).__name__}: {reason}); leave it out"
+        ) from None
 
 
 class _Cast:

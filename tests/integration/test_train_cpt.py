@@ -252,6 +252,7 @@ def test_usage_mistakes(tmp_path: Path, llama: Path, jsonl: Path, options: list[
         (["--warmup-steps", 9], "9 warm-up steps do not fit into 4 steps"),
         (["--train", "more=absent.txt"], "absent.txt"),
         (["--replay-ratio", 0.5], "--replay"),
+        (["--liger"], "--liger: liger-kernel's kernels run on a GPU, this run on cpu; leave it out"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from moetool.checkpoint.model import load_model
+from moetool.checkpoint.model import load_model, skeleton
 from moetool.errors import ConfigError
 from moetool.train.config import TrainConfig
 from moetool.train.execution import apply_execution, check_execution, executing
@@ -55,6 +58,51 @@ def test_experts_are_computed_in_bf16_as_everything_else_is(mixtral: Path, check
     assert distance("bf16") < 1e-5
     assert distance("fp32") > 1e-2
     assert all(gradient.dtype == torch.float32 for gradient in found["bf16"].values())
+
+
+def fake_liger(monkeypatch: pytest.MonkeyPatch, apply: Callable[..., None]) -> None:
+    package, patches = ModuleType("liger_kernel.transformers"), ModuleType("liger_kernel.transformers.monkey_patch")
+    vars(package)["_apply_liger_kernel_to_instance"] = apply
+    vars(patches)["MODEL_TYPE_TO_APPLY_LIGER_FN"] = {"mixtral": None, "llama": None}
+    root = ModuleType("liger_kernel")
+    root.__spec__ = ModuleSpec("liger_kernel", None)
+    for module in (root, package, patches):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_liger_kernel_is_applied_to_the_model(monkeypatch: pytest.MonkeyPatch, mixtral: Path, llama: Path) -> None:
+    called: list[dict[str, Any]] = []
+    fake_liger(monkeypatch, lambda **keywords: called.append(keywords))
+    for folder in (mixtral, llama):
+        model = load_model(folder, "float32")
+        check_execution(config(liger=True), model, torch.device("cuda"))
+        apply_execution(config(), model)
+        assert not called
+        apply_execution(config(liger=True), model)
+        told = called.pop()
+        assert told.pop("model") is model
+        # The loss is the loop's own, and experts are left to transformers.
+        assert told == {"cross_entropy": False, "fused_linear_cross_entropy": False, "swiglu": folder == llama}
+
+
+def test_liger_kernel_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch, mixtral: Path) -> None:
+    model, asked = skeleton(mixtral), config(liger=True)
+    with pytest.raises(ConfigError, match="--liger: liger-kernel's kernels run on a GPU, this run on cpu"):
+        check_execution(asked, model, CPU)
+    monkeypatch.setattr("moetool.train.execution.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="run pip install liger-kernel"):
+        check_execution(asked, model, torch.device("cuda"))
+    monkeypatch.undo()
+
+    def fail(**_: Any) -> None:
+        raise AttributeError("'MixtralModel' object has no attribute 'layers'")
+
+    fake_liger(monkeypatch, fail)
+    model.config.model_type = "qwen2_moe"  # liger-kernel says nothing and does nothing
+    with pytest.raises(ConfigError, match="no kernels for 'qwen2_moe'"):
+        check_execution(asked, model, torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"cannot change this model .AttributeError: 'MixtralModel' object has no"):
+        apply_execution(asked, model)
 
 
 def test_deterministic_kernels_last_as_long_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
