@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moetool.routing.capture import RouterCapture, has_routers
+from moetool.routing.measure import outline
 from moetool.train.config import TrainConfig
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
@@ -27,20 +28,14 @@ _PEAK_FLOPS = {
 def routing_size(model: Any) -> tuple[int, int]:
     """Routed experts a layer and experts a token of a model without weights; (1, 1) for a dense one.
 
-    A router is run on torch's meta device, so that no family's names for the two need be known.
+    A block is run on torch's meta device, so that no family's names for the two need be known.
     """
     if not has_routers(model):
         return 1, 1
-    capture = RouterCapture(model)
-    router = next(iter(capture.routers.values()))
-    text = model.config.get_text_config()
-    try:
-        with torch.no_grad(), capture.collect() as routes:
-            router(torch.zeros(1, 2, text.hidden_size, device="meta"))
-    except TypeError:  # some take their selection bias as an argument
-        experts = [p.shape[0] for name, p in model.named_parameters() if _routed(name, p)]
-        return max(experts, default=1), getattr(text, "num_experts_per_tok", 1)
-    return routes[0].logits_TE.shape[-1], routes[0].indices_TK.shape[-1]
+    if found := outline(model, RouterCapture(model)):
+        return found.num_experts, found.top_k
+    experts = [p.shape[0] for name, p in model.named_parameters() if _routed(name, p)]
+    return max(experts, default=1), getattr(model.config.get_text_config(), "num_experts_per_tok", 1)
 
 
 def parameters(model: Any) -> tuple[int, int]:
