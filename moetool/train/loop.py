@@ -33,7 +33,7 @@ from moetool.train.interrupt import noting
 from moetool.train.memory import peak_flops
 from moetool.train.metrics import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import adamw
-from moetool.train.plan import describe, memory_warnings, untrained_routers
+from moetool.train.plan import describe, memory_warnings, untrained_routers, validation_warnings
 from moetool.train.processes import (
     Accelerator,
     accumulating,
@@ -81,6 +81,7 @@ class Run:
         where = {"device": str(accelerator.device), "num_processes": accelerator.num_processes}
         self.plan = {**plan, "step": step, "save_dtype": self._dtype, **where}
         self.warnings = memory_warnings(self.plan["memory"], accelerator.device)
+        self.warnings += validation_warnings(self.plan["val"], config)
         self._peak_flops = peak_flops(accelerator.device, config.precision)
         self._ahead: tuple[list[float], float, float] | None = None
 
@@ -279,13 +280,12 @@ class Run:
 
     def _stopped(self, what: str) -> str:
         saved = state.saved_steps(self.config.out)
-        good = (
-            f"the last good checkpoint is {state.step_folder(self.config.out, saved[-1])}" if saved else "none is saved"
-        )
-        return (
-            f"{what}, {good}. Lower --lr or --grad-clip, or use --precision fp32, in another OUT (MODEL may be that"
-            " checkpoint)"
-        )
+        good, where = "none is saved", "and run it again"
+        if saved:
+            good = f"the last good checkpoint is {state.step_folder(self.config.out, saved[-1])}"
+            where = "in another OUT (MODEL may be that checkpoint)"
+        exact = ", or use --precision fp32," if self.config.precision == "bf16" else ""
+        return f"{what}, {good}. Lower --lr or --grad-clip{exact} {where}"
 
     def _validate(self, log: MetricsLog | None, progress: Progress) -> None:
         """Validate on every set and log a row."""

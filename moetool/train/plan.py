@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,23 @@ def memory_warnings(memory: dict[str, int], device: torch.device) -> list[str]:
     return [
         f"this run needs about {memory['total'] / 1e9:.0f} GB a process, {device} has {there / 1e9:.0f} GB; lower"
         " --micro-batch-size, use --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)"
+    ]
+
+
+def validation_warnings(val: Mapping[str, int], config: TrainConfig) -> list[str]:
+    """A warning where validation would take longer than training: a token takes a third of the arithmetic.
+
+    Args:
+        val: tokens of each set.
+        config: resolved.
+    """
+    times = 1 + math.ceil(config.max_steps / config.eval_every)
+    tokens = times * sum(val.values())
+    if tokens <= 3 * config.max_tokens or sum(val.values()) < 10**6:  # a small set is no matter of time
+        return []
+    return [
+        f"validating {times} times on {sum(val.values()):.1e} tokens takes about {tokens / 3 / config.max_tokens:.1f} times"
+        f" as long as training on {config.max_tokens:.1e}; give smaller sets (--val, --val-fraction) or raise --eval-every"
     ]
 
 

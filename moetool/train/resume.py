@@ -30,14 +30,20 @@ ADVICE = "delete that step folder to go on from the one before it"
 FRESH = "give a step folder of a run with the same layers, or leave --keep-optimizer out"
 
 
-def intact(folder: Path) -> dict[str, Any]:
+def intact(folder: Path, within: str = "") -> dict[str, Any]:
     """The identity of the run that wrote a step folder, once all of its files are found unchanged.
+
+    Args:
+        folder: the step folder.
+        within: the part of it that counts; nothing: all.
 
     Raises:
         CheckpointError: names the first that is not.
     """
     identity = read_identity(folder)
     for name, digest in read_json(folder / STATE / "state.json").get("files", {}).items():
+        if not name.startswith(within):
+            continue
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")

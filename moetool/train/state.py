@@ -61,16 +61,23 @@ def check_folder(model: Path, out: Path, resume: bool = True) -> None:
 
 
 def check_start(model: Path, keep_optimizer: bool) -> None:
-    """Refuse `--keep-optimizer` where there is none.
+    """Refuse `--keep-optimizer` where there is none, or one that is not what was written.
 
     Raises:
         ConfigError: the model is no step folder.
+        CheckpointError: its training state is damaged.
     """
-    if keep_optimizer and not (model / resume.STATE / "state.json").is_file():
+    if not keep_optimizer:
+        return
+    if not (model / resume.STATE / "state.json").is_file():
         raise ConfigError(
             f"--keep-optimizer: {model} holds no optimizer state ({resume.STATE}/); give a step folder of a run"
             " (OUT/checkpoints/step-NNNNNN), or leave the option out for a fresh optimizer"
         )
+    try:
+        resume.intact(model, resume.STATE)
+    except CheckpointError as error:
+        raise CheckpointError(f"--keep-optimizer: {error}; give another step folder, or leave the option out") from None
 
 
 def claim(out: Path) -> None:

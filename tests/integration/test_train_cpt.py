@@ -291,7 +291,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, llama: Path, js
     bad = ["--lr", 1e30, "--schedule", "constant", "--warmup-steps", 0, "--save-every", 4]
     code, _, stderr = cpt(llama, out, jsonl, *bad)
     assert code == 1
-    assert "at step 2; stopped before the update, none is saved" in stderr
+    assert "at step 2; stopped before the update, none is saved. Lower --lr or --grad-clip and run it again" in stderr
     assert not (out / "checkpoints").exists()
     assert [row["step"] for row in rows(out) if "loss" in row] == [1]
     assert not (out / "config.json").exists()
@@ -312,7 +312,7 @@ def test_a_model_that_an_update_ruined_is_not_saved(
     code, _, stderr = cpt(llama, out, jsonl, *more)
     assert code == 1
     assert "at step 4; stopped before the update, the last good checkpoint is" in stderr
-    assert "step-000002" in stderr
+    assert "step-000002. Lower --lr or --grad-clip in another OUT (MODEL may be that checkpoint)" in stderr
     assert sorted(path.name for path in (out / "checkpoints").iterdir())[-1] == "step-000002"
     assert load_model(out / "checkpoints" / "step-000002")
 
@@ -410,6 +410,16 @@ def test_an_optimizer_that_is_not_there_or_does_not_fit(tmp_path: Path, llama: P
     moments = step / "training_state" / "optimizer.safetensors"
     stored = load_file(moments)
     save_file(stored | {"lm_head.weight/exp_avg": torch.zeros(3)}, moments)
+    code, _, stderr = cpt(step, tmp_path / "out", jsonl, "--keep-optimizer")
+    assert code == 1
+    assert "optimizer.safetensors is damaged (not the bytes that were written)" in stderr
+    assert "leave the option out" in stderr
+    assert len(stderr.splitlines()) == 1
+    # Another step's, whole in itself, but of another model.
+    save_file({**stored, "lm_head.weight/exp_avg": torch.zeros(3)}, moments)
+    state = json.loads((step / "training_state" / "state.json").read_text())
+    state["files"]["training_state/optimizer.safetensors"] = resume._digest(moments)
+    (step / "training_state" / "state.json").write_text(json.dumps(state))
     code, _, stderr = cpt(step, tmp_path / "out", jsonl, "--keep-optimizer")
     assert code == 1
     assert "lm_head.weight has shape [3], the model's [300, 32]" in stderr

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from moetool.checkpoint.model import skeleton
 from moetool.train import memory
 from moetool.train.config import TrainConfig
-from moetool.train.plan import memory_warnings
+from moetool.train.plan import memory_warnings, validation_warnings
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 4,
@@ -111,3 +111,11 @@ def test_a_device_that_is_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch
     (warning,) = memory_warnings({"total": 120 * 10**9}, torch.device("cuda"))
     assert "needs about 120 GB a process, cuda has 80 GB" in warning
     assert memory.peak_flops(torch.device("cpu"), "bf16") is None
+
+
+def test_validation_that_takes_longer_than_training_is_warned_of() -> None:
+    run = config(max_tokens=10**6, eval_every=1)  # one step: before it and after it
+    assert validation_warnings({"a": 10**6, "b": 5 * 10**5}, run) == []
+    (warning,) = validation_warnings({"a": 10**6, "b": 10**6}, run)
+    assert "validating 2 times on 2.0e+06 tokens takes about 1.3 times as long as training" in warning
+    assert validation_warnings({"a": 9 * 10**5}, config(max_tokens=10**3, eval_every=1)) == []  # seconds
