@@ -94,8 +94,13 @@ _ADVICE = {
 }
 
 
-# How torch, numpy, tokenizers and Python's threads say that there is no memory left.
-_NO_MEMORY = ("can't allocate memory", "out of memory", "Unable to allocate", "can't start new thread")
+# How torch, oneDNN, numpy, Python's threads and the loader of libraries say that there is no memory left.
+_NO_MEMORY = (
+    "can't allocate memory", "out of memory", "Unable to allocate", "annot allocate memory", "can't start new thread",
+    "could not create a primitive", "failed to map segment",
+)  # fmt: skip
+# How gloo and NCCL say that another process is gone.
+_NO_PEER = ("by peer", "gloo/transport", "NCCL error", "remote process exited", "Broken pipe")
 _LESS_MEMORY = {
     "upcycle": "use fewer --workers",
     "verify": "use fewer --workers",
@@ -146,6 +151,8 @@ def run(arguments: list[str]) -> int:
             reason = " ".join(str(error).split())[:200]
             advice = _LESS_MEMORY.get(next(iter(arguments), ""), "use a machine with more")
             return _fail(f"out of memory{reason and f' ({reason})'}; {advice}", 1)
+        if os.environ.get("WORLD_SIZE", "1") != "1" and any(sign in str(error) for sign in _NO_PEER):
+            return _fail("another process of this launch has ended; when it can run, give the same command again", 1)
         traceback.print_exc()
         print("moetool: this is a bug in moetool; please report it with the lines above", file=sys.stderr)
         return EXIT_BUG
@@ -172,6 +179,8 @@ def main() -> NoReturn:
             signal.signal(signum, signal.SIG_IGN)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
+        if isinstance(leaving.__context__, BrokenPipeError):  # Typer's own, while it printed a --help
+            code = 0
         if code == EXIT_TERMINATED:
             _fail("terminated", code)
     except KeyboardInterrupt:  # while the last error was told

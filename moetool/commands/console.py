@@ -53,7 +53,8 @@ class Console:
     def say(self, message: RenderableType) -> None:
         """Print a message for people (rich markup; `escape` what comes from outside)."""
         if not self._result_hidden:
-            self._messages.print(message)
+            with _naming_stdout():
+                self._messages.print(message)
 
     def warn(self, message: str) -> None:
         """Print a warning on stderr (plain text)."""
@@ -63,11 +64,9 @@ class Console:
     def result(self, document: dict[str, Any], *renderables: RenderableType) -> None:
         """Print a command's outcome: the document with `--json`, else the renderables."""
         if self.json:
-            try:
+            with _naming_stdout():
                 sys.stdout.write(jsonlib.dumps(_finite(document), indent=2, ensure_ascii=False, default=str) + "\n")
                 sys.stdout.flush()
-            except BrokenPipeError:
-                raise BrokenPipeError from None  # without errno, on which Typer exits with 1
         else:
             for renderable in renderables:
                 self.say(renderable)
@@ -96,6 +95,17 @@ class Console:
                 bars.update(tasks[task], completed=done, total=total, note=escape(note), amount=amount)
 
             yield report
+
+
+@contextmanager
+def _naming_stdout() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise BrokenPipeError from None  # without errno, on which Typer exits with 1
+    except OSError as error:
+        error.filename = "standard output"
+        raise
 
 
 def _finite(value: Any) -> Any:

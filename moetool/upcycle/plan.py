@@ -166,6 +166,11 @@ class Plan:
         }
 
 
+def fingerprint(readers: Sequence[CheckpointReader]) -> str:
+    """A quick identity of the sources as they are on disk now."""
+    return hashlib.sha256("".join(reader.fingerprint() for reader in readers).encode()).hexdigest()
+
+
 def build_plan(readers: Sequence[CheckpointReader], recipe: UpcycleRecipe, max_shard_size: int) -> Plan:
     """Check sources and a recipe against each other and lay out the result.
 
@@ -224,7 +229,7 @@ def build_plan(readers: Sequence[CheckpointReader], recipe: UpcycleRecipe, max_s
         tensors=tuple(tensors),
         shards=tuple(layout_shards(tensors, max_shard_size)),
         companions=tuple(name for name in COMPANIONS if (readers[0].folder / name).is_file()),
-        fingerprint=hashlib.sha256("".join(reader.fingerprint() for reader in readers).encode()).hexdigest(),
+        fingerprint=fingerprint(readers),
         max_shard_size=max_shard_size,
         num_dense_parameters=sum(info.num_elements for info in sources[0].values()),
     )

@@ -23,7 +23,7 @@ from moetool.recipe import LINEAGE, LINEAGE_FORMAT, PROJECTIONS, units_digest
 from moetool.upcycle.blocks import Cache, expert_block, kept_block, normal_block
 from moetool.upcycle.check import FLOAT_DTYPES
 from moetool.upcycle.layout import Fill, Place
-from moetool.upcycle.plan import Plan
+from moetool.upcycle.plan import Plan, fingerprint
 from moetool.upcycle.source import TORCH_DTYPES, Source, examine, in_threads, num_blocks, raw_bytes, read_rows
 
 
@@ -53,6 +53,11 @@ def run_plan(
     writer = CheckpointWriter(out, plan.shards, plan.identity())
     try:
         digests = _write_shards(plan, source, readers, writer, workers, progress)
+        if fingerprint(readers) != plan.fingerprint:
+            raise CheckpointError(
+                f"{', '.join(str(reader.folder) for reader in readers)} changed while it was being read, so what was"
+                " made of it is unusable; run the command again with --overwrite"
+            )
     except BaseException:
         writer.abandon()
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -180,6 +182,7 @@ def examine(plan: Plan, readers: Sequence[CheckpointReader], workers: int, progr
                         done += block.nbytes
                         progress("reading the source", done, total)
             source.sha256[donor][shard] = sha256.hexdigest()
+            _check_name(reader.folder / shard, source.sha256[donor][shard])
         finally:
             with lock:
                 left -= 1
@@ -193,6 +196,16 @@ def examine(plan: Plan, readers: Sequence[CheckpointReader], workers: int, progr
     helpers = min(len(hashes), max(0, workers - len(hashes)))
     in_threads([*(partial(read_shard, *key) for key in hashes), *[help_hashing] * helpers], workers)
     return source
+
+
+def _check_name(path: Path, sha256: str) -> None:
+    """The hub's cache names what it fetched by its SHA-256, and a snapshot links to it."""
+    name = path.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", name) and name != sha256:
+        raise CheckpointError(
+            f"{path} is not what was fetched: its SHA-256 is not {name}, by which the hub's cache names it; delete"
+            f" {path.resolve()} and run the same command again"
+        )
 
 
 def _ffn(fill: Fill) -> tuple[int, str]:

@@ -1,0 +1,82 @@
+"""Two processes that write one folder at the same time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from random import Random
+
+from tests.faults.world import World, wait_until
+
+
+def _held(out: Path, process: int) -> bool:
+    """Whether a process has the lock on a folder, as /proc/locks says."""
+    try:
+        inode = out.stat().st_ino
+    except FileNotFoundError:
+        return False
+    lines = (line.split() for line in Path("/proc/locks").read_text().splitlines())
+    return any(w[1] == "FLOCK" and w[4] == str(process) and w[5].endswith(f":{inode}") for w in lines)
+
+
+def two_writers(world: World, command: str) -> str:
+    """The first is held still while it has the folder; the second must be refused; then the first goes on."""
+    out = world.new()
+    job = world.commands(out)[command]
+    first = world.start(*job)
+    assert wait_until(lambda: _held(out, first.pid), first), command
+    first.send(signal.SIGSTOP)
+    line = world.run(*job).line()
+    assert f"is being written by another process (process {first.pid}, " in line, line
+    assert ", since 20" in line, line
+    if command == "quickstart":  # it takes minutes: the lock alone is looked at
+        first.send(signal.SIGKILL)
+        first.send(signal.SIGCONT)
+        first.wait()
+    else:
+        first.send(signal.SIGCONT)
+        assert first.wait().code == 0
+    # Nobody holds it now, however the first has ended.
+    third = world.start(*job)
+    if command == "quickstart":
+        assert wait_until(lambda: _held(out, third.pid), third)
+        third.send(signal.SIGKILL)
+        third.wait()
+    else:
+        assert third.wait().code == 0
+    shutil.rmtree(out)
+    return "the second was refused with the first's number, command and start; the first finished undisturbed"
+
+
+def all_at_once(world: World, chance: Random) -> str:
+    """Four start within the same moment; whoever writes, writes alone, and all that is there is whole."""
+    command = chance.choice(["upcycle", "cpt", "tokenize", "analyze-routing", "eval"])
+    out = world.new()
+    job = world.commands(out)[command]
+    running = [world.start(*job) for _ in range(4)]
+    ends = [one.wait() for one in running]
+    assert any(done.code == 0 for done in ends), ends
+    for done in ends:
+        if done.code:
+            assert "is being written by another process" in done.line(), done.err
+    world.good(*job)
+    assert not list(out.rglob("*.unfinished"))
+    shutil.rmtree(out)
+    return "one wrote, the others were refused or found it finished"
+
+
+def after_a_kill(world: World, chance: Random) -> str:
+    """A lock whose holder was killed does not block."""
+    command = chance.choice(["upcycle", "cpt", "tokenize", "analyze-routing", "eval"])
+    out = world.new()
+    job = world.commands(out)[command]
+    first = world.start(*job)
+    assert wait_until(lambda: _held(out, first.pid), first), command
+    first.send(signal.SIGKILL)
+    first.wait()
+    world.good(*job)
+    shutil.rmtree(out)
+    assert not os.path.exists(out)
+    return "the same command went on at once"

@@ -1,0 +1,58 @@
+"""Every fault: the rows of docs/reliability.md."""
+
+from __future__ import annotations
+
+from tests.faults import disks, kills, locks, other, shards
+from tests.faults.world import Fault, Once
+
+COMMANDS = ("upcycle", "cpt", "tokenize", "analyze-routing", "eval", "quickstart")
+
+
+def _two(command: str) -> Once:
+    return lambda world, chance: locks.two_writers(world, command)
+
+
+KILL, STOP, FULL = "SIGKILL at a random instant", "Ctrl-C or SIGTERM, once or twice", "the disk fills up"
+FAULTS: list[Fault] = [
+    Fault(KILL, "upcycle", kills.upcycle, 60, slow=True),
+    Fault(KILL, "cpt", kills.cpt, 60, slow=True),
+    Fault(KILL, "analyze-routing over an earlier report", kills.report, 15, slow=True),
+    Fault(KILL, "eval over earlier results", kills.results, 15, slow=True),
+    Fault(KILL, "tokenize", kills.tokenize, 15, slow=True),
+    Fault(STOP, "inspect, upcycle, tokenize, analyze-routing", kills.told_to_stop, 60, slow=True),
+    Fault("one of two processes is killed", "cpt", kills.one_of_two, 10, slow=True),
+    Fault("no memory for a block", "a worker thread of upcycle", other.worker, 20),
+    Fault("no memory (RLIMIT_AS)", "each command that writes", other.memory, 30, slow=True),
+    Fault(FULL, "upcycle", disks.upcycle, 15, mounts=True),
+    Fault("a disk that is too small", "upcycle", disks.upcycle_small, 10, mounts=True),
+    Fault(FULL, "cpt", disks.cpt, 15, slow=True, mounts=True),
+    Fault(FULL, "analyze-routing over an earlier report", disks.report, 15, slow=True, mounts=True),
+    Fault(FULL, "eval over earlier results", disks.results, 15, slow=True, mounts=True),
+    Fault(FULL, "tokenize", disks.tokenize, 15, mounts=True),
+    Fault("TMPDIR and caches on a full disk", "each command that writes", disks.temporary, 15, slow=True, mounts=True),
+    Fault("a read-only disk", "each command that writes", disks.read_only, 24, slow=True, mounts=True),
+    Fault("the disk turns read-only", "each command that writes", disks.turns_read_only, 15, slow=True, mounts=True),
+    Fault("OUT is deleted or moved away", "each command that writes", disks.vanished, 25, slow=True),
+    *(Fault("two write one OUT", command, _two(command), 10, slow=command != "upcycle") for command in COMMANDS),
+    Fault("four write one OUT", "each command that writes", locks.all_at_once, 15, slow=True),
+    Fault("the holder of OUT is killed", "each command that writes", locks.after_a_kill, 15, slow=True),
+    Fault("a shard of the source is cut short", "upcycle", shards.truncated_source, 15),
+    Fault("the source is cut short or changed meanwhile", "upcycle", shards.truncated_meanwhile, 15, slow=True),
+    Fault("a bit of a source's header is turned", "upcycle", shards.flipped_header, 40),
+    Fault("a bit of a source's weights is turned", "upcycle", shards.flipped_source, 30),
+    Fault("a bit of a source in the hub's cache is turned", "upcycle", shards.flipped_hub, 15),
+    Fault("two shards of the source are exchanged", "upcycle", shards.swapped_source, 10),
+    Fault("the index names an absent file", "each command that reads", shards.absent, 25),
+    Fault("a shard of a finished folder is cut short", "each command that reads", shards.truncated_result, 25),
+    Fault("two shards of a finished folder are exchanged", "each command that reads", shards.swapped_result, 25),
+    Fault("a bit of a finished folder's weights is turned", "verify", shards.flipped_result, 25),
+    Fault("a bit of the newest step folder is turned", "cpt, going on", shards.flipped_step, 25, slow=True),
+    Fault("the clock jumps by up to a year", "each command that writes", other.clock, 15, slow=True),
+    Fault(
+        "standard streams closed, full, or left by their reader",
+        "inspect, upcycle, analyze-routing",
+        other.closed,
+        30,
+        slow=True,
+    ),
+]
