@@ -80,13 +80,13 @@ def validation_warnings(val: Mapping[str, int], config: TrainConfig) -> list[str
         val: tokens of each set.
         config: resolved.
     """
-    times = 1 + math.ceil(config.max_steps / config.eval_every)
-    tokens = times * sum(val.values())
-    if tokens <= 3 * config.max_tokens or sum(val.values()) < 10**6:  # a small set is no matter of time
+    times, tokens = 1 + math.ceil(config.max_steps / config.eval_every), sum(val.values())
+    longer = times * tokens / 3 / config.max_tokens
+    if longer <= 1 or tokens < 10**6:  # a small set is no matter of time
         return []
     return [
-        f"validating {times} times on {sum(val.values()):.1e} tokens takes about {tokens / 3 / config.max_tokens:.1f} times"
-        f" as long as training on {config.max_tokens:.1e}; give smaller sets (--val, --val-fraction) or raise --eval-every"
+        f"validating {times} times on {tokens:.1e} tokens takes about {longer:.1f} times as long as training on"
+        f" {config.max_tokens:.1e}; give smaller sets (--val, --val-fraction) or raise --eval-every"
     ]
 
 
