@@ -41,8 +41,11 @@ def upcycle(world: World, chance: Random) -> str:
     arguments = [*RECIPES[number], "--max-shard-size", "10MB", "--verify", "none"]
     key = f"upcycle {number}"
     if key not in world.known:
-        whole, began = world.new(), time.monotonic()
-        world.good("upcycle", world.folder / "large", whole, *arguments)
+        whole = world.new()
+        running = world.start("upcycle", world.folder / "large", whole, *arguments)
+        wait_until(whole.exists, running)
+        began = time.monotonic()
+        assert running.wait().code == 0
         world.known[key] = time.monotonic() - began, {p.name: p.read_bytes() for p in whole.glob("*.safetensors")}
         shutil.rmtree(whole)
     lasts, expected = world.known[key]
@@ -69,15 +72,18 @@ def cpt(world: World, chance: Random) -> str:
     """SIGKILL at a random instant of a training; then the same command, to the same weights bit for bit."""
     arguments: list[object] = ["cpt", world.moe, "--train", f"new={world.text}", *STEPS, "--max-steps", 60]
     if "cpt" not in world.known:
-        whole, began = world.new(), time.monotonic()
-        world.good(*arguments[:2], whole, *arguments[2:])
+        whole = world.new()
+        running = world.start(*arguments[:2], whole, *arguments[2:])
+        wait_until(lambda: (whole / "metrics.jsonl").exists(), running)
+        began = time.monotonic()
+        assert running.wait().code == 0
         world.known["cpt"] = time.monotonic() - began, whole
     lasts, whole = world.known["cpt"]
     out = world.new()
     kills = 0
     running = world.start(*arguments[:2], out, *arguments[2:])
     wait_until(lambda: (out / "metrics.jsonl").exists(), running)
-    time.sleep(chance.uniform(0, lasts * 0.8))
+    time.sleep(chance.uniform(0, lasts))
     running.send(signal.SIGKILL)
     kills += running.wait().code == -signal.SIGKILL
     finished = (out / "config.json").exists() and not (out / "moetool.partial.json").exists()

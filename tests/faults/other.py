@@ -73,7 +73,7 @@ def worker(world: World, chance: Random) -> str:
     """One of the worker threads of an upcycling gets no memory for a block."""
     out = world.new()
     job: list[object] = ["upcycle", world.dense, out, "--max-shard-size", "200KB", "--workers", 4]
-    number = chance.randrange(1, 150)
+    number = chance.randrange(1, 100)
     line = world.run(*job, before=f"tests.faults.other:fail_worker:{number}").line()
     assert "out of memory" in line, line
     assert "--workers" in line, line

@@ -19,7 +19,7 @@ FAULTS: list[Fault] = [
     Fault(KILL, "analyze-routing over an earlier report", kills.report, 10, slow=True),
     Fault(KILL, "eval over earlier results", kills.results, 10, slow=True),
     Fault(KILL, "tokenize", kills.tokenize, 10, slow=True),
-    Fault(STOP, "inspect, upcycle, tokenize, analyze-routing", kills.told_to_stop, 40, slow=True),
+    Fault(STOP, "inspect, upcycle, tokenize, analyze-routing", kills.told_to_stop, 30, slow=True),
     Fault("one of two processes is killed", "cpt", kills.one_of_two, 10, slow=True),
     Fault("no memory for a block", "a worker thread of upcycle", other.worker, 20),
     Fault("no memory (RLIMIT_AS)", "each command that writes", other.memory, 20, slow=True),

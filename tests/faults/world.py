@@ -132,6 +132,7 @@ class World:
         if not (self.folder / "made").exists():
             subprocess.run([sys.executable, "-m", "tests.faults.models", str(self.folder)], check=True)
             (self.folder / "made").touch()
+        self.good("--version")  # the first waits for the imports
 
     @property
     def dense(self) -> Path:
