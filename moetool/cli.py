@@ -174,9 +174,9 @@ def main() -> NoReturn:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         code = _flushed(run(sys.argv[1:]))
-        # What comes now comes too late: the work is done, and leaving takes a moment.
+        # Leaving takes a moment. What comes now comes too late where the work is done; else it ends it at once.
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, signal.SIG_IGN)
+            signal.signal(signum, signal.SIG_DFL if code else signal.SIG_IGN)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
         if isinstance(leaving.__context__, BrokenPipeError):  # Typer's own, while it printed a --help

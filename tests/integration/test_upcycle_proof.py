@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from moetool.checkpoint import writer
 from moetool.checkpoint.folder import write_file as write_file_of_folder
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
+from moetool.upcycle import source
 from tests import tiny
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
@@ -106,3 +109,41 @@ def test_a_source_that_has_changed_is_another_source(llama: Path, tmp_path: Path
     writer.CheckpointWriter(out, [], {"recipe": {}, "source_fingerprint": before})
     with pytest.raises(CheckpointError, match="source_fingerprint"):
         writer.prepare(out, {"recipe": {}, "source_fingerprint": after}, overwrite=False)
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = Path(shutil.copytree(llama, tmp_path / "m")), tmp_path / "moe"
+    real = source.examine
+
+    def examine(*arguments: Any) -> Any:
+        found = real(*arguments)
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+        return found
+
+    monkeypatch.setattr("moetool.upcycle.run.examine", examine)
+    code, _, err = tiny.in_process("upcycle", folder, out, "--verify", "none")
+    assert code == 1
+    assert "changed while it was being read" in err
+    with pytest.raises(CheckpointError):
+        CheckpointReader(out)
+    monkeypatch.undo()
+    assert tiny.in_process("upcycle", folder, out, "--overwrite", "--verify", "full")[0] == 0
+
+
+def test_a_model_of_the_hub_is_held_against_the_hash_in_its_name(llama: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / "m"))
+    data = (model / "model.safetensors").read_bytes()
+    blob = tmp_path / hashlib.sha256(data).hexdigest()
+    blob.write_bytes(data)
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to(blob)
+    assert tiny.in_process("upcycle", model, tmp_path / "good")[0] == 0
+    blob.write_bytes(data[:-4] + bytes(4))
+    code, _, err = tiny.in_process("upcycle", model, tmp_path / "bad")
+    assert code == 1
+    assert "is not what was fetched" in err
+    assert not (tmp_path / "bad").exists()
