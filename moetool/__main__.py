@@ -1,10 +1,9 @@
 """Entry point of `moetool`, `python -m moetool`, `accelerate launch -m moetool` and `torchrun -m moetool`."""
 
 import sys
-from typing import NoReturn
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the process's command line and exit; Ctrl-C has its exit code from the first moment on."""
     try:
         from moetool import cli

@@ -228,7 +228,17 @@ class CheckpointWriter:
         self._files.clear()
 
     def finish(self, files: Mapping[str, bytes]) -> None:
-        """Write the index and the small files, config.json last, and take the partial mark away."""
+        """Write the index and the small files, config.json last, and take the partial mark away.
+
+        Raises:
+            CheckpointError: someone else has deleted or changed a shard meanwhile.
+        """
+        for shard in self.shards:
+            if not self._is_there(shard):
+                raise CheckpointError(
+                    f"{self.folder / shard.name} was deleted or changed by someone else while it was in use;"
+                    " run the same command again"
+                )
         if len(self.shards) > 1:
             weight_map = {tensor: shard.name for shard in self.shards for tensor in shard.starts}
             total = sum(shard.size - len(shard.header) for shard in self.shards)

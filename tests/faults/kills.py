@@ -202,12 +202,14 @@ def told_to_stop(world: World, chance: Random) -> str:
     code = 130 if signum == signal.SIGINT else 143
     # Before Python has started, and at a second SIGTERM, the system itself ends a process.
     assert process.returncode in (0, code, -signum), (arguments, signum, process.returncode, err)
+    if "KeyboardInterrupt" in err and "/moetool/" not in err:
+        return "ended by the system or by Python (before moetool began, or at the second signal)"
     assert "Traceback" not in err, (arguments, err)
     assert len(err.strip().splitlines()) <= 1, (arguments, err)
     if process.returncode == 0:
         return "finished with 0"
     if process.returncode == -signum:
-        return "ended by the system (before moetool began, or at the second signal)"
+        return "ended by the system or by Python (before moetool began, or at the second signal)"
     assert err, (arguments, twice)
     return f"{code} and one line"
 

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from random import Random
 
+from moetool.checkpoint.folder import FolderLock
 from tests.faults.world import World, wait_until
 
 
@@ -21,13 +22,24 @@ def _held(out: Path, process: int) -> bool:
     return any(w[1] == "FLOCK" and w[4] == str(process) and w[5].endswith(f":{inode}") for w in lines)
 
 
+def stop_once_locked(_: str) -> None:
+    """Let this process hold still once it has locked its folder."""
+    real = FolderLock.__enter__
+
+    def enter(self: FolderLock) -> FolderLock:
+        lock = real(self)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return lock
+
+    setattr(FolderLock, "__enter__", enter)  # noqa: B010
+
+
 def two_writers(world: World, command: str) -> str:
     """The first is held still while it has the folder; the second must be refused; then the first goes on."""
     out = world.new()
     job = world.commands(out)[command]
-    first = world.start(*job)
+    first = world.start(*job, before="tests.faults.locks:stop_once_locked:")
     assert wait_until(lambda: _held(out, first.pid), first), command
-    first.send(signal.SIGSTOP)
     line = world.run(*job).line()
     assert f"is being written by another process (process {first.pid}, " in line, line
     assert ", since 20" in line, line

@@ -110,6 +110,18 @@ def test_a_run_killed_at_its_first_file_can_be_begun_again(tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+def test_a_shard_that_someone_deletes_meanwhile_leaves_no_checkpoint(tmp_path: Path) -> None:
+    shards = layout_shards(TENSORS, 1)
+    writer = CheckpointWriter(tmp_path, shards, {"recipe": {}})
+    for shard in shards:
+        writer.open(shard)
+        writer.close(shard, "digest")
+    (tmp_path / shards[1].name).unlink()
+    with pytest.raises(CheckpointError, match="was deleted or changed by someone else"):
+        writer.finish({"config.json": b"{}"})
+    assert not (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize(("old", "new"), [(b"[2,3]", b"[3,2]"), (b'"BF16"', b'"F16" ')])
 def test_a_header_with_another_shape_or_dtype_of_the_same_size_is_found(tmp_path: Path, old: bytes, new: bytes) -> None:
     fill(tmp_path, 10**9)
