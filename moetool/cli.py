@@ -116,7 +116,10 @@ def _terminate(signum: int, frame: Any) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"moetool: {' '.join(message.split())}", file=sys.stderr)
+    try:
+        print(f"moetool: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    except OSError:  # the exit code has to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return code
 
 

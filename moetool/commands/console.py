@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,13 +54,14 @@ class Console:
     def say(self, message: RenderableType) -> None:
         """Print a message for people (rich markup; `escape` what comes from outside)."""
         if not self._result_hidden:
-            with _naming_stdout():
+            with _unheard() if self.json else _naming_stdout():
                 self._messages.print(message)
 
     def warn(self, message: str) -> None:
         """Print a warning on stderr (plain text)."""
         if not self.quiet:
-            self._progress.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
+            with _unheard():
+                self._progress.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
 
     def result(self, document: dict[str, Any], *renderables: RenderableType) -> None:
         """Print a command's outcome: the document with `--json`, else the renderables."""
@@ -95,6 +97,16 @@ class Console:
                 bars.update(tasks[task], completed=done, total=total, note=escape(note), amount=amount)
 
             yield report
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Go on where standard error takes no more: days of work must not end for a message that no one reads."""
+    try:
+        yield
+    except OSError:
+        # What is left in the stream must have somewhere to go, or Python ends with 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @contextmanager

@@ -49,6 +49,37 @@ def test_another_process_that_ended_is_no_bug(monkeypatch: pytest.MonkeyPatch) -
     assert "another process of this launch has ended" in err
 
 
+@pytest.mark.parametrize("where", ["2>/dev/full", "2>&-"])
+def test_a_message_that_no_one_can_read_does_not_end_the_work(tmp_path: Path, where: str) -> None:
+    counts = tmp_path / "counts.json"
+    counts.write_text('{"code": {"0": [5, 3, 1, 1]}}')
+    script = f"'{sys.executable}' -m moetool analyze-routing --counts {counts} --top-k 2 --out {tmp_path}/out --json"
+    done = subprocess.run(["bash", "-c", f"{script} {where}"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    assert "domains" in done.stdout
+    script = f"'{sys.executable}' -m moetool inspect {tmp_path} {where}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1  # the error cannot be said; its exit code is
+
+
+def test_a_warning_that_no_one_can_read_does_not_end_the_work() -> None:
+    program = """
+import typer
+from moetool.commands.console import Console
+app = typer.Typer()
+@app.command()
+def main(context: typer.Context):
+    console = Console(context, True, False)
+    console.warn("one")
+    console.say("two")
+    print("done")
+app()
+"""
+    script = f"'{sys.executable}' -c '{program}' 2>/dev/full"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
 @pytest.mark.parametrize("words", ["--help", "cpt --help"])
 def test_help_whose_reader_leaves(words: str) -> None:
     script = f"set -o pipefail; '{sys.executable}' -m moetool {words} | true"
