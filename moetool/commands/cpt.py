@@ -209,7 +209,8 @@ def cpt(
     which the same command goes on after an interruption, on a CPU to the same result bit for bit.
     """
     sources = {"train": named_paths(train, "--train"), "replay": named_paths(replay or [], "--replay")}
-    weights = _weights(weight or [], [*sources["train"], *sources["replay"]])
+    sets = named_paths(val or [], "--val")
+    weights = _weights(weight or [], list(sources.values()))
     if (max_tokens is None) == (max_steps is None):
         raise typer.BadParameter("give the length of the run: either --max-tokens 2B or --max-steps 1000")
     if warmup_ratio is not None and warmup_steps is not None:
@@ -222,6 +223,17 @@ def cpt(
     for name in ("min_lr", "constant_lr", "cooldown_end", "constant_end", "warmup_ratio", "warmup_steps"):
         if typed(context, name) and name.replace("ratio", "steps") not in taken:
             raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with --schedule {schedule}")
+    held_out = [name for named in sources.values() for name in named if name not in sets]
+    if typed(context, "val_fraction") and val_fraction and not held_out:
+        raise typer.BadParameter("--val-fraction has no effect: every source has a --val of its name")
+    if typed(context, "eval_every") and not (sets or (val_fraction and held_out)):
+        raise typer.BadParameter(
+            "--eval-every has no effect: there is no --val, and nothing is held out of the sources"
+        )
+    if typed(context, "min_lr") and constant_end == 1 and "constant_end" in taken:
+        raise typer.BadParameter("--min-lr has no effect with --constant-end 1: nothing anneals to it")
+    if not 0 < lr < float("inf"):
+        raise typer.BadParameter(f"--lr {lr:g}: a number above 0 is needed")
     if min_lr is not None and min_lr > lr:
         raise typer.BadParameter(f"--min-lr {min_lr:g} is above --lr {lr:g}; it is where the learning rate ends")
     try:
@@ -250,7 +262,7 @@ def cpt(
         "replay": sources["replay"],
         "weights": weights,
         "replay_ratio": replay_ratio,
-        "val": named_paths(val or [], "--val"),
+        "val": sets,
         "val_fraction": val_fraction,
         "text_field": text_field,
         "document": document,
@@ -319,8 +331,8 @@ def cpt(
     return document_out
 
 
-def _weights(values: list[str], sources: list[str]) -> dict[str, float]:
-    weights = {}
+def _weights(values: list[str], kinds: list[dict[str, str]]) -> dict[str, float]:
+    weights, sources = {}, [name for named in kinds for name in named]
     for name, text in named_paths(values, "--weight").items():
         if name not in sources:
             raise typer.BadParameter(
@@ -332,6 +344,8 @@ def _weights(values: list[str], sources: list[str]) -> dict[str, float]:
             weights[name] = -1.0
         if not 0 < weights[name] < float("inf"):
             raise typer.BadParameter(f"--weight {name}={text}: a number above 0 is needed")
+        if any(list(named) == [name] for named in kinds):
+            raise typer.BadParameter(f"--weight {name} has no effect: there is no other source of its kind")
     return weights
 
 

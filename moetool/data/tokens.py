@@ -8,6 +8,7 @@ the end) and `manifest.json`, written last.
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -176,6 +177,7 @@ def write_tokens(
         raise DataError(f"{folder} cannot be replaced by a rename, by which tokens appear; give a folder inside it")
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    gc.collect()  # garbage with finalizers of Python, in which a Ctrl-C that comes while tokenizers works would be lost
     digest = hashlib.sha256()
     num_documents = num_tokens = num_bytes = 0
     with unfinished_beside(folder) as unfinished:

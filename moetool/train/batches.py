@@ -48,7 +48,8 @@ def open_corpus(config: TrainConfig, vocab_size: int, progress: Progress = silen
         progress: told what is tokenized.
 
     Raises:
-        DataError: a source cannot be read, or its tokenizer knows more tokens than the model.
+        DataError: a source cannot be read, its tokenizer knows more tokens than the model, or what is
+            validated on would be trained on.
     """
     tokenizer = Path(config.model)
 
@@ -68,6 +69,7 @@ def open_corpus(config: TrainConfig, vocab_size: int, progress: Progress = silen
         kind: {name: str(stream.manifest["sha256"]) for name, stream in named.items()}
         for kind, named in streams.items()
     }
+    _check_apart(config, fingerprints)
     held_out = {}
     for kind in ("train", "replay"):
         for name, stream in streams[kind].items():
@@ -78,6 +80,23 @@ def open_corpus(config: TrainConfig, vocab_size: int, progress: Progress = silen
         if stream.num_tokens < 2:
             raise DataError(f"validation set '{name}' holds {stream.num_tokens} token, so nothing can be predicted")
     return Corpus(streams["train"], streams["replay"], val, fingerprints)
+
+
+def _check_apart(config: TrainConfig, fingerprints: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse a validation set that would be trained on: of the same text as a source.
+
+    What is held out of a source is held out of its twins, too, but not of one that is trained on whole.
+    """
+    sources = {**fingerprints["train"], **fingerprints["replay"]}
+    sets = {f"--val {name}": digest for name, digest in fingerprints["val"].items()}
+    split = {name: digest for name, digest in sources.items() if config.val_fraction and name not in config.val}
+    for name, digest in sources.items():
+        for other, text in (sets if name in split else {**sets, **split}).items():
+            if text == digest:
+                raise DataError(
+                    f"source '{name}' has the same text as {other}, which is validated on and must not be trained on;"
+                    " leave one of them out (without --val, documents are held out of a source)"
+                )
 
 
 def mix(corpus: Corpus, config: TrainConfig) -> TokenMixture:

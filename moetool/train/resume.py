@@ -156,7 +156,9 @@ def load_moments(
         found: dict[nn.Parameter, dict[str, Tensor]] = {}
         for key, value in load_file(folder / STATE / "optimizer.safetensors").items():
             name, _, moment = key.rpartition("/")
-            found.setdefault(_fitting(name, value, parameters), {})[moment] = value
+            parameter = _fitting(name, value, parameters)
+            if parameter.requires_grad:  # a router may have been frozen since
+                found.setdefault(parameter, {})[moment] = value
         trained = (name for name, parameter in parameters.items() if parameter.requires_grad)
         if absent := sorted(name for name in trained if parameters[name] not in found):
             raise ValueError(f"optimizer.safetensors holds nothing for {absent[0]}")

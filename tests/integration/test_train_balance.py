@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moetool.checkpoint.model import load_model
+from moetool.data.text import TextSource
+from moetool.data.tokens import tokenized
 from moetool.routing.capture import RouterCapture
 from moetool.train import balance
 from moetool.train.balance import build_losses, build_selections, count_routes
@@ -165,7 +167,7 @@ def test_a_run_with_each_strategy_saves_the_stock_model_that_it_trained(
     assert "output_router_logits" not in json.loads((out / "config.json").read_text())
     assert weights(out).keys() == weights(models[family]).keys()
     # What was validated is what a stock model computes from the files.
-    stream = _val_tokens(out, models[family], val)
+    stream = _val_tokens(models[family], val)
     total = 0.0
     for start in range(0, len(stream) - 1, 16):
         window = torch.tensor([stream[start : start + 17]])
@@ -177,11 +179,8 @@ def test_a_run_with_each_strategy_saves_the_stock_model_that_it_trained(
     )
 
 
-def _val_tokens(out: Path, model: Path, val: Path) -> list[int]:
-    from moetool.train.batches import open_corpus
-
-    config = TrainConfig(model, out, {"new": str(val)}, val={"v": str(val)}, val_fraction=0.0)
-    stream = open_corpus(config, 300).val["v"]
+def _val_tokens(model: Path, val: Path) -> list[int]:
+    stream = tokenized(TextSource(str(val)), model)
     return [int(token) for token in stream.read(0, stream.num_tokens)]
 
 

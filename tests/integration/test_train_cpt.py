@@ -234,6 +234,15 @@ def test_a_step_folder_is_a_model(tmp_path: Path, llama: Path, jsonl: Path) -> N
         (["--max-steps", 1, "--balance", "auxx"], "did you mean 'aux'"),
         (["--max-steps", 1, "--weight", "x=1"], "--weight x: no --train or --replay has that name"),
         (["--max-steps", 1, "--weight", "new=0"], "above 0"),
+        (["--max-steps", 1, "--weight", "new=2"], "--weight new has no effect: there is no other source of its kind"),
+        (["--max-steps", 1, "--lr", 0], "--lr 0: a number above 0 is needed"),
+        (["--max-steps", 1, "--lr", "inf"], "--lr inf: a number above 0 is needed"),
+        (["--max-steps", 1, "--val", "new=x", "--val-fraction", 0.1], "--val-fraction has no effect"),
+        (["--max-steps", 1, "--val-fraction", 0, "--eval-every", 2], "--eval-every has no effect: there is no --val"),
+        (
+            ["--max-steps", 1, "--schedule", "wsd", "--constant-end", 1, "--min-lr", 1e-5],
+            "--min-lr has no effect with --constant-end 1",
+        ),
         (["--max-steps", 1, "--global-batch-size", 6, "--micro-batch-size", 4], "--micro-batch-size may be 1, 2, 3, 6"),
     ],
 )

@@ -13,6 +13,7 @@ from moetool.data.tokens import TokenStream
 from moetool.errors import DataError
 from moetool.train.batches import IGNORED, micro_batches, mix, open_corpus, validation_batches
 from moetool.train.config import TrainConfig
+from tests import tiny
 
 
 def config(model: Path, path: Path, **changes: Any) -> TrainConfig:
@@ -83,6 +84,19 @@ def test_validation_documents_are_not_trained_on(llama: Path, jsonl: Path) -> No
     assert corpus.fingerprints == whole.fingerprints
 
 
+def test_what_is_validated_on_is_not_trained_on_under_another_name(llama: Path, jsonl: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copy.jsonl"
+    copied.write_bytes(jsonl.read_bytes())
+    other = tiny.save_jsonl(tmp_path / "other.jsonl", ["Something else."])
+    twice = {"a": str(jsonl), "b": str(copied)}
+    for more in ({"val": {"v": str(copied)}}, {"train": twice, "val": {"b": str(other)}}):
+        with pytest.raises(DataError, match=r"has the same text as (--val v|a), which is validated on"):
+            open_corpus(config(llama, jsonl, **more), 300)
+    corpus = open_corpus(config(llama, jsonl, train=twice), 300)  # the same documents are held out of both
+    assert not set(corpus.train["a"].starts) & set(corpus.val["b"].starts)
+    open_corpus(config(llama, jsonl, train=twice, val={"b": str(other)}, val_fraction=0), 300)
+
+
 def test_a_tokenizer_that_does_not_fit_the_model(llama: Path, jsonl: Path) -> None:
     with pytest.raises(DataError, match="the model 200 embedding rows"):
         open_corpus(config(llama, jsonl), 200)
@@ -91,7 +105,7 @@ def test_a_tokenizer_that_does_not_fit_the_model(llama: Path, jsonl: Path) -> No
 def test_a_validation_set_of_one_token(llama: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_token(source: Any, *_: Any) -> TokenStream:
         offsets = np.array([0, 100 if source.path == str(jsonl) else 1])
-        return TokenStream({"sha256": ""}, offsets[:-1], offsets, np.zeros(100, np.uint16))
+        return TokenStream({"sha256": source.path}, offsets[:-1], offsets, np.zeros(100, np.uint16))
 
     monkeypatch.setattr("moetool.train.batches.tokenized", one_token)
     with pytest.raises(DataError, match="validation set 'tiny' holds 1 token"):

@@ -90,6 +90,18 @@ def test_training_state_round_trip(tmp_path: Path) -> None:
         load(tmp_path, two, other, "do this")
 
 
+def test_moments_of_what_is_frozen_are_left(tmp_path: Path) -> None:
+    one, two = nn.Linear(4, 3), nn.Linear(4, 3)
+    two.bias.requires_grad_(False)
+    config = TrainConfig(model=Path("m"), out=Path("o"), train={})
+    optimizer, fresh = adamw(one, config), adamw(two, config)
+    one(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    resume.save(tmp_path, dict(resume.moments(one, optimizer)), None, 1, {})
+    load(tmp_path, two, fresh, "do this")
+    assert set(fresh.state) == {two.weight}
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
