@@ -24,6 +24,7 @@ from moetool.commands.tokenize import tokenize
 from moetool.commands.upcycle import upcycle
 from moetool.commands.verify import verify
 from moetool.errors import MoetoolError
+from moetool.outside import printable
 
 app = typer.Typer(
     name="moetool",
@@ -64,6 +65,7 @@ def root(
     """The options of `moetool` itself."""
 
 
+MAX_LINE = 2000  # characters of an error: what it quotes may be of any length
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 70, 130, 143
 
 # What the machine refuses, as against a bug: reported in one line, like any error about a named file.
@@ -116,8 +118,10 @@ def _terminate(signum: int, frame: Any) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
+    line = printable(" ".join(message.split()))
+    line = line if len(line) <= MAX_LINE else line[:MAX_LINE] + "..."
     try:
-        print(f"moetool: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"moetool: {line}", file=sys.stderr, flush=True)
     except OSError:  # the exit code has to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 from functools import lru_cache
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetool.errors import CheckpointError
+from moetool.outside import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -184,16 +186,13 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
         CheckpointError: it is there but damaged.
     """
     path = folder / LINEAGE
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    entries = document.get("lineage") if isinstance(document, dict) else None
+    document = read_json(path)
+    entries = document.get("lineage")
     if not isinstance(entries, list) or not all(_well_formed(entry) for entry in entries):
         raise CheckpointError(f"{path} has no lineage, or a damaged one; delete it to use the checkpoint without")
-    return document  # type: ignore[no-any-return]
+    return document
 
 
 def recorded_sources(entry: dict[str, Any]) -> list[dict[str, Any]]:

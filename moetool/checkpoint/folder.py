@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -30,6 +31,21 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def create(path: Path) -> int:
+    """A descriptor of a new file; what bore its name goes, and if that was a link, nothing is written where it led."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder and what is in it; of a link to one, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Put files in place, each whole; on a full disk all that were there before stay as they were.
 
@@ -40,7 +56,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     unfinished = {folder / name: folder / (name + UNFINISHED) for name in files}
     try:
         for (path, temporary), data in zip(unfinished.items(), files.values(), strict=True):
-            with naming(path), temporary.open("wb") as file:
+            with naming(path), open(create(temporary), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetool.checkpoint.reader import CheckpointReader, check_entries
 from moetool.errors import CheckpointError, ConfigError, DataError
+from moetool.outside import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,11 +55,11 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # moetool's own bars say what goes on
+    _quiet()
     torch_dtype: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    _check_size(folder, skeleton(folder))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -60,6 +67,7 @@ def load_model(
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=False,
+            use_safetensors=True,  # else a folder without them would have its pickles read
             **options,
         )
     except Exception as error:  # a damaged or foreign checkpoint fails in a dozen ways
@@ -80,6 +88,15 @@ def load_model(
     return model.to(device) if device else model
 
 
+def _quiet() -> None:
+    """No bars but moetool's own, and no warnings in which names of a checkpoint stand as they are."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity(logging.CRITICAL)
+
+
 def skeleton(folder: Path) -> Any:
     """The model of a checkpoint without its weights (on torch's meta device): seconds at any size.
 
@@ -89,13 +106,83 @@ def skeleton(folder: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _quiet()
+    check_config(folder)
+    num_tensors = len(CheckpointReader(folder).tensors)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if layers > num_tensors:  # each is built, before it is known that there is nothing to fill it
+            raise ValueError(f"{layers} layers, and {num_tensors} tensors in its files")
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a damaged or foreign config fails in a dozen ways
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from None
+
+
+# Numbers of config.json after which transformers makes a list or a module for each: far above any model's.
+_COUNTED = re.compile(r"(layers?|experts?|heads?|labels|blocks?|groups?|stages)$")
+MAX_COUNT = 100_000
+_KERNEL = re.compile(r"(attn|experts)_implementation(_internal)?$")
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a config.json that would have transformers run code from elsewhere, or take memory without end.
+
+    Raises:
+        CheckpointError: names the key.
+    """
+    check_entries(folder)
+    path = folder / "config.json"
+    if not path.is_file():  # a folder of a tokenizer alone
+        return
+    level: list[Any] = [read_json(path)]
+    while level:
+        documents = [one for one in level if isinstance(one, dict)]
+        for key, value in (item for one in documents for item in one.items()):
+            if type(value) is int and abs(value) > (MAX_COUNT if _COUNTED.search(key) else 2**62):
+                raise CheckpointError(f"{path}: {key} is {str(value)[:60]}, more than any model has")
+            # A name of the hub here is a kernel, which is fetched and imported.
+            if _KERNEL.search(key) and not re.fullmatch(r"[\w|]*", "|".join(map(str, _values(value)))):
+                raise CheckpointError(f"{path}: {key} is {str(value)[:100]!r}, code from elsewhere; delete the key")
+        level = [inner for one in level for inner in _values(one) if isinstance(inner, (dict, list))]
+
+
+def _values(document: Any) -> list[Any]:
+    if isinstance(document, dict):
+        return list(document.values())
+    return document if isinstance(document, list) else [document]
+
+
+def _check_size(folder: Path, model: Any) -> None:
+    """Refuse weights that config.json announces and the files do not hold: transformers would draw them at random."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return  # several parameters to an element
+    announced = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    there = sum(info.num_elements for info in CheckpointReader(folder).tensors.values())
+    if announced > 4 * there + 10**7:  # fewer are missing: they are told by name
+        raise CheckpointError(
+            f"{folder}: config.json describes {announced} parameters, the files hold {there}; fetch both again"
+        )
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """The tokenizers library prints names of options that it does not know on standard output itself."""
+    try:
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no standard output
+        yield
+        return
+    sys.stdout.flush()
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -108,8 +195,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         raise DataError(f"{folder} holds no tokenizer (tokenizer.json); copy it from the model that this one came from")
+    _quiet()
+    check_config(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with _nothing_printed():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(f"{folder}: the tokenizer cannot be loaded: {reason}") from None

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from moetool.errors import CheckpointError
+from moetool.outside import read_json
 
 # safetensors dtype -> bytes an element, for the dtypes that hold plain weights.
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_OPEN = 200  # files kept open at once; systems allow as few as 256
-MAX_JSON = 50_000_000
+MAX_DIMENSIONS = 16  # of a tensor; weights have up to five
 SAMPLE = 4096  # bytes of each tensor that are part of a content fingerprint
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -44,25 +45,6 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        CheckpointError: absent, unreadable, too large, not UTF-8, not JSON, or not an object.
-    """
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise CheckpointError(f"{path} is larger than {MAX_JSON} bytes; that is no {path.name}")
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {os.strerror(error.errno or 0).lower()}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {str(error)[:200]}") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(document).__name__}, not an object")
-    return document
-
-
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     """Read and check the header of one safetensors file.
 
@@ -81,15 +63,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
             raise ValueError("a name occurs twice")
         return dict(pairs)
 
-    try:
-        with path.open("rb") as file:
-            file_size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if file_size < 8 or length > MAX_HEADER or 8 + length > file_size:
-                raise bad(f"the header claims {length} bytes, the file has {file_size}")
-            raw = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {os.strerror(error.errno or 0).lower()}") from None
+    raw, file_size = _header_bytes(path, bad)
+    start = 8 + len(raw)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -102,7 +77,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            # Bounded before they are multiplied: a product of long numbers takes hours.
+            numbers = (*shape, begin, end)
+            whole = len(shape) <= MAX_DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+            name.encode()
         except (TypeError, KeyError, ValueError):
             raise bad(f"the entry of tensor {name[:100]!r} is malformed") from None
         if not whole or not isinstance(dtype, str):
@@ -114,15 +92,28 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
             )
         if end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
             raise bad(f"tensor {name[:100]!r} of {dtype}{shape} does not take {end - begin} bytes")
-        tensors[name] = TensorInfo(name, dtype, tuple(shape), path.name, 8 + length + begin, end - begin)
-    position = 8 + length
+        tensors[name] = TensorInfo(name, dtype, tuple(shape), path.name, start + begin, end - begin)
+    position = start
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.size)):
         if info.start != position:
             raise bad(f"tensor {info.name[:100]!r} starts at byte {info.start}, expected {position}")
         position += info.size
     if position != file_size:
         raise bad(f"its tensors end at byte {position}, the file has {file_size}")
-    return tensors, 8 + length
+    return tensors, start
+
+
+def _header_bytes(path: Path, bad: Callable[[str], CheckpointError]) -> tuple[bytes, int]:
+    """The JSON of a header, and the size of its file."""
+    try:
+        with path.open("rb") as file:
+            file_size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if file_size < 8 or length > MAX_HEADER or 8 + length > file_size:
+                raise bad(f"the header claims {length} bytes, the file has {file_size}")
+            return file.read(length), file_size
+    except OSError as error:
+        raise CheckpointError(f"{path}: {os.strerror(error.errno or 0).lower()}") from None
 
 
 class BlockFile:
@@ -171,6 +162,17 @@ class BlockFile:
             buffer = buffer[count:]
 
 
+def check_entries(folder: Path) -> None:
+    """Refuse a folder with a pipe or a device in it: a library that opened it would wait, or read, for ever.
+
+    Raises:
+        CheckpointError: names it.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not (path.is_file() or path.is_dir() or not os.path.exists(path)):
+            raise CheckpointError(f"{path} is no file but a pipe or a device; take it out of the checkpoint")
+
+
 class CheckpointReader(BlockFile):
     """A checkpoint folder, its headers read and checked.
 
@@ -187,6 +189,7 @@ class CheckpointReader(BlockFile):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        check_entries(folder)
         if (folder / "moetool.partial.json").exists():
             raise CheckpointError(f"{folder} is an unfinished conversion; run the command that began it again")
         self.config = read_json(folder / "config.json")

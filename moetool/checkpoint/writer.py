@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetool.checkpoint.folder import PARTIAL, UNFINISHED, naming, sync_folder, write_file
-from moetool.checkpoint.reader import INDEX, ITEM_SIZE, SINGLE, read_header, read_json
+from moetool.checkpoint.folder import PARTIAL, UNFINISHED, create, naming, sync_folder, write_file
+from moetool.checkpoint.reader import INDEX, ITEM_SIZE, SINGLE, read_header
 from moetool.errors import CheckpointError
+from moetool.outside import read_json
 
 # What `--overwrite` may delete: names of a checkpoint's layout and of moetool's own files.
 KNOWN_FILES = {
@@ -195,7 +196,7 @@ class CheckpointWriter:
     def open(self, shard: Shard) -> None:
         """Create a shard at its full size (so that a full disk shows now) and write its header."""
         path = self.folder / (shard.name + UNFINISHED)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        descriptor = create(path)
         self._files[shard.name] = descriptor
         with naming(path):
             os.posix_fallocate(descriptor, 0, shard.size)

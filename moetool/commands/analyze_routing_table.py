@@ -37,7 +37,7 @@ def table(report: dict[str, Any], width: int) -> Table:
         name, row = max(rows, key=lambda pair: pair[1]["mri"])
         cells: list[str | Text] = [
             str(row["layer"]),
-            *([Text(name)] if many else []),
+            *([escape(name)] if many else []),
             *(cell(row) for cell in columns.values()),
         ]
         if width >= 60:

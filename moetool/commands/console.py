@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.progress import (
     BarColumn,
     Progress,
@@ -23,10 +23,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from moetool.outside import printable, printable_json
 from moetool.progress import Progress as ProgressCallback
 from moetool.progress import silent
 
-__all__ = ["Console", "escape"]
+
+def escape(text: str) -> str:
+    """Text from outside as rich markup: no markup in it counts, and no control character acts."""
+    return escape_markup(printable(text))
 
 
 class _Rich(RichConsole):
@@ -66,8 +70,9 @@ class Console:
     def result(self, document: dict[str, Any], *renderables: RenderableType) -> None:
         """Print a command's outcome: the document with `--json`, else the renderables."""
         if self.json:
+            text = jsonlib.dumps(_finite(document), indent=2, ensure_ascii=False, default=str)
             with _naming_stdout():
-                sys.stdout.write(jsonlib.dumps(_finite(document), indent=2, ensure_ascii=False, default=str) + "\n")
+                sys.stdout.write(printable_json(text) + "\n")
                 sys.stdout.flush()
         else:
             for renderable in renderables:
@@ -129,8 +134,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_MOST = 10**30  # whole numbers may be too long for a division
+
+
 def size(num_bytes: float) -> str:
     """Bytes for people, in decimal units as disks are sold: `1.6 GB`."""
+    num_bytes = min(num_bytes, _MOST)
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -140,6 +149,7 @@ def size(num_bytes: float) -> str:
 
 def count(number: float) -> str:
     """A large count for people: `1.40 B`, `152.3 M`."""
+    number = min(number, _MOST)
     for unit in ("", " k", " M", " B"):
         if abs(number) < 1000:
             return f"{number:.0f}" if unit == "" else f"{number:.2f}{unit}"

@@ -70,7 +70,7 @@ def describe(reader: Any) -> dict[str, Any]:
         document |= {"num_experts": experts, "top_k": top_k, "intermediate_size": config.get(spec.units_key)}
         if spec.shared:
             up = [i for n, i in reader.tensors.items() if n.endswith(spec.shared.tensors["up"].split("{layer}")[1])]
-            document["shared_intermediate_size"] = up[0].shape[0] if up else 0
+            document["shared_intermediate_size"] = up[0].shape[0] if up and up[0].shape else 0
         document["parameters"]["active"] = total - routed + routed * top_k // experts
     dtypes: dict[str, int] = {}
     files: dict[str, int] = {}
@@ -87,8 +87,10 @@ def describe(reader: Any) -> dict[str, Any]:
 
 def _positive(reader: Any, key: str) -> int:
     value = reader.config.get(key)
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"{reader.folder}/config.json: {key} is {value!r}, expected a positive whole number")
+    if type(value) is not int or not 0 < value < 2**31:
+        raise CheckpointError(
+            f"{reader.folder}/config.json: {key} is {str(value)[:60]!r}, expected a positive whole number"
+        )
     return value
 
 

@@ -13,7 +13,9 @@ import typer
 
 from moetool import registry
 from moetool.errors import ConfigError
+from moetool.outside import read_bytes
 
+MAX_CONFIG = 1_000_000  # bytes of a --config file
 # Left out of moetool.yaml: how a run talks, and permissions that must be given anew each time.
 NOT_RECORDED = {"json", "quiet", "config", "overwrite", "plan", "resume", "allow_code_execution"}
 
@@ -37,9 +39,13 @@ def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:
     import yaml
 
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: {_reason(error)}") from None
+        # A pipe is fine: the user named it. Tags make nothing but text, lists and mappings with this loader.
+        text = read_bytes(path, MAX_CONFIG, ConfigError, pipe=True).decode("utf-8")
+        document = yaml.load(text, Loader=yaml.BaseLoader)
+    except ConfigError as error:
+        raise ConfigError(f"--config {error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path}: not UTF-8 text") from None
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"--config {path}: not valid YAML: {problem}") from None
@@ -68,12 +74,6 @@ def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:
             raise ConfigError(f"--config {path}: '{key}' takes {'plain values' if parameters[name] else 'one value'}")
         values[name] = value
     return values
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return (os.strerror(error.errno) if error.errno else str(error)).lower()
-    return "not UTF-8 text"
 
 
 def _apply_config(context: typer.Context, value: Path | None) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,9 +16,9 @@ from moetool.errors import DataError
 
 DOCUMENT_RULES = ("file", "line", "paragraph")
 
-# Bytes of the longest line, and of the largest file that is one document. A tokenizer takes about
-# 110 bytes of memory a byte of one document: this is 30 GB, and beyond it a machine dies without a word.
-_LARGEST_DOCUMENT = 2**28
+# Bytes of the longest line, and of the largest file that is one document. A tokenizer takes about 110 bytes
+# of memory a byte of one document: 30 GB, or what this machine has, beyond which it dies without a word.
+_LARGEST_DOCUMENT = min(2**28, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 128)
 _NOT_READ = {".zst", ".bz2", ".xz", ".zip", ".tar", ".7z"}
 _HUB = re.compile(
     r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^#]+))?(#(?P<config>[^/]*)(/(?P<split>.+))?)?", re.ASCII
@@ -106,42 +107,45 @@ def _json_lines(file: Path, field: str) -> Rows:
 
 
 def _parquet(file: Path, field: str) -> Rows:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(file) as opened:
-            _check_column(file, field, opened.schema_arrow.names)
-            batches = opened.iter_batches(batch_size=1024, columns=[field])
-            yield from _arrow_rows(batches, file, field, max(opened.metadata.num_rows, 1))
-    except pa.ArrowException as error:
-        raise DataError(f"{file}: not a sound Parquet file ({_one_line(error)})") from None
+    with _sound(file, "Parquet file"), pq.ParquetFile(file) as opened:
+        _check_column(file, field, opened.schema_arrow.names)
+        batches = opened.iter_batches(batch_size=1024, columns=[field])
+        yield from _arrow_rows(batches, file, field, max(opened.metadata.num_rows, 1))
 
 
 def _arrow(file: Path, field: str) -> Rows:
     import pyarrow as pa
 
+    sound = _sound(file, "Arrow file of datasets")
+    with sound, pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as opened:
+        _check_column(file, field, opened.schema.names)
+        batches = (batch.select([field]) for batch in opened)
+        yield from _arrow_rows(batches, file, field, None)
+
+
+@contextmanager
+def _sound(file: Path, what: str) -> Iterator[None]:
+    """Turn what pyarrow says of a damaged file into one line; some of it is an OSError that the system knows not of."""
+    import pyarrow as pa
+
     try:
-        with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as opened:
-            _check_column(file, field, opened.schema.names)
-            batches = (batch.select([field]) for batch in opened)
-            yield from _arrow_rows(batches, file, field, None)
-    except pa.ArrowException as error:
-        raise DataError(f"{file}: not a sound Arrow file of datasets ({_one_line(error)})") from None
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise DataError(f"{file}: not a sound {what} ({_one_line(error)})") from None
 
 
 def _arrow_rows(batches: Iterator[Any], file: Path, field: str, num_rows: int | None) -> Rows:
     size, row = file.stat().st_size, 0
     for batch in batches:
-        try:
-            values = batch.column(0).to_pylist()
-        except UnicodeDecodeError:
-            raise DataError(
-                f"{file}, rows {row + 1} to {row + len(batch)}: '{field}' holds text not in UTF-8"
-            ) from None
-        for value in values:
+        # pyarrow trusts the offsets of strings: those of a damaged file lead anywhere in memory.
+        batch.validate(full=True)
+        for value in batch.column(0):
             row += 1
-            yield size * row // num_rows if num_rows else 0, _text(value, field, f"{file}, row {row}")
+            yield size * row // num_rows if num_rows else 0, _text(value.as_py(), field, f"{file}, row {row}")
 
 
 _READERS: dict[str, Callable[[Path, str], Rows]] = {

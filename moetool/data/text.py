@@ -148,6 +148,9 @@ def _walk(folder: Path) -> list[Path]:
             and name != "dataset_dict.json"
             and (not saved or name.endswith(".arrow"))
         ]
+    for file in files:
+        if file.exists() and not file.is_file():  # a pipe blocks, a device has no end
+            raise DataError(f"{file} is neither a file nor a folder; take it out of {folder}")
     return sorted(files)
 
 

@@ -27,9 +27,11 @@ from moetool.checkpoint.model import load_tokenizer
 from moetool.data.folder import durable, unfinished_beside
 from moetool.data.text import TextSource, content_sha256, read_documents
 from moetool.errors import ConfigError, DataError
+from moetool.outside import fits, parse_json, read_bytes, read_json
 from moetool.progress import Progress, silent
 
 FORMAT, FORMAT_VERSION = "moetool-tokens", 1
+MAX_TOKENIZER = 500_000_000  # bytes of tokenizer.json
 FILES = ("tokens.bin", "offsets.bin", "manifest.json", "moetool.yaml")
 
 # Documents go to the tokenizer's threads in batches of about this size, at about 110 bytes of memory a character.
@@ -65,6 +67,7 @@ class TokenStream:
 
         Raises:
             IndexError: they are not all in the stream.
+            DataError: one is none of the tokenizer's.
         """
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(f"tokens {start} to {start + length} of a stream of {self.num_tokens}")
@@ -74,6 +77,12 @@ class TokenStream:
         pieces = np.diff(np.clip(self.offsets[first : last + 1], start, start + length))
         places = np.arange(start, start + length) + np.repeat(shift, pieces)
         tokens: np.ndarray = self.memory[places].astype(np.int64)
+        known = self.manifest.get("vocab_size", np.inf)
+        if tokens.max(initial=0) >= known:  # a model would look beyond its embedding
+            raise DataError(
+                f"tokens.bin of {self.manifest.get('sources')} holds token {tokens.max()}, its tokenizer has {known};"
+                " make the tokens anew with moetool tokenize --overwrite"
+            )
         return tokens
 
     def positions(self, start: int, length: int) -> np.ndarray:
@@ -112,11 +121,13 @@ def open_tokens(folder: Path) -> TokenStream:
             " make them anew with moetool tokenize --overwrite"
         )
     again = "make them anew with moetool tokenize --overwrite"
-    try:
-        num_tokens, num_documents = int(manifest["num_tokens"]), int(manifest["num_documents"])
-        dtype = {"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder}: manifest.json is damaged ({error!r}); {again}") from None
+    for key, kind in _MANIFEST.items():
+        if not fits(manifest.get(key), kind) or (kind is int and manifest[key] < 1):
+            raise DataError(f"{folder}: manifest.json is damaged ({key} is {str(manifest.get(key))[:60]!r}); {again}")
+    num_tokens, num_documents = manifest["num_tokens"], manifest["num_documents"]
+    dtype = {"uint16": "<u2", "uint32": "<u4"}.get(manifest["dtype"])
+    if dtype is None:
+        raise DataError(f"{folder}: manifest.json is damaged (dtype is {manifest['dtype'][:60]!r}); {again}")
     for name, size in (("tokens.bin", num_tokens * int(dtype[-1])), ("offsets.bin", (num_documents + 1) * 8)):
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
@@ -125,18 +136,28 @@ def open_tokens(folder: Path) -> TokenStream:
     # np.asarray: plain arrays upon the maps, so that slices are not memmap objects.
     memory = np.asarray(np.memmap(folder / "tokens.bin", dtype, "r"))
     offsets = np.asarray(np.memmap(folder / "offsets.bin", "<i8", "r"))
-    if offsets[0] != 0 or offsets[-1] != num_tokens:
+    if offsets[0] != 0 or offsets[-1] != num_tokens or not _ascending(offsets):
         raise DataError(f"{folder}: offsets.bin does not fit tokens.bin; {again}")
     return TokenStream(manifest, offsets[:-1], offsets, memory)
+
+
+# What every manifest holds; numbers are above 0.
+_MANIFEST = {"num_tokens": int, "num_documents": int, "num_bytes": int, "vocab_size": int, "dtype": str, "sha256": str}
+
+
+def _ascending(offsets: np.ndarray) -> bool:
+    """Whether every document has a token, looked at in pieces: there may be billions."""
+    pieces = (offsets[i : i + 2**20 + 1] for i in range(0, len(offsets) - 1, 2**20))
+    return all(bool((piece[1:] > piece[:-1]).all()) for piece in pieces)  # a difference could overflow
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a tokenised folder; None if the folder is none."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-    except (OSError, ValueError):
+        manifest = read_json(folder / "manifest.json", DataError)
+    except DataError:
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+    return manifest if manifest.get("format") == FORMAT else None
 
 
 def write_tokens(
@@ -295,12 +316,13 @@ def tokenizer_sha256(folder: Path) -> str:
     Raises:
         DataError: there is no tokenizer.json, or it is damaged.
     """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{folder} holds no tokenizer.json; save the tokenizer there with save_pretrained")
     try:
-        tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+        tokenizer = parse_json(read_bytes(path, MAX_TOKENIZER, DataError), str(path), DataError)
         parts = {name: tokenizer.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
-    except OSError:
-        raise DataError(f"{folder} holds no tokenizer.json; save the tokenizer there with save_pretrained") from None
-    except (ValueError, AttributeError):
+    except (DataError, AttributeError):
         raise DataError(f"{folder}/tokenizer.json is damaged; copy it anew from the model it came from") from None
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -327,7 +349,7 @@ def split_validation(
         raise ConfigError(f"--val-fraction {fraction}: a share above 0 and below 1 is needed")
     total = stream.num_documents
     if total < 2:
-        where = ", ".join(stream.manifest.get("sources", ["the text"]))
+        where = ", ".join(map(str, stream.manifest.get("sources") or ["the text"]))
         raise DataError(
             f"{where}: {total} document, so none can be set aside for validation; make each line one"
             " (--document line), give a validation text (--val NAME=PATH), or none (--val-fraction 0)"

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from moetool.checkpoint.folder import write_file
 from moetool.checkpoint.reader import CheckpointReader, content_fingerprint
+from moetool.errors import CheckpointError
+from moetool.outside import fits, parse_json, read_bytes
 from moetool.recipe import LINEAGE, read_lineage
 
 FOLDER = ".cache"
@@ -62,15 +65,50 @@ def key(identity: str, task_digest: str, settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([identity, task_digest, settings, libraries], sort_keys=True).encode()).hexdigest()
 
 
-def read(out: Path | None, name: str) -> dict[str, Any] | None:
-    """A kept result, or None."""
+def read(out: Path | None, name: str, task: str) -> dict[str, Any] | None:
+    """A kept result of a task, or None; one that is not as `evaluate` writes it counts as none."""
     if out is None:
         return None
     try:
-        entry = json.loads((out / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        entry = parse_json(read_bytes(out / FOLDER / f"{name}.json", 2**31), name)
+    except CheckpointError:
         return None
-    return entry if isinstance(entry, dict) else None
+    return entry if _is_entry(entry, task) else None
+
+
+_NUMBER = (float, bool)
+_SAMPLE = {"doc_id": int, "filter": str, "metrics": [str]}
+_ENTRY = {"samples": [_SAMPLE], "model_info": {}, "tokenizer_info": {}, "date": str}
+
+
+def _is_entry(entry: Any, task: str) -> bool:
+    """Whether all is there that results and their files are made from."""
+    of_task = {part: {task: object} for part in ("configs", "versions", "n-shot", "n-samples")}
+    results = of_task | {"results": {task: {"sample_len": int}}, "higher_is_better": {task: {}}}
+    routing = {"layers": [{"mri": float}]}
+    if not fits(entry, _ENTRY | {"results": results, "routing": (type(None), routing)}):
+        return False
+    for key, value in entry["results"]["results"][task].items():
+        if key not in ("name", "alias") and not fits(value, (str, *_NUMBER) if "_stderr" in key else _NUMBER):
+            return False
+    kinds: dict[tuple[str, str], Any] = {}
+    for sample in entry["samples"]:
+        for metric in sample["metrics"]:
+            kind = _kind(sample.get(metric))
+            if kind is None or kinds.setdefault((sample["filter"], metric), kind) != kind:
+                return False
+    return bool(_DATE.fullmatch(entry["date"]))
+
+
+def _kind(value: Any) -> Any:
+    """What a document's value of a metric is made of, the same for all documents; None: nothing that a metric has."""
+    if isinstance(value, list):
+        kinds = tuple(map(_kind, value))
+        return None if None in kinds or not kinds else kinds
+    return "number" if fits(value, _NUMBER) else "text" if isinstance(value, str) else None
+
+
+_DATE = re.compile(r"[0-9T.-]{1,40}")  # a part of a file's name
 
 
 def write(out: Path | None, name: str, entry: dict[str, Any]) -> None:

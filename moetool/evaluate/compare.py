@@ -32,8 +32,11 @@ def influences(aggregation: Callable[[Items], float], items: Items) -> Array | N
         aggregation: lm-eval's aggregation of the metric.
         items: one value a document, a number or (log-likelihood, weight).
     """
-    values = np.asarray(items, dtype=np.float64) if aggregation in _NUMERIC else None
-    if values is None:
+    try:
+        values = np.asarray(items, dtype=np.float64) if aggregation in _NUMERIC else None
+    except ValueError:  # a kept result may hold anything
+        values = None
+    if values is None or values.shape[1:] != (() if aggregation in (lm.mean, lm.perplexity) else (2,)):
         return None
     if aggregation is lm.mean:
         influence: Array = (values - values.mean()) / len(values)

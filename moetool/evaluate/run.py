@@ -121,7 +121,7 @@ def evaluate(
     total = len(models) * len(digests)
     for number, (model_name, folder) in enumerate(models.items()):
         keys = {task: cache.key(identities[model_name], digests[task], decisive) for task in digests}
-        kept = {task: cache.read(out, key) for task, key in keys.items()} if is_first() else {}
+        kept = {task: cache.read(out, key, task) for task, key in keys.items()} if is_first() else {}
         entries = from_first({task: entry for task, entry in kept.items() if entry is not None})
         evaluation.num_kept += len(entries)
         left = [task for task in digests if task not in entries]

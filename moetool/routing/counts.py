@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moetool.errors import DataError
+from moetool.outside import parse_json, read_bytes
 from moetool.routing.stats import RoutingStats
 
 
@@ -26,11 +26,9 @@ def read_counts(path: Path, top_k: int) -> dict[str, RoutingStats]:
         DataError: not such a file, or counts that contradict each other; names domain and layer.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"--counts {path}: {os.strerror(error.errno or 0).lower()}") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"--counts {path}: not valid JSON; expected {_SHAPE}") from None
+        document = parse_json(read_bytes(path, error=DataError, pipe=True), str(path), DataError)
+    except DataError as error:
+        raise DataError(f"--counts {error}; expected {_SHAPE}") from None
     if not isinstance(document, dict) or not document:
         raise DataError(f"--counts {path}: expected {_SHAPE}")
     stats = {name: _domain(layers, top_k, f"--counts {path}: domain '{name}'") for name, layers in document.items()}
@@ -41,19 +39,24 @@ def read_counts(path: Path, top_k: int) -> dict[str, RoutingStats]:
     return stats
 
 
+MAX_EXPERTS, MAX_CELLS = 4096, 100_000  # of a layer, and experts of all layers
 _SHAPE = '{"domain": {"0": [tokens of expert 0, of expert 1, ...], "1": [...]}}'
 
 
 def _domain(layers: Any, top_k: int, where: str) -> RoutingStats:
-    if not isinstance(layers, dict) or not layers or not all(key.isdecimal() for key in layers):
+    if not isinstance(layers, dict) or not layers or not all(re.fullmatch(r"[0-9]{1,6}", key) for key in layers):
         raise DataError(f"{where}: expected layer numbers with their counts, as in {_SHAPE}")
     rows = {int(key): value for key, value in layers.items()}
+    if len(rows) < len(layers):
+        raise DataError(f"{where}: a layer is given twice")
     rows = dict(sorted(rows.items()))
     for layer, counts in rows.items():
         whole = isinstance(counts, list) and all(type(count) is int and 0 <= count < 2**62 for count in counts)
         if not whole or not counts:
             raise DataError(f"{where}, layer {layer}: expected a list of whole numbers from 0, one an expert")
     num_experts = len(next(iter(rows.values())))
+    if num_experts > MAX_EXPERTS or num_experts * len(rows) > MAX_CELLS:
+        raise DataError(f"{where}: {len(rows)} layers of {num_experts} experts, more than any model has")
     # An engine with a capacity limit drops routes, so layers may differ: the fullest tells the tokens.
     tokens = max(sum(counts) for counts in rows.values()) // top_k
     if tokens == 0 or top_k > num_experts:
@@ -72,6 +75,7 @@ def _domain(layers: Any, top_k: int, where: str) -> RoutingStats:
             "num_tokens": torch.tensor(tokens),
             "counts": torch.tensor(list(rows.values())),
             "probability": torch.zeros(L, E),
-            "coactivation": torch.zeros(L, E, E),
+            # One zero that stands for all: experts squared would be far more than the file.
+            "coactivation": torch.zeros((), dtype=torch.int64).expand(L, E, E),
         },
     )

@@ -105,7 +105,7 @@ def _file_names(domains: Mapping[str, Any]) -> dict[str, str]:
     """Domain -> a file name without characters that mean something in a path, unique in any case."""
     names: dict[str, str] = {}
     for domain in domains:
-        plain = re.sub(r"[^\w.-]+", "_", domain).strip("._") or "domain"
+        plain = re.sub(r"[^\w.-]+", "_", domain).strip("._")[:60] or "domain"
         taken = {name.lower() for name in names.values()}
         names[domain] = next(n for n in (plain, *(f"{plain}-{i}" for i in range(2, 10**6))) if n.lower() not in taken)
     return names

@@ -53,7 +53,7 @@ def build_report(
         upcycling: from `upcycling.build_upcycling`.
     """
     first = next(iter(stats.values()))
-    together = {name: coactivation(sums) for name, sums in stats.items() if sums.coactivation_LEE.any()}
+    together = {name: coactivation(sums) for name, sums in stats.items() if sums.has_pairs}
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": model,

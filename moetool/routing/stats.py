@@ -110,6 +110,11 @@ class RoutingStats:
         """Tokens for which both experts were chosen; the diagonal is `counts_LE`."""
         return self._stack(2)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether pairs were counted; another engine's counts of routes have none."""
+        return any(bool(sums[2].any()) for sums in self._sums.values())
+
     def __add__(self, other: RoutingStats) -> RoutingStats:
         """The stats of both texts together.
 
@@ -139,8 +144,8 @@ class RoutingStats:
     @classmethod
     def from_arrays(cls, layers: Iterable[int], top_k: int, arrays: Mapping[str, Tensor]) -> RoutingStats:
         """The inverse of `arrays`."""
-        stats = cls(layers, arrays["counts"].shape[-1], top_k)
-        stats.num_tokens = int(arrays["num_tokens"])
+        stats = cls([], arrays["counts"].shape[-1], top_k)
+        stats.layers, stats.num_tokens = list(layers), int(arrays["num_tokens"])
         for row, layer in enumerate(stats.layers):
             parts = (arrays["counts"][row], arrays["probability"][row], arrays["coactivation"][row])
             stats._sums[layer] = [part.to(dtype) for part, dtype in zip(parts, _DTYPES, strict=True)]

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetool.checkpoint.folder import UNFINISHED, naming, sync_folder, write_file
-from moetool.checkpoint.reader import CheckpointReader, read_json
+from moetool.checkpoint.folder import UNFINISHED, create, naming, sync_folder, write_file
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.checkpoint.writer import COMPANIONS
 from moetool.errors import ConfigError
+from moetool.outside import read_json
 from moetool.recipe import LINEAGE, extend_lineage
 from moetool.train.selection import is_selection_bias
 
@@ -88,7 +89,7 @@ def publish(step_folder: Path, out: Path, summary: Mapping[str, Any]) -> None:
     files = sorted(path for path in step_folder.iterdir() if path.is_file() and path.name != "config.json")
     for path in files:
         unfinished = out / (path.name + UNFINISHED)
-        with naming(unfinished), path.open("rb") as source, unfinished.open("wb") as target:
+        with naming(unfinished), path.open("rb") as source, open(create(unfinished), "wb") as target:
             shutil.copyfileobj(source, target, 1 << 24)
             target.flush()
             os.fsync(target.fileno())

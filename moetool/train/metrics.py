@@ -11,8 +11,14 @@ import numpy as np
 import torch
 
 from moetool.checkpoint.folder import naming, write_file
+from moetool.outside import fits
 from moetool.routing.metrics import dead_experts, entropy, mri
 from moetool.routing.stats import RoutingStats
+
+# What a run that goes on relies on in a row, and in one of a training step.
+_ROW = {"step": int, "val": {"*": float}, "routing": {"*": {"mri": [float]}}}
+_EMPTY: dict[str, Any] = {"val": {}, "routing": {}}
+_TRAINED = _ROW | {"loss": float, "tokens_per_second": float}
 
 
 class MetricsLog:
@@ -21,7 +27,7 @@ class MetricsLog:
     def __init__(self, path: Path, step: int) -> None:
         """Keep the rows up to `step`, those of the checkpoint that is resumed from; 0 keeps none."""
         self.path = path
-        kept = [row for row in self.rows() if row["step"] <= step] if step and path.exists() else []
+        kept = [row for row in self.rows() if row["step"] <= step] if step and path.is_file() else []
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -30,14 +36,14 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows in order; a line that a kill cut short is left out."""
+        """The rows in order; a line that a kill cut short, or that is no row, is left out."""
         with self.path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                if isinstance(row, dict) and fits(_EMPTY | row, _TRAINED if "loss" in row else _ROW):
                     yield row
 
 
@@ -80,7 +86,7 @@ def summarize(log: MetricsLog, step_tokens: int, train: Collection[str]) -> dict
     for row in log.rows():
         if "loss" in row:
             loss = row["loss"]
-            seconds += step_tokens / row["tokens_per_second"]
+            seconds += step_tokens / max(row["tokens_per_second"], 1e-9)
             tokens += step_tokens
         for name, value in row.get("val", {}).items():
             val.setdefault(name, {"before": value})["after"] = value

@@ -18,8 +18,8 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moetool.checkpoint.reader import read_json
 from moetool.errors import CheckpointError
+from moetool.outside import fits, read_json
 from moetool.train import zero
 from moetool.train.processes import share, whole
 
@@ -41,7 +41,10 @@ def intact(folder: Path, within: str = "") -> dict[str, Any]:
         CheckpointError: names the first that is not.
     """
     identity = read_identity(folder)
-    for name, digest in read_json(folder / STATE / "state.json").get("files", {}).items():
+    files = read_json(folder / STATE / "state.json").get("files", {})
+    if not fits(files, {"*": str}):
+        raise CheckpointError(f"{folder / STATE / 'state.json'} is damaged (files)")
+    for name, digest in files.items():
         if not name.startswith(within):
             continue
         path = folder / name

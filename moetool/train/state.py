@@ -18,13 +18,29 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from moetool.checkpoint.folder import PARTIAL, naming, sync_folder, write_file
-from moetool.checkpoint.reader import INDEX, read_json
+from moetool.checkpoint.folder import PARTIAL, naming, remove, sync_folder, write_file
+from moetool.checkpoint.reader import INDEX
 from moetool.checkpoint.writer import foreign_files
 from moetool.errors import CheckpointError, ConfigError
+from moetool.outside import fits, read_json
 from moetool.train import resume
 
 METRICS, SUMMARY, STEPS, TRACKERS = "metrics.jsonl", "summary.json", "checkpoints", "trackers"
+
+
+_NUMBERS = {"*": float}
+# What is told of a finished run.
+_SUMMARY = {
+    "steps": int,
+    "tokens": int,
+    "val": {"*": {"before": float, "after": float}},
+    "mri": {"*": {"before": [float], "after": [float]}},
+    "adaptation": _NUMBERS,
+    "forgetting": _NUMBERS,
+    "ledger": {"*": {"tokens": int, "epochs": float}},
+    "tokens_per_second": (float, type(None)),
+    "identity": {},
+}
 
 
 def check_folder(model: Path, out: Path, resume: bool = True) -> None:
@@ -102,7 +118,7 @@ def clear(out: Path) -> None:
         _delete(step_folder(out, step))
     for name in (STEPS, TRACKERS):
         if (out / name).exists():
-            shutil.rmtree(out / name)
+            remove(out / name)
     for path in out.iterdir():
         if path.name != PARTIAL:
             path.unlink()
@@ -138,8 +154,10 @@ def find(out: Path) -> Found:
     """
     if (out / SUMMARY).exists() and (out / "config.json").exists() and not (out / PARTIAL).exists():
         summary = read_json(out / SUMMARY)
-        identity = summary.pop("identity", {})
-        return Found(int(summary.get("steps", 0)), identity, summary)
+        if not fits(summary, _SUMMARY) or (summary["mri"] and not summary["val"].keys() <= summary["mri"].keys()):
+            raise CheckpointError(f"{out / SUMMARY} is damaged; begin again with --no-resume, or choose another OUT")
+        identity = summary.pop("identity")
+        return Found(summary["steps"], identity, summary)
     damaged: list[str] = []
     for step in reversed(_steps(out, "*")):
         try:
@@ -207,14 +225,14 @@ def save_step(out: Path, step: int, fill: Callable[[Path], None], keep: int) -> 
 def sweep(out: Path) -> None:
     """Delete what a killed run left half-written or half-deleted."""
     for leftover in (out / STEPS).glob(".step-*"):
-        shutil.rmtree(leftover)
+        remove(leftover)
 
 
 def _delete(folder: Path) -> None:
     # Renamed first: a folder that bears a step's name is never half a checkpoint.
     doomed = folder.with_name(f".{folder.name}.deleted")
     os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo, read_json, sha256_file
+from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo, sha256_file
 from moetool.checkpoint.writer import check_written
 from moetool.errors import CheckpointError
+from moetool.outside import read_json
 from moetool.progress import Progress, silent
 from moetool.recipe import read_lineage, redrawn_units, units_digest
 from moetool.upcycle.blocks import Cache, kept_block

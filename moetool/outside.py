@@ -1,0 +1,126 @@
+"""Documents and names from outside: read with a bound on everything, shown so that they cannot act."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from moetool.errors import CheckpointError, MoetoolError
+
+MAX_JSON = 50_000_000  # bytes of a config.json, an index, a lineage
+MAX_DEPTH = 100  # of brackets in brackets; Python's own recursion ends at a few hundred, in places of its choice
+_ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, direction and half characters, line and paragraph breaks
+
+
+def printable(text: str) -> str:
+    r"""Text in which every character that could act on a terminal is written out: `\x1b`, `\u202e`, `\n`."""
+    if text.isprintable():
+        return text
+    return "".join(_written_out(c) if unicodedata.category(c) in _ACTING else c for c in text)
+
+
+def _written_out(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+_NOT_ASCII = re.compile(r"[^\x00-\x7e]")
+
+
+def printable_json(text: str) -> str:
+    """A JSON document, the same value, in which such characters are escapes."""
+    return _NOT_ASCII.sub(lambda m: json.dumps(m[0])[1:-1] if unicodedata.category(m[0]) in _ACTING else m[0], text)
+
+
+def read_bytes(
+    path: Path, limit: int = MAX_JSON, error: type[MoetoolError] = CheckpointError, pipe: bool = False
+) -> bytes:
+    """Read a whole file of at most `limit` bytes.
+
+    Args:
+        path: followed if it is a link.
+        limit: in bytes; no more is read.
+        error: what is raised.
+        pipe: whether it may be other than a regular file: what a user typed may be a pipe, what a
+            checkpoint holds may not (a pipe blocks, a device has no end).
+
+    Raises:
+        MoetoolError: absent, unreadable, too large, or a pipe or device; of the kind that was asked for.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if pipe else os.O_NONBLOCK))
+        with open(descriptor, "rb") as file:
+            if not pipe and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise error(f"{path} is no file; a pipe, device or folder in its place is not read")
+            size = limit if pipe else min(limit, os.fstat(descriptor).st_size)
+            data = file.read(size + 1)
+    except OSError as failed:
+        raise error(f"{path}: {os.strerror(failed.errno or errno.EIO).lower()}") from None
+    except ValueError:  # a NUL or half a character in its name
+        raise error(f"{path} is no name that a file can have") from None
+    if len(data) > limit:
+        raise error(f"{path} is larger than {limit} bytes; that is no {path.name}")
+    return data
+
+
+def parse_json(raw: bytes, where: str, error: type[MoetoolError] = CheckpointError) -> Any:
+    """Parse a JSON document.
+
+    Raises:
+        MoetoolError: not UTF-8, not JSON, or nested deeper than MAX_DEPTH; of the kind that was asked for.
+    """
+    try:
+        document = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as failed:
+        raise error(f"{where} is not valid JSON: {str(failed)[:200]}") from None
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+        level = [document]
+        for _ in range(MAX_DEPTH):
+            inner = (list(o.values()) if isinstance(o, dict) else o for o in level if isinstance(o, (dict, list)))
+            level = [o for values in inner for o in values if isinstance(o, (dict, list))]
+            if not level:
+                return document
+        raise error(f"{where} is nested more than {MAX_DEPTH} levels deep; no program writes that")
+    return document
+
+
+def read_json(path: Path, error: type[MoetoolError] = CheckpointError) -> dict[str, Any]:
+    """Read a JSON object from a regular file.
+
+    Raises:
+        MoetoolError: see `read_bytes` and `parse_json`, or not an object; of the kind that was asked for.
+    """
+    document = parse_json(read_bytes(path, error=error), str(path), error)
+    if not isinstance(document, dict):
+        raise error(f"{path} holds a JSON {type(document).__name__}, not an object")
+    return document
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a document has the parts that its reader relies on.
+
+    Args:
+        value: of a JSON document.
+        shape: a type (object: anything; int and float: a number below 2^63, which True is not); a tuple of
+            shapes, one of which must fit; a list of one shape, that of every item, of which there is at least
+            one; a dict of the shapes of the keys that must be there, `"*"` for that of all keys.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return False
+        named = all(key in value and fits(value[key], inner) for key, inner in shape.items() if key != "*")
+        return named and ("*" not in shape or all(fits(item, shape["*"]) for item in value.values()))
+    if isinstance(shape, list):
+        return isinstance(value, list) and bool(value) and all(fits(item, shape[0]) for item in value)
+    if isinstance(shape, tuple):
+        return any(fits(value, one) for one in shape)
+    if shape is object:
+        return True
+    if shape in (int, float):
+        return type(value) in (int, shape) and not abs(value) >= 2**63
+    return type(value) is shape
