@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
@@ -19,11 +20,12 @@ from moetool.commands.analyze_routing import analyze_routing
 from moetool.commands.cpt import cpt
 from moetool.commands.eval import evaluate
 from moetool.commands.inspect import inspect
+from moetool.commands.options import OpenPlaces
 from moetool.commands.quickstart import quickstart
 from moetool.commands.tokenize import tokenize
 from moetool.commands.upcycle import upcycle
 from moetool.commands.verify import verify
-from moetool.errors import MoetoolError
+from moetool.errors import MoetoolError, out_of_memory
 from moetool.outside import printable
 
 app = typer.Typer(
@@ -47,7 +49,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
 }
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    # A docstring's lines end where the source's do; its paragraphs are to be as wide as the terminal.
+    _help = [" ".join(paragraph.split()) for paragraph in (_command.__doc__ or "").split("\n\n")]
+    app.command(_name, cls=OpenPlaces, help="\n\n".join(_help))(_command)
 
 
 def _version(value: bool) -> None:
@@ -96,11 +100,6 @@ _ADVICE = {
 }
 
 
-# How torch, oneDNN, numpy, Python's threads and the loader of libraries say that there is no memory left.
-_NO_MEMORY = (
-    "can't allocate memory", "out of memory", "Unable to allocate", "annot allocate memory", "can't start new thread",
-    "could not create a primitive", "failed to map segment",
-)  # fmt: skip
 # How gloo and NCCL say that another process is gone.
 _NO_PEER = ("by peer", "gloo/transport", "NCCL error", "remote process exited", "Broken pipe")
 _LESS_MEMORY = {
@@ -154,10 +153,11 @@ def run(arguments: list[str]) -> int:
         advice = _ADVICE.get(error.errno or 0, "mend it and run the same command again")
         return _fail(f"{where}{os.strerror(error.errno or 0).lower()}; {advice}", 1)
     except Exception as error:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        if out_of_memory(error):
             reason = " ".join(str(error).split())[:200]
+            estimate = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
             advice = _LESS_MEMORY.get(next(iter(arguments), ""), "use a machine with more")
-            return _fail(f"out of memory{reason and f' ({reason})'}; {advice}", 1)
+            return _fail(f"out of memory{reason and f' ({reason})'}{estimate}; {advice}", 1)
         if os.environ.get("WORLD_SIZE", "1") != "1" and any(sign in str(error) for sign in _NO_PEER):
             return _fail("another process of this launch has ended; when it can run, give the same command again", 1)
         traceback.print_exc()
@@ -179,6 +179,10 @@ def main() -> NoReturn:
     # made training four times slower; on free cores a short spin is as fast. Read when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # What libraries have to say of their own insides is none of a user's business, with --quiet or without.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     try:
         code = _flushed(run(sys.argv[1:]))
         # Leaving takes a moment. What comes now comes too late where the work is done; else it ends it at once.

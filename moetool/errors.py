@@ -31,3 +31,15 @@ class CheckFailed(MoetoolError):
     """A `--fail-if` condition holds."""
 
     exit_code = 3
+
+
+# How torch, oneDNN, numpy, Python's threads and the loader of libraries say that there is no memory left.
+_NO_MEMORY = (
+    "can't allocate memory", "out of memory", "Unable to allocate", "annot allocate memory", "can't start new thread",
+    "could not create a primitive", "failed to map segment",
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of any library says that there is no memory left."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)

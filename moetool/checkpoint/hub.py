@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -30,7 +31,9 @@ def resolve_model(model: str, weights: bool = True) -> Path:
     if path.exists():
         raise CheckpointError(f"{model} is a file; give the folder that holds config.json and the safetensors shards")
     if not _HUB_NAME.match(model):
-        raise CheckpointError(f"no folder {model}; give a folder that holds config.json and the safetensors shards")
+        raise CheckpointError(
+            f"no folder {model}{_near(path)}; give a folder that holds config.json and the safetensors shards"
+        )
     name, _, revision = model.partition("@")
     return Path(_download(name, revision or None, model, weights))
 
@@ -94,12 +97,39 @@ def fetch_headers(model: str, into: Path) -> Path:
     return folder
 
 
+def _near(path: Path) -> str:
+    """A clause that names the folder beside which `path` would lie, if one is spelled almost so."""
+    try:
+        beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
+
+
 def _no_answer(model: str, error: Exception) -> CheckpointError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return CheckpointError(
-        f"no folder {model} here, and the hub did not give it ({type(error).__name__}: {first[:160]});"
-        " check the spelling, or the network and `hf auth login`"
-    )
+    """What the hub's client says, in one line, with what to do: it tells a network from a name from a licence."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    name, _, revision = model.partition("@")
+    if isinstance(error, GatedRepoError):
+        why = f"({name} is gated); accept its licence on its page, then `hf auth login`"
+    elif isinstance(error, RepositoryNotFoundError):
+        why = "(it has no such model, or a private one); check the spelling, or `hf auth login`"
+    elif isinstance(error, (LocalEntryNotFoundError, ConnectionError)):
+        fetch = f"hf download {name}{f' --revision {revision}' if revision else ''}"
+        why = (
+            f"({_first_line(error.__cause__ or error)}); check the spelling, or the network; without one, run `{fetch}`"
+            " where there is one and give the folder that it prints"
+        )
+    else:
+        why = f"({_first_line(error)}); check the spelling, or the network and `hf auth login`"
+    return CheckpointError(f"no folder {model} here{_near(Path(name))}, and the hub did not give it {why}")
+
+
+def _first_line(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
 
 
 def _download(name: str, revision: str | None, model: str, weights: bool) -> str:

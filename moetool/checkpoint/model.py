@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetool.checkpoint.reader import CheckpointReader, check_entries
-from moetool.errors import CheckpointError, ConfigError, DataError
+from moetool.errors import CheckpointError, ConfigError, DataError, out_of_memory
 from moetool.outside import read_json
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def load_model(
             **options,
         )
     except Exception as error:  # a damaged or foreign checkpoint fails in a dozen ways
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from None
     wrong = {kind: sorted(str(key) for key in info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}

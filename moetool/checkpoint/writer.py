@@ -21,6 +21,7 @@ from moetool.checkpoint.folder import PARTIAL, UNFINISHED, create, naming, sync_
 from moetool.checkpoint.reader import INDEX, ITEM_SIZE, SINGLE, read_header
 from moetool.errors import CheckpointError
 from moetool.outside import read_json
+from moetool.recipe import read_lineage
 
 # What `--overwrite` may delete: names of a checkpoint's layout and of moetool's own files.
 KNOWN_FILES = {
@@ -141,21 +142,30 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
         clear(folder)
         return
     if not (folder / PARTIAL).is_file():
-        what = "is a finished checkpoint of something else" if (folder / "config.json").is_file() else "is not empty"
+        what = "is not empty"
+        if (folder / "config.json").is_file():
+            lineage = (read_lineage(folder) or {}).get("lineage") or [{}]
+            what = "is a finished checkpoint of something else" + _changes(lineage[0].get("recipe"), identity)
         raise CheckpointError(f"{folder} {what}; choose another folder, or replace a checkpoint with --overwrite")
     left = read_json(folder / PARTIAL)
     # Through JSON and back, so that both sides have the same types.
     wanted = json.loads(json.dumps(identity))
     differing = [key for key in wanted if left.get(key) != wanted[key]]
     if differing:
-        old, new = left.get("recipe"), wanted.get("recipe")
-        changes = ""
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes = ", ".join(f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
+        how = _changes(left.get("recipe"), wanted) if "recipe" in differing else f" ({', '.join(differing)})"
         raise CheckpointError(
-            f"{folder} holds an unfinished conversion that differs ({changes or ', '.join(differing)});"
+            f"{folder} holds an unfinished conversion that differs{how};"
             " finish it with its own command, choose another folder, or give --overwrite"
         )
+
+
+def _changes(old: Any, identity: Mapping[str, Any]) -> str:
+    """A clause on what a recipe asks for otherwise than an earlier one: ` (drop_ratio 0.25 -> 0.5)`."""
+    new = json.loads(json.dumps(identity)).get("recipe")
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return ""
+    changes = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+    return f" ({', '.join(changes)})" if changes else " (the same recipe, of another source or changed since)"
 
 
 class CheckpointWriter:

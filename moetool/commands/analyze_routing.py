@@ -14,10 +14,12 @@ from moetool import registry
 from moetool.commands.analyze_routing_checks import MEASURES, apply, check_asked_for, parse_check
 from moetool.commands.analyze_routing_table import summary, table
 from moetool.commands.console import Console, escape
+from moetool.commands.memory import estimated, tell_weights
 from moetool.commands.options import (
     ConfigFlag,
     JsonFlag,
     QuietFlag,
+    completing,
     named_paths,
     parse_count,
     write_options,
@@ -56,6 +58,7 @@ def analyze_routing(
             metavar="CHECK",
             help="Exit with 3 if a layer has, say, 'mri>0.6'. Measures: "
             f"{', '.join(name for kind in MEASURES for name in registry.names(kind))}.",
+            autocompletion=completing([name for kind in MEASURES for name in registry.names(kind)]),
             show_default=False,
         ),
     ] = None,
@@ -188,6 +191,7 @@ def analyze_routing(
             report = build_report(counts.name, read_counts(counts, top_k or 1))
         else:
             from moetool.checkpoint.hub import resolve_model
+            from moetool.checkpoint.model import pick_device
             from moetool.data.text import TextSource
             from moetool.data.tokens import tokenized, tokenizer_sha256
             from moetool.routing.analysis import Settings, analyze
@@ -197,20 +201,22 @@ def analyze_routing(
                 raise ConfigError(
                     f"--compare: {compare} has another tokenizer than {model}; the tokens must be the same"
                 )
+            estimate = tell_weights(console, [folder for _, folder in models], dtype, pick_device(device), device_map)
             settings = Settings(max_tokens, seq_len, batch_size, device, dtype, device_map, layers, unit_use)
             streams = {
                 name: tokenized(TextSource(path, text_field, document), models[0][1], progress)
                 for name, path in texts.items()
             }
-            report = analyze(
-                models[0],
-                streams,
-                settings,
-                compare=models[1] if compare else None,
-                scratch=out,
-                notice=lambda message: console.say(f"[dim]{escape(message)}[/dim]"),
-                progress=progress,
-            )
+            with estimated(estimate):
+                report = analyze(
+                    models[0],
+                    streams,
+                    settings,
+                    compare=models[1] if compare else None,
+                    scratch=out,
+                    notice=lambda message: console.say(f"[dim]{escape(message)}[/dim]"),
+                    progress=progress,
+                )
         from moetool.routing.report import write_report
 
         files = write_report(report, out)

@@ -41,7 +41,7 @@ def table(report: dict[str, Any], width: int) -> Table:
             *(cell(row) for cell in columns.values()),
         ]
         if width >= 60:
-            cells.append(Text("█" * max(1, round(row["mri"] * 12)), style=_TONE[level]))
+            cells.append(f"[{_TONE[level]}]{'█' * max(1, round(row['mri'] * 12))}[/]")
         shown.add_row(*cells)
     return shown
 

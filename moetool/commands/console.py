@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from moetool.outside import printable, printable_json
 from moetool.progress import Progress as ProgressCallback
@@ -33,11 +34,18 @@ def escape(text: str) -> str:
     return escape_markup(printable(text))
 
 
+# For terminals that know no Unicode, as wide as what they stand for.
+_ASCII = str.maketrans({"±": "~", "↑": "^", "↓": "v", "█": "#", "→": ">", "…": "."})
+
+
 class _Rich(RichConsole):
     """rich's console, but a reader that leaves a pipe is told to cli.run, not turned into exit code 1."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(text if self.encoding.startswith("utf") else text.translate(_ASCII), **options)
 
 
 class Console:
@@ -52,20 +60,28 @@ class Console:
         self.json = json
         self.quiet = quiet
         self._result_hidden = quiet or step
-        self._messages = _Rich(stderr=json, highlight=False, soft_wrap=True)
+        self._messages = _Rich(stderr=json, highlight=False)
+        # A terminal gets lines broken between words; a file or a pipe gets them whole.
+        self._messages.soft_wrap = not self._messages.is_terminal
         self._progress = _Rich(stderr=True)
 
-    def say(self, message: RenderableType) -> None:
-        """Print a message for people (rich markup; `escape` what comes from outside)."""
+    def say(self, message: RenderableType, whole: bool = False) -> None:
+        """Print a message for people (rich markup; `escape` what comes from outside).
+
+        Args:
+            message: what to print.
+            whole: break no line, so that a command can be copied from the terminal.
+        """
         if not self._result_hidden:
             with _unheard() if self.json else _naming_stdout():
-                self._messages.print(message)
+                self._messages.print(message, soft_wrap=whole or None)
 
     def warn(self, message: str) -> None:
         """Print a warning on stderr (plain text)."""
         if not self.quiet:
+            wrap = not self._progress.is_terminal
             with _unheard():
-                self._progress.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
+                self._progress.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=wrap)
 
     def result(self, document: dict[str, Any], *renderables: RenderableType) -> None:
         """Print a command's outcome: the document with `--json`, else the renderables."""

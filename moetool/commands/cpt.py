@@ -12,10 +12,12 @@ from rich.table import Table
 
 from moetool import registry
 from moetool.commands.console import Console, count, escape, size
+from moetool.commands.memory import estimated
 from moetool.commands.options import (
     ConfigFlag,
     JsonFlag,
     QuietFlag,
+    completing,
     named_paths,
     one_of,
     parse_count,
@@ -127,6 +129,7 @@ def cpt(
             "Learning rate over the steps.",
             metavar="|".join(registry.names("schedule")),
             callback=one_of("schedule"),
+            autocompletion=completing(registry.names("schedule")),
         ),
     ] = "cosine",
     lr: Annotated[float, _option(RATE, "Peak learning rate.", min=0.0)] = 3e-4,
@@ -169,6 +172,7 @@ def cpt(
             "aux=0.01 and z-loss=0.001",
             metavar="NAME[=COEFFICIENT]",
             callback=_balance,
+            autocompletion=completing(registry.names("balance")),
         ),
     ] = None,
     freeze_router: Annotated[bool, _option(MOE, "Train everything but the routers.")] = False,
@@ -195,7 +199,13 @@ def cpt(
     ] = True,
     log_with: Annotated[
         list[str] | None,
-        _option(RUN, f"Also log to a tracker: {', '.join(TRACKERS)}; repeats.", metavar="NAME", callback=_trackers),
+        _option(
+            RUN,
+            f"Also log to a tracker: {', '.join(TRACKERS)}; repeats.",
+            metavar="NAME",
+            callback=_trackers,
+            autocompletion=completing(TRACKERS),
+        ),
     ] = None,
     seed: Annotated[int, _option(RUN, "Of the data order and of dropout.", min=0)] = 0,
     json: JsonFlag = False,
@@ -306,10 +316,14 @@ def cpt(
         finished = not isinstance(run, Run)
         if isinstance(run, Run):
             console.say(_plan_text(run.plan))
+            opened.enter_context(estimated(_memory_text(run.plan)))
+            told = len(run.warnings)
+            for warning in run.warnings:
+                console.warn(warning)
             with console.progress() as progress:
                 progress("load the model", 0, 1)
                 run.load()
-            for warning in run.warnings:
+            for warning in run.warnings[told:]:
                 console.warn(warning)
             if main:
                 write_options(context, out)
@@ -367,11 +381,14 @@ def _plan_text(plan: dict[str, Any]) -> str:
             f" {source['epochs']:.2g} epochs of {count(source['available_tokens'])}"
         )
     lines += [f"  val    {escape(name)}: {count(tokens)} tokens" for name, tokens in plan["val"].items()]
+    return "\n".join([*lines, f"  {_memory_text(plan)}"])
+
+
+def _memory_text(plan: dict[str, Any]) -> str:
     need = plan["memory"]
     parts = ", ".join(f"{name} {size(need[name])}" for name in ("weights", "gradients", "optimizer", "activations"))
     each = " in each process" if plan["num_processes"] > 1 else ""
-    lines.append(f"  memory about {size(need['total'])}{each}: {parts}")
-    return "\n".join(lines)
+    return f"memory about {size(need['total'])}{each}: {parts}"
 
 
 def _result_text(summary: dict[str, Any]) -> list[Any]:

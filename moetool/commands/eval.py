@@ -13,7 +13,16 @@ import typer
 from moetool import registry
 from moetool.commands.console import Console, escape
 from moetool.commands.eval_table import score_table
-from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, named_paths, one_of, write_options
+from moetool.commands.memory import estimated, tell_weights
+from moetool.commands.options import (
+    ConfigFlag,
+    JsonFlag,
+    QuietFlag,
+    completing,
+    named_paths,
+    one_of,
+    write_options,
+)
 from moetool.errors import EvaluationError
 
 
@@ -49,6 +58,7 @@ def evaluate(
             metavar="NAME",
             help=f"A paper's list of tasks: {', '.join(registry.names('suite'))}.",
             callback=one_of("suite"),
+            autocompletion=completing(registry.names("suite")),
             show_default=False,
         ),
     ] = None,
@@ -141,22 +151,26 @@ def evaluate(
 
     # Of several processes only the first is heard.
     console = Console(context, json, quiet or os.environ.get("RANK", "0") != "0")
-    with ExitStack() as stack, console.progress() as progress, hushed():
+    with console.progress() as progress, hushed():
         progress("start", 0, 1, "lm-eval")
-        from moetool.checkpoint.folder import FolderLock
         from moetool.checkpoint.model import pick_device
-        from moetool.data.text import TextSource
         from moetool.evaluate import run
+        from moetool.evaluate.tasks import network
+
+        hardware = pick_device(device)
+        with network(allowed=not offline):
+            folders = _distinct([baseline, *models] if baseline else models)
+            run.check_models(folders)
+    estimate = tell_weights(console, folders.values(), dtype, hardware, device_map)
+    with ExitStack() as stack, console.progress() as progress, hushed(), estimated(estimate):
+        from moetool.checkpoint.folder import FolderLock
+        from moetool.data.text import TextSource
         from moetool.evaluate.plots import write_plots
         from moetool.evaluate.processes import is_first, joined
         from moetool.evaluate.results import build_document, write_results
-        from moetool.evaluate.tasks import code_execution, load_tasks, network, text_task
+        from moetool.evaluate.tasks import code_execution, load_tasks, text_task
 
-        progress("start", 1, 1)
-        hardware = pick_device(device)
         with network(allowed=not offline), code_execution(allow_code_execution):
-            folders = _distinct([baseline, *models] if baseline else models)
-            run.check_models(folders)
             loaded = load_tasks(requested, include_path, allow_code_execution, progress)
             for name, path in texts.items():
                 if name in loaded.tasks:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
 
 from moetool import registry
 from moetool.errors import ConfigError
@@ -78,13 +80,47 @@ def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:
 
 def _apply_config(context: typer.Context, value: Path | None) -> Path | None:
     if value is not None and not context.resilient_parsing:
-        parameters = {
-            str(p.name): p.nargs == -1 or bool(getattr(p, "multiple", False))
-            for p in context.command.params
-            if p.name not in ("json", "quiet", "config", "help")
-        }
-        context.default_map = read_config(value, parameters)
+        context.default_map = read_config(value, _takes_list(context.command))
     return value
+
+
+class OpenPlaces(TyperCommand):
+    """A command whose typed positionals go to the places that `--config` leaves open."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        places = [p for p in self.params if p.param_type_name == "argument" and p.nargs == 1]
+        if len(places) > 1 and not ctx.resilient_parsing and any(a.partition("=")[0] == "--config" for a in args):
+            given, rest, _ = self.make_parser(ctx).parse_args(args=list(args))
+            names = [str(place.name) for place in places]
+            typed_ones = [given[name] for name in names if isinstance(given.get(name), str)]
+            path = given.get("config")
+            if isinstance(path, str) and 0 < len(typed_ones) < len(names) and not rest:
+                file = read_config(Path(path), _takes_list(self))
+                left = [name for name in names if name not in file]
+                if not left:
+                    either = " or ".join(name.upper() for name in names)
+                    ctx.fail(
+                        f"'{typed_ones[0]}' could be {either}, and --config {path} gives both: type"
+                        f" {' '.join(name.upper() for name in names)}, or take one out of the file"
+                    )
+                if left != names[: len(left)] and len(left) == len(typed_ones):
+                    before = [file[name] for name in names[: names.index(left[0])]]
+                    args = [*before, *args]
+        try:
+            return super().parse_args(ctx, args)
+        except TyperException as error:
+            if "unexpected extra" in error.message and "=" in error.message.partition("(")[2]:
+                error.message += "; an option that repeats takes one value each: --train a=A --train b=B"
+            raise
+
+
+def _takes_list(command: Any) -> dict[str, bool]:
+    """Parameter name -> whether it takes a list, for those that a configuration file may hold."""
+    return {
+        str(p.name): p.nargs == -1 or bool(getattr(p, "multiple", False))
+        for p in command.params
+        if p.name not in ("json", "quiet", "config", "help")
+    }
 
 
 JsonFlag = Annotated[
@@ -117,6 +153,15 @@ def one_of(kind: str) -> Callable[[str], str]:
     return callback
 
 
+def completing(names: Sequence[str]) -> Callable[[str], Sequence[str]]:
+    """What a shell offers for the value of an option."""
+
+    def offered(incomplete: str) -> Sequence[str]:
+        return names
+
+    return offered
+
+
 def named_paths(values: list[str], flag: str) -> dict[str, str]:
     """Split repeated NAME=PATH values at the first `=`.
 
@@ -127,7 +172,8 @@ def named_paths(values: list[str], flag: str) -> dict[str, str]:
     for value in values:
         name, equals, path = value.partition("=")
         if not (name and equals and path):
-            raise typer.BadParameter(f"{flag} '{value}': expected NAME=PATH, such as {flag} code=src.jsonl")
+            example = f"{name or 'code'}={path or 'src.jsonl'}" if equals else f"{Path(value).stem or 'code'}={value}"
+            raise typer.BadParameter(f"{flag} '{value}': expected NAME=PATH, such as {flag} {example}")
         if name in paths:
             raise typer.BadParameter(f"{flag}: the name '{name}' is given twice")
         paths[name] = path

@@ -56,9 +56,8 @@ def quickstart(
     def tell(step: Step) -> None:
         nonlocal number
         number += 1
-        console.say(
-            f"\n[bold]{number}. {escape(step.title)}[/bold]\n[dim]   moetool {escape(shlex.join(step.arguments))}[/dim]"
-        )
+        console.say(f"\n[bold]{number}. {escape(step.title)}[/bold]")
+        console.say(f"[dim]   moetool {escape(shlex.join(step.arguments))}[/dim]", whole=True)
 
     def run(arguments: list[str]) -> dict[str, Any]:
         stepped = time.perf_counter()

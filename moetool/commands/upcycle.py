@@ -19,6 +19,7 @@ from moetool.commands.options import (
     ConfigFlag,
     JsonFlag,
     QuietFlag,
+    completing,
     num_cores,
     one_of,
     options_text,
@@ -40,7 +41,7 @@ def decimal(text: str) -> Decimal:
         raise typer.BadParameter(f"'{text}' is no number") from None
     if not value.is_finite() or value < 0:
         raise typer.BadParameter(f"{text} is no number of 0 or more")
-    return value
+    return Decimal(f"{value.normalize():f}")  # 0.50 is the recipe of 0.5
 
 
 def ratio(text: str) -> Decimal:
@@ -88,6 +89,7 @@ def upcycle(
         typer.Option(
             metavar=_choices("method"),
             callback=one_of("method"),
+            autocompletion=completing(registry.names("method")),
             help="How experts come from the dense FFN: part of the units redrawn, plain copies, noise added to a part,"
             " or all drawn anew.",
         ),
@@ -122,7 +124,13 @@ def upcycle(
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option(metavar=_choices("target", "auto"), callback=_target, help="The MoE family to write.")
+        str,
+        typer.Option(
+            metavar=_choices("target", "auto"),
+            callback=_target,
+            autocompletion=completing(["auto", *registry.names("target")]),
+            help="The MoE family to write.",
+        ),
     ] = "auto",
     granularity: Annotated[
         int, typer.Option(min=1, metavar="G", help="Split each dense FFN into G parts; an expert is one.")
@@ -138,7 +146,12 @@ def upcycle(
     ] = "all",
     router: Annotated[
         str,
-        typer.Option(metavar=_choices("router"), callback=one_of("router"), help="How the router's rows are drawn."),
+        typer.Option(
+            metavar=_choices("router"),
+            callback=one_of("router"),
+            autocompletion=completing(registry.names("router")),
+            help="How the router's rows are drawn.",
+        ),
     ] = "normal",
     router_std: Annotated[
         Decimal, typer.Option(parser=decimal, metavar="STD", help="Standard deviation of the router's rows.")

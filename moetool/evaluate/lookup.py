@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from moetool.errors import EvaluationError, MoetoolError
+from moetool.errors import EvaluationError, MoetoolError, out_of_memory
 
 
 def find(requested: Mapping[str, int | None], include_path: Path | None) -> tuple[TaskManager, dict[str, int | None]]:
@@ -87,5 +87,7 @@ def one_line(error: BaseException) -> str:
     """An exception as the first line of its message that says something, with its type if it is not our own."""
     if isinstance(error, MoetoolError):
         return str(error)
+    if out_of_memory(error):
+        return "out of memory; use a smaller --batch-size, --dtype bfloat16, or --device-map auto"
     first = next((line.strip() for line in str(error).splitlines() if any(map(str.isalnum, line))), "")
     return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from moetool.checkpoint.memory import free_memory
 from moetool.routing.capture import RouterCapture, has_routers
 from moetool.routing.measure import outline
 from moetool.train.config import TrainConfig
@@ -119,8 +120,10 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of a device's memory; None where it is not its own."""
-    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+    """Bytes of a GPU's memory, or that the machine has free; None where that cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return free_memory(device.type)
 
 
 def _routed(name: str, parameter: Any) -> bool:

@@ -68,7 +68,7 @@ def memory_warnings(memory: dict[str, int], device: torch.device) -> list[str]:
     if there is None or memory["total"] <= there:
         return []
     return [
-        f"this run needs about {memory['total'] / 1e9:.0f} GB a process, {device} has {there / 1e9:.0f} GB; lower"
+        f"this run needs about {memory['total'] / 1e9:.3g} GB a process, {device} has {there / 1e9:.3g} GB; lower"
         " --micro-batch-size, use --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)"
     ]
 

@@ -87,7 +87,7 @@ def test_a_written_moetool_yaml_is_a_valid_config(llama: Path, tmp_path: Path) -
     first = tmp_path / "first"
     assert tiny.in_process("upcycle", llama, first, "--drop-ratio", "0.10", "--seed", "5", "--quiet")[0] == 0
     recorded = yaml.safe_load((first / "moetool.yaml").read_text())
-    assert recorded["drop-ratio"] == "0.10"
+    assert recorded["drop-ratio"] == "0.1"  # the decimal, not the nearest binary fraction
     assert "overwrite" not in recorded
     # A flag wins over the file.
     code, out, err = tiny.in_process(
@@ -95,7 +95,7 @@ def test_a_written_moetool_yaml_is_a_valid_config(llama: Path, tmp_path: Path) -
     )
     assert code == 0, err
     recipe = json.loads(out)["recipe"]
-    assert (recipe["drop_ratio"], recipe["seed"]) == ("0.10", 6)
+    assert (recipe["drop_ratio"], recipe["seed"]) == ("0.1", 6)
 
 
 def test_config_takes_underscores_positionals_and_plain_yaml(llama: Path, tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""docs/recipes.md: its figures are what the tool says of the published sizes, its commands run in small."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import recipes, tiny
+from tests.integration.test_docs import commands
+
+GPU = 80e9
+GPUS = (1, 2, 4, 8, 16, 32)
+# Appended to the page's commands: the last one counts.
+SMALL = {
+    "upcycle": ["--dtype", "float32"],
+    "cpt": [
+        *("--max-tokens", "512", "--seq-len", "64", "--global-batch-size", "4", "--micro-batch-size", "2"),
+        *("--precision", "fp32"),
+    ],
+    "analyze-routing": ["--max-tokens", "200", "--seq-len", "64"],
+    "eval": ["--limit", "2"],
+}
+
+
+@contextmanager
+def skeleton(name: str) -> Iterator[Any]:
+    """The Mixture of Experts of a recipe without its weights, and its plan."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from moetool.checkpoint.reader import CheckpointReader
+    from moetool.recipe import UpcycleRecipe
+    from moetool.upcycle.plan import build_plan
+
+    with CheckpointReader(Path(name)) as reader:
+        recipe = UpcycleRecipe(
+            target="auto", num_experts=8, top_k=2, method="drop", drop_ratio=Decimal("0.5"), seed=0, dtype="BF16"
+        )
+        config = dict(build_plan([reader], recipe, 5 * 10**9).config)
+    with torch.device("meta"):
+        yield AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+
+
+def figures(name: str, place: Path) -> dict[str, str]:
+    """The row of a model, from the page's own `--plan` command and the estimate of cpt; in the working folder."""
+    from moetool.train.config import TrainConfig
+    from moetool.train.memory import estimate, flops_per_token, parameters
+
+    folder = recipes.save_headers(name, place / name)
+    assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 2e6  # holes take no disk
+    plans = [line for line in commands(recipes.PAGE) if f" {name} " in line and "--plan" in line]
+    command = next(line for line in plans if "-moe " in line)
+    code, out, err = tiny.in_process(*shlex.split(command)[1:], "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["peak_memory_bytes"] < 0.5e9
+    total = plan["parameters"]["total"]
+    config = TrainConfig(
+        model=place, out=place, train={"a": "a"}, max_steps=1, seq_len=4096, micro_batch_size=1,
+        precision="bf16", gradient_checkpointing=True, balance={},
+    )  # fmt: skip
+    with skeleton(name) as model:
+        assert parameters(model) == (total, plan["parameters"]["active"])
+        each = {n: estimate(model, config, n, sharded=n > 1)["total"] for n in GPUS}
+        operations = flops_per_token(model, 4096)
+    gpus = next(n for n in GPUS if each[n] < 0.9 * GPU)
+    billions = {what: f"{number / 1e9:.2f} B" for what, number in plan["parameters"].items()}
+    return {
+        "model": name.split("/")[1],
+        "target": f"`{plan['target']}`",
+        **billions,
+        "checkpoint, GB": f"{plan['num_bytes'] / 1e9:.1f}",
+        "step folder, GB": f"{14 * total / 1e9:.0f}",
+        "upcycling, s": f"{7.04 * plan['num_bytes'] / 5.11e9:.0f}",
+        "GPUs": str(gpus),
+        "GB a GPU": f"{each[gpus] / 1e9:.0f}",
+        "host, GB": f"{4 * total * min(8, gpus) / 1e9:.0f}",
+        "GPU-hours": f"{operations * 1e9 / (0.3 * 989e12) / 3600:.0f}",
+    }
+
+
+@pytest.mark.parametrize("name", recipes.CONFIGS)
+def test_the_figures_of_a_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (row,) = (row for row in recipes.table() if row["model"] == name.split("/")[1])
+    assert row == figures(name, tmp_path)
+
+
+def test_the_table_has_every_model() -> None:
+    assert [row["model"] for row in recipes.table()] == [name.split("/")[1] for name in recipes.CONFIGS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small models of the same families under the same names, and text."""
+    root = tmp_path_factory.mktemp("recipes")
+    (root / "data").mkdir()
+    for name, config in recipes.CONFIGS.items():
+        tied = {"tie_word_embeddings": config["tie_word_embeddings"]}
+        tiny.save_tokenizer(tiny.save_dense(config["model_type"], root / name, **tied))
+    for name in ("code", "prose"):
+        tiny.save_jsonl(root / "data" / f"{name}.jsonl", repeat=30)
+    return root
+
+
+def test_the_commands_of_the_page_run_in_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    ran = set()
+    for line in commands(recipes.PAGE):
+        words = shlex.split(line)
+        if words[0] == "accelerate":  # the launch itself is for GPUs
+            assert (Path(recipes.PAGE).parents[1] / words[words.index("--config_file") + 1]).is_file()
+            words = words[words.index("-m") + 1 :]
+        assert words[0] == "moetool"
+        code, _, err = tiny.in_process(*words[1:], *SMALL[words[1]])
+        assert code == 0, f"{line}\n{err}"
+        ran.add(words[1])
+    assert ran == set(SMALL)

@@ -1,0 +1,78 @@
+"""The models of docs/recipes.md: their published sizes, as checkpoints of headers whose weights are holes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+
+_LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+_QWEN3: dict[str, Any] = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+_OLMO2: dict[str, Any] = {"model_type": "olmo2", "vocab_size": 100352, "tie_word_embeddings": False}
+
+
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-3.2-1B": _LLAMA3 | _sizes(2048, 8192, 16, 32) | {"head_dim": 64, "tie_word_embeddings": True},
+    "meta-llama/Llama-3.1-8B": _LLAMA3 | _sizes(4096, 14336, 32, 32) | {"head_dim": 128, "tie_word_embeddings": False},
+    "Qwen/Qwen3-0.6B-Base": _QWEN3 | _sizes(1024, 3072, 28, 16) | {"tie_word_embeddings": True},
+    "Qwen/Qwen3-1.7B-Base": _QWEN3 | _sizes(2048, 6144, 28, 16) | {"tie_word_embeddings": True},
+    "Qwen/Qwen3-8B-Base": _QWEN3 | _sizes(4096, 12288, 36, 32) | {"tie_word_embeddings": False},
+    "allenai/OLMo-2-0425-1B": _OLMO2 | _sizes(2048, 8192, 16, 16) | {"num_key_value_heads": 16},
+    "allenai/OLMo-2-1124-7B": _OLMO2 | _sizes(4096, 11008, 32, 32) | {"num_key_value_heads": 32},
+}
+POSITIONS = {"llama": 131072, "qwen3": 32768, "olmo2": 4096}
+
+
+def config(name: str) -> dict[str, Any]:
+    """config.json of a model, as far as it decides sizes."""
+    found = CONFIGS[name]
+    family = found["model_type"]
+    architecture = {"llama": "Llama", "qwen3": "Qwen3", "olmo2": "Olmo2"}[family] + "ForCausalLM"
+    return {
+        **found, "architectures": [architecture], "max_position_embeddings": POSITIONS[family], "dtype": "bfloat16",
+        "hidden_act": "silu", "rope_theta": 500000.0,
+    }  # fmt: skip
+
+
+def save_headers(name: str, folder: Path) -> Path:
+    """A checkpoint of a model's shapes in bf16 whose weights are a hole that takes no disk."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    folder.mkdir(parents=True)
+    settings = config(name)
+    (folder / "config.json").write_text(json.dumps(settings))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[settings["model_type"]](**settings))
+    entries, end = {}, 0
+    for tensor, value in model.state_dict().items():
+        if tensor != "lm_head.weight" or not settings["tie_word_embeddings"]:
+            size = 2 * value.numel()
+            entries[tensor] = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": [end, end + size]}
+            end += size
+    raw = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+    return folder
+
+
+def table() -> list[dict[str, str]]:
+    """The rows of the page's table of sizes."""
+    text = PAGE.read_text(encoding="utf-8")
+    block = re.search(r"<!-- sizes -->\n(.*?)<!-- /sizes -->", text, re.DOTALL)
+    assert block
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block[1].strip().splitlines()]
+    return [dict(zip(header, row, strict=True)) for row in rows]
