@@ -29,6 +29,10 @@ NOT_RUN = {
     "ACCELERATE_USE_CPU=true torchrun": "tests/integration/test_train_cpt.py (slow) runs it",
     "accelerate launch": "needs GPUs and a network",
     "moetool tokenize 'hf:": "needs a network",
+    "python -m tests.benchmarks.faults": "takes an hour, needs root; tests/integration/test_faults.py",
+    "pip install '.[fuzz]'": "needs a network",
+    "python -m tests.fuzz": "takes minutes, needs atheris; tests/integration/test_hostile_input.py",
+    "python -m pytest -m slow": "the slow tests themselves",
     "--tasks arc_easy": "needs a network; tests/integration/test_eval.py runs local tasks",
 }
 
