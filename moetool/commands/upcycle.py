@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from moetool.upcycle.plan import Plan
 
 
+MAX_EXPONENT = 30  # beyond it a number is a mistake, and its digits written out could fill the memory
+
+
 def decimal(text: str) -> Decimal:
     """A number exactly as typed."""
     try:
@@ -41,6 +44,10 @@ def decimal(text: str) -> Decimal:
         raise typer.BadParameter(f"'{text}' is no number") from None
     if not value.is_finite() or value < 0:
         raise typer.BadParameter(f"{text} is no number of 0 or more")
+    if value and abs(value.adjusted()) > MAX_EXPONENT:
+        raise typer.BadParameter(
+            f"{text} is out of range: give a number between 1e-{MAX_EXPONENT} and 1e{MAX_EXPONENT}"
+        )
     return Decimal(f"{value.normalize():f}")  # 0.50 is the recipe of 0.5
 
 

@@ -32,7 +32,7 @@ NOT_RUN = {
     "python -m tests.benchmarks.faults": "takes an hour, needs root; tests/integration/test_faults.py",
     "pip install '.[fuzz]'": "needs a network",
     "python -m tests.fuzz": "takes minutes, needs atheris; tests/integration/test_hostile_input.py",
-    "python -m pytest -m slow": "the slow tests themselves",
+    "python -m pytest": "tests themselves, which run with these",
     "--tasks arc_easy": "needs a network; tests/integration/test_eval.py runs local tasks",
 }
 
