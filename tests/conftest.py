@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread each, set before torch is imported: workers of one run share the cores, and what a test
 # compares with a process of its own must be computed with as many threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell's background job ignores Ctrl-C, and would hand that on to the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests import tiny  # noqa: E402  (after the environment is set)
 

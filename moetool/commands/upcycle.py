@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from moetool.upcycle.plan import Plan
 
 
-MAX_EXPONENT = 30  # beyond it a number is a mistake, and its digits written out could fill the memory
+MAX_EXPONENT = 1000  # the digits of a number beyond it, written out, could fill the memory
 
 
 def decimal(text: str) -> Decimal:
