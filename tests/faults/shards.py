@@ -141,14 +141,19 @@ def flipped_hub(world: World, chance: Random) -> str:
     return "refused: its SHA-256 is not the one that it is named by"
 
 
+def _swap(folder: Path, chance: Random) -> None:
+    """Give two shards each other's names."""
+    one, other = chance.sample(sorted(folder.glob("*.safetensors")), 2)
+    one.rename(folder / "x")
+    other.rename(one)
+    (folder / "x").rename(other)
+
+
 def swapped_source(world: World, chance: Random) -> str:
     """Two of a source's shards have each other's names."""
     source, out = world.new(), world.new()
     shutil.copytree(world.shards, source)
-    one, other = chance.sample(sorted(source.glob("*.safetensors")), 2)
-    one.rename(source / "x")
-    other.rename(one)
-    (source / "x").rename(other)
+    _swap(source, chance)
     line = world.run("upcycle", source, out).line()
     assert "places tensor" in line, line
     assert not out.exists()
@@ -196,10 +201,7 @@ def swapped_result(world: World, chance: Random) -> str:
     """Two shards of a finished folder have each other's names; read by each command in turn."""
     folder, out = world.new(), world.new()
     shutil.copytree(world.moe, folder)
-    one, other = chance.sample(sorted(folder.glob("*.safetensors")), 2)
-    one.rename(folder / "x")
-    other.rename(one)
-    (folder / "x").rename(other)
+    _swap(folder, chance)
     command = chance.choice(list(_readers(world, folder, out)))
     line = world.run(*_readers(world, folder, out)[command]).line()
     assert "places tensor" in line, line

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 OPTIONS = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 1, "--lr", 1e-3, "--max-steps", 6]
 OFTEN = ["--save-every", 3, "--eval-every", 3, "--val-fraction", 0.3]
 
@@ -156,17 +157,7 @@ def test_another_number_of_processes_keeps_the_data_order(tmp_path: Path, mixtra
     arguments = ["--train", f"new={jsonl}", *OPTIONS, *OFTEN]
     assert tiny.cli("cpt", mixtral, one, *arguments).returncode == 0
     two = unfinish(one, tmp_path / "two", 3)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "moetool",
-        "cpt",
-    ]
+    launch = [*TWO_PROCESSES, "-m", "moetool", "cpt"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [*launch, *map(str, [mixtral, two, *arguments])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
@@ -181,17 +172,7 @@ def test_processes_stop_together_with_a_checkpoint(
     tmp_path: Path, llama: Path, jsonl: Path, signum: signal.Signals
 ) -> None:
     out = tmp_path / "out"
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "moetool",
-        "cpt",
-    ]
+    launch = [*TWO_PROCESSES, "-m", "moetool", "cpt"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     size = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 1, "--max-steps", 20_000]
     command = [*launch, *map(str, [llama, out, "--train", f"new={jsonl}", *size])]
