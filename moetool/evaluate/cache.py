@@ -89,7 +89,7 @@ def _is_entry(entry: Any, task: str) -> bool:
     if not fits(entry, _ENTRY | {"results": results, "routing": (type(None), routing)}):
         return False
     for key, value in entry["results"]["results"][task].items():
-        if key not in ("name", "alias") and not fits(value, (str, *_NUMBER) if "_stderr" in key else _NUMBER):
+        if key not in ("name", "alias") and not fits(value, (str, *_NUMBER) if is_stderr(key) else _NUMBER):
             return False
     kinds: dict[tuple[str, str], Any] = {}
     for sample in entry["samples"]:
@@ -98,6 +98,11 @@ def _is_entry(entry: Any, task: str) -> bool:
             if kind is None or kinds.setdefault((sample["filter"], metric), kind) != kind:
                 return False
     return bool(_DATE.fullmatch(entry["date"]))
+
+
+def is_stderr(key: str) -> bool:
+    """Whether lm-eval's key of a score, METRIC,FILTER, is that of a standard error; lm-eval may write "N/A" there."""
+    return key.partition(",")[0].endswith("_stderr")
 
 
 def _kind(value: Any) -> Any:

@@ -15,7 +15,7 @@ from lm_eval.loggers.utils import add_env_info, get_commit_from_path
 from lm_eval.utils import hash_string, sanitize_list, sanitize_model_name
 
 from moetool.checkpoint.folder import write_file
-from moetool.evaluate.cache import write_json
+from moetool.evaluate.cache import is_stderr, write_json
 from moetool.evaluate.compare import combine, influences, outside_noise, paired_difference, standard_error
 from moetool.evaluate.run import Evaluation, Settings
 from moetool.evaluate.suites import Benchmark, Suite
@@ -120,7 +120,7 @@ def _scores(merged: dict[str, Any], entries: Mapping[str, Any], tasks: Tasks) ->
         scores[task] = {}
         for key, value in metrics.items():
             metric, _, filter_name = key.partition(",")
-            if key in _NOT_METRICS or metric.endswith("_stderr"):
+            if key in _NOT_METRICS or is_stderr(key):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{filter_name}")
             if not isinstance(stderr, float) and task in entries:
