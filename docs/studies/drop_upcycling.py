@@ -39,6 +39,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "Branch-Train-MiX": ("--method", "copy"),
     "scratch": ("--method", "scratch"),
 }
+COPY = "copy (r = 0), per layer"
 POOLED = ("copy (r = 0)", "drop 0.5")
 RATIOS = {"copy (r = 0)": 0.0, "drop 0.1": 0.1, "drop 0.25": 0.25, "drop 0.5": 0.5, "drop 0.75": 0.75, "drop 1.0": 1.0}
 HERE = Path(__file__).parent / "results"
@@ -76,6 +77,8 @@ def seed_runs(study: Study, seed: int) -> dict[str, Any]:
                 "load": {
                     domain: [layer["load"] for layer in part["layers"]] for domain, part in report["domains"].items()
                 },
+                "divergence": mean(pair["mean"] for pair in report["domain_divergence"]),
+                "similarity": report["upcycling"]["mean"]["between_experts"]["all"],
             }
     return found
 
@@ -116,7 +119,7 @@ def draw_ratios(results: Results) -> None:
     made, (axes,) = figure(HERE / "drop-upcycling-ratio.png")
     lines = []
     for seed, found in results.items():
-        start = final(found, "copy (r = 0), per layer")
+        start = final(found, COPY)
         lines.append([final(found, f"{name}, per layer") - start for name in RATIOS])
         axes.plot(list(RATIOS.values()), lines[-1], "o-", lw=0.8, alpha=0.5, label=f"seed {seed}")
     axes.plot(list(RATIOS.values()), [mean(values) for values in zip(*lines, strict=True)], "k", lw=2, label="mean")
@@ -140,21 +143,33 @@ def draw_routing(found: dict[str, Any]) -> None:
         axes.set(xticks=[], ylim=(0, 0.52))
         axes.set_title(f"{name}: layer {layer}" if layer == 0 else f"layer {layer}", fontsize=7, loc="left")
         axes.tick_params(labelsize=6, labelleft=layer == 0)
-    cells[layers - 1].legend(fontsize=6)
+    made.legend(*cells[0].get_legend_handles_labels(), fontsize=7, ncols=3, loc="outside upper right")
     made.savefig(HERE / "drop-upcycling-routing.png")
 
 
 def table(results: Results) -> str:
     """The page's table, in Markdown: mean and standard deviation over seeds."""
-    lines = ["| experts, balance | loss | en | code | ja | largest share of routes | experts dead in every domain |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    columns = ["experts, balance", "loss", "less copy's", "en", "code", "ja"]
+    columns += ["largest share", "dead experts", "divergence", "similarity"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     names = [name for name in next(iter(results.values())) if name != "dense"]
     for name in names:
         runs = [found for found in results.values() if name in found]
+        losses = [final(found, name) for found in runs]
+        # within a seed all runs share the dense model and the order of the data, so seeds are compared in pairs
+        pairs = [loss - final(found, COPY) for loss, found in zip(losses, runs, strict=True)]
         domains = [spread([found[name]["losses"][-1][1][d] for found in runs]) for d in ("en", "code", "ja")]
         shares = [mean(max(load) for layers in found[name]["load"].values() for load in layers) for found in runs]
         dead = [float(dead_everywhere(found[name]["load"])) for found in runs]
-        cells = [spread([final(found, name) for found in runs]), *domains, spread(shares), spread(dead, 1)]
+        told = [spread([found[name][what] for found in runs]) for what in ("divergence", "similarity")]
+        cells = [
+            spread(losses),
+            "" if name == COPY else spread(pairs),
+            *domains,
+            spread(shares),
+            spread(dead, 1),
+            *told,
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -152,7 +152,8 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean and standard deviation over seeds."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
-    return f"{mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    shown = f"{mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    return shown.replace("-", "\N{MINUS SIGN}")
 
 
 def figure(path: Path, rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
@@ -173,7 +174,7 @@ def figure(path: Path, rows: int = 1, columns: int = 1, width: float = 6.4, heig
 def keep(folder: Path, name: str, document: Mapping[str, Any]) -> None:
     """Write raw results beside the study."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, indent=1, sort_keys=True)
+    text = json.dumps(document)
     temporary = folder / f"{name}.tmp"
     temporary.write_text(text + "\n")
     os.replace(temporary, folder / name)

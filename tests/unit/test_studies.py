@@ -1,6 +1,9 @@
 """The studies' scripts: each command that they would run is one that moetool takes."""
 
 import importlib
+import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,17 @@ from moetool.cli import app
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"
 
 
-def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> list[list[str]]:
-    """What a study runs, with results made up; its figures and tables are made of them."""
+def load(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Any, Any]:
+    """What studies share, and a study's script."""
     monkeypatch.syspath_prepend(str(STUDIES))
     for module in ("study", name):
         sys.modules.pop(module, None)
-    study, script = importlib.import_module("study"), importlib.import_module(name)
+    return importlib.import_module("study"), importlib.import_module(name)
+
+
+def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> list[list[str]]:
+    """What a study runs, with results made up; its figures and tables are made of them."""
+    study, script = load(monkeypatch, name)
     ran: list[list[str]] = []
     monkeypatch.setattr(script, "HERE", tmp_path / "results")
     monkeypatch.setattr(study.Study, "initial", lambda self, seed: f"s{seed}/init")
@@ -48,7 +56,12 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> list
 def analyze(real: Any) -> Any:
     layers = [{"load": [0.125] * 8, "saturation": 0.5, "mri": 0.3, "mri_change": 0.1} for _ in range(6)]
     domains = {domain: {"layers": layers} for domain in ("en", "code", "ja")}
-    document = {"domains": domains, "comparison": {"domains": domains}}
+    document: dict[str, Any] = {
+        "domains": domains,
+        "comparison": {"domains": domains},
+        "domain_divergence": [{"mean": 0.1}],
+    }
+    document["upcycling"] = {"mean": {"between_experts": {"all": 0.5}}}
 
     def analyzed(self: Any, model: str, out: str, *words: object) -> dict[str, Any]:
         (self.folder / out).mkdir(parents=True, exist_ok=True)
@@ -76,3 +89,17 @@ def test_every_command_of_a_study_is_one_that_moetool_takes(
         assert out not in outs, f"{out} is written twice"
         outs.add(out)
     assert list((tmp_path / "results").glob("*.png"))
+
+
+@pytest.mark.parametrize("page", sorted(STUDIES.glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_says_what_was_run_and_measured(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text, name = page.read_text(), page.stem.replace("-", "_")
+    shown = re.findall(r"^moetool .*$", text, re.MULTILINE)
+    assert shown
+    assert set(shown) <= {shlex.join(["moetool", *words]) for words in commands(monkeypatch, tmp_path, name)}
+    _, script = load(monkeypatch, name)
+    kept = json.loads((STUDIES / "results" / f"{page.stem}.json").read_text())
+    assert script.table({int(seed): found for seed, found in kept.items()}) in text
+    figures = re.findall(r"\]\((results/\S+)\)", text)
+    assert figures
+    assert all((STUDIES / figure).is_file() for figure in figures)
