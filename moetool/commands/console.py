@@ -64,6 +64,7 @@ class Console:
         # A terminal gets lines broken between words; a file or a pipe gets them whole.
         self._messages.soft_wrap = not self._messages.is_terminal
         self._progress = _Rich(stderr=True)
+        self._bars_shown = False
 
     def say(self, message: RenderableType, whole: bool = False) -> None:
         """Print a message for people (rich markup; `escape` what comes from outside).
@@ -73,8 +74,10 @@ class Console:
             whole: break no line, so that a command can be copied from the terminal.
         """
         if not self._result_hidden:
+            # Bars redraw their lines: between them, only what goes through their own console stays readable.
+            console = self._progress if self._bars_shown and self._messages.is_terminal else self._messages
             with _unheard() if self.json else _naming_stdout():
-                self._messages.print(message, soft_wrap=whole or None)
+                console.print(message, soft_wrap=whole or None, highlight=False)
 
     def warn(self, message: str) -> None:
         """Print a warning on stderr (plain text)."""
@@ -117,7 +120,11 @@ class Console:
                 amount = f"{done:.0f}/{total:.0f}" if total < 100_000 else f"{done / total:.0%}"
                 bars.update(tasks[task], completed=done, total=total, note=escape(note), amount=amount)
 
-            yield report
+            self._bars_shown = True
+            try:
+                yield report
+            finally:
+                self._bars_shown = False
 
 
 @contextmanager
