@@ -1,4 +1,4 @@
-"""A hub of our own: serves folders as the data sets (and metrics) of huggingface.co, for the real clients."""
+"""A hub of our own: serves folders as the models, data sets and metrics of huggingface.co, for the real clients."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ COMMIT = "0" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as `datasets` and `evaluate` ask for. ROOT/OWNER/NAME is a repository."""
+    """As much of the hub as its client, `datasets` and `evaluate` ask for. ROOT/OWNER/NAME is a repository."""
 
     root: Path
-    asked: list[str]
+    asked: list[tuple[str, int]]
 
     def log_message(self, *_: object) -> None:
         """No log."""
@@ -34,14 +34,13 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, body: Any = None) -> None:
         path = self.path.partition("?")[0]
-        self.asked.append(path)
-        if match := re.fullmatch(r"/(?:datasets|spaces)/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+        if match := re.fullmatch(r"(?:/datasets|/spaces)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             file = self.root / match[1] / match[2]
             if file.is_file():
                 return self.send(file.read_bytes(), str(file))
             if file.parent.is_dir():
                 return self.refuse("EntryNotFound")
-        elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/([^/]+)/[^/]+(?:/(.+))?)?", path):
+        elif match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/([^/]+)/[^/]+(?:/(.+))?)?", path):
             repository, what, folder = match.groups()
             entries = self.entries(self.root / repository)
             if entries and what in (None, "revision"):
@@ -68,8 +67,12 @@ class Hub(BaseHTTPRequestHandler):
         self.send(json.dumps(document).encode(), "api", "application/json")
 
     def send(self, data: bytes, name: str, kind: str = "application/octet-stream") -> None:
-        self.send_response(200)
-        headers = {"ETag": f'"{abs(hash(name))}"', "X-Repo-Commit": COMMIT, "Content-Type": kind}
+        whole, headers = len(data), {"ETag": f'"{abs(hash(name))}"', "X-Repo-Commit": COMMIT, "Content-Type": kind}
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range", "")):
+            data = data[int(wanted[1]) : int(wanted[2]) + 1]
+            headers["Content-Range"] = f"bytes {wanted[1]}-{int(wanted[1]) + len(data) - 1}/{whole}"
+        self.asked.append((name, len(data) if self.command != "HEAD" else 0))
+        self.send_response(206 if wanted else 200)
         for key, value in (headers | {"Content-Length": str(len(data))}).items():
             self.send_header(key, value)
         self.end_headers()
@@ -77,6 +80,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def refuse(self, code: str) -> None:
+        self.asked.append((self.path, 0))
         self.send_response(404)
         for key, value in {"X-Error-Code": code, "X-Repo-Commit": COMMIT, "Content-Length": "0"}.items():
             self.send_header(key, value)
@@ -84,9 +88,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(root: Path, home: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """Serve ROOT; give the environment for a process that uses it (cache HOME), and the list of what was asked."""
-    asked: list[str] = []
+def served(root: Path, home: Path) -> Iterator[tuple[dict[str, str], list[tuple[str, int]]]]:
+    """Serve ROOT; give the environment for a process that uses it (cache HOME), and what was asked and bytes sent."""
+    asked: list[tuple[str, int]] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("One", (Hub,), {"root": root, "asked": asked}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"

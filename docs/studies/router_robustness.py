@@ -107,14 +107,15 @@ def shifted(study: Study, seed: int, name: str, shift: str, replay: str) -> dict
 
 
 def union(study: Study, seed: int, shift: str) -> dict[str, float]:
-    """The baseline: the top-2 model trained on English and the new domain together, on all the tokens."""
+    """The baseline: the top-2 model trained on both domains together, with as many tokens of each as in two phases."""
     begin, out = start(study, seed, "top-2"), f"s{seed}/union-{shift}"
-    run = study.cpt(begin, out, FIRST + SECOND, *RATES, "--seed", seed, train=("en", shift))
+    shares = ("--weight", f"en={FIRST / 1e6}", "--weight", f"{shift}={SECOND / 1e6}")
+    run = study.cpt(begin, out, FIRST + SECOND, *RATES, *shares, "--seed", seed, train=("en", shift))
     return study.losses(run)[-1][1]
 
 
 def draw_trade(results: Results) -> None:
-    """Forgetting against adaptation, a point a replay ratio, as means over seeds."""
+    """Forgetting against adaptation, a point a replay ratio: means over the seeds that ran it."""
     made, cells = figure(HERE / "router-robustness-trade.png", columns=2, width=10.0)
     for shift, axes in zip(SHIFTS, cells, strict=True):
         for name in WAYS:
@@ -123,10 +124,12 @@ def draw_trade(results: Results) -> None:
                 runs = [found["second"].get(f"{name} -> {shift}, replay {replay}") for found in results.values()]
                 runs = [run for run in runs if run]
                 if runs:
-                    points.append((mean(run["adaptation"] for run in runs), mean(run["forgetting"] for run in runs)))
+                    learnt = mean(run["losses"][-1][1][shift] for run in runs)
+                    points.append((learnt, mean(run["forgetting"] for run in runs)))
                     axes.annotate(replay, points[-1], fontsize=6, xytext=(3, 3), textcoords="offset points")
             axes.plot(*zip(*points, strict=True), "o-", label=name, markersize=4, lw=1)
-        axes.set(xlabel=f"adaptation: fall of the loss on {shift}", ylabel="forgetting: rise of the loss on en")
+        axes.set(xlabel=f"adaptation: loss on {shift} at the end", ylabel="forgetting: rise of the loss on en")
+        axes.set_yscale("symlog", linthresh=0.1)
         axes.legend(fontsize=7)
     made.savefig(HERE / "router-robustness-trade.png")
 
@@ -141,17 +144,17 @@ def draw_shift(found: dict[str, Any]) -> None:
     """mri over the steps around the shift, mean of the layers, in multiples of balance; of one seed."""
     made, cells = figure(HERE / "router-robustness-mri.png", columns=2, width=10.0)
     for shift, axes in zip(SHIFTS, cells, strict=True):
-        for name in WAYS:
+        for color, name in enumerate(WAYS):
             for replay, style in (("0", "-"), ("0.3", ":")):
                 entry = found["second"].get(f"{name} -> {shift}, replay {replay}", {})
                 if "mri" in entry:
                     steps = [mean(layers) / balanced(name) for layers in entry["mri"]["before"][-40:]]
                     x = range(-len(steps), len(entry["mri"]["after"]))
                     steps += [mean(layers) / balanced(name) for layers in entry["mri"]["after"]]
-                    axes.plot(list(x), steps, style, lw=0.9, label=f"{name}, replay {replay}")
+                    axes.plot(list(x), steps, style, color=f"C{color}", lw=1, label=f"{name}, replay {replay}")
         axes.axvline(0, color="grey", lw=0.8)
         axes.set(xlabel=f"steps after the shift to {shift}", ylabel="mri x E / K, mean of the layers")
-        axes.legend(fontsize=5, ncols=2)
+    made.legend(*cells[0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center")
     made.savefig(HERE / "router-robustness-mri.png")
 
 
@@ -175,16 +178,23 @@ def draw_layers(results: Results) -> None:
         saturation.set_title(name, fontsize=8)
         saturation.set(ylim=(0, 1), ylabel="saturation, en")
         mri.set(ylim=(0, 1), ylabel="mri, en", xlabel="layer")
-        mri.legend(fontsize=5)
+    handles = cells[len(names)].get_legend_handles_labels()
+    made.legend(*handles, fontsize=7, ncols=5, loc="outside lower center")
     made.savefig(HERE / "router-robustness-layers.png")
+
+
+def movement(mri: dict[str, list[list[float]]], even: float) -> tuple[float, float, float]:
+    """mri in training over balance, mean of layers: last 20 steps before, highest 10 after, last 20 of all."""
+    before, after = ([mean(layers) / even for layers in mri[when]] for when in ("before", "after"))
+    peak = max(mean(after[i : i + 10]) for i in range(max(1, len(after) - 9)))
+    return mean(before[-20:]), peak, mean(after[-20:])
 
 
 def table(results: Results) -> str:
     """The page's tables, in Markdown: mean and standard deviation over seeds."""
-    lines = [
-        "| model, phase two | forgetting | adaptation | en | new domain | mri, en, before | after | saturation, en |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    columns = ["model, phase two", "forgetting", "adaptation", "en", "new domain", "mri before", "peak", "end"]
+    columns += ["mri, en, before", "after", "saturation, en"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     first = next(iter(results.values()))
     for key in first["second"]:
         shift = key.split(" -> ")[1].split(",")[0]
@@ -193,10 +203,12 @@ def table(results: Results) -> str:
         cells += [spread([run["losses"][-1][1][domain] for run in runs]) for domain in ("en", shift)]
         told = [run["comparison"]["domains"]["en"]["layers"] for run in runs if "comparison" in run]
         if told:
+            moves = [movement(run["mri"], balanced(key.split(" -> ")[0])) for run in runs]
+            cells += [spread(values, 2) for values in zip(*moves, strict=True)]
             cells.append(spread([mean(layer["mri"] - layer["mri_change"] for layer in layers) for layers in told]))
             cells += [spread([mean(layer[of] for layer in layers) for layers in told]) for of in ("mri", "saturation")]
         else:
-            cells += [""] * 3
+            cells += [""] * 6
         lines.append(f"| {key} | {' | '.join(cells)} |")
     lines += ["", "| trained on the union | en | new domain |", "|---|---|---|"]
     for shift in SHIFTS:

@@ -18,7 +18,7 @@ from tests import evaluation_hub, hub, tiny
 
 ARC_EASY = Path(lm_eval.tasks.__path__[0]) / "arc" / "arc_easy.yaml"  # by path: the index of all tasks takes seconds
 
-Served = tuple[dict[str, str], list[str]]
+Served = tuple[dict[str, str], list[tuple[str, int]]]
 
 
 @pytest.fixture(scope="module")
