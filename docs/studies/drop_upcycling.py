@@ -22,7 +22,7 @@ MODEL = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-DENSE_TOKENS, DONOR_TOKENS, TOKENS, LONG = 1.6e6, 0.2e6, 0.8e6, 2.4e6
+DENSE_TOKENS, DONOR_TOKENS, TOKENS = 1.6e6, 0.2e6, 0.8e6
 # The paper's runs had Hugging Face's coefficient 0.02, pooled over the layers; at top-2 that is 0.04 here.
 BALANCE = {"per layer": "aux=0.04", "pooled": "pooled-aux=0.04"}
 ROUTER = ("--router", "uniform")
@@ -39,7 +39,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "Branch-Train-MiX": ("--method", "copy"),
     "scratch": ("--method", "scratch"),
 }
-COPY, LONG_COPY = "copy (r = 0), per layer", "copy (r = 0), long"
+COPY = "copy (r = 0), per layer"
 POOLED = ("copy (r = 0)", "drop 0.5")
 RATIOS = {"copy (r = 0)": 0.0, "drop 0.1": 0.1, "drop 0.25": 0.25, "drop 0.5": 0.5, "drop 0.75": 0.75, "drop 1.0": 1.0}
 HERE = Path(__file__).parent / "results"
@@ -72,10 +72,6 @@ def seed_runs(study: Study, seed: int) -> dict[str, Any]:
             run = f"s{seed}/{slug(name)}-{slug(balance)}"
             study.cpt(moe, run, TOKENS, *rate, "--balance", strategy, train=study.domains)
             found[f"{name}, {balance}"] = outcome(study, run)
-    for name in POOLED:
-        run = f"s{seed}/{slug(name)}-long"
-        study.cpt(f"s{seed}/{slug(name)}", run, LONG, *rate, "--balance", BALANCE["per layer"], train=study.domains)
-        found[f"{name}, long"] = outcome(study, run)
     return found
 
 
@@ -134,7 +130,7 @@ def draw_ratios(results: Results) -> None:
     axes.set(xlabel="drop ratio", ylabel="final validation loss, less that of ratio 0")
     axes.legend(fontsize=7)
     for seed, found in results.items():
-        runs = [found[f"{name}, long"]["losses"][1:] for name in POOLED]  # from the first evaluation in training on
+        runs = [found[f"{name}, per layer"]["losses"][2:] for name in POOLED]  # the start is on another scale
         gaps = [mean(drop.values()) - mean(copy.values()) for (_, copy), (_, drop) in zip(*runs, strict=True)]
         time.plot([tokens / 1e6 for tokens, _ in runs[0]], gaps, "o-", lw=0.8, label=f"seed {seed}")
     time.axhline(0, color="grey", lw=0.8)
@@ -171,15 +167,14 @@ def table(results: Results) -> str:
         runs = [found for found in results.values() if name in found]
         losses = [final(found, name) for found in runs]
         # within a seed all runs share the dense model and the order of the data, so seeds are compared in pairs
-        copy = COPY if "long" not in name else LONG_COPY
-        pairs = [loss - final(found, copy) for loss, found in zip(losses, runs, strict=True)]
+        pairs = [loss - final(found, COPY) for loss, found in zip(losses, runs, strict=True)]
         domains = [spread([found[name]["losses"][-1][1][d] for found in runs]) for d in ("en", "code", "ja")]
         shares = [mean(max(load) for layers in found[name]["load"].values() for load in layers) for found in runs]
         dead = [float(dead_everywhere(found[name]["load"])) for found in runs]
         told = [spread([found[name][what] for found in runs]) for what in ("divergence", "similarity")]
         cells = [
             spread(losses),
-            "" if name == copy else spread(pairs),
+            "" if name == COPY else spread(pairs),
             *domains,
             spread(shares),
             spread(dead, 1),
