@@ -98,11 +98,19 @@ def shifted(study: Study, seed: int, name: str, shift: str, replay: str) -> dict
         "losses": losses,
     }
     if name != "dense":
-        entry["mri"] = {
+        steps = {
             when: [row["mri"] for row in study.rows(of) if "mri" in row]
             for when, of in (("before", before), ("after", run))
         }
-        entry["comparison"] = study.analyze(before, f"{run}-routing", "--compare", run)["comparison"]
+        entry["mri"] = {"before": steps["before"][-40:], "after": steps["after"]}
+        report = study.analyze(before, f"{run}-routing", "--compare", run)["comparison"]
+        told = ("saturation", "mri", "mri_change")
+        entry["comparison"] = {
+            "domains": {
+                domain: {"layers": [{name: layer[name] for name in told} for layer in part["layers"]]}
+                for domain, part in report["domains"].items()
+            }
+        }
     return entry
 
 
@@ -148,7 +156,7 @@ def draw_shift(found: dict[str, Any]) -> None:
             for replay, style in (("0", "-"), ("0.3", ":")):
                 entry = found["second"].get(f"{name} -> {shift}, replay {replay}", {})
                 if "mri" in entry:
-                    steps = [mean(layers) / balanced(name) for layers in entry["mri"]["before"][-40:]]
+                    steps = [mean(layers) / balanced(name) for layers in entry["mri"]["before"]]
                     x = range(-len(steps), len(entry["mri"]["after"]))
                     steps += [mean(layers) / balanced(name) for layers in entry["mri"]["after"]]
                     axes.plot(list(x), steps, style, color=f"C{color}", lw=1, label=f"{name}, replay {replay}")
@@ -164,7 +172,7 @@ def draw_layers(results: Results) -> None:
     made, cells = figure(HERE / "router-robustness-layers.png", 2, len(names), 3.0 * len(names), 5.0)
     for column, name in enumerate(names):
         saturation, mri = cells[column], cells[len(names) + column]
-        for shift in SHIFTS:
+        for shift, color in zip(SHIFTS, ("C0", "C1"), strict=True):
             for replay, style in (("0", "o-"), ("0.3", "o:")):
                 if replay not in WAYS[name].replay:
                     continue
@@ -172,8 +180,10 @@ def draw_layers(results: Results) -> None:
                 runs = [found["second"][key]["comparison"]["domains"]["en"]["layers"] for found in results.values()]
                 layers = range(len(runs[0]))
                 label = f"{shift}, replay {replay}"
-                saturation.plot(layers, [mean(r[i]["saturation"] for r in runs) for i in layers], style, label=label)
-                mri.plot(layers, [mean(r[i]["mri"] for r in runs) for i in layers], style, label=label)
+                saturation.plot(
+                    layers, [mean(r[i]["saturation"] for r in runs) for i in layers], style, color=color, label=label
+                )
+                mri.plot(layers, [mean(r[i]["mri"] for r in runs) for i in layers], style, color=color, label=label)
         mri.plot(layers, [mean(r[i]["mri"] - r[i]["mri_change"] for r in runs) for i in layers], "k-", label="before")
         saturation.set_title(name, fontsize=8)
         saturation.set(ylim=(0, 1), ylabel="saturation, en")
