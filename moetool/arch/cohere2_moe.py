@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.limits import Limit, some
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
 
@@ -28,6 +29,11 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
     }
 
 
+def some_windows(config: Mapping[str, Any]) -> bool:
+    """The family always has a `sliding_window`, in use or not."""
+    return "sliding_attention" in config.get("layer_types", ())
+
+
 SPEC = ArchSpec(
     model_type="cohere2_moe",
     architecture="Cohere2MoeForCausalLM",
@@ -42,4 +48,10 @@ SPEC = ArchSpec(
     moe_layers=lambda moe, layers: {"mlp_layer_types": ["sparse" if i in moe else "dense" for i in range(layers)]},
     biases="qkvo",
     windows="layer_types",
+    limits=(
+        Limit("transformers-4", "it does not know the family"),
+        Limit("llama.cpp", "its converter reads only shared experts that are averaged", some("num_shared_experts")),
+        Limit("vllm", "its windows differ, in the dense model as well", some_windows),
+        Limit("mlx", "it does not know the family"),
+    ),
 )

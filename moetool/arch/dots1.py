@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.limits import Limit, grouped_queries, none_of, tied
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn, leading_dense
 from moetool.recipe import UpcycleRecipe
 
@@ -16,11 +17,13 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
         "n_group": 1,
         "topk_group": 1,
         "norm_topk_prob": True,
+        "scoring_func": "sigmoid",  # transformers has no other; llama.cpp must be told
         "attention_bias": bool(dense["biases"]),
         "max_window_layers": dense["max_window_layers"],
     }
 
 
+NO_ZERO = ("vllm", "llama.cpp", "mlx")
 SPEC = ArchSpec(
     model_type="dots1",
     architecture="Dots1ForCausalLM",
@@ -38,4 +41,9 @@ SPEC = ArchSpec(
     moe_layers=leading_dense("first_k_dense_replace"),
     biases="qkvo",
     windows="layer_types",
+    limits=(
+        Limit("llama.cpp", "it knows only as many key-value heads as heads in the family", grouped_queries),
+        Limit("llama.cpp", "it knows no tied embeddings in the family", tied),
+        *(Limit(client, "it cannot be without a shared expert", none_of("n_shared_experts")) for client in NO_ZERO),
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.limits import Limit, some
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
 
@@ -43,4 +44,8 @@ SPEC = ArchSpec(
     selection_bias=("model.layers.{layer}.mlp.moe_statics.e_score_correction_bias", "1 E"),
     shared=SharedExpert(ffn("mlp.shared_experts")),
     moe_layers=moe_layers,
+    limits=(
+        Limit("llama.cpp", "its converter needs tokenizer.model", unless="tokenizer.model"),
+        Limit("llama.cpp", "it expects shared experts of another size", some("moe_num_shared_experts")),
+    ),
 )

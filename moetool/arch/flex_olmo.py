@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moetool.arch.limits import Limit
 from moetool.arch.spec import ArchSpec, ffn
 
 SPEC = ArchSpec(
@@ -19,4 +20,5 @@ SPEC = ArchSpec(
         "router_aux_loss_coef": 0.01,
     },
     biases="qkvo",
+    limits=(Limit("llama.cpp", "it does not know the family"), Limit("mlx", "it does not know the family")),
 )

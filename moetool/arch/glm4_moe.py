@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.limits import Limit, none_of, rope
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn, leading_dense
 from moetool.recipe import UpcycleRecipe
 
@@ -24,6 +25,7 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
     }
 
 
+NO_ZERO = ("vllm", "llama.cpp", "mlx")
 SPEC = ArchSpec(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
@@ -40,4 +42,11 @@ SPEC = ArchSpec(
     scaling_key="routed_scaling_factor",
     moe_layers=leading_dense("first_k_dense_replace"),
     biases="qkv",
+    ties=False,  # vLLM and mlx-lm never tie, and would compute with a head that nobody wrote
+    limits=(
+        Limit("llama.cpp", "its converter needs GLM's special token [gMASK] in the tokenizer", unless="[gMASK]"),
+        Limit("llama.cpp", "it ignores llama3's scaling of positions in the family", rope("llama3")),
+        *(Limit(client, "it cannot be without a shared expert", none_of("n_shared_experts")) for client in NO_ZERO),
+        Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
+    ),
 )

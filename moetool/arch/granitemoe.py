@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.limits import Limit, rope
 from moetool.arch.spec import ArchSpec
 from moetool.recipe import UpcycleRecipe
 
@@ -38,4 +39,6 @@ SPEC = ArchSpec(
     units_key="intermediate_size",
     config_map=config_map,
     biases="qkvo",
+    head_dim=False,
+    limits=(Limit("llama.cpp", "it cannot scale positions as llama3 does in the family", rope("llama3")),),
 )

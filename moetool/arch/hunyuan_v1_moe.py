@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.limits import Limit
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
 
 
 def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
-    """The shared expert has the size of a routed one."""
+    """The shared expert has the size of a routed one; other readers want some numbers once per layer."""
+    layers = dense["num_hidden_layers"]
     return {
+        "moe_topk": [recipe.top_k] * layers,
+        "moe_intermediate_size": [dense["intermediate_size"] // recipe.granularity] * layers,
+        "num_shared_expert": [recipe.shared_experts] * layers,
         "attention_bias": bool(dense["biases"]),
         "eod_token_id": dense["eod_token_id"],
         "pretraining_tp": 1,
@@ -32,4 +37,8 @@ SPEC = ArchSpec(
     router_dtype="F32",
     shared=SharedExpert(ffn("mlp.shared_mlp"), default=1, sizes=(1,)),
     biases="qkvo",
+    limits=(
+        Limit("llama.cpp", "its converter reads only the tiktoken vocabulary of Hunyuan's own code"),
+        Limit("mlx", "it does not read the family's current configuration"),
+    ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moetool.arch.limits import Limit, not_silu, own_head_dim, windowed
 from moetool.arch.spec import ArchSpec, ffn
 
 SPEC = ArchSpec(
@@ -15,4 +16,9 @@ SPEC = ArchSpec(
     units_key="intermediate_size",
     config_map=lambda dense, recipe: {"router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0},
     windows="all",
+    limits=(
+        Limit("llama.cpp", "it ignores the sliding window", windowed),
+        Limit("llama.cpp", "it computes SiLU whatever hidden_act says", not_silu),
+        Limit("mlx", "it has no head_dim", own_head_dim),
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.limits import Limit, none_of
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn, listed_dense
 from moetool.recipe import UpcycleRecipe
 
@@ -15,7 +16,7 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
     return {
         "shared_expert_intermediate_size": units * (recipe.shared_experts or 0),
         "norm_topk_prob": True,
-        "qkv_bias": bool(dense["biases"]),
+        "qkv_bias": True,
         "use_sliding_window": dense["sliding_window"] is not None,
         "max_window_layers": dense.get("max_window_layers", dense["num_hidden_layers"]),
         "router_aux_loss_coef": 0.001,
@@ -35,5 +36,12 @@ SPEC = ArchSpec(
     shared=SharedExpert(ffn("mlp.shared_expert"), gate="model.layers.{layer}.mlp.shared_expert_gate.weight", default=1),
     moe_layers=listed_dense,
     biases="qkv",
+    zero_biases="qkv",  # vLLM has them whatever qkv_bias says, and would leave them as the memory was
     windows="layer_types",
+    head_dim=False,
+    limits=(
+        Limit("llama.cpp", "it never makes the weights of the chosen experts sum to 1"),
+        Limit("mlx", "it never makes the weights of the chosen experts sum to 1"),
+        Limit("vllm", "it cannot be without a shared expert", none_of("shared_expert_intermediate_size")),
+    ),
 )

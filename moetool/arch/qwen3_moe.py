@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.limits import Limit, some, windowed
 from moetool.arch.spec import ArchSpec, ffn, listed_dense
 from moetool.recipe import UpcycleRecipe
 
@@ -34,4 +35,8 @@ SPEC = ArchSpec(
     moe_layers=listed_dense,
     biases="qkvo",
     windows="all",
+    limits=(
+        Limit("llama.cpp", "its converter knows no dense layers in the family", some("mlp_only_layers")),
+        Limit("llama.cpp", "sliding windows have not been measured there", windowed),
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.limits import Limit, none_of
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
 
@@ -22,6 +23,7 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
     }
 
 
+NO_ZERO = ("vllm", "llama.cpp")
 SPEC = ArchSpec(
     model_type="solar_open",
     architecture="SolarOpenForCausalLM",
@@ -37,4 +39,10 @@ SPEC = ArchSpec(
     shared=SharedExpert(ffn("mlp.shared_experts"), default=1),
     scaling_key="routed_scaling_factor",
     biases="qkv",
+    limits=(
+        Limit("transformers-4", "it does not know the family"),
+        Limit("llama.cpp", "its converter needs Solar's special tokens in the tokenizer"),
+        *(Limit(client, "it cannot be without a shared expert", none_of("n_shared_experts")) for client in NO_ZERO),
+        Limit("mlx", "it does not know the family"),
+    ),
 )

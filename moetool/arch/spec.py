@@ -8,6 +8,7 @@ from typing import Any
 
 from moetool import registry
 from moetool.arch.dense import FFN
+from moetool.arch.limits import Limit, own_head_dim
 from moetool.errors import ConfigError
 from moetool.recipe import PROJECTIONS, UpcycleRecipe
 
@@ -54,6 +55,11 @@ class ArchSpec:
             layers and the number of layers; raises ValueError with what it can express.
         biases: which of the projections "qkvo" of attention may have a bias.
         windows: whether layers may have a sliding window: None, `all` (alike), or by `layer_types`.
+        zero_biases: which of them are written as zeros where the dense model has none, because other
+            readers always have them.
+        head_dim: whether a head may have another size than hidden_size / num_attention_heads.
+        ties: whether the output head may be the embedding; where it may not, it is written out.
+        limits: which programs other than transformers 5 do not compute it, when, and why.
     """
 
     model_type: str
@@ -73,6 +79,10 @@ class ArchSpec:
     moe_layers: Callable[[frozenset[int], int], dict[str, Any]] | None = None
     biases: str = ""
     windows: str | None = None
+    zero_biases: str = ""
+    head_dim: bool = True
+    ties: bool = True
+    limits: tuple[Limit, ...] = ()
 
     @property
     def fused(self) -> bool:
@@ -175,6 +185,9 @@ def misfit(spec: ArchSpec, dense: Mapping[str, Any]) -> str | None:
     """Why a filled dense config has no place in a family that lists its model_type; None if it has."""
     if not set(dense["biases"]) <= set(spec.biases):
         return f"its attention has biases ({dense['biases']})"
+    if not spec.head_dim and own_head_dim(dense):
+        heads = f"{dense['hidden_size']} / {dense['num_attention_heads']}"
+        return f"its heads have size {dense['head_dim']}, and only heads of size {heads} can be written in the family"
     windows = set(dense["layer_types"])
     if "sliding_attention" in windows and spec.windows is None:
         return "it has a sliding window"
@@ -183,8 +196,8 @@ def misfit(spec: ArchSpec, dense: Mapping[str, Any]) -> str | None:
     return None
 
 
-def choose(target: str, dense: Mapping[str, Any]) -> ArchSpec:
-    """The spec of a target name; `auto` is the first that lists the dense family.
+def candidates(target: str, dense: Mapping[str, Any]) -> list[ArchSpec]:
+    """The specs of a target name: one, or with `auto` each that fits the dense family, the first first.
 
     Args:
         target: a name in the registry, or `auto`.
@@ -198,12 +211,14 @@ def choose(target: str, dense: Mapping[str, Any]) -> ArchSpec:
     family = dense["model_type"]
     specs: list[ArchSpec] = [registry.load("target", name) for name in registry.names("target")]
     reasons = {spec.model_type: misfit(spec, dense) for spec in specs if family in spec.dense}
-    fitting = [name for name, reason in reasons.items() if reason is None]
-    name = (next(iter(reasons)) if not fitting else fitting[0]) if target == "auto" else target
-    if name in fitting:
-        return next(spec for spec in specs if spec.model_type == name)
+    fitting = [spec for spec in specs if reasons.get(spec.model_type, "no") is None]
+    chosen = fitting if target == "auto" else [spec for spec in fitting if spec.model_type == target]
+    if chosen:
+        return chosen
+    name = next(iter(reasons)) if target == "auto" else target
     why = f": {reasons[name]}" if name in reasons else ""
-    raise ConfigError(f"a dense {family} does not fit --target {name}{why}; choose from {', '.join(fitting) or 'none'}")
+    choices = ", ".join(spec.model_type for spec in fitting) or "none"
+    raise ConfigError(f"a dense {family} does not fit --target {name}{why}; choose from {choices}")
 
 
 def detect(config: Mapping[str, Any]) -> ArchSpec | None:

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from moetool.errors import CheckpointError
+from moetool.outside import read_json
 
 PARTIAL = "moetool.partial.json"  # lies in a folder while a checkpoint in it is unfinished
 UNFINISHED = ".unfinished"  # ends the name of a file that is being written
@@ -69,6 +70,19 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         os.replace(temporary, path)
     for parent in {path.parent for path in unfinished}:
         sync_folder(parent)
+
+
+def beside(folder: Path) -> frozenset[str]:
+    """What a checkpoint has beside its weights: the names of its files, and its tokenizer's special tokens."""
+    names = {path.name for path in folder.iterdir()}
+    try:
+        added = read_json(folder / "tokenizer.json").get("added_tokens")
+    except CheckpointError:  # a tokenizer is carried over, whatever it is
+        added = None
+    tokens = (
+        [token.get("content") for token in added or () if isinstance(token, dict)] if isinstance(added, list) else []
+    )
+    return frozenset(names | {token for token in tokens if isinstance(token, str)})
 
 
 def write_file(path: Path, data: bytes) -> None:

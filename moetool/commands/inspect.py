@@ -8,6 +8,7 @@ import typer
 
 from moetool.commands.console import Console, count, escape, size
 from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag
+from moetool.commands.upcycle_table import clients_line
 from moetool.errors import CheckpointError
 
 
@@ -44,7 +45,9 @@ def inspect(
 
 def describe(reader: Any) -> dict[str, Any]:
     """Family, parameters, experts and files of an opened checkpoint."""
+    from moetool.arch.clients import obstacles
     from moetool.arch.spec import detect
+    from moetool.checkpoint.folder import beside
 
     config = reader.config
     spec = detect(config)
@@ -72,6 +75,7 @@ def describe(reader: Any) -> dict[str, Any]:
             up = [i for n, i in reader.tensors.items() if n.endswith(spec.shared.tensors["up"].split("{layer}")[1])]
             document["shared_intermediate_size"] = up[0].shape[0] if up and up[0].shape else 0
         document["parameters"]["active"] = total - routed + routed * top_k // experts
+        document["clients"] = obstacles(config, beside(reader.folder))
     dtypes: dict[str, int] = {}
     files: dict[str, int] = {}
     for info in reader.tensors.values():
@@ -87,6 +91,8 @@ def describe(reader: Any) -> dict[str, Any]:
 
 def _positive(reader: Any, key: str) -> int:
     value = reader.config.get(key)
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
+        value = value[0]  # once per layer, all alike
     if type(value) is not int or not 0 < value < 2**31:
         raise CheckpointError(
             f"{reader.folder}/config.json: {key} is {str(value)[:60]!r}, expected a positive whole number"
@@ -115,6 +121,8 @@ def render(document: dict[str, Any]) -> list[Any]:
     rows["weights"] = ", ".join(f"{dtype} ({count(number)})" for dtype, number in document["dtypes"].items())
     files = document["files"]
     rows["files"] = f"{len(files)}, {size(document['num_bytes'])}, {document['num_tensors']} tensors"
+    if "clients" in document:
+        rows["runs in"] = clients_line(document["clients"])
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")

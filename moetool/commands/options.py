@@ -60,8 +60,9 @@ def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in document.items():
         name = str(key).replace("-", "_")
+        name = f"{name}_" if f"{name}_" in parameters else name  # `--for`: a word of Python's
         if name not in parameters:
-            known = [p.replace("_", "-") for p in parameters]
+            known = [_flag(p) for p in parameters]
             near = registry.suggest(str(key).replace("_", "-"), known)
             raise ConfigError(f"--config {path}: unknown key '{key}'{near}; keys are {', '.join(known)}")
         if name in values:
@@ -190,10 +191,14 @@ def resolved_options(context: typer.Context) -> dict[str, Any]:
 
     values = {str(p.name): context.params.get(str(p.name)) for p in context.command.params}
     return {
-        name.replace("_", "-"): plain(value)
+        _flag(name): plain(value)
         for name, value in values.items()
         if name not in NOT_RECORDED and value is not None and value != [] and value != ()
     }
+
+
+def _flag(name: str) -> str:
+    return name.rstrip("_").replace("_", "-")
 
 
 def options_text(context: typer.Context) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moetool import registry
+from moetool.arch.clients import CLIENTS
 from moetool.commands.console import Console, size
 from moetool.commands.options import (
     ConfigFlag,
@@ -80,6 +81,14 @@ def _target(value: str) -> str:
     return value if value == "auto" else one_of("target")(value)
 
 
+def _clients(values: list[str] | None) -> list[str] | None:
+    for value in values or ():
+        if value not in CLIENTS:
+            near = registry.suggest(value, CLIENTS)
+            raise typer.BadParameter(f"unknown client '{value}'{near}; choose from {', '.join(CLIENTS)}")
+    return values
+
+
 def upcycle(
     context: typer.Context,
     dense: Annotated[
@@ -139,6 +148,17 @@ def upcycle(
             help="The MoE family to write.",
         ),
     ] = "auto",
+    for_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            metavar="|".join(CLIENTS),
+            callback=_clients,
+            autocompletion=completing([*CLIENTS]),
+            help="A program that must compute the result exactly; auto picks such a family. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     granularity: Annotated[
         int, typer.Option(min=1, metavar="G", help="Split each dense FFN into G parts; an expert is one.")
     ] = 1,
@@ -246,7 +266,7 @@ def upcycle(
     )
     workers = workers or num_cores()
     readers = [stack.enter_context(CheckpointReader(folder)) for folder in folders]
-    planned = build_plan(readers, recipe, max_bytes)
+    planned = build_plan(readers, recipe, max_bytes, for_ or ())
     document = describe(planned, out, workers)
     if plan:
         console.result(document, table(document))

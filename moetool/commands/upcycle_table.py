@@ -34,6 +34,7 @@ def describe(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
         "free_disk_bytes": free_disk(out),
         "workers": workers,
         "peak_memory_bytes": plan.peak_memory(workers),
+        "clients": dict(plan.clients),
     }
 
 
@@ -56,6 +57,7 @@ def table(document: dict[str, Any]) -> Table:
         "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
         f" ({size(document['free_disk_bytes'])} free)",
         "memory": f"about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
+        "runs in": escape(clients_line(document["clients"])),
     }
     made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     made.add_column(style="bold")
@@ -63,6 +65,15 @@ def table(document: dict[str, Any]) -> Table:
     for label, value in rows.items():
         made.add_row(label, value)
     return made
+
+
+def clients_line(clients: dict[str, str | None]) -> str:
+    """Where a checkpoint runs, and why not elsewhere."""
+    from moetool.arch.clients import CLIENTS
+
+    runs = ", ".join(["transformers 5", *(CLIENTS[name] for name, reason in clients.items() if not reason)])
+    refused = "".join(f"; not in {CLIENTS[name]}, because {reason}" for name, reason in clients.items() if reason)
+    return runs + refused
 
 
 def method_line(document: dict[str, Any]) -> str:

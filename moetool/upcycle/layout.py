@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetool.arch.dense import EMBEDDING, FFN, NORM
+from moetool.arch.dense import ATTENTION, BIASES, EMBEDDING, FFN, NORM
 from moetool.arch.spec import ArchSpec, dense_ffn
 from moetool.checkpoint.reader import TensorInfo
 from moetool.checkpoint.writer import TensorLayout
@@ -116,6 +116,9 @@ def lay_out(
         match = _FFN_NAME.match(name)
         if not match or int(match[1]) not in moe:
             add(Fill("carried", sources, (Place(name),), dtype, info.shape))
+            bias = _missing_bias(name, donors[0], spec)
+            if bias:
+                add(Fill("constant", (), (Place(bias),), dtype, info.shape[:1]))
             continue
         layer, projection = int(match[1]), PROJECTIONS[list(FFN).index(match[2])]
         if recipe.dtype == "auto":  # matrices that share a tensor have one dtype, which holds both
@@ -138,6 +141,15 @@ def lay_out(
     if recipe.method == "scratch":
         fills = [_from_scratch(fill, spec, dense) for fill in fills]
     return fills, list(tensors.values())
+
+
+def _missing_bias(name: str, tensors: Mapping[str, TensorInfo], spec: ArchSpec) -> str | None:
+    """The bias of a weight, where the family always has one and the source has none."""
+    for projection, weight in zip("qkvo", ATTENTION, strict=True):
+        if projection in spec.zero_biases and name.endswith(f".{weight}"):
+            bias = name.removesuffix(weight) + BIASES[projection][0]
+            return None if bias in tensors else bias
+    return None
 
 
 def _beside_experts(spec: ArchSpec, recipe: UpcycleRecipe, layer: int, hidden: int, dtype: str) -> list[Fill]:

@@ -6,19 +6,21 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moetool.arch.dense import EMBEDDING, LM_HEAD, dense_config
-from moetool.arch.spec import ArchSpec, choose, routed_factor, scales
+from moetool.arch.spec import ArchSpec, routed_factor, scales
+from moetool.checkpoint.folder import beside
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, layout_shards
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import UpcycleRecipe
-from moetool.upcycle.check import FLOAT_DTYPES, check_donor, check_recipe, check_tensors, moe_layers
+from moetool.upcycle.check import FLOAT_DTYPES, check_donor, check_tensors
 from moetool.upcycle.layout import BLOCK_ELEMENTS, Fill, lay_out
+from moetool.upcycle.target import settle
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Plan:
         fingerprint: of the sources.
         max_shard_size: bytes of tensor data a file.
         num_dense_parameters: of DENSE.
+        clients: client -> why it does not compute the result as transformers 5 does, None where it does.
     """
 
     recipe: UpcycleRecipe
@@ -52,6 +55,7 @@ class Plan:
     fingerprint: str
     max_shard_size: int
     num_dense_parameters: int
+    clients: Mapping[str, str | None]
 
     @property
     def intermediate_size(self) -> int:
@@ -171,34 +175,34 @@ def fingerprint(readers: Sequence[CheckpointReader]) -> str:
     return hashlib.sha256("".join(reader.fingerprint() for reader in readers).encode()).hexdigest()
 
 
-def build_plan(readers: Sequence[CheckpointReader], recipe: UpcycleRecipe, max_shard_size: int) -> Plan:
+def build_plan(
+    readers: Sequence[CheckpointReader], recipe: UpcycleRecipe, max_shard_size: int, clients: Sequence[str] = ()
+) -> Plan:
     """Check sources and a recipe against each other and lay out the result.
 
     Args:
         readers: the dense checkpoint, and the other donors.
         recipe: `target` may be `auto`, `shared_experts` None; the plan's recipe has the family's.
         max_shard_size: bytes of tensor data a file.
+        clients: programs in which the result must run, names in `arch/clients.py`.
 
     Raises:
-        ConfigError: the family cannot be served, or the recipe contradicts itself or the source.
+        ConfigError: the family cannot be served, the recipe contradicts itself or the source, or the result
+            would not run in a client.
         CheckpointError: a tensor is missing, unknown, of another shape than config.json says, or
             holds no plain floating-point numbers.
     """
     dense_spec, dense = dense_config(readers[0].config)
-    spec = choose(recipe.target, dense)
-    shared = recipe.shared_experts
-    if shared is None:
-        shared = spec.shared.default if spec.shared else 0
-    recipe = replace(recipe, target=spec.model_type, shared_experts=shared)
-    check_recipe(recipe, spec, dense)
-    moe = moe_layers(recipe.moe_layers, spec, dense["num_hidden_layers"])
-    config = spec.config(dense, recipe, moe)
+    sources = [check_tensors(readers[0], dense_spec, dense)]
+    # A head that is saved beside tied embeddings and differs from them unties them.
+    untied = {"tie_word_embeddings": False} if LM_HEAD in sources[0] else {}
+    settled = settle(recipe, dense | untied, clients, beside(readers[0].folder))
+    recipe, spec, moe, config = settled.recipe, settled.spec, settled.moe, settled.config
     for key, value in config.items():
         try:
             json.dumps(value, allow_nan=False)
         except ValueError:
             raise CheckpointError(f"config.json: {key} is {str(value)[:60]}; JSON has no NaN and no infinity") from None
-    sources = [check_tensors(readers[0], dense_spec, dense)]
     for reader in readers[1:]:
         other_spec, other = dense_config(reader.config)
         if other_spec is not dense_spec:
@@ -211,6 +215,9 @@ def build_plan(readers: Sequence[CheckpointReader], recipe: UpcycleRecipe, max_s
         sources.append(check_tensors(reader, dense_spec, other))
         if set(sources[-1]) != set(sources[0]):
             raise ConfigError(f"--donor {reader.folder} has tied embeddings where {readers[0].folder} has not")
+    num_dense_parameters = sum(info.num_elements for info in sources[0].values())
+    if not spec.ties:
+        sources = [{LM_HEAD: source[EMBEDDING]} | source for source in sources]
     fills, tensors = lay_out(sources, spec, recipe, dense, moe)
     if LM_HEAD in sources[0]:
         config["tie_word_embeddings"] = False
@@ -231,7 +238,8 @@ def build_plan(readers: Sequence[CheckpointReader], recipe: UpcycleRecipe, max_s
         companions=tuple(name for name in COMPANIONS if (readers[0].folder / name).is_file()),
         fingerprint=fingerprint(readers),
         max_shard_size=max_shard_size,
-        num_dense_parameters=sum(info.num_elements for info in sources[0].values()),
+        num_dense_parameters=num_dense_parameters,
+        clients=settled.clients,
     )
 
 

@@ -1,0 +1,82 @@
+"""Where other programs that read our checkpoints stop: a client, a condition on config.json, and the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Config = Mapping[str, Any]
+
+
+def always(config: Config) -> bool:
+    """The family as such."""
+    return True
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A client that does not compute some checkpoints of a family as transformers does.
+
+    Attributes:
+        client: a name in `arch/clients.py`.
+        reason: what it does instead, to follow "not in CLIENT, because".
+        when: whether it holds for a config.json.
+        unless: a special token or a file of the tokenizer with which it does not hold.
+    """
+
+    client: str
+    reason: str
+    when: Callable[[Config], bool] = always
+    unless: str | None = None
+
+    def holds(self, config: Config, beside: Collection[str]) -> bool:
+        """Whether it holds for a config.json, and for the files and special tokens beside it."""
+        return self.when(config) and not (self.unless and self.unless in beside)
+
+
+def windowed(config: Config) -> bool:
+    """Some layer looks back over a window only."""
+    return config.get("sliding_window") is not None and config.get("use_sliding_window", True) is not False
+
+
+def not_silu(config: Config) -> bool:
+    """The experts' activation is another than SiLU."""
+    return config.get("hidden_act", "silu") not in ("silu", "swish")
+
+
+def tied(config: Config) -> bool:
+    """The output head is the embedding."""
+    return bool(config.get("tie_word_embeddings"))
+
+
+def grouped_queries(config: Config) -> bool:
+    """Several heads share a key and a value."""
+    heads = config.get("num_attention_heads")
+    return (config.get("num_key_value_heads") or heads) != heads
+
+
+def own_head_dim(config: Config) -> bool:
+    """A head has another size than hidden_size / num_attention_heads."""
+    size = config.get("head_dim")
+    return size is not None and size * config["num_attention_heads"] != config["hidden_size"]
+
+
+def rope(*kinds: str) -> Callable[[Config], bool]:
+    """Positions are scaled in one of these ways."""
+
+    def scaled(config: Config) -> bool:
+        settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        return settings.get("rope_type", settings.get("type", "default")) in kinds
+
+    return scaled
+
+
+def none_of(key: str) -> Callable[[Config], bool]:
+    """A number, or list of numbers, of config.json is zero."""
+    return lambda config: not config.get(key)
+
+
+def some(key: str) -> Callable[[Config], bool]:
+    """A number, list or word of config.json is there and not zero."""
+    return lambda config: bool(config.get(key))
