@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import os
 import re
@@ -10,9 +11,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from moetool.checkpoint.reader import named_shards
 from moetool.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+
+# Of a hub model: configuration, tokenizer and licence, in the repository's own folder.
+CONFIGURATION = ["*.json", "*.model", "tokenizer.model.*", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+SUBFOLDERS = ["*/*"]
 
 
 def resolve_model(model: str, weights: bool = True) -> Path:
@@ -46,12 +52,10 @@ def find_model(model: str) -> Path | None:
             return path if path.is_dir() else None
     except OSError:  # a name that no file system takes
         return None
-    from huggingface_hub import snapshot_download
-
     name, _, revision = model.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
-    except Exception:  # not in the cache
+        return Path(_download(name, revision or None, model, weights=True, cached=True))
+    except CheckpointError:
         return None
 
 
@@ -82,6 +86,9 @@ def fetch_headers(model: str, into: Path) -> Path:
             " and save_pretrained"
         ) from None
     except Exception as error:
+        cached = find_model(model)  # without a network, what was fetched before
+        if cached is not None:
+            return cached
         raise _no_answer(model, error) from None
     for file, header in metadata.files_metadata.items():
         if file != Path(file).name or not file.endswith(".safetensors"):
@@ -132,14 +139,27 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
 
 
-def _download(name: str, revision: str | None, model: str, weights: bool) -> str:
+def _download(name: str, revision: str | None, model: str, weights: bool, cached: bool = False) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():  # the hub client draws its bars into files and pipes as well
         disable_progress_bars()
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=CONFIGURATION,
+            ignore_patterns=SUBFOLDERS,
+            local_files_only=cached,
+        )
+        if not weights:
+            return folder
+        # Only what transformers reads: repositories hold other formats of the same weights beside it. By the
+        # commit, which is the folder's name, so that weights and index are of one revision.
+        shards = [glob.escape(shard) for shard in named_shards(Path(folder))]
+        return snapshot_download(name, revision=Path(folder).name, allow_patterns=shards, local_files_only=cached)
+    except CheckpointError:
+        raise
     except Exception as error:  # the hub client's errors have no common base: network, HTTP, cache
         raise _no_answer(model, error) from None

@@ -24,6 +24,7 @@ MAX_HEADER = 100_000_000  # the format's own limit
 MAX_OPEN = 200  # files kept open at once; systems allow as few as 256
 MAX_DIMENSIONS = 16  # of a tensor; weights have up to five
 SAMPLE = 4096  # bytes of each tensor that are part of a content fingerprint
+GIT_LFS = b"version https://git-lfs"  # begins what git has where git-lfs did not fetch a file
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -108,7 +109,10 @@ def _header_bytes(path: Path, bad: Callable[[str], CheckpointError]) -> tuple[by
     try:
         with path.open("rb") as file:
             file_size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == GIT_LFS[:8] and file.read(len(GIT_LFS) - 8) == GIT_LFS[8:]:
+                raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` there")
+            length = int.from_bytes(start, "little")
             if file_size < 8 or length > MAX_HEADER or 8 + length > file_size:
                 raise bad(f"the header claims {length} bytes, the file has {file_size}")
             return file.read(length), file_size
@@ -173,6 +177,28 @@ def check_entries(folder: Path) -> None:
             raise CheckpointError(f"{path} is no file but a pipe or a device; take it out of the checkpoint")
 
 
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor -> shard, of the index; None where there is none."""
+    if not (folder / INDEX).exists():
+        return None
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX} names {str(file)[:100]!r}, which is no shard's name")
+    return weight_map
+
+
+def named_shards(folder: Path) -> list[str]:
+    """The names of the shards that a folder has or should have.
+
+    Raises:
+        CheckpointError: the index is no index of safetensors.
+    """
+    return sorted(set((_weight_map(folder) or {SINGLE: SINGLE}).values()))
+
+
 class CheckpointReader(BlockFile):
     """A checkpoint folder, its headers read and checked.
 
@@ -192,6 +218,8 @@ class CheckpointReader(BlockFile):
         check_entries(folder)
         if (folder / "moetool.partial.json").exists():
             raise CheckpointError(f"{folder} is an unfinished conversion; run the command that began it again")
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise CheckpointError(f"{folder} is an adapter (LoRA), not a model; merge it into its base model first")
         self.config = read_json(folder / "config.json")
         self.shards = self._find_shards()
         self.tensors: dict[str, TensorInfo] = {}
@@ -204,18 +232,13 @@ class CheckpointReader(BlockFile):
         self._check_index()
 
     def _find_shards(self) -> list[str]:
-        self._weight_map: dict[str, str] | None = None
-        if (self.folder / INDEX).exists():
-            weight_map = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{self.folder / INDEX} has no weight_map")
-            for file in weight_map.values():
-                if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
-                    raise CheckpointError(f"{self.folder / INDEX} names {str(file)[:100]!r}, which is no shard's name")
+        self._weight_map = _weight_map(self.folder)
+        if self._weight_map:
+            shards = sorted(set(self._weight_map.values()))
+            for file in shards:
                 if not (self.folder / file).is_file():
                     raise CheckpointError(f"{self.folder / INDEX} names {file}, which is not there; fetch it again")
-            self._weight_map = weight_map
-            return sorted(set(weight_map.values()))
+            return shards
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pth")):

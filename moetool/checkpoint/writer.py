@@ -27,7 +27,8 @@ from moetool.recipe import read_lineage
 KNOWN_FILES = {
     "config.json", "generation_config.json", INDEX, SINGLE, PARTIAL, "moetool.json", "moetool.yaml",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "tekken.json",
+    "tokenizer.model.v3", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md",
 }  # fmt: skip
 # Beside the weights, what makes a checkpoint usable; code (`auto_map`, *.py) is never carried over.
 COMPANIONS = sorted(KNOWN_FILES - {"config.json", INDEX, SINGLE, PARTIAL, "moetool.json", "moetool.yaml"})

@@ -46,6 +46,7 @@ def table(document: dict[str, Any]) -> Table:
     layers, flops = len(document["moe_layers"]), document["flops_per_token"]
     of = "" if layers == document["num_layers"] else f" of {document['num_layers']}"
     shared = f" and {recipe['shared_experts']} shared" if recipe["shared_experts"] else ""
+    too_large = "; it does not fit" if document["num_bytes"] > document["free_disk_bytes"] else ""
     parts = f", each 1/{recipe['granularity']} of the dense FFN" if recipe["granularity"] > 1 else ""
     rows = {
         "family": f"{document['dense_family']} -> {document['target']} ({document['architecture']})",
@@ -55,7 +56,7 @@ def table(document: dict[str, Any]) -> Table:
         f" {count(parameters['active'])} active",
         "compute": f"{flops['moe'] / flops['dense']:.2f} times the dense model's, {count(flops['moe'])} FLOPs a token",
         "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
-        f" ({size(document['free_disk_bytes'])} free)",
+        f" ({size(document['free_disk_bytes'])} free{too_large})",
         "memory": f"about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
         "runs in": escape(clients_line(document["clients"])),
     }

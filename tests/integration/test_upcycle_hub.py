@@ -53,3 +53,22 @@ def test_a_hub_model_without_safetensors_or_that_is_not_there(tmp_path: Path) ->
     assert told.returncode == 1
     assert "the hub did not give it" in told.stderr
     assert len(told.stderr.strip().splitlines()) == 1
+
+
+def test_only_what_is_needed_is_fetched_and_a_plan_needs_no_network_afterwards(tmp_path: Path) -> None:
+    dense = tiny.save_llama(tmp_path / "hub" / "them" / "dense")
+    (dense / "fp8").mkdir()
+    for name in ("consolidated.safetensors", "consolidated.00.pth", "fp8/model.safetensors", "fp8/config.json"):
+        (dense / name).write_bytes((dense / "model.safetensors").read_bytes())
+    (dense / "LICENSE").write_text("Do as you like.")
+    with served(tmp_path / "hub", tmp_path / "cache") as (env, asked):
+        made = tiny.cli("upcycle", "them/dense", tmp_path / "moe", env=env)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "moe" / "LICENSE").read_text() == "Do as you like."
+    fetched = {name.partition("/them/dense/")[2] for name, size in asked if size}
+    assert "model.safetensors" in fetched
+    assert not [name for name in fetched if name.startswith(("consolidated", "fp8"))]
+    offline = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    told = tiny.cli("upcycle", "them/dense", tmp_path / "other", "--plan", "--json", env=offline)
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["target"] == "mixtral"

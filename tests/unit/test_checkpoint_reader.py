@@ -101,3 +101,14 @@ def test_a_file_cut_after_opening_is_an_error_not_a_hang(llama: Path, tmp_path: 
             file.truncate(info.start + 4)
         with pytest.raises(CheckpointError, match="ends before"):
             reader.read_into(info, 0, memoryview(bytearray(info.size)))
+
+
+def test_an_adapter_and_a_git_lfs_pointer_are_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is an adapter"):
+        CheckpointReader(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match="git-lfs pointer"):
+        CheckpointReader(tmp_path)
