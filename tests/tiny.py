@@ -63,7 +63,7 @@ def save_llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, 
 # A random dense model of each family that can be upcycled, with what is special in it switched on:
 # biases, sliding windows, head sizes that are not hidden / heads, multipliers, tied embeddings.
 DENSE: dict[str, dict[str, Any]] = {
-    "llama": {"head_dim": 16},
+    "llama": {},  # with head_dim 16 in the families that can have it
     "mistral": {"sliding_window": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": True},

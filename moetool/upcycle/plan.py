@@ -193,16 +193,14 @@ def build_plan(
             holds no plain floating-point numbers.
     """
     dense_spec, dense = dense_config(readers[0].config)
-    sources = [check_tensors(readers[0], dense_spec, dense)]
-    # A head that is saved beside tied embeddings and differs from them unties them.
-    untied = {"tie_word_embeddings": False} if LM_HEAD in sources[0] else {}
-    settled = settle(recipe, dense | untied, clients, beside(readers[0].folder))
+    settled = settle(recipe, dense, clients, beside(readers[0].folder))
     recipe, spec, moe, config = settled.recipe, settled.spec, settled.moe, settled.config
     for key, value in config.items():
         try:
             json.dumps(value, allow_nan=False)
         except ValueError:
             raise CheckpointError(f"config.json: {key} is {str(value)[:60]}; JSON has no NaN and no infinity") from None
+    sources = [check_tensors(readers[0], dense_spec, dense)]
     for reader in readers[1:]:
         other_spec, other = dense_config(reader.config)
         if other_spec is not dense_spec:
