@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from moetool import registry
 from moetool.arch.limits import Limit, not_silu, rope, windowed
 from moetool.arch.spec import detect
 
@@ -12,17 +13,28 @@ from moetool.arch.spec import detect
 CLIENTS = {"transformers-4": "transformers 4.57", "vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "mlx-lm"}
 
 
-def _unmeasured_rope(config: Mapping[str, Any]) -> bool:
-    yarn = config.get("model_type") == "mixtral" and rope("yarn")(config)
-    return not yarn and not rope("default", "llama3")(config)
+# Client -> the families in which positions scaled by yarn were measured to be exact.
+YARN = {
+    "vllm": frozenset(registry.names("target")),
+    "llama.cpp": {"mixtral", "qwen3_moe", "granitemoe"},
+    "mlx": {"granitemoe", "dots1"},
+}
+
+
+def _unmeasured_rope(client: str) -> Callable[[Mapping[str, Any]], bool]:
+    def unmeasured(config: Mapping[str, Any]) -> bool:
+        yarn = rope("yarn")(config) and config.get("model_type") in YARN[client]
+        return not yarn and not rope("default", "llama3")(config)
+
+    return unmeasured
 
 
 # Of every family: what has not been measured in a client is not said to run there.
 UNMEASURED = (
     *(Limit(client, "only SiLU has been measured there", not_silu) for client in ("vllm", "llama.cpp", "mlx")),
     *(
-        Limit(client, "this way of scaling positions has not been measured there", _unmeasured_rope)
-        for client in ("vllm", "llama.cpp", "mlx")
+        Limit(client, "this way of scaling positions has not been measured there", _unmeasured_rope(client))
+        for client in YARN
     ),
     Limit("mlx", "sliding windows have not been measured there", windowed),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moetool.arch.limits import Limit, some
+from moetool.arch.limits import Limit, some, untied, windowed
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
 
@@ -29,9 +29,15 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
     }
 
 
-def some_windows(config: Mapping[str, Any]) -> bool:
+def no_windows(config: Mapping[str, Any]) -> bool:
     """The family always has a `sliding_window`, in use or not."""
-    return "sliding_attention" in config.get("layer_types", ())
+    return "sliding_attention" not in config.get("layer_types", ())
+
+
+def not_leading(config: Mapping[str, Any]) -> bool:
+    """Dense layers lie between those with experts, not only before them."""
+    kinds = config.get("mlp_layer_types", [])
+    return kinds != sorted(kinds)
 
 
 SPEC = ArchSpec(
@@ -51,7 +57,11 @@ SPEC = ArchSpec(
     limits=(
         Limit("transformers-4", "it does not know the family"),
         Limit("llama.cpp", "its converter reads only shared experts that are averaged", some("num_shared_experts")),
-        Limit("vllm", "its windows differ, in the dense model as well", some_windows),
+        Limit("llama.cpp", "it stops where no layer has a sliding window", no_windows),
+        Limit("llama.cpp", "it knows only leading dense layers in the family", not_leading),
+        Limit("llama.cpp", "it has no biases of attention in the family", some("attention_bias")),
+        Limit("vllm", "its windows differ, in the dense model as well", windowed),
+        Limit("vllm", "it always ties the output head to the embedding in the family", untied),
         Limit("mlx", "it does not know the family"),
     ),
 )

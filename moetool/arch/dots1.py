@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moetool.arch.limits import Limit, grouped_queries, none_of, tied
+from moetool.arch.limits import Limit, grouped_queries, none_of, some, tied
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn, leading_dense
 from moetool.recipe import UpcycleRecipe
 
@@ -44,6 +44,7 @@ SPEC = ArchSpec(
     limits=(
         Limit("llama.cpp", "it knows only as many key-value heads as heads in the family", grouped_queries),
         Limit("llama.cpp", "it knows no tied embeddings in the family", tied),
+        Limit("mlx", "it has no biases of attention in the family", some("attention_bias")),
         *(Limit(client, "it cannot be without a shared expert", none_of("n_shared_experts")) for client in NO_ZERO),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moetool.arch.limits import Limit, some
+from moetool.arch.limits import Limit, rope, some
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
 
@@ -47,5 +47,6 @@ SPEC = ArchSpec(
     limits=(
         Limit("llama.cpp", "its converter needs tokenizer.model", unless="tokenizer.model"),
         Limit("llama.cpp", "it expects shared experts of another size", some("moe_num_shared_experts")),
+        Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
     ),
 )

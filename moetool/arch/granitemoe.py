@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moetool.arch.limits import Limit, rope
+from moetool.arch.limits import Limit, rope, some
 from moetool.arch.spec import ArchSpec
 from moetool.recipe import UpcycleRecipe
 
@@ -40,5 +40,8 @@ SPEC = ArchSpec(
     config_map=config_map,
     biases="qkvo",
     head_dim=False,
-    limits=(Limit("llama.cpp", "it cannot scale positions as llama3 does in the family", rope("llama3")),),
+    limits=(
+        Limit("llama.cpp", "it cannot scale positions as llama3 does in the family", rope("llama3")),
+        Limit("vllm", "it leaves out the biases of attention in the family", some("attention_bias")),
+    ),
 )

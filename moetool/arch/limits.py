@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +38,24 @@ class Limit:
 
 def windowed(config: Config) -> bool:
     """Some layer looks back over a window only."""
-    return config.get("sliding_window") is not None and config.get("use_sliding_window", True) is not False
+    window = config.get("sliding_window")
+    used = config.get("use_sliding_window", True) is not False
+    return used and window is not None and window < config.get("max_position_embeddings", math.inf)
+
+
+def windowed_in_some(config: Config) -> bool:
+    """Some layers look back over a window only, others over everything."""
+    return windowed(config) and len(set(config.get("layer_types") or ())) > 1
 
 
 def not_silu(config: Config) -> bool:
     """The experts' activation is another than SiLU."""
     return config.get("hidden_act", "silu") not in ("silu", "swish")
+
+
+def untied(config: Config) -> bool:
+    """The output head is a tensor of its own."""
+    return not tied(config)
 
 
 def tied(config: Config) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moetool.arch.limits import Limit, not_silu, own_head_dim, windowed
+from moetool.arch.limits import Limit, not_silu, own_head_dim, rope, windowed
 from moetool.arch.spec import ArchSpec, ffn
 
 SPEC = ArchSpec(
@@ -20,5 +20,6 @@ SPEC = ArchSpec(
         Limit("llama.cpp", "it ignores the sliding window", windowed),
         Limit("llama.cpp", "it computes SiLU whatever hidden_act says", not_silu),
         Limit("mlx", "it has no head_dim", own_head_dim),
+        Limit("mlx", "it ignores the scaling of positions in the family", rope("llama3", "yarn")),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moetool.arch.limits import Limit, none_of
+from moetool.arch.limits import Limit, none_of, windowed_in_some
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn, listed_dense
 from moetool.recipe import UpcycleRecipe
 
@@ -42,6 +42,8 @@ SPEC = ArchSpec(
     limits=(
         Limit("llama.cpp", "it never makes the weights of the chosen experts sum to 1"),
         Limit("mlx", "it never makes the weights of the chosen experts sum to 1"),
+        Limit("transformers-4", "it does not tell which layers have a window in the family", windowed_in_some),
+        Limit("vllm", "it does not tell which layers have a window in the family", windowed_in_some),
         Limit("vllm", "it cannot be without a shared expert", none_of("shared_expert_intermediate_size")),
     ),
 )

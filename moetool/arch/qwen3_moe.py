@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moetool.arch.limits import Limit, some, windowed
+from moetool.arch.limits import Limit, rope, some, windowed
 from moetool.arch.spec import ArchSpec, ffn, listed_dense
 from moetool.recipe import UpcycleRecipe
 
@@ -38,5 +38,10 @@ SPEC = ArchSpec(
     limits=(
         Limit("llama.cpp", "its converter knows no dense layers in the family", some("mlp_only_layers")),
         Limit("llama.cpp", "sliding windows have not been measured there", windowed),
+        Limit("llama.cpp", "it has no biases of attention in the family", some("attention_bias")),
+        Limit("llama.cpp", "it ignores llama3's scaling of positions in the family", rope("llama3")),
+        Limit("vllm", "it leaves out the biases of attention in the family", some("attention_bias")),
+        Limit("mlx", "it has no biases of attention in the family", some("attention_bias")),
+        Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
     ),
 )

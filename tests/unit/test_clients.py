@@ -32,14 +32,20 @@ MEASURED: list[tuple[str, dict[str, Any], str, set[str]]] = [
     ("mistral", {}, "--target mixtral", {T4, V}),
     ("mistral", {"sliding_window": None}, "--target mixtral", ALL),
     ("qwen3", {}, "--target qwen3_moe", ALL),
+    ("qwen3", {"attention_bias": True}, "--target qwen3_moe", {T4}),
+    ("qwen3", {"rope_parameters": LLAMA3}, "--target qwen3_moe", {T4, V}),
+    ("qwen2", {}, "--target qwen2_moe", set()),  # a window in some layers
+    ("qwen2", {"use_sliding_window": False}, "--target qwen2_moe", {T4, V}),
     ("qwen3", {}, "--target qwen3_moe --moe-layers every:2", {T4, V, M}),
     ("qwen3", {}, "--target glm4_moe", {T4, V, M}),
     ("qwen3", {}, "--target dots1", {T4, V, M}),
     ("qwen3", {"num_key_value_heads": 4, "tie_word_embeddings": False}, "--target dots1", ALL),
     ("olmo2", {}, "--target flex_olmo", {T4, V}),
-    ("granite", {}, "--target granitemoe", ALL),
+    ("granite", {"attention_bias": False}, "--target granitemoe", ALL),
     ("ernie4_5", {}, "--target ernie4_5_moe", {T4, V, M}),
-    ("cohere2", {"sliding_window": None}, "--target cohere2_moe", {V, L}),
+    ("cohere2", {"sliding_window": None, "layer_types": ["full_attention"] * 2}, "--target cohere2_moe", {V}),
+    ("cohere2", {"sliding_window": 128}, "--target cohere2_moe", {V, L}),
+    ("cohere2", {"sliding_window": 128, "tie_word_embeddings": False}, "--target cohere2_moe", {L}),
     ("hunyuan_v1_dense", {}, "--target hunyuan_v1_moe", {T4, V}),
 ]
 
