@@ -11,10 +11,10 @@ from moetool.recipe import UpcycleRecipe
 
 
 def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
-    """Shared experts are added (the family's default takes the average with the routed ones)."""
+    """The mean of shared and routed experts, the family's default, is all that llama.cpp's converter reads."""
     return {
         "num_shared_experts": recipe.shared_experts,
-        "shared_expert_combination_strategy": "sum",
+        "shared_expert_combination_strategy": "average",
         "expert_selection_fn": "softmax",
         "norm_topk_prob": True,
         "attention_bias": bool(dense["biases"]),
@@ -50,13 +50,12 @@ SPEC = ArchSpec(
     top_k_key="num_experts_per_tok",
     units_key="intermediate_size",
     config_map=config_map,
-    shared=SharedExpert(ffn("mlp.shared_experts")),
+    shared=SharedExpert(ffn("mlp.shared_experts"), averaged=True),
     moe_layers=lambda moe, layers: {"mlp_layer_types": ["sparse" if i in moe else "dense" for i in range(layers)]},
     biases="qkvo",
     windows="layer_types",
     limits=(
         Limit("transformers-4", "it does not know the family"),
-        Limit("llama.cpp", "its converter reads only shared experts that are averaged", some("num_shared_experts")),
         Limit("llama.cpp", "it stops where no layer has a sliding window", no_windows),
         Limit("llama.cpp", "it knows only leading dense layers in the family", not_leading),
         Limit("llama.cpp", "it has no biases of attention in the family", some("attention_bias")),

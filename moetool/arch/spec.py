@@ -23,12 +23,14 @@ class SharedExpert:
         default: how many experts' sizes it has unless the user says: 1 where the family always has
             one, or writes tensors of size zero without.
         sizes: the only sizes it can have; empty when any.
+        averaged: whether a layer gives the mean of its output and the routed experts', not the sum.
     """
 
     tensors: Mapping[str, str]
     gate: str | None = None
     default: int = 0
     sizes: tuple[int, ...] = ()
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,10 @@ def scales(recipe: UpcycleRecipe, spec: ArchSpec) -> tuple[float, float]:
     if shared == 0:
         return float(parts), 1.0
     gate = 0.5 if spec.shared and spec.shared.gate else 1.0  # sigmoid(0)
+    both = 2.0 if spec.shared and spec.shared.averaged else 1.0
     if shared < parts:
-        return float(parts - shared), 1 / gate
-    return parts / 2, parts / (2 * shared) / gate
+        return both * (parts - shared), both / gate
+    return both * parts / 2, both * parts / (2 * shared) / gate
 
 
 def routed_factor(recipe: UpcycleRecipe, spec: ArchSpec) -> float:

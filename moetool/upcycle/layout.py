@@ -136,8 +136,11 @@ def lay_out(
         if spec.shared and (recipe.shared_experts or spec.shared.default):
             size = units * (recipe.shared_experts or 0)
             shape = (hidden, size) if projection == "down" else (size, hidden)
-            place = Place(spec.shared.tensors[projection].format(layer=layer))
-            add(Fill("shared", sources, (place,), dtype, shape, layer, projection))
+            together = [p for p in PROJECTIONS if spec.shared.tensors[p] == spec.shared.tensors[projection]]
+            start = together.index(projection) * size * hidden
+            place = Place(spec.shared.tensors[projection].format(layer=layer), start)
+            fill = Fill("shared", sources, (place,), dtype, shape, layer, projection)
+            add(fill, (len(together) * shape[0], shape[1]))
     if recipe.method == "scratch":
         fills = [_from_scratch(fill, spec, dense) for fill in fills]
     return fills, list(tensors.values())

@@ -45,6 +45,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int], str]] = {
     "granitemoeshared": (
         {"num_local_experts": 4, "shared_intermediate_size": 16}, [0, 1, 2], "GraniteMoeSharedTopKRouter",
     ),
+    "granitemoehybrid": (
+        {
+            "num_local_experts": 4, "shared_intermediate_size": 16, "layer_types": ["full_attention"] * 3,
+            "mamba_n_heads": 4,
+        },
+        [0, 1, 2], "GraniteMoeHybridTopKRouter",
+    ),
     "phimoe": ({"num_local_experts": 4}, [0, 1, 2], "PhimoeTopKRouter"),
     "gpt_oss": ({"num_local_experts": 4}, [0, 1, 2], "GptOssTopKRouter"),
     "ernie4_5_moe": (
@@ -75,7 +82,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int], str]] = {
 BIASES = ("e_score_correction_bias", "expert_bias")
 BIASED = ["ernie4_5_moe", "dots1", "glm4_moe", "solar_open", "deepseek_v3", "minimax_m2", "lfm2_moe", "afmoe"]
 SHARED = [
-    "qwen2_moe", "qwen3_next", "granitemoeshared", "ernie4_5_moe", "dots1", "glm4_moe", "solar_open", "deepseek_v2",
+    "qwen2_moe", "qwen3_next", "granitemoeshared", "granitemoehybrid", "ernie4_5_moe", "dots1", "glm4_moe", "solar_open", "deepseek_v2",
     "deepseek_v3", "hunyuan_v1_moe", "cohere2_moe", "afmoe",
 ]  # fmt: skip
 LOUD = 3  # the expert that a bias prefers

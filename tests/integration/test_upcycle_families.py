@@ -19,7 +19,7 @@ SHARING = [(dense, name) for dense, name in PAIRS if SPECS[name].shared]
 # What only some targets of a family can have, switched on or off in the dense model.
 WITHOUT: dict[tuple[str, str], dict[str, Any]] = {
     **{("llama", target): {"head_dim": 16} for target in ("mixtral", "glm4_moe", "solar_open")},
-    ("qwen2", "glm4_moe"): {"use_sliding_window": False, "sliding_window": None},
+    **{("qwen2", target): {"use_sliding_window": False} for target in ("glm4_moe", "granitemoehybrid")},
 }
 ROPE = {
     "llama3": {
