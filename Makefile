@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint docs clean
+.PHONY: quickstart test test-slow test-clients lint docs clean
 
 quickstart: .venv/installed        ## the whole journey on text that this machine has
 	$(BIN)/moetool quickstart quickstart
@@ -12,6 +12,9 @@ test: lint                         ## lint, types, layers and the fast tests
 
 test-slow: .venv/installed         ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+test-clients: .venv/installed      ## what vLLM, llama.cpp, mlx-lm and transformers 4 do with our checkpoints
+	$(BIN)/python -m tests.clients
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ def no_windows(config: Mapping[str, Any]) -> bool:
 
 def not_leading(config: Mapping[str, Any]) -> bool:
     """Dense layers lie between those with experts, not only before them."""
-    kinds = config.get("mlp_layer_types", [])
+    kinds: list[str] = config.get("mlp_layer_types", [])
     return kinds != sorted(kinds)
 
 

@@ -6,20 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetool.arch import granitemoe
+from moetool.arch.limits import Limit, none_of
 from moetool.arch.spec import ArchSpec, SharedExpert
 from moetool.recipe import UpcycleRecipe
 
 
 def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
-    """No layer is Mamba's, but its sizes must agree with the hidden size."""
+    """No layer is Mamba's, but readers ask for its sizes, which must agree with the hidden size."""
     units = dense["intermediate_size"] // recipe.granularity
+    heads = dense["num_attention_heads"]
     return granitemoe.config_map(dense, recipe) | {
         "attention_bias": True,
         "shared_intermediate_size": units * (recipe.shared_experts or 0),
         "position_embedding_type": "rope",
         "layer_types": ["attention"] * dense["num_hidden_layers"],
-        "mamba_n_heads": dense["num_attention_heads"],
+        "mamba_n_heads": heads,
+        "mamba_d_head": 2 * dense["hidden_size"] // heads,
         "mamba_expand": 2,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 256,
+        "mamba_d_conv": 4,
+        "mamba_chunk_size": 256,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
     }
 
 
@@ -45,4 +54,5 @@ SPEC = ArchSpec(
     biases="qkvo",
     zero_biases="qkvo",  # one switch for all four, and Qwen2 has three
     head_dim=False,
+    limits=(Limit("vllm", "it cannot be without a shared expert", none_of("shared_intermediate_size")),),
 )

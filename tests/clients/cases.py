@@ -1,0 +1,137 @@
+"""What is tried: every pair of a dense family and a target, with each trait that the pair can have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from moetool import registry
+from moetool.arch.dense import DENSE
+from moetool.arch.spec import ArchSpec
+
+WINDOW, LENGTH, POSITIONS = 16, 48, 256  # tokens: of a narrow window, of the text, at most
+VOCABULARY = 512
+LAYERS = 3
+
+# Sizes that every engine's kernels take.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": POSITIONS,
+    "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "tie_word_embeddings": False,
+}  # fmt: skip
+SOME = ["sliding_attention"] * (LAYERS - 1) + ["full_attention"]
+# What tests/tiny.py switches on is off, so that each trait shows alone.
+PLAIN: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+    "granite": {"attention_bias": False},
+    "cohere2": {"sliding_window": POSITIONS, "layer_types": SOME},
+}
+ROPE = {
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+}  # fmt: skip
+QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
+WINDOWS: dict[str, dict[str, dict[str, Any]]] = {
+    "mistral": {
+        "a window in all layers": {"sliding_window": WINDOW},
+        "a window as long as all positions": {"sliding_window": POSITIONS},
+    },
+    "cohere2": {
+        "a window in some layers": {"sliding_window": WINDOW},
+        "no layer with a window": {"layer_types": ["full_attention"] * LAYERS},
+    },
+    **{
+        family: {
+            "a window in all layers": QWEN_WINDOWS | {"max_window_layers": 0},
+            "a window in some layers": QWEN_WINDOWS | {"max_window_layers": 1},
+        }
+        for family in ("qwen2", "qwen3")
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One dense model and one command.
+
+    Attributes:
+        dense: its family.
+        target: of `--target`.
+        trait: what is special, in words.
+        changes: to the dense config.
+        options: of `upcycle`.
+        tokenizer: `bpe`, with GLM's special tokens (`glm`), or with a tokenizer.model beside it (`sentencepiece`).
+    """
+
+    dense: str
+    target: str
+    trait: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    tokenizer: str = "bpe"
+
+    @property
+    def name(self) -> str:
+        """A folder's name, and what `--only` looks at."""
+        return f"{self.dense}-{self.target}-{self.trait}".replace(" ", "-").replace("/", "-")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the dense model, for `tiny.save_dense`."""
+        return SIZES | PLAIN.get(self.dense, {}) | self.changes
+
+    @property
+    def command(self) -> list[str]:
+        """Options of `upcycle`, so that routing and redrawn units matter."""
+        return ["--num-experts", "4", "--router-std", "0.3", "--target", self.target, *self.options]
+
+
+def cases() -> list[Case]:
+    """All of them, pair by pair in the registry's order."""
+    return [case for name in registry.names("target") for case in _of_target(registry.load("target", name))]
+
+
+def _of_target(spec: ArchSpec) -> Iterator[Case]:
+    for dense in spec.dense:
+        for trait, changes, *rest in _traits(dense, spec):
+            yield Case(dense, spec.model_type, trait, changes, *rest)
+
+
+def _traits(dense: str, spec: ArchSpec) -> Iterator[tuple[Any, ...]]:
+    """(trait, changes, options, tokenizer), the last two where they are needed."""
+    yield "plain", {}
+    yield "copies", {}, ("--method", "copy")
+    yield "tied", {"tie_word_embeddings": True}
+    yield "a key and value for each head", {"num_key_value_heads": 4}
+    yield "heads of another size", {"head_dim": 64}
+    for kind, settings in ROPE.items():
+        yield f"{kind} positions", {"rope_parameters": settings}
+    if "attention_bias" in DENSE[dense].defaults:
+        yield "biases of attention", {"attention_bias": True}
+    yield from WINDOWS.get(dense, {}).items()
+    for activation in ("gelu", "gelu_pytorch_tanh", "relu") if dense == spec.dense[0] else ("gelu",):
+        yield activation, {"hidden_act": activation}
+    yield "fine-grained", {}, ("--granularity", "2", "--num-experts", "8", "--top-k", "4")
+    if spec.shared:
+        for shared in spec.shared.sizes or (0, 1, 2):
+            yield f"{shared} shared", {}, ("--shared-experts", str(shared))
+        if not spec.shared.sizes:
+            options = ("--granularity", "2", "--num-experts", "8", "--top-k", "4", "--shared-experts", "1")
+            yield "fine-grained, 1 part shared", {}, options
+    if spec.moe_layers:
+        yield "first layer dense", {}, ("--moe-layers", "1-")
+        yield "every other layer dense", {}, ("--moe-layers", "every:2")
+    if any(limit.unless == "tokenizer.model" for limit in spec.limits):
+        yield "tokenizer.model", {}, (), "sentencepiece"
+        yield "tokenizer.model, tied", {"tie_word_embeddings": True}, (), "sentencepiece"
+        yield "tokenizer.model, 1 shared", {}, ("--shared-experts", "1"), "sentencepiece"
+    if any(limit.unless == "[gMASK]" for limit in spec.limits):
+        yield "GLM's special tokens", {}, (), "glm"
+        yield "GLM's special tokens, llama3 positions", {"rope_parameters": ROPE["llama3"]}, (), "glm"
+        yield "GLM's special tokens, 0 shared", {}, ("--shared-experts", "0"), "glm"

@@ -1,0 +1,94 @@
+"""docs/clients.md below its marker, made from measured.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.clients.environments import VERSIONS
+from tests.clients.run import EXACT
+
+PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
+MEASURED = Path(__file__).with_name("measured.json")
+MARKER = "<!-- Below: written by python -m tests.clients --page. -->\n"
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """Case's name -> its row: dense, target, trait, options; refused, or config, beside, digest and clients."""
+    return json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+
+
+def store(rows: Rows) -> None:
+    """One row a line, so that a diff shows what changed."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row, separators=(',', ':'))}" for name, row in rows.items())
+    MEASURED.write_text("{\n" + lines + "\n}\n")
+
+
+def is_exact(verdict: Mapping[str, Any]) -> bool:
+    """Whether an engine computed what transformers 5 does."""
+    difference = verdict.get("difference", "NaN")
+    return difference != "NaN" and bool(difference <= EXACT)
+
+
+def write(rows: Rows) -> None:
+    """Put the tables under the page's own words."""
+    PAGE.write_text(PAGE.read_text().partition(MARKER)[0] + MARKER + generate(rows))
+
+
+def generate(rows: Rows) -> str:
+    """What lies below the marker."""
+    return "\n".join(_lines(rows)) + "\n"
+
+
+def _lines(rows: Rows) -> Iterator[str]:
+    pairs = dict.fromkeys((row["dense"], row["target"]) for row in rows.values())
+    days = sorted({row["measured"] for row in rows.values()})
+    yield f"\n{len(rows)} rows, measured {' to '.join(dict.fromkeys((days[0], days[-1])))} on a CPU in fp32. Versions:"
+    yield ", ".join(VERSIONS.values()) + ".\n"
+    yield "## Summary\n"
+    yield "How many rows are exact, of those that could be made. In brackets are those that an engine takes without a"
+    yield "word and computes wrongly.\n"
+    yield f"| dense -> target | {' | '.join(VERSIONS)} |"
+    yield "|---" * (1 + len(VERSIONS)) + "|"
+    for dense, target in pairs:
+        found = [row["clients"] for row in rows.values() if (row["dense"], row["target"]) == (dense, target)]
+        yield f"| {dense} -> `{target}` | {' | '.join(_count([f[c] for f in found if c in f]) for c in VERSIONS)} |"
+    notes: dict[str, int] = {}
+    for dense, target in pairs:
+        yield f"\n## {dense} -> {target}\n"
+        yield f"| trait | {' | '.join(VERSIONS)} |"
+        yield "|---" * (1 + len(VERSIONS)) + "|"
+        for row in rows.values():
+            if (row["dense"], row["target"]) == (dense, target):
+                yield f"| {row['trait']} | {_cells(row, notes)} |"
+    yield "\n## What the engines say\n"
+    yield from (f"{number}. {line}" for line, number in notes.items())
+
+
+def _count(verdicts: list[Mapping[str, Any]]) -> str:
+    wrong = sum("difference" in verdict and not is_exact(verdict) for verdict in verdicts)
+    return f"{sum(map(is_exact, verdicts))} of {len(verdicts)}" + (f" ({wrong} wrong)" if wrong else "")
+
+
+def _cells(row: Mapping[str, Any], notes: dict[str, int]) -> str:
+    if "refused" in row:
+        note = notes.setdefault("moetool: " + _plain(row["refused"]), len(notes) + 1)
+        return " | ".join([f"not made [{note}]"] * len(VERSIONS))
+    return " | ".join(_cell(client, row["clients"].get(client), notes) for client in VERSIONS)
+
+
+def _cell(client: str, verdict: Mapping[str, Any] | None, notes: dict[str, int]) -> str:
+    if verdict is None:
+        return "not run"
+    if "refused" in verdict:
+        return f"no [{notes.setdefault(f'{client}: ' + _plain(verdict['refused']), len(notes) + 1)}]"
+    figure = verdict["difference"]
+    figure = figure if figure == "NaN" else f"{figure:.1e}" if figure else "0"
+    return figure if is_exact(verdict) else f"**wrong: {figure}**"
+
+
+def _plain(line: str) -> str:
+    return "`" + " ".join(line.replace("`", "'").split())[:240] + "`"

@@ -1,0 +1,28 @@
+"""What each worker does: run an engine on folders, one after the other, and say how far it is.
+
+A worker is run by the interpreter of its engine's environment, which knows nothing of moetool. For each
+FOLDER it reads `tokens.npy` (T,), runs `moe/`, and writes `CLIENT.npy`, float32 (T, V).
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+def work(client: str, run: Callable[[Path, np.ndarray], np.ndarray]) -> None:
+    """Run each folder of the command line; what a folder gave or said is a line on stdout."""
+    for name in sys.argv[1:]:
+        folder = Path(name)
+        print(f"\nBEGIN {folder.name}", flush=True)
+        try:
+            np.save(folder / f"{client}.npy", run(folder, np.load(folder / "tokens.npy")).astype(np.float32))
+            print(f"\nDONE {folder.name}", flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            said = " ".join(str(error).split()) or type(error).__name__
+            print(f"\nREFUSED {folder.name} {type(error).__name__}: {said[-400:]}", flush=True)

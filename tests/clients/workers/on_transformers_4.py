@@ -1,0 +1,25 @@
+"""transformers 4 in fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import work
+from transformers import AutoModelForCausalLM
+
+
+@torch.no_grad()
+def run(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """Logits."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder / "moe", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError(f"missing {info['missing_keys']}, of another shape {info['mismatched_keys']}")
+    logits: np.ndarray = model(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    return logits
+
+
+work("transformers-4", run)

@@ -1,0 +1,37 @@
+"""The table of docs/clients.md: it is complete, the page is what was measured, and the specs say what it says."""
+
+from __future__ import annotations
+
+import pytest
+
+from moetool.arch.clients import CLIENTS, obstacles
+from tests.clients import page
+from tests.clients.cases import cases
+
+ROWS = page.load()
+
+
+def test_every_case_has_a_verdict_in_every_client() -> None:
+    """A new pair, or a new trait, needs `make test-clients`."""
+    assert [case.name for case in cases()] == list(ROWS)
+    made = {name: row["clients"] for name, row in ROWS.items() if "refused" not in row}
+    assert [(name, client) for name, found in made.items() for client in CLIENTS if client not in found] == []
+
+
+def test_the_page_is_what_was_measured() -> None:
+    _, marker, tables = page.PAGE.read_text().partition(page.MARKER)
+    assert marker
+    assert tables == page.generate(ROWS), "run python -m tests.clients --page"
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_the_specs_say_what_was_measured(client: str) -> None:
+    wrong = []
+    for name, row in ROWS.items():
+        if "refused" in row or client not in row["clients"]:
+            continue
+        said, verdict = obstacles(row["config"], row["beside"])[client], row["clients"][client]
+        if (said is None) != page.is_exact(verdict):
+            measured = verdict.get("difference", verdict.get("refused"))
+            wrong.append(f"{name}: measured {str(measured)[:90]}, said {said or 'exact'}")
+    assert not wrong, "\n".join(["", *wrong])
