@@ -138,6 +138,7 @@ def run(arguments: list[str]) -> int:
     except TyperException as error:
         where = getattr(getattr(error, "ctx", None), "command_path", "moetool")
         message = error.format_message() or "give a command"  # without one, help has been printed
+        message = message.replace("Value error, ", "").removesuffix(".")  # pydantic's words
         return _fail(f"{message} (see {where} --help)", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED)

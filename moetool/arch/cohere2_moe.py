@@ -50,6 +50,7 @@ SPEC = ArchSpec(
     top_k_key="num_experts_per_tok",
     units_key="intermediate_size",
     config_map=config_map,
+    ranked_by="logits",
     shared=SharedExpert(ffn("mlp.shared_experts"), averaged=True),
     moe_layers=lambda moe, layers: {"mlp_layer_types": ["sparse" if i in moe else "dense" for i in range(layers)]},
     biases="qkvo",

@@ -37,6 +37,7 @@ SPEC = ArchSpec(
     units_key="moe_intermediate_size",
     config_map=config_map,
     router_fp32=True,
+    ranked_by="sigmoid",
     selection_bias=("model.layers.{layer}.mlp.gate.e_score_correction_bias", "E"),
     shared=SharedExpert(ffn("mlp.shared_experts"), default=1),
     scaling_key="routed_scaling_factor",

@@ -38,6 +38,7 @@ SPEC = ArchSpec(
     top_k_key="num_experts_per_tok",
     units_key="intermediate_size",
     config_map=config_map,
+    ranked_by="logits",
     biases="qkvo",
     head_dim=False,
     limits=(

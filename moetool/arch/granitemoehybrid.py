@@ -43,6 +43,7 @@ SPEC = ArchSpec(
     top_k_key="num_experts_per_tok",
     units_key="intermediate_size",
     config_map=config_map,
+    ranked_by="logits",
     shared=SharedExpert(
         {
             "gate": f"{LAYER}.shared_mlp.input_linear.weight",

@@ -49,6 +49,7 @@ class ArchSpec:
         units_key: the config key of the units of one expert.
         config_map: (filled dense config, recipe) -> what config.json has beyond the shared keys; pure.
         router_fp32: whether router logits are computed in fp32, whatever the model's dtype.
+        ranked_by: the scores of which the largest are chosen: `softmax` over all experts, `sigmoid`, or `logits`.
         router_dtype: of the router on disk, where the family fixes it.
         selection_bias: name and shape (letters, E experts) of a bias that only chooses experts.
         shared: the shared expert, None where the family has none.
@@ -74,6 +75,7 @@ class ArchSpec:
     units_key: str
     config_map: Callable[[Mapping[str, Any], UpcycleRecipe], dict[str, Any]]
     router_fp32: bool = False
+    ranked_by: str = "softmax"
     router_dtype: str | None = None
     selection_bias: tuple[str, str] | None = None
     shared: SharedExpert | None = None

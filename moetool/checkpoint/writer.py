@@ -96,6 +96,16 @@ def layout_shards(tensors: Sequence[TensorLayout], max_shard_size: int) -> list[
     return shards
 
 
+def index_file(shards: Sequence[Shard]) -> dict[str, bytes]:
+    """The index by its name; none where there is one shard."""
+    if len(shards) == 1:
+        return {}
+    weight_map = {tensor: shard.name for shard in shards for tensor in shard.starts}
+    total = sum(shard.size - len(shard.header) for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return {INDEX: json.dumps(index, indent=2).encode() + b"\n"}
+
+
 def foreign_files(folder: Path) -> list[str]:
     """Names in a folder that neither moetool nor a checkpoint's layout knows."""
 
@@ -240,7 +250,7 @@ class CheckpointWriter:
         self._files.clear()
 
     def finish(self, files: Mapping[str, bytes]) -> None:
-        """Write the index and the small files, config.json last, and take the partial mark away.
+        """Write the small files, config.json last, and take the partial mark away.
 
         Raises:
             CheckpointError: someone else has deleted or changed a shard meanwhile.
@@ -251,11 +261,6 @@ class CheckpointWriter:
                     f"{self.folder / shard.name} was deleted or changed by someone else while it was in use;"
                     " run the same command again"
                 )
-        if len(self.shards) > 1:
-            weight_map = {tensor: shard.name for shard in self.shards for tensor in shard.starts}
-            total = sum(shard.size - len(shard.header) for shard in self.shards)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            write_file(self.folder / INDEX, json.dumps(index, indent=2).encode() + b"\n")
         for name in sorted(files, key=lambda name: name == "config.json"):
             write_file(self.folder / name, files[name])
         (self.folder / PARTIAL).unlink()
@@ -289,4 +294,10 @@ def check_written(folder: Path, shards: Sequence[Shard]) -> None:
             for name, info in tensors.items()
         }
         if found != planned or length != len(shard.header):
-            raise CheckpointError(f"{folder / shard.name} does not hold the tensors that were planned")
+            shapes = [{name: (entry["dtype"], entry["shape"]) for name, entry in e.items()} for e in (found, planned)]
+            what = (
+                "holds the planned tensors in another layout, so another program has saved it again"
+                if shapes[0] == shapes[1]
+                else "does not hold the tensors that were planned"
+            )
+            raise CheckpointError(f"{folder / shard.name} {what}")

@@ -17,9 +17,11 @@ from moetool.commands.console import Console, escape
 from moetool.commands.memory import estimated, tell_weights
 from moetool.commands.options import (
     ConfigFlag,
+    Dtype,
     JsonFlag,
     QuietFlag,
     completing,
+    long_dtype,
     named_paths,
     parse_count,
     write_options,
@@ -138,8 +140,10 @@ def analyze_routing(
         str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_RUN)
     ] = "auto",
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option("--dtype", help="Of the weights in memory; auto: as saved.", rich_help_panel=_RUN),
+        Dtype,
+        typer.Option(
+            "--dtype", help="Of the weights in memory; auto: as saved.", callback=long_dtype, rich_help_panel=_RUN
+        ),
     ] = "auto",
     device_map: Annotated[
         str | None,

@@ -15,9 +15,11 @@ from moetool.commands.console import Console, count, escape, size
 from moetool.commands.memory import estimated
 from moetool.commands.options import (
     ConfigFlag,
+    Dtype,
     JsonFlag,
     QuietFlag,
     completing,
+    long_dtype,
     named_paths,
     one_of,
     parse_count,
@@ -188,9 +190,7 @@ def cpt(
     deterministic: Annotated[
         bool, _option(RUN, "Deterministic kernels alone, so that a GPU gives the same bits again.")
     ] = False,
-    save_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], _option(RUN, "Of saved weights; auto is MODEL's.")
-    ] = "auto",
+    save_dtype: Annotated[Dtype, _option(RUN, "Of saved weights; auto is MODEL's.", callback=long_dtype)] = "auto",
     save_every: Annotated[int | None, _option(RUN, "Steps between checkpoints.", "a tenth of the run", min=1)] = None,
     eval_every: Annotated[int | None, _option(RUN, "Steps between validations.", "a tenth of the run", min=1)] = None,
     keep_checkpoints: Annotated[int, _option(RUN, "Step folders to keep.", min=1)] = 2,

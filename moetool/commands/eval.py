@@ -16,9 +16,11 @@ from moetool.commands.eval_table import score_table
 from moetool.commands.memory import estimated, tell_weights
 from moetool.commands.options import (
     ConfigFlag,
+    Dtype,
     JsonFlag,
     QuietFlag,
     completing,
+    long_dtype,
     named_paths,
     one_of,
     write_options,
@@ -114,8 +116,8 @@ def evaluate(
     ] = "file",
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option("--dtype", help="Of the weights in memory; auto: as saved."),
+        Dtype,
+        typer.Option("--dtype", help="Of the weights in memory; auto: as saved.", callback=long_dtype),
     ] = "auto",
     device_map: Annotated[
         str | None,

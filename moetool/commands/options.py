@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -219,16 +219,27 @@ def write_options(context: typer.Context, folder: Path) -> None:
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+_LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+
+
+def long_dtype(value: str) -> str:
+    """The name that is recorded: `bf16` is `bfloat16`."""
+    return _LONG.get(value, value)
+
+
 def parse_size(text: str) -> int:
     """`5GB`, `500MB` or a number of bytes, in decimal units.
 
     Raises:
-        typer.BadParameter: it is none of these.
+        typer.BadParameter: it is none of these, or so few bytes that a unit was forgotten.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
     size = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
         raise typer.BadParameter(f"'{text}' is no size; write it as 5GB or 500MB")
+    if match and not match[2] and size < 10**6:
+        raise typer.BadParameter(f"'{text}' means {size} bytes; if {match[1]} GB were meant, write {match[1]}GB")
     return size
 
 

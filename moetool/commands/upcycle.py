@@ -18,9 +18,11 @@ from moetool.arch.clients import CLIENTS
 from moetool.commands.console import Console, size
 from moetool.commands.options import (
     ConfigFlag,
+    Dtype,
     JsonFlag,
     QuietFlag,
     completing,
+    long_dtype,
     num_cores,
     one_of,
     options_text,
@@ -185,8 +187,8 @@ def upcycle(
     ] = Decimal("0.02"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Of the written tensors; auto keeps the source's."),
+        Dtype,
+        typer.Option(help="Of the written tensors; auto keeps the source's.", callback=long_dtype),
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, such as 5GB.")] = "5GB",
     workers: Annotated[

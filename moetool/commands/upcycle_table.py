@@ -104,10 +104,12 @@ def proof_line(proof: dict[str, Any]) -> str:
             f", {proof['redrawn_units']} units changed, their statistics within"
             f" {proof['worst_sigma']:.1f} standard errors of the plan"
         )
+    if proof["files"]:
+        told += f", {proof['files']} files beside them as they were written"
     if proof["split_groups"]:
         told += (
-            f"; in this dtype, router logits tie for {proof['split_groups']:.1%} of random tokens, which then miss a"
-            " part of the dense FFN"
+            f"; router scores tie for {proof['split_groups']:.1%} of random tokens, which then miss a part of the dense"
+            " FFN: take another --router-std or a family whose router does not tie (docs/upcycle.md)"
         )
     return f"[green]verified[/green] ({proof['level']}): {told}"
 

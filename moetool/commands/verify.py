@@ -40,7 +40,8 @@ def verify(
     """Prove a finished upcycling against the dense model that it came from.
 
     Kept entries equal the source bit for bit, redrawn units differ from it and have the statistics
-    of what they replaced, and no file has changed since it was written.
+    of what they replaced, and no file has changed, is missing, or was added since it was written
+    (folders, hidden files and README.md may be added).
     """
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.reader import CheckpointReader

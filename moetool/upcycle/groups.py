@@ -1,9 +1,11 @@
-"""Virtual groups of experts in low precision: how often logits that tie split a group.
+"""Virtual groups of experts: how often scores that tie split a group.
 
 Shapes: T tokens, D hidden, E experts, K top-k, G groups.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -18,24 +20,34 @@ NUM_TOKENS = 1024  # a layer
 NORMS = ("post_attention_layernorm", "input_layernorm")  # the one before the FFN, by which a family has
 
 
+# ArchSpec.ranked_by -> the scores of which the largest are chosen, from the logits.
+SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "logits": torch.Tensor.float,
+    "softmax": lambda logits_TE: logits_TE.float().softmax(-1),
+    "sigmoid": lambda logits_TE: logits_TE.float().sigmoid(),
+}
+
+
 def split_share(plan: Plan, written: BlockFile) -> float:
     """Share of tokens for which the top-k takes only a part of some group, over all MoE layers.
 
     The experts of a group have the same row in the router, so whole groups are chosen, unless two
-    groups' logits are equal. In fp32 that does not happen; a router that computes in bf16 rounds
-    logits to 8 bits. Tokens are normal random vectors times the weight of the norm before the FFN.
+    groups' scores are equal. A router that computes in bf16 rounds logits to 8 bits; the sigmoid of
+    a logit above 17 is 1 in fp32. Tokens are normal random vectors times the weight of the norm
+    before the FFN.
     """
     group = plan.recipe.group_size
     routers = [fill for fill in plan.fills if fill.kind == "router"]
-    if group == 1 or plan.spec.router_fp32 or all(fill.dtype == "F32" for fill in routers):
+    if group == 1:
         return 0.0
     split = 0
     for fill in routers:
         rows_ED = read_rows(written, place_info(plan, fill, 0), 0, fill.shape[0])
         draw = generator(plan.recipe.seed, "tokens", fill.layer or 0)
         tokens_TD = torch.randn(NUM_TOKENS, fill.shape[1], generator=draw) * _norm_D(plan, written, fill)
-        logits_TE = torch.nn.functional.linear(tokens_TD.to(rows_ED.dtype), rows_ED)
-        chosen_TK = logits_TE.float().topk(plan.recipe.top_k, dim=-1).indices // group
+        dtype = torch.float32 if plan.spec.router_fp32 else rows_ED.dtype
+        logits_TE = torch.nn.functional.linear(tokens_TD.to(rows_ED.dtype).to(dtype), rows_ED.to(dtype))
+        chosen_TK = SCORES[plan.spec.ranked_by](logits_TE).topk(plan.recipe.top_k, dim=-1).indices // group
         counts_TG = torch.zeros(NUM_TOKENS, plan.recipe.num_experts // group, dtype=torch.int32)
         counts_TG.scatter_add_(1, chosen_TK, torch.ones_like(chosen_TK, dtype=torch.int32))
         split += int(((counts_TG != 0) & (counts_TG != group)).any(-1).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections import Counter
@@ -16,7 +17,7 @@ import xxhash
 
 from moetool import __version__
 from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
-from moetool.checkpoint.writer import CheckpointWriter, Shard
+from moetool.checkpoint.writer import CheckpointWriter, Shard, index_file
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
 from moetool.recipe import LINEAGE, LINEAGE_FORMAT, PROJECTIONS, units_digest
@@ -63,7 +64,8 @@ def run_plan(
         raise
     files = dict(files) | {name: (readers[0].folder / name).read_bytes() for name in plan.companions}
     files["config.json"] = json.dumps(plan.config, indent=2).encode() + b"\n"
-    files[LINEAGE] = _lineage(plan, source, names, digests)
+    files |= index_file(plan.shards)
+    files[LINEAGE] = _lineage(plan, source, names, digests, files)
     writer.finish(files)
 
 
@@ -207,7 +209,9 @@ def shard_digest(tensors: Iterable[tuple[str, str]]) -> str:
     return xxhash.xxh3_128_hexdigest("".join(f"{name}:{digest};" for name, digest in tensors).encode())
 
 
-def _lineage(plan: Plan, source: Source, names: Sequence[str], digests: dict[str, str]) -> bytes:
+def _lineage(
+    plan: Plan, source: Source, names: Sequence[str], digests: dict[str, str], files: Mapping[str, bytes]
+) -> bytes:
     recipe, units = plan.recipe, plan.num_units
     sources = [
         {"name": name, "model_type": plan.dense["model_type"], "sha256": dict(sorted(sha256.items()))}
@@ -235,5 +239,7 @@ def _lineage(plan: Plan, source: Source, names: Sequence[str], digests: dict[str
                 for layer in plan.moe_layers
             ],
         }
-    document = {"format": LINEAGE_FORMAT, "lineage": [entry], "shards": digests}
+    # moetool.yaml has OUT and --workers in it, which make no difference to the checkpoint.
+    sha256 = {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files) if name != "moetool.yaml"}
+    document = {"format": LINEAGE_FORMAT, "lineage": [entry], "shards": digests, "files": sha256}
     return json.dumps(document, indent=1).encode() + b"\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,15 @@ import torch
 from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo, sha256_file
 from moetool.checkpoint.writer import check_written
 from moetool.errors import CheckpointError
-from moetool.outside import read_json
 from moetool.progress import Progress, silent
-from moetool.recipe import read_lineage, redrawn_units, units_digest
+from moetool.recipe import redrawn_units
 from moetool.upcycle.blocks import Cache, kept_block
 from moetool.upcycle.groups import split_share
 from moetool.upcycle.layout import Fill
 from moetool.upcycle.moments import FALSE_ALARMS, FAR, Sums, bound, resolution, standard_errors
 from moetool.upcycle.plan import Plan
-from moetool.upcycle.run import Digests, note, place_info, shard_digest, tensor_digest
+from moetool.upcycle.recorded import check_config, check_files, check_shards, check_units
+from moetool.upcycle.run import Digests, note, place_info
 from moetool.upcycle.source import in_threads, raw_bytes, read_rows
 
 SAMPLE_ROWS = 16  # rows of each tensor that a quick check compares
@@ -39,6 +39,7 @@ class Proof:
         tensors: tensors whose entries were compared.
         copied: entries found equal to the source times the planned factor, bit for bit (rounded once
             where that or the dtype asks for it).
+        files: files beside the weights whose SHA-256 was compared; 0 where moetool.json records none.
         redrawn_units: (layer, expert) pairs times units found changed; full only.
         worst_sigma: the largest distance of a drawn slice's mean or standard deviation from what was
             planned, in standard errors; full only.
@@ -49,6 +50,7 @@ class Proof:
     level: str
     tensors: int = 0
     copied: int = 0
+    files: int = 0
     redrawn_units: int = 0
     worst_sigma: float = 0.0
     split_groups: float = 0.0
@@ -56,7 +58,7 @@ class Proof:
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
-        keys = ("level", "tensors", "copied", "redrawn_units", "worst_sigma", "split_groups")
+        keys = ("level", "tensors", "copied", "files", "redrawn_units", "worst_sigma", "split_groups")
         full_only = ("redrawn_units", "worst_sigma")
         return {key: getattr(self, key) for key in keys if self.level == "full" or key not in full_only}
 
@@ -71,7 +73,8 @@ def verify(
 ) -> Proof:
     """Prove a finished folder against its plan.
 
-    quick: config, key set, every header, the redrawn units' checksums, and rows of every tensor.
+    quick: config, key set, every header, the digests of the small files, the redrawn units' checksums, and
+    rows of every tensor.
     full: every entry. Kept entries equal the source (times the planned factor) bit for bit, every
     changed unit differs from it, and each redrawn slice has the mean and standard deviation of the
     slice it replaced, within 5 standard errors (more where chance demands it, see `bound`):
@@ -82,12 +85,12 @@ def verify(
         CheckpointError: names the first thing that does not hold.
     """
     proof = Proof(level)
-    if read_json(out / "config.json") != dict(plan.config):
-        raise CheckpointError(f"{out}/config.json is not the one that this recipe writes")
+    check_config(plan, out)
     if set(CheckpointReader(out).tensors) != {tensor.name for tensor in plan.tensors}:
         raise CheckpointError(f"{out} does not hold the tensors that this recipe writes")
     check_written(out, plan.shards)
-    _check_digests(plan, out)
+    proof.files = check_files(plan, out)
+    check_units(plan, out)
     done = 0
     digests: Digests = {}
     limit = bound(sum(len(fill.places) for fill in plan.fills if fill.kind in ("expert", "normal")))
@@ -109,7 +112,7 @@ def verify(
         proof.split_groups = split_share(plan, written)
     proof.tensors = len(plan.tensors)
     if level == "full":
-        _check_shards(plan, out, digests)
+        check_shards(plan, out, digests)
     return proof
 
 
@@ -125,34 +128,6 @@ def check_source(reader: CheckpointReader, recorded: Any, progress: Progress = s
         if recorded.get(shard) != sha256_file(reader.folder / shard):
             raise CheckpointError(f"{reader.folder / shard} is not the file that was upcycled (its SHA-256 differs)")
     progress("hashing the source", len(reader.shards), len(reader.shards))
-
-
-def _check_digests(plan: Plan, out: Path) -> None:
-    """The units that the recipe changes on this machine are those that were changed."""
-    lineage = read_lineage(out)
-    entry: Mapping[str, Any] = lineage["lineage"][0] if lineage and lineage["lineage"] else {}
-    if not plan.num_redrawn:
-        return
-    recorded = entry.get("redrawn_units", {}).get("digests")
-    rebuilt = [
-        [units_digest(plan.recipe, layer, expert, plan.num_units) for expert in range(plan.recipe.num_experts)]
-        for layer in plan.moe_layers
-    ]
-    if recorded != rebuilt:
-        raise CheckpointError(
-            f"{out}: the redrawn units rebuilt from the recipe are not those in moetool.json; it was written with"
-            f" torch {entry.get('torch')}, this is {torch.__version__}"
-        )
-
-
-def _check_shards(plan: Plan, out: Path, digests: Digests) -> None:
-    recorded = (read_lineage(out) or {}).get("shards")
-    recorded = recorded if isinstance(recorded, dict) else {}
-    for shard in plan.shards:
-        if recorded.get(shard.name) != shard_digest((t, tensor_digest(digests.get(t, {}))) for t in shard.starts):
-            raise CheckpointError(
-                f"{out / shard.name} has changed since it was written (its digest is not moetool.json's)"
-            )
 
 
 @dataclass(frozen=True)

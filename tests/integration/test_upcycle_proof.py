@@ -32,7 +32,7 @@ DENSE = "model.layers.0.mlp.gate_proj.weight"
         ("scaled", "standard errors apart"),
         ("restored", "the recipe changes 32"),
         ("nudged", "has changed since it was written"),
-        ("config", "is not the one that this recipe writes"),
+        ("config", "rms_norm_eps is 0.5, but this recipe writes 1e-06"),
     ],
 )
 def test_verify_names_what_was_changed(llama: Path, tmp_path: Path, change: str, message: str) -> None:
@@ -147,3 +147,89 @@ def test_a_model_of_the_hub_is_held_against_the_hash_in_its_name(llama: Path, tm
     assert code == 1
     assert "is not what was fetched" in err
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("level", ["quick", "full"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("changed", "tokenizer.json has changed since it was written"),
+        ("missing", "tokenizer.json is missing; upcycle wrote it"),
+        ("settings", "generation_config.json has changed since it was written"),
+        ("index", "model.safetensors.index.json has changed since it was written"),
+        ("weights", "other.safetensors was not written by upcycle"),
+        ("code", "modeling_mixtral.py was not written by upcycle"),
+    ],
+)
+def test_verify_finds_a_changed_a_missing_and_a_foreign_file(
+    llama: Path, tmp_path: Path, change: str, message: str, level: str
+) -> None:
+    out = tmp_path / "moe"
+    assert tiny.in_process("upcycle", llama, out, "--max-shard-size", "1MB", "--num-experts", 64)[0] == 0
+    (out / "README.md").write_text("a model card")
+    (out / ".gitattributes").write_text("")
+    (out / "plots").mkdir()
+    code, said, err = tiny.in_process("verify", out, "--level", level, "--json")
+    assert code == 0, err
+    assert json.loads(said)["proof"]["files"] == len(json.loads((out / "moetool.json").read_text())["files"]) > 3
+    tokenizer = out / "tokenizer.json"
+    if change == "changed":
+        tokenizer.write_text("{}")
+    elif change == "missing":
+        tokenizer.unlink()
+    elif change == "settings":
+        (out / "generation_config.json").write_text('{"temperature": 9}')
+    elif change == "index":
+        index = out / "model.safetensors.index.json"
+        index.write_text(json.dumps(json.loads(index.read_text())))
+    else:
+        (out / {"weights": "other.safetensors", "code": "modeling_mixtral.py"}[change]).write_bytes(b"")
+    code, _, err = tiny.in_process("verify", out, "--level", level)
+    assert code == 1
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_folder_without_digests_is_still_proved(llama: Path, tmp_path: Path) -> None:
+    """Version 0.1 recorded none."""
+    out = tmp_path / "moe"
+    assert tiny.in_process("upcycle", llama, out)[0] == 0
+    lineage = json.loads((out / "moetool.json").read_text())
+    del lineage["files"]
+    (out / "moetool.json").write_text(json.dumps(lineage))
+    code, said, _ = tiny.in_process("verify", out, "--json")
+    assert code == 0
+    assert json.loads(said)["proof"]["files"] == 0
+
+
+def test_an_edited_lineage_is_not_blamed_on_torch(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe"
+    assert tiny.in_process("upcycle", llama, out)[0] == 0
+    lineage = json.loads((out / "moetool.json").read_text())
+    for change, message in (({"seed": 7}, "were edited"), ({}, "was written with torch 1.0, and this is")):
+        entry = lineage["lineage"][0] | ({} if change else {"torch": "1.0"})
+        entry["recipe"] = entry["recipe"] | {"seed": 7}
+        (out / "moetool.json").write_text(json.dumps(lineage | {"lineage": [entry]}))
+        code, _, err = tiny.in_process("verify", out)
+        assert code == 1
+        assert message in err
+
+
+def test_a_shard_that_another_program_saved_again_is_named_so(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe"
+    assert tiny.in_process("upcycle", llama, out)[0] == 0
+    path = out / "model.safetensors"
+    save_file(dict(sorted(load_file(path).items(), reverse=True)), path, metadata={"format": "pt"})
+    code, _, err = tiny.in_process("verify", out)
+    assert code == 1
+    assert "holds the planned tensors in another layout" in err
+
+
+@pytest.mark.parametrize(("std", "splits"), [("0.02", False), ("8", True)])
+def test_scores_that_saturate_are_noticed(llama: Path, tmp_path: Path, std: str, splits: bool) -> None:
+    """In fp32 the sigmoid of a logit above 17 is 1, so groups of fine-grained experts tie."""
+    out = tmp_path / "moe"
+    options = ("--target", "glm4_moe", "--granularity", 4, "--num-experts", 64, "--top-k", 8, "--shared-experts", 0)
+    code, said, err = tiny.in_process("upcycle", llama, out, *options, "--router-std", std, "--json")
+    assert code == 0, err
+    assert (json.loads(said)["proof"]["split_groups"] > 0.01) is splits

@@ -16,6 +16,7 @@ from moetool.checkpoint.writer import (
     TensorLayout,
     check_written,
     clear,
+    index_file,
     layout_shards,
     prepare,
 )
@@ -36,7 +37,7 @@ def fill(folder: Path, max_shard_size: int) -> dict[str, bytes]:
         writer.write(name, 0, memoryview(data)[:half])
     for shard in shards:
         writer.close(shard, "digest")
-    writer.finish({"config.json": b"{}"})
+    writer.finish({"config.json": b"{}"} | index_file(shards))
     return content
 
 
@@ -118,7 +119,7 @@ def test_a_shard_that_someone_deletes_meanwhile_leaves_no_checkpoint(tmp_path: P
         writer.close(shard, "digest")
     (tmp_path / shards[1].name).unlink()
     with pytest.raises(CheckpointError, match="was deleted or changed by someone else"):
-        writer.finish({"config.json": b"{}"})
+        writer.finish({"config.json": b"{}"} | index_file(shards))
     assert not (tmp_path / "config.json").exists()
 
 

@@ -1,0 +1,98 @@
+"""A finished folder held against its own moetool.json and the plan: config.json, digests, units, foreign files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetool.checkpoint.reader import sha256_file
+from moetool.errors import CheckpointError
+from moetool.outside import read_json
+from moetool.recipe import LINEAGE, read_lineage, units_digest
+from moetool.upcycle.plan import Plan
+from moetool.upcycle.run import Digests, shard_digest, tensor_digest
+
+MAX_SHOWN = 60  # characters of a value in a message
+
+
+def check_config(plan: Plan, out: Path) -> None:
+    """config.json is the one that the recipe writes.
+
+    Raises:
+        CheckpointError: names the first key that differs, and both values.
+    """
+    found, wanted = read_json(out / "config.json"), dict(plan.config)
+    for key in sorted(found.keys() | wanted.keys()):
+        if key not in found or key not in wanted or found[key] != wanted[key]:
+            values = [str(config[key])[:MAX_SHOWN] if key in config else "absent" for config in (found, wanted)]
+            raise CheckpointError(f"{out}/config.json: {key} is {values[0]}, but this recipe writes {values[1]}")
+
+
+def check_files(plan: Plan, out: Path) -> int:
+    """Every small file has the SHA-256 that moetool.json records, and no other file lies beside them.
+
+    Folders, hidden files and README.md are nobody's business: no program loads them with the model.
+
+    Returns:
+        How many files were compared; 0 for a folder of a version that recorded no digests.
+
+    Raises:
+        CheckpointError: names a file that is missing, has changed, or was not written by upcycle.
+    """
+    recorded = (read_lineage(out) or {}).get("files")
+    if not isinstance(recorded, dict):
+        return 0
+    for name, digest in recorded.items():
+        if not (out / name).is_file():
+            raise CheckpointError(f"{out / name} is missing; upcycle wrote it, and moetool.json has its digest")
+        if sha256_file(out / name) != digest:
+            raise CheckpointError(f"{out / name} has changed since it was written (its SHA-256 is not moetool.json's)")
+    own = {*recorded, *(shard.name for shard in plan.shards), LINEAGE, "moetool.yaml", "README.md"}
+    for path in sorted(out.iterdir()):
+        if path.is_file() and path.name not in own and not path.name.startswith("."):
+            raise CheckpointError(f"{path} was not written by upcycle; move it away if a program could load it")
+    return len(recorded)
+
+
+def check_units(plan: Plan, out: Path) -> None:
+    """The units that the recipe changes on this machine are those that were changed.
+
+    Raises:
+        CheckpointError: they are not; says why, as far as moetool.json tells.
+    """
+    lineage = read_lineage(out)
+    entry: Mapping[str, Any] = lineage["lineage"][0] if lineage and lineage["lineage"] else {}
+    if not plan.num_redrawn:
+        return
+    recorded = entry.get("redrawn_units", {}).get("digests")
+    rebuilt = [
+        [units_digest(plan.recipe, layer, expert, plan.num_units) for expert in range(plan.recipe.num_experts)]
+        for layer in plan.moe_layers
+    ]
+    if recorded == rebuilt:
+        return
+    versions = str(entry.get("torch")).split("+")[0], torch.__version__.split("+")[0]
+    why = (
+        "so the recipe or the digests in it were edited"
+        if versions[0] == versions[1]
+        else f"which was written with torch {versions[0]}, and this is {versions[1]}"
+    )
+    raise CheckpointError(f"{out}: the redrawn units rebuilt from the recipe are not those in moetool.json, {why}")
+
+
+def check_shards(plan: Plan, out: Path, digests: Digests) -> None:
+    """The shards have the digests that moetool.json records.
+
+    Raises:
+        CheckpointError: names the first that has changed.
+    """
+    recorded = (read_lineage(out) or {}).get("shards")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    for shard in plan.shards:
+        if recorded.get(shard.name) != shard_digest((t, tensor_digest(digests.get(t, {}))) for t in shard.starts):
+            raise CheckpointError(
+                f"{out / shard.name} has changed since it was written (its digest is not moetool.json's)"
+            )
