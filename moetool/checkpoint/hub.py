@@ -33,6 +33,7 @@ def resolve_model(model: str, weights: bool = True) -> Path:
     """
     path = Path(os.path.expanduser(model))  # of a home that is not there it makes no error
     if path.is_dir():
+        _check_cache(path, model)
         return path
     if path.exists():
         raise CheckpointError(f"{model} is a file; give the folder that holds config.json and the safetensors shards")
@@ -102,6 +103,16 @@ def fetch_headers(model: str, into: Path) -> Path:
             shard.write(len(raw).to_bytes(8, "little") + raw)
             shard.truncate(8 + len(raw) + max((info.data_offsets[1] for info in header.tensors.values()), default=0))
     return folder
+
+
+def _check_cache(path: Path, model: str) -> None:
+    """Refuse the hub's cache folder of a model, in which its snapshots lie."""
+    _, _, name = path.name.partition("models--")
+    if name and (path / "snapshots").is_dir() and not (path / "config.json").exists():
+        hub_name = name.replace("--", "/", 1)
+        snapshots = sorted(entry.name for entry in (path / "snapshots").iterdir())
+        either = f"or one of its snapshots: {path / 'snapshots' / snapshots[-1]}" if snapshots else "to fetch it again"
+        raise CheckpointError(f"{model} is the hub's cache of a model; give its name, {hub_name}, {either}")
 
 
 def _near(path: Path) -> str:

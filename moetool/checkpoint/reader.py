@@ -199,6 +199,13 @@ def named_shards(folder: Path) -> list[str]:
     return sorted(set((_weight_map(folder) or {SINGLE: SINGLE}).values()))
 
 
+def _unfinished_download(folder: Path) -> str:
+    """A clause, where the hub's client left a file half fetched: in its cache, or in a folder that it filled."""
+    places = (folder.parent.parent / "blobs", folder / ".cache" / "huggingface" / "download")
+    found = [file for place in places for file in sorted(place.glob("*.incomplete"))]
+    return f", because its download is unfinished ({found[0]})" if found else ""
+
+
 class CheckpointReader(BlockFile):
     """A checkpoint folder, its headers read and checked.
 
@@ -237,7 +244,8 @@ class CheckpointReader(BlockFile):
             shards = sorted(set(self._weight_map.values()))
             for file in shards:
                 if not (self.folder / file).is_file():
-                    raise CheckpointError(f"{self.folder / INDEX} names {file}, which is not there; fetch it again")
+                    what = f"{self.folder / INDEX} names {file}, which is not there"
+                    raise CheckpointError(f"{what}{_unfinished_download(self.folder)}; fetch it again")
             return shards
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
@@ -246,7 +254,9 @@ class CheckpointReader(BlockFile):
                 f"{self.folder} holds pickled weights (.bin), which can run code when loaded; convert them first:"
                 " load with transformers in a place you trust and save_pretrained"
             )
-        raise CheckpointError(f"{self.folder} holds no {SINGLE} and no {INDEX}")
+        unfinished = _unfinished_download(self.folder)
+        again = "; fetch it again" if unfinished else ""
+        raise CheckpointError(f"{self.folder} holds no {SINGLE} and no {INDEX}{unfinished}{again}")
 
     def _check_index(self) -> None:
         for name, file in (self._weight_map or {}).items():

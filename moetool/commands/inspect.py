@@ -11,6 +11,8 @@ from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag
 from moetool.commands.upcycle_table import clients_line
 from moetool.errors import CheckpointError
 
+EXPERTS = ".experts."  # in the name of a routed expert's tensor, whatever the family
+
 
 def inspect(
     context: typer.Context,
@@ -61,7 +63,7 @@ def describe(reader: Any) -> dict[str, Any]:
         "hidden_size": config.get("hidden_size"),
         "intermediate_size": config.get("intermediate_size"),
         "vocab_size": config.get("vocab_size"),
-        "parameters": {"total": total, "active": total},
+        "parameters": {"total": total, "active": None if any(EXPERTS in name for name in reader.tensors) else total},
         "num_experts": None,
         "top_k": None,
     }
@@ -69,12 +71,13 @@ def describe(reader: Any) -> dict[str, Any]:
         experts, top_k = (_positive(reader, key) for key in (spec.num_experts_key, spec.top_k_key))
         # What stands before {expert} in the names of the experts' tensors, without the layer.
         marks = {name.split("{layer}")[1].split("{expert}")[0] for name in spec.experts.values()}
+        marks.add(EXPERTS)  # as transformers 5 holds them and mergekit writes them
         routed = sum(i.num_elements for n, i in reader.tensors.items() if any(mark in n for mark in marks))
         document |= {"num_experts": experts, "top_k": top_k, "intermediate_size": config.get(spec.units_key)}
         if spec.shared:
             up = [i for n, i in reader.tensors.items() if n.endswith(spec.shared.tensors["up"].split("{layer}")[1])]
             document["shared_intermediate_size"] = up[0].shape[0] if up and up[0].shape else 0
-        document["parameters"]["active"] = total - routed + routed * top_k // experts
+        document["parameters"]["active"] = total - routed + routed * top_k // experts if routed else None
         document["clients"] = obstacles(config, beside(reader.folder))
     dtypes: dict[str, int] = {}
     files: dict[str, int] = {}
@@ -107,13 +110,15 @@ def render(document: dict[str, Any]) -> list[Any]:
     parameters = document["parameters"]
     rows = {"family": f"{document['model_type']} ({document['architecture']})"}
     if document["num_experts"]:
-        rows["parameters"] = f"{count(parameters['total'])} total, {count(parameters['active'])} active"
+        active = "active unknown" if parameters["active"] is None else f"{count(parameters['active'])} active"
+        rows["parameters"] = f"{count(parameters['total'])} total, {active}"
         shared = document.get("shared_intermediate_size")
         rows["experts"] = f"{document['num_experts']} a layer, top-{document['top_k']}" + (
             f", and a shared one of {shared} units" if shared else ""
         )
     else:
-        rows["parameters"] = count(parameters["total"])
+        unknown = " total, active unknown" if parameters["active"] is None else ""
+        rows["parameters"] = f"{count(parameters['total'])}{unknown}"
     rows["sizes"] = (
         f"{document['num_layers']} layers, hidden {document['hidden_size']},"
         f" intermediate {document['intermediate_size']}, vocabulary {document['vocab_size']}"

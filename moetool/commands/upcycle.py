@@ -273,6 +273,9 @@ def upcycle(
     if plan:
         console.result(document, table(document))
         return document
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        if os.path.realpath(folder) == os.path.realpath(folders[0]):
+            console.warn(f"--donor {name} is DENSE itself, so its experts start like DENSE's own")
     for warning in warnings(planned):
         console.warn(warning)
     with FolderLock(out):

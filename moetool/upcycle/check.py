@@ -187,8 +187,11 @@ def check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mappin
                 f"{reader.folder}: tensor {name} has dtype {info.dtype}; only {', '.join(FLOAT_DTYPES)} can be upcycled"
             )
     missing = [name for name in expected if name not in found and name != LM_HEAD]
-    if LM_HEAD not in found and not dense["tie_word_embeddings"]:
-        missing.append(LM_HEAD)
+    if not missing and LM_HEAD not in found and not dense["tie_word_embeddings"]:
+        raise CheckpointError(
+            f"{reader.folder} has no output head ({LM_HEAD}), and its embeddings are not tied, so it is a base model"
+            " without its language-modelling head; save the ...ForCausalLM that it belongs to"
+        )
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{reader.folder}: tensor {missing[0]}{more} is missing; fetch the checkpoint again")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from moetool import registry
 from moetool.cli import app
@@ -104,6 +106,28 @@ def test_config_takes_underscores_positionals_and_plain_yaml(llama: Path, tmp_pa
     code, out, err = tiny.in_process("upcycle", "--config", config, "--json")
     assert code == 0, err
     assert json.loads(out)["recipe"]["num_experts"] == 4
+
+
+@pytest.mark.parametrize("target", ["mixtral", "qwen2_moe", "granitemoe", "granitemoehybrid", "glm4_moe"])
+def test_inspect_counts_experts_that_lie_in_one_tensor(llama: Path, tmp_path: Path, target: str) -> None:
+    """As transformers 5 holds them in memory, and as mergekit writes them."""
+    assert tiny.in_process("upcycle", llama, tmp_path / "moe", "--target", target, "--num-experts", 4)[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    fused = tmp_path / "fused"
+    model.config.save_pretrained(fused)
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, fused / "model.safetensors")
+    told = [tiny.in_process("inspect", folder, "--json")[1] for folder in (tmp_path / "moe", fused)]
+    ours, theirs = (json.loads(text)["parameters"] for text in told)
+    assert theirs["active"] == ours["active"] < ours["total"] == theirs["total"]
+
+
+def test_inspect_does_not_count_what_it_does_not_know(mixtral: Path, tmp_path: Path) -> None:
+    shutil.copytree(mixtral, tmp_path / "unknown")
+    config = tmp_path / "unknown" / "config.json"
+    config.write_text(config.read_text().replace('"mixtral"', '"unheard_of"'))
+    code, out, _ = tiny.in_process("inspect", tmp_path / "unknown")
+    assert code == 0
+    assert "total, active unknown" in out
 
 
 @pytest.mark.parametrize(

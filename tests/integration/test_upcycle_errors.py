@@ -444,3 +444,33 @@ def test_every_shard_is_on_disk_before_it_gets_its_name(
         place = events.index(("rename", name))
         assert ("fsync", f"{name}.unfinished") in events[:place]
         assert ("fsync", "moe") in events[place:], "the rename itself is made durable"
+
+
+def test_a_donor_that_is_dense_itself_is_told(llama: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(llama)
+    code, _, err = tiny.in_process("upcycle", llama, tmp_path / "moe", "--donor", link)
+    assert code == 0
+    assert f"--donor {link} is DENSE itself" in err
+
+
+@pytest.mark.parametrize("command", ["upcycle a b --dtype", "cpt a b --save-dtype", "eval a --dtype"])
+def test_short_names_of_dtypes_work_and_errors_are_not_pydantics(command: str) -> None:
+    code, _, err = tiny.in_process(*command.split(), "int4")
+    assert code == 2
+    assert err.startswith("moetool: Invalid value for '--")
+    assert "'int4' is not one of 'auto', 'float32', 'bfloat16', 'float16', 'fp32', 'bf16', 'fp16' (see" in err
+    for short in ("fp32", "bf16", "fp16"):
+        assert short not in tiny.in_process(*command.split(), short)[2]
+
+
+def test_a_short_name_of_a_dtype_is_recorded_in_full(llama: Path, tmp_path: Path) -> None:
+    assert tiny.in_process("upcycle", llama, tmp_path / "moe", "--dtype", "bf16")[0] == 0
+    assert "dtype: bfloat16\n" in (tmp_path / "moe" / "moetool.yaml").read_text()
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_size_without_its_unit_is_refused(llama: Path, tmp_path: Path) -> None:
+    code, _, err = tiny.in_process("upcycle", llama, tmp_path / "moe", "--max-shard-size", "5")
+    assert code == 2
+    assert "'5' means 5 bytes; if 5 GB were meant, write 5GB" in err

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moetool.checkpoint.hub import resolve_model
 from moetool.checkpoint.reader import CheckpointReader, read_header
 from moetool.errors import CheckpointError
 
@@ -112,3 +113,23 @@ def test_an_adapter_and_a_git_lfs_pointer_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text(pointer)
     with pytest.raises(CheckpointError, match="git-lfs pointer"):
         CheckpointReader(tmp_path)
+
+
+def test_an_unfinished_download_is_named(llama: Path, tmp_path: Path) -> None:
+    """In the hub's cache the half that was fetched is a blob, in a folder of one's own it lies under .cache."""
+    cached = tmp_path / "models--org--name" / "snapshots" / "0123"
+    own = tmp_path / "own"
+    for folder, place in (
+        (cached, tmp_path / "models--org--name" / "blobs"),
+        (own, own / ".cache/huggingface/download"),
+    ):
+        shutil.copytree(llama, folder)
+        place.mkdir(parents=True)
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match="holds no"):
+            CheckpointReader(folder)
+        (place / "abc.incomplete").write_bytes(b"")
+        with pytest.raises(CheckpointError, match=r"because its download is unfinished .*incomplete\); fetch it again"):
+            CheckpointReader(folder)
+    with pytest.raises(CheckpointError, match=r"give its name, org/name, or one of its snapshots: .*/0123"):
+        resolve_model(str(tmp_path / "models--org--name"))
