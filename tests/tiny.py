@@ -78,6 +78,14 @@ DENSE: dict[str, dict[str, Any]] = {
     },
     "cohere2": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.5},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "phi3": {"sliding_window": 8, "head_dim": 8},
+    "ministral": {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "cwm": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8},
+    "internlm3": {"head_dim": 16},
+    "iquestcoder": {"head_dim": 16},
+    "seed_oss": {"head_dim": 16},
+    "helium": {"head_dim": 8},
+    "cohere": {"logit_scale": 0.5},
 }
 
 

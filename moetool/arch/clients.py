@@ -13,18 +13,26 @@ from moetool.arch.spec import detect
 CLIENTS = {"transformers-4": "transformers 4.57", "vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "mlx-lm"}
 
 
-# Client -> the families in which positions scaled by yarn were measured to be exact.
-YARN = {
-    "vllm": frozenset(registry.names("target")),
-    "llama.cpp": {"mixtral", "qwen3_moe", "granitemoe"},
-    "mlx": {"granitemoe", "dots1"},
+EVERY = frozenset(registry.names("target"))
+GRANITE = {"granitemoe", "granitemoehybrid"}
+# Client -> a way of scaling positions -> the families in which it was measured to be exact, unless their own limits say
+# otherwise. Without scaling, all are.
+SCALED: dict[str, dict[str, Collection[str]]] = {
+    "transformers-4": {"llama3": EVERY, "yarn": EVERY, "linear": EVERY},
+    "vllm": {"llama3": EVERY, "yarn": EVERY, "linear": EVERY},
+    "llama.cpp": {
+        "llama3": EVERY,
+        "yarn": {"mixtral", "qwen3_moe", *GRANITE},
+        "linear": {"mixtral", "qwen3_moe", *GRANITE},
+    },
+    "mlx": {"llama3": EVERY, "yarn": {"granitemoe", "dots1"}, "linear": {"granitemoe", "dots1"}},
 }
 
 
 def _unmeasured_rope(client: str) -> Callable[[Mapping[str, Any]], bool]:
     def unmeasured(config: Mapping[str, Any]) -> bool:
-        yarn = rope("yarn")(config) and config.get("model_type") in YARN[client]
-        return not yarn and not rope("default", "llama3")(config)
+        measured = [kind for kind, families in SCALED[client].items() if config.get("model_type") in families]
+        return not rope("default", *measured)(config)
 
     return unmeasured
 
@@ -34,7 +42,7 @@ UNMEASURED = (
     *(Limit(client, "only SiLU has been measured there", not_silu) for client in ("vllm", "llama.cpp", "mlx")),
     *(
         Limit(client, "this way of scaling positions has not been measured there", _unmeasured_rope(client))
-        for client in YARN
+        for client in SCALED
     ),
     Limit("mlx", "sliding windows have not been measured there", windowed),
 )

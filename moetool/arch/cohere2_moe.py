@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moetool.arch.limits import Limit, some, untied, windowed
+from moetool.arch.limits import Limit, rope, some, untied, windowed
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
 
@@ -59,6 +59,7 @@ SPEC = ArchSpec(
         Limit("transformers-4", "it does not know the family"),
         Limit("llama.cpp", "it stops where no layer has a sliding window", no_windows),
         Limit("llama.cpp", "it knows only leading dense layers in the family", not_leading),
+        Limit("llama.cpp", "it ignores llama3's scaling of positions in the family", rope("llama3")),
         Limit("llama.cpp", "it has no biases of attention in the family", some("attention_bias")),
         Limit("vllm", "its windows differ, in the dense model as well", windowed),
         Limit("vllm", "it always ties the output head to the embedding in the family", untied),

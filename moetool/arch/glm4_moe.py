@@ -11,16 +11,17 @@ from moetool.recipe import UpcycleRecipe
 
 
 def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
-    """One group of experts, and positions in all of each head: GLM's own default is half of it."""
+    """One group of experts, and positions in as much of each head as before: GLM's own default is half of it."""
+    part = dense["rope_parameters"].get("partial_rotary_factor", 1.0)
     return {
         "n_shared_experts": recipe.shared_experts,
         "n_group": 1,
         "topk_group": 1,
         "norm_topk_prob": True,
-        "use_qk_norm": dense["model_type"] == "qwen3",
+        "use_qk_norm": dense["family"] == "qwen3",
         "attention_bias": bool(dense["biases"]),
-        "partial_rotary_factor": 1.0,
-        "rope_parameters": dense["rope_parameters"] | {"partial_rotary_factor": 1.0},
+        "partial_rotary_factor": part,
+        "rope_parameters": dense["rope_parameters"] | {"partial_rotary_factor": part},
         "num_nextn_predict_layers": 0,
     }
 
@@ -29,13 +30,14 @@ NO_ZERO = ("vllm", "llama.cpp", "mlx")
 SPEC = ArchSpec(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
-    dense=("llama", "qwen2", "qwen3"),
+    dense=("llama", "mistral", "qwen2", "qwen3"),
     experts=ffn("mlp.experts.{expert}"),
     router="model.layers.{layer}.mlp.gate.weight",
     num_experts_key="n_routed_experts",
     top_k_key="num_experts_per_tok",
     units_key="moe_intermediate_size",
     config_map=config_map,
+    partial_rotary=True,
     router_fp32=True,
     ranked_by="sigmoid",
     selection_bias=("model.layers.{layer}.mlp.gate.e_score_correction_bias", "E"),

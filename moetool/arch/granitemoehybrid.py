@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetool.arch import granitemoe
-from moetool.arch.limits import Limit, none_of
+from moetool.arch.limits import Limit, none_of, rope
 from moetool.arch.spec import ArchSpec, SharedExpert
 from moetool.recipe import UpcycleRecipe
 
@@ -55,5 +55,12 @@ SPEC = ArchSpec(
     biases="qkvo",
     zero_biases="qkvo",  # one switch for all four, and Qwen2 has three
     head_dim=False,
-    limits=(Limit("vllm", "it cannot be without a shared expert", none_of("shared_intermediate_size")),),
+    limits=(
+        *(
+            Limit(client, "it cannot be without a shared expert", none_of("shared_intermediate_size"))
+            for client in ("vllm", "llama.cpp", "mlx")
+        ),
+        Limit("llama.cpp", "it cannot scale positions as llama3 does in the family", rope("llama3")),
+        Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
+    ),
 )

@@ -26,7 +26,7 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
 SPEC = ArchSpec(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
-    dense=("qwen2", "llama"),
+    dense=("qwen2", "llama", "mistral"),
     experts=ffn("mlp.experts.{expert}"),
     router="model.layers.{layer}.mlp.gate.weight",
     num_experts_key="num_experts",

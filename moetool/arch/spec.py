@@ -60,6 +60,7 @@ class ArchSpec:
         windows: whether layers may have a sliding window: None, `all` (alike), or by `layer_types`.
         zero_biases: which of them are written as zeros where the dense model has none, because other
             readers always have them.
+        partial_rotary: whether positions may turn only a part of each head.
         head_dim: whether a head may have another size than hidden_size / num_attention_heads.
         ties: whether the output head may be the embedding; where it may not, it is written out.
         limits: which programs other than transformers 5 do not compute it, when, and why.
@@ -84,6 +85,7 @@ class ArchSpec:
     biases: str = ""
     windows: str | None = None
     zero_biases: str = ""
+    partial_rotary: bool = False
     head_dim: bool = True
     ties: bool = True
     limits: tuple[Limit, ...] = ()
@@ -193,7 +195,12 @@ def misfit(spec: ArchSpec, dense: Mapping[str, Any]) -> str | None:
     if not spec.head_dim and own_head_dim(dense):
         heads = f"{dense['hidden_size']} / {dense['num_attention_heads']}"
         return f"its heads have size {dense['head_dim']}, and only heads of size {heads} can be written in the family"
+    part = dense["rope_parameters"].get("partial_rotary_factor", 1)
+    if part != 1 and not spec.partial_rotary:
+        return f"its positions turn only {part} of each head"
     windows = set(dense["layer_types"])
+    if (dense["sliding_window"] or 0) >= dense["max_position_embeddings"]:
+        windows = {"full_attention"}  # as good as none
     if "sliding_attention" in windows and spec.windows is None:
         return "it has a sliding window"
     if len(windows) > 1 and spec.windows != "layer_types":
@@ -213,7 +220,7 @@ def candidates(target: str, dense: Mapping[str, Any]) -> list[ArchSpec]:
     """
     if target != "auto":
         registry.check("target", target)
-    family = dense["model_type"]
+    family = dense["family"]
     specs: list[ArchSpec] = [registry.load("target", name) for name in registry.names("target")]
     reasons = {spec.model_type: misfit(spec, dense) for spec in specs if family in spec.dense}
     fitting = [spec for spec in specs if reasons.get(spec.model_type, "no") is None]

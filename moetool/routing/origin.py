@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moetool import __version__, registry
-from moetool.arch.dense import dense_config
+from moetool.arch.dense_config import dense_config, open_dense
 from moetool.arch.spec import ArchSpec, dense_ffn, detect, routed_factor
 from moetool.checkpoint.hub import find_model
 from moetool.checkpoint.reader import CheckpointReader
@@ -196,7 +196,7 @@ def _find(name: str, expected: Mapping[str, Any], origin: Origin) -> Path:
     folder = find_model(name)
     if folder is None:
         raise CheckpointError("no such folder here, and not in the hub's cache")
-    with CheckpointReader(folder) as reader:
+    with open_dense(folder) as reader:
         spec, config = dense_config(reader.config)
     if spec.model_type != expected.get("model_type") or set(reader.shards) != set(expected["sha256"]):
         raise CheckpointError(f"{folder} has another family or other files than the model that was upcycled")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetool.arch.dense_config import open_dense
 from moetool.arch.spec import dense_ffn
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError
@@ -54,7 +55,7 @@ def similarity(
     rows = []
     with ExitStack() as stack:
         reader = stack.enter_context(CheckpointReader(folder))
-        sources = [stack.enter_context(CheckpointReader(path)) for path in dense or ()]
+        sources = [stack.enter_context(open_dense(path)) for path in dense or ()]
         for done, layer in enumerate(origin.layers):
             progress("similarity of experts", done, len(origin.layers))
             rows.append({"layer": layer} | _layer(reader, sources, origin, layer))

@@ -9,6 +9,7 @@ from typing import Any
 
 from moetool import registry
 from moetool.arch.dense import EMBEDDING, FFN, LM_HEAD, NORM, DenseSpec, dims, layer_tensors, shape
+from moetool.arch.forms import dense_tensors
 from moetool.arch.spec import ArchSpec
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError, ConfigError
@@ -173,7 +174,8 @@ def check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mappin
     inner = (*layer_tensors(dense_spec, dense).items(), *FFN.items())
     for layer in range(dense["num_hidden_layers"]):
         expected |= {f"model.layers.{layer}.{name}": letters for name, letters in inner}
-    found = {name: info for name, info in reader.tensors.items() if not IGNORED.search(name)}
+    tensors = dense_tensors(reader.tensors, reader.config, dense_spec, dense)
+    found = {name: info for name, info in tensors.items() if not IGNORED.search(name)}
     for name, info in found.items():
         if name not in expected:
             raise CheckpointError(f"{reader.folder}: tensor {name[:100]} has no place in a {dense_spec.model_type}")

@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moetool.arch.dense import EMBEDDING, LM_HEAD, dense_config
+from moetool.arch.dense import EMBEDDING, LM_HEAD
+from moetool.arch.dense_config import dense_config
 from moetool.arch.spec import ArchSpec, routed_factor, scales
 from moetool.checkpoint.folder import beside
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo

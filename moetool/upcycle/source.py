@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from moetool.arch.forms import pieces
 from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
@@ -168,7 +169,9 @@ def examine(plan: Plan, readers: Sequence[CheckpointReader], workers: int, progr
     def read_shard(donor: int, shard: str) -> None:
         nonlocal done, left
         reader, sha256 = readers[donor], hashes[donor, shard]
-        tensors = sorted((t for t in reader.tensors.values() if t.shard == shard), key=lambda t: t.start)
+        whole = sorted((t for t in reader.tensors.values() if t.shard == shard), key=lambda t: t.start)
+        used = (fill.sources[donor] for fill in plan.fills if fill.sources and fill.sources[donor].shard == shard)
+        tensors = list(pieces(whole, used))
         try:
             with (reader.folder / shard).open("rb") as file:  # the header: what lies before the first tensor
                 sha256.feed(memoryview(file.read(tensors[0].start if tensors else -1)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moetool import registry
-from moetool.arch.dense import DENSE
+from moetool.arch.dense_families import DENSE
 from moetool.arch.spec import ArchSpec
 
 WINDOW, LENGTH, POSITIONS = 16, 48, 256  # tokens: of a narrow window, of the text, at most
@@ -92,9 +92,34 @@ class Case:
         return ["--num-experts", "4", "--router-std", "0.3", "--target", self.target, *self.options]
 
 
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
+    "short_factor": [1.0 + i / 16 for i in range(16)], "long_factor": [2.0 + i / 4 for i in range(16)],
+}  # fmt: skip
+WIDE = {"sliding_window": 2 * POSITIONS}
+ALIKE: list[tuple[Any, ...]] = [
+    ("phi3", "mixtral", "plain", {"sliding_window": None}),
+    ("phi3", "mixtral", "a window in all layers", {"sliding_window": WINDOW}),
+    ("phi3", "mixtral", "longrope positions", {"sliding_window": None, "rope_parameters": LONG}),
+    ("phi3", "glm4_moe", "positions in half of each head", WIDE | {"rope_parameters": PARTIAL}),
+    ("ministral", "qwen2_moe", "plain", {"layer_types": SOME, "sliding_window": WINDOW}),
+    ("ministral", "qwen2_moe", "a window as long as all positions", {"layer_types": SOME, "sliding_window": POSITIONS}),
+    ("cwm", "qwen2_moe", "plain", {"layer_types": SOME, "sliding_window": WINDOW}),
+    ("internlm3", "mixtral", "plain"),
+    ("iquestcoder", "mixtral", "plain"),
+    ("seed_oss", "glm4_moe", "plain", {"head_dim": 64}),
+    ("seed_oss", "granitemoehybrid", "plain"),
+    ("helium", "ernie4_5_moe", "plain", {}, (), "sentencepiece"),
+    ("cohere", "cohere2_moe", "plain"),
+    ("cohere", "cohere2_moe", "tied", {"tie_word_embeddings": True}),
+]
+
+
 def cases() -> list[Case]:
-    """All of them, pair by pair in the registry's order."""
-    return [case for name in registry.names("target") for case in _of_target(registry.load("target", name))]
+    """All of them, pair by pair in the registry's order; then the families that are like another one."""
+    of_targets = [case for name in registry.names("target") for case in _of_target(registry.load("target", name))]
+    return of_targets + [Case(*case) for case in ALIKE]
 
 
 def _of_target(spec: ArchSpec) -> Iterator[Case]:

@@ -1,0 +1,145 @@
+"""A dense config.json, checked, and with every default filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moetool.arch.dense import DenseSpec
+from moetool.arch.dense_families import DENSE
+from moetool.arch.forms import dense_tensors, text_config
+from moetool.checkpoint.reader import CheckpointReader
+from moetool.errors import CheckpointError, ConfigError
+
+NUMBERS = (
+    "rms_norm_eps", "layer_norm_eps", "initializer_range", "attention_dropout", "embedding_multiplier",
+    "logits_scaling", "residual_multiplier", "attention_multiplier", "logit_scale",
+)  # fmt: skip
+# What is used or carried over, by the type that it must have.
+KINDS: dict[str, tuple[tuple[type, ...], str]] = (
+    dict.fromkeys(
+        ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+        ((int,), "a positive whole number"),
+    )
+    | dict.fromkeys(NUMBERS, ((int, float), "a positive number"))
+    | dict.fromkeys(
+        ("tie_word_embeddings", "attention_bias", "attention_out_bias", "use_sliding_window"),
+        ((bool,), "true or false"),
+    )
+    | {"hidden_act": ((str,), "a name")}
+)
+MAX_LAYERS = 10_000
+LAYER_TYPES = ("full_attention", "sliding_attention")
+NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim", "pad_token_id", "bos_token_id", "eos_token_id")
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
+    """The family of a dense config.json, and the config with every default filled in.
+
+    `rope_parameters` holds the rotary settings in transformers 5's form, whichever form was read;
+    `layer_types` says of each layer whether it looks back over `sliding_window` tokens only, which is
+    null where none does; `biases` names the projections of attention that have one.
+
+    Raises:
+        ConfigError: the family cannot be upcycled, is an MoE already, or is quantised.
+        CheckpointError: a size is missing or no positive whole number.
+    """
+    outer = config.get("model_type")
+    config = text_config(config)
+    model_type = config.get("model_type")
+    if config.get("quantization_config") is not None:
+        method = config["quantization_config"]
+        method = method.get("quant_method", "an unnamed method") if isinstance(method, dict) else method
+        raise ConfigError(f"the source is quantised ({method}); upcycle the unquantised model it was made from")
+    if not isinstance(model_type, str) or model_type not in DENSE:
+        known = ", ".join(DENSE)
+        moe = any(key in config for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+        why = "is a Mixture of Experts already" if moe else "is no family that can be upcycled"
+        inside = f" (the text model in a {str(outer)[:60]})" if outer != model_type else ""
+        raise ConfigError(f"model_type {str(model_type)[:60]!r}{inside} {why}; the dense families are {known}")
+    spec = DENSE[model_type]
+    for key in REQUIRED:
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise CheckpointError(f"config.json: {key} is {config.get(key)!r}, expected a positive whole number")
+    for key, fine in spec.refuse.items():
+        if config.get(key, fine) != fine:
+            raise ConfigError(f"config.json: {key} = {config[key]!r} has no place in any MoE family of {model_type}")
+    # null is a value (no end-of-text token, a window without end), except where the model needs a number.
+    full = dict(spec.defaults) | {key: value for key, value in config.items() if value is not None or key in NULLABLE}
+    for key, (kind, what) in KINDS.items():
+        value = full.get(key)
+        if value is not None and not (type(value) in kind and (isinstance(value, (bool, str)) or _is_size(value, key))):
+            raise CheckpointError(f"config.json: {key} is {str(value)[:60]!r}, expected {what}")
+    full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
+    full["head_dim"] = full["head_dim"] or full["hidden_size"] // full["num_attention_heads"]
+    if not full["head_dim"]:
+        raise CheckpointError(
+            f"config.json: {full['num_attention_heads']} attention heads do not fit a hidden size of"
+            f" {full['hidden_size']}"
+        )
+    full |= {"family": spec.family, "rope_parameters": _rope(spec, full)} | spec.derive(full)
+    full["biases"] = spec.biases
+    if "attention_bias" in spec.defaults:
+        full["biases"] = "qkv" * full["attention_bias"] + "o" * full[spec.out_bias]
+    full["layer_types"] = _layer_types(spec, full)
+    if "sliding_attention" not in full["layer_types"]:
+        full["sliding_window"] = None  # also a leftover that the family does not read: its target might
+    return spec, full
+
+
+def open_dense(folder: Path) -> CheckpointReader:
+    """A dense checkpoint whose tensors have the names of its family."""
+    reader = CheckpointReader(folder)
+    reader.tensors = dense_tensors(reader.tensors, reader.config, *dense_config(reader.config))
+    return reader
+
+
+def _layer_types(spec: DenseSpec, config: Mapping[str, Any]) -> list[str]:
+    """`full_attention` or `sliding_attention` a layer, as transformers fills them in."""
+    layers = config["num_hidden_layers"]
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if layers > MAX_LAYERS:
+        raise CheckpointError(f"config.json: num_hidden_layers is {layers}, more than any model has")
+    if spec.windows is None or window is None:
+        return ["full_attention"] * layers
+    given = config.get("layer_types")  # a Mistral with them is a Ministral, in whatever form it says so
+    if spec.windows == "all" and given is None:
+        return ["sliding_attention"] * layers
+    if given is not None:
+        if not isinstance(given, list) or len(given) != layers or not all(kind in LAYER_TYPES for kind in given):
+            raise CheckpointError(f"config.json: layer_types is no list of {layers} times {' or '.join(LAYER_TYPES)}")
+        return given
+    for key in ("sliding_window_pattern", "max_window_layers"):
+        if key in spec.defaults and (type(config[key]) is not int or config[key] < 0):
+            raise CheckpointError(f"config.json: {key} is {str(config[key])[:60]!r}, expected a whole number")
+    if "sliding_window_pattern" in spec.defaults:
+        pattern = max(1, config["sliding_window_pattern"])
+        return [LAYER_TYPES[(i + 1) % pattern != 0] for i in range(layers)]
+    return [LAYER_TYPES[i >= config["max_window_layers"]] for i in range(layers)]
+
+
+def _is_size(value: float, key: str) -> bool:
+    if key in ("initializer_range", "attention_dropout") and value == 0:
+        return True
+    return 0 < value < 2**63  # false for NaN, and exact for whole numbers of any length
+
+
+def _rope(spec: DenseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    theta = config["rope_theta"]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"config.json: rope_parameters is {rope!r}, expected an object")
+    rope = dict(rope)
+    kind = rope.pop("type", None)  # the name before `rope_type`
+    rope = {"rope_theta": theta, "rope_type": kind or "default"} | rope
+    # Three equal positions for each token of a text: as one.
+    rope = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
+    rope["rope_type"] = {"mrope": "default", "su": "longrope"}.get(str(rope["rope_type"]), rope["rope_type"])
+    moved = ("original_max_position_embeddings",) * (rope["rope_type"] == "longrope")
+    moved += ("partial_rotary_factor",) * spec.partial_rotary
+    rope = {key: config[key] for key in moved if config.get(key) is not None} | rope
+    if type(rope["rope_theta"]) not in (int, float) or not _is_size(rope["rope_theta"], "rope_theta"):
+        raise CheckpointError(f"config.json: rope_theta is {str(rope['rope_theta'])[:60]!r}, expected a number above 0")
+    return rope

@@ -1,0 +1,174 @@
+"""The dense families that can be upcycled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from moetool.arch.dense import ATTENTION, FFN, HEAD_NORM, POST_NORM, PRE_NORM, DenseSpec
+
+_COMMON: dict[str, Any] = {
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "head_dim": None,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "num_key_value_heads": None,
+}
+_QWEN = _COMMON | {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+DENSE: dict[str, DenseSpec] = {
+    spec.model_type: spec
+    for spec in (
+        DenseSpec("llama", _COMMON | {"attention_bias": False}, refuse={"mlp_bias": False}),
+        DenseSpec(
+            "mistral",
+            _COMMON | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+            windows="all",
+        ),
+        DenseSpec("qwen2", _QWEN, biases="qkv", windows="layer_types"),
+        DenseSpec(
+            "qwen3",
+            _QWEN | {"head_dim": 128, "attention_bias": False},
+            layer=ATTENTION | HEAD_NORM | PRE_NORM,
+            windows="layer_types",
+        ),
+        DenseSpec(
+            "olmo2",
+            _COMMON
+            | {"rms_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50279}
+            | {"attention_bias": False},
+            layer=ATTENTION | {"self_attn.q_norm.weight": "Q", "self_attn.k_norm.weight": "KV"} | POST_NORM,
+        ),
+        DenseSpec(
+            "ernie4_5",
+            _COMMON
+            | {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128}
+            | {"pad_token_id": 0, "tie_word_embeddings": True, "rope_theta": 500000.0},
+            refuse={"use_bias": False},
+        ),
+        DenseSpec(
+            "granite",
+            _COMMON
+            | {"attention_bias": False, "embedding_multiplier": 1.0, "logits_scaling": 1.0}
+            | {"residual_multiplier": 1.0, "attention_multiplier": 1.0},
+            refuse={"mlp_bias": False},
+        ),
+        DenseSpec(
+            "cohere2",
+            {key: value for key, value in _COMMON.items() if key != "rms_norm_eps"}
+            | {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "max_position_embeddings": 8192}
+            | {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001, "tie_word_embeddings": True}
+            | {"attention_bias": False, "sliding_window": 4096, "sliding_window_pattern": 4},
+            layer=ATTENTION | {"input_layernorm.weight": "D"},
+            windows="layer_types",
+        ),
+        DenseSpec(
+            "hunyuan_v1_dense",
+            _COMMON | {"rms_norm_eps": 1e-5, "pad_token_id": 0, "eod_token_id": 3} | {"attention_bias": False},
+            layer=ATTENTION
+            | {"self_attn.query_layernorm.weight": "H", "self_attn.key_layernorm.weight": "H"}
+            | PRE_NORM,
+        ),
+    )
+}
+
+# Families that are another one, once their tensors have its names.
+_QWEN_VL = dict(DENSE["qwen2"].defaults) | {"num_key_value_heads": 8, "max_window_layers": 80, "rms_norm_eps": 1e-5}
+_ALIKE = (
+    replace(
+        DENSE["mistral"],
+        model_type="phi3",
+        like="mistral",
+        defaults=_COMMON
+        | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "eos_token_id": 32000, "pad_token_id": 32000}
+        | {"sliding_window": None, "original_max_position_embeddings": 4096},
+        partial_rotary=True,
+        fused={
+            "self_attn.qkv_proj.weight": tuple(ATTENTION)[:3],  # q, k, v
+            "mlp.gate_up_proj.weight": tuple(FFN)[:2],
+        },
+    ),
+    replace(DENSE["mistral"], model_type="ministral", like="mistral", windows="layer_types"),
+    replace(
+        DENSE["mistral"],
+        model_type="cwm",
+        like="mistral",
+        windows="layer_types",
+        defaults=_COMMON
+        | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5}
+        | {"sliding_window": 8192, "bos_token_id": 128000, "eos_token_id": None, "rope_theta": 1000000.0},
+        refuse={"mlp_bias": False},
+    ),
+    *(
+        replace(
+            DENSE["llama"],
+            model_type=name,
+            like="llama",
+            defaults=dict(DENSE["llama"].defaults) | {"rms_norm_eps": 1e-5, "head_dim": 128} | more,
+            refuse={"mlp_bias": False, "bias": False},
+        )
+        for name, more in (
+            ("internlm3", {"max_position_embeddings": 32768, "num_key_value_heads": 2, "pad_token_id": 2}),
+            ("iquestcoder", {"max_position_embeddings": 131072, "num_key_value_heads": 8}),
+        )
+    ),
+    replace(
+        DENSE["qwen2"],
+        model_type="seed_oss",
+        like="qwen2",
+        defaults=_COMMON
+        | {"max_position_embeddings": 524288, "num_key_value_heads": 8, "head_dim": 128, "pad_token_id": 1}
+        | {"bos_token_id": 0, "attention_bias": True, "attention_out_bias": False, "attention_dropout": 0.1},
+        refuse={"mlp_bias": False},
+        windows=None,
+        out_bias="attention_out_bias",
+    ),
+    replace(
+        DENSE["ernie4_5"],
+        model_type="helium",
+        like="ernie4_5",
+        defaults=_COMMON
+        | {"max_position_embeddings": 4096, "num_key_value_heads": 20, "head_dim": 128, "rms_norm_eps": 1e-8}
+        | {"pad_token_id": 3},
+        refuse={"mlp_bias": False, "attention_bias": False},
+    ),
+    replace(
+        DENSE["cohere2"],
+        model_type="cohere",
+        like="cohere2",
+        refuse={"use_qk_norm": False},
+        # Cohere2 has positions in the layers with a window only, Cohere in all: a window over everything.
+        derive=lambda config: {
+            "sliding_window": config["max_position_embeddings"],
+            "layer_types": ["sliding_attention"] * config["num_hidden_layers"],
+        },
+    ),
+    *(
+        replace(DENSE["qwen2"], model_type=name, like="qwen2", defaults=_QWEN_VL)
+        for name in ("qwen2_vl_text", "qwen2_5_vl_text")
+    ),
+    replace(
+        DENSE["qwen3"],
+        model_type="qwen3_vl_text",
+        like="qwen3",
+        defaults=dict(DENSE["qwen3"].defaults) | {"max_position_embeddings": 128000, "rope_theta": 500000.0},
+        windows=None,
+    ),
+)
+DENSE |= {spec.model_type: spec for spec in _ALIKE}

@@ -1,0 +1,110 @@
+"""Sources in other forms: a text model inside a multimodal one, fused matrices, other prefixes of names.
+
+A tensor's rows lie one after another on disk, so a part of a fused matrix is a tensor that begins
+later in the same file: nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from moetool.arch.dense import EMBEDDING, LM_HEAD, DenseSpec, dims, shape
+from moetool.checkpoint.reader import TensorInfo
+from moetool.errors import CheckpointError
+
+# What text models inside multimodal ones are called, before "embed_tokens.weight"; "" where one was saved
+# without its head.
+PREFIXES = ("model.language_model.", "language_model.model.", "model.text_model.", "language_model.", "model.", "")
+HEADS = (LM_HEAD, "language_model.lm_head.weight")
+# Families whose published configurations have the text model's settings at the top.
+FLAT = ("qwen2_vl", "qwen2_5_vl")
+FROM_OUTSIDE = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the text model inside a multimodal one; any other as it is.
+
+    Args:
+        config: config.json.
+    """
+    inner = config.get("text_config")
+    if isinstance(inner, dict):
+        outside = {key: config[key] for key in FROM_OUTSIDE if config.get(key) is not None and key not in inner}
+        tied = bool(config.get("tie_word_embeddings") or inner.get("tie_word_embeddings"))
+        return {**inner, **outside, "tie_word_embeddings": tied}
+    if config.get("model_type") in FLAT:
+        return {**config, "model_type": f"{config['model_type']}_text"}
+    return config
+
+
+def is_wrapped(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a multimodal model's, whose text model alone is read."""
+    return isinstance(config.get("text_config"), dict) or config.get("model_type") in FLAT
+
+
+def dense_tensors(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], spec: DenseSpec, dense: Mapping[str, Any]
+) -> dict[str, TensorInfo]:
+    """The tensors of a source under the names of its family, parts of fused ones apart.
+
+    Args:
+        tensors: of the checkpoint.
+        config: config.json.
+        spec: the dense family.
+        dense: the filled dense config.
+
+    Returns:
+        Name -> where it lies. Of a multimodal model only what belongs to the text model.
+
+    Raises:
+        CheckpointError: a fused tensor has not as many rows as its parts.
+    """
+    embedding = EMBEDDING.removeprefix("model.")
+    prefix = next((prefix for prefix in PREFIXES if prefix + embedding in tensors), "model.")
+    wrapped, found = is_wrapped(config), {}
+    for name, info in tensors.items():
+        if name in HEADS:
+            found[LM_HEAD] = info
+        elif name.startswith(prefix) and not (wrapped and name.startswith("model.visual.")):
+            found["model." + name.removeprefix(prefix)] = info
+        elif not wrapped:
+            found[name] = info
+    if not spec.fused:
+        return found
+    parts: dict[str, TensorInfo] = {}
+    for name, info in found.items():
+        inner = ".".join(name.split(".")[3:])  # after model.layers.N.
+        parts |= _parts(name, info, spec, dense) if inner in spec.fused else {name: info}
+    return parts
+
+
+def _parts(name: str, info: TensorInfo, spec: DenseSpec, dense: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    layer, inner = ".".join(name.split(".")[:3]), ".".join(name.split(".")[3:])
+    sizes, letters = dims(dense), spec.shapes
+    rows = [shape(letters[part], sizes)[0] for part in spec.fused[inner]]
+    if len(info.shape) != 2 or info.shape[0] != sum(rows):
+        raise CheckpointError(f"tensor {name} has shape {list(info.shape)}, config.json says {sum(rows)} rows")
+    row_bytes, parts, start = info.size // info.shape[0], {}, info.start
+    for part, count in zip(spec.fused[inner], rows, strict=True):
+        whole = f"{layer}.{part}"
+        size = count * row_bytes
+        parts[whole] = TensorInfo(whole, info.dtype, (count, info.shape[1]), info.shard, start, size)
+        start += size
+    return parts
+
+
+def pieces(tensors: Iterable[TensorInfo], used: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
+    """A file's tensors, each as what is used of it where that is all of it, in order.
+
+    Args:
+        tensors: of the file, in order.
+        used: tensors, or parts of them, that lie in the file.
+    """
+    starting = {info.start: info for info in used if info.size}
+    for tensor in tensors:
+        inside, position, end = [], tensor.start, tensor.start + tensor.size
+        while position < end and position in starting:
+            inside.append(starting[position])
+            position += starting[position].size
+        yield from inside if inside and position == end else [tensor]
