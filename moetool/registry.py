@@ -20,6 +20,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "qwen3_moe": "moetool.arch.qwen3_moe:SPEC",
         "flex_olmo": "moetool.arch.flex_olmo:SPEC",
         "granitemoe": "moetool.arch.granitemoe:SPEC",
+        "qwen3_5_moe_text": "moetool.arch.qwen3_5_moe:SPEC",
         "granitemoehybrid": "moetool.arch.granitemoehybrid:SPEC",
         "ernie4_5_moe": "moetool.arch.ernie4_5_moe:SPEC",
         "cohere2_moe": "moetool.arch.cohere2_moe:SPEC",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Letters in the shapes below: V vocabulary, D hidden, F intermediate, H head_dim, Q query heads x head_dim,
-# KV key-value heads x head_dim.
+# KV key-value heads x head_dim; those of linear attention begin with L, of Mamba with M (see `dims`).
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
@@ -26,6 +26,27 @@ BIASES = {
 PRE_NORM = {"input_layernorm.weight": "D", "post_attention_layernorm.weight": "D"}
 POST_NORM = {"post_attention_layernorm.weight": "D", "post_feedforward_layernorm.weight": "D"}
 HEAD_NORM = {"self_attn.q_norm.weight": "H", "self_attn.k_norm.weight": "H"}
+LINEAR_ATTENTION = {
+    "linear_attn.in_proj_qkv.weight": "LQKV D",
+    "linear_attn.in_proj_z.weight": "LV D",
+    "linear_attn.in_proj_b.weight": "LH D",
+    "linear_attn.in_proj_a.weight": "LH D",
+    "linear_attn.conv1d.weight": "LQKV 1 LC",
+    "linear_attn.A_log": "LH",
+    "linear_attn.dt_bias": "LH",
+    "linear_attn.norm.weight": "LVH",
+    "linear_attn.out_proj.weight": "D LV",
+}
+MAMBA = {
+    "mamba.in_proj.weight": "MP D",
+    "mamba.conv1d.weight": "MC 1 MK",
+    "mamba.A_log": "MH",
+    "mamba.D": "MH",
+    "mamba.dt_bias": "MH",
+    "mamba.norm.weight": "MI",
+    "mamba.out_proj.weight": "D MI",
+}
+MAMBA_BIASES = {"mamba_conv_bias": {"mamba.conv1d.bias": "MC"}, "mamba_proj_bias": {"mamba.in_proj.bias": "MP"}}
 # gate, up, down: name within a layer -> shape.
 FFN = {"mlp.gate_proj.weight": "F D", "mlp.up_proj.weight": "F D", "mlp.down_proj.weight": "D F"}
 
@@ -46,6 +67,7 @@ class DenseSpec:
             `all` of them, or by `layer_types`.
         out_bias: the config key of a bias of attention's output, where it is another than for q, k and v.
         partial_rotary: whether positions may turn only a part of each head (`partial_rotary_factor`).
+        mixers: where layers differ in what mixes their tokens, its layer type -> its tensors; `layer` is what all have.
         fused: name within a layer of a tensor on disk -> the names of those whose rows lie in it, in order.
         derive: filled config -> settings that follow from it.
     """
@@ -59,6 +81,7 @@ class DenseSpec:
     like: str | None = None
     out_bias: str = "attention_bias"
     partial_rotary: bool = False
+    mixers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
 
@@ -73,21 +96,42 @@ class DenseSpec:
         return {**self.layer, **FFN}
 
 
-def layer_tensors(spec: DenseSpec, config: Mapping[str, Any]) -> dict[str, str]:
+def layer_tensors(spec: DenseSpec, config: Mapping[str, Any], layer: int) -> dict[str, str]:
     """Names within a layer, without the FFN -> shapes; of a filled config."""
-    return dict(spec.layer) | dict(BIASES[projection] for projection in config["biases"])
+    tensors = {**spec.layer, **spec.mixers.get(config["layer_types"][layer], {})}
+    if "mamba.in_proj.weight" in tensors:
+        return tensors | {name: s for key, bias in MAMBA_BIASES.items() if config[key] for name, s in bias.items()}
+    if next(iter(ATTENTION)) in tensors:
+        tensors |= dict(BIASES[projection] for projection in config["biases"])
+    return tensors
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
     """What the letters in a shape stand for."""
-    return {
+    heads, size = config["num_attention_heads"], config["head_dim"]
+    sizes = {
         "V": config["vocab_size"],
         "D": config["hidden_size"],
         "F": config["intermediate_size"],
-        "H": config["head_dim"],
-        "Q": config["num_attention_heads"] * config["head_dim"],
-        "KV": config["num_key_value_heads"] * config["head_dim"],
+        "H": size,
+        "Q": heads * size,
+        "2Q": 2 * heads * size,
+        "KV": config["num_key_value_heads"] * size,
+        "1": 1,
     }
+    if "linear_num_value_heads" in config:  # linear attention: its heads, one head's and all heads' values
+        values, value = config["linear_num_value_heads"], config["linear_value_head_dim"]
+        keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+        sizes |= {"LH": values, "LVH": value, "LV": values * value, "LQKV": 2 * keys + values * value}
+        sizes["LC"] = config["linear_conv_kernel_dim"]
+    if "mamba_n_heads" in config:  # Mamba: its heads, inner size, convolution and projection
+        inner, states = (
+            config["mamba_expand"] * config["hidden_size"],
+            config["mamba_n_groups"] * config["mamba_d_state"],
+        )
+        sizes |= {"MH": config["mamba_n_heads"], "MI": inner, "MC": inner + 2 * states, "MK": config["mamba_d_conv"]}
+        sizes["MP"] = 2 * inner + 2 * states + config["mamba_n_heads"]
+    return sizes
 
 
 def shape(letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -15,16 +15,29 @@ from moetool.errors import CheckpointError, ConfigError
 NUMBERS = (
     "rms_norm_eps", "layer_norm_eps", "initializer_range", "attention_dropout", "embedding_multiplier",
     "logits_scaling", "residual_multiplier", "attention_multiplier", "logit_scale",
+    "partial_rotary_factor",
+)  # fmt: skip
+SIZES = (
+    "linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim", "linear_key_head_dim",
+    "linear_value_head_dim", "full_attention_interval", "shared_intermediate_size", "mamba_n_heads", "mamba_n_groups",
+    "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_chunk_size",
 )  # fmt: skip
 # What is used or carried over, by the type that it must have.
 KINDS: dict[str, tuple[tuple[type, ...], str]] = (
     dict.fromkeys(
-        ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+        ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", *SIZES),
         ((int,), "a positive whole number"),
     )
     | dict.fromkeys(NUMBERS, ((int, float), "a positive number"))
     | dict.fromkeys(
-        ("tie_word_embeddings", "attention_bias", "attention_out_bias", "use_sliding_window"),
+        (
+            "tie_word_embeddings",
+            "attention_bias",
+            "attention_out_bias",
+            "use_sliding_window",
+            "mamba_conv_bias",
+            "mamba_proj_bias",
+        ),
         ((bool,), "true or false"),
     )
     | {"hidden_act": ((str,), "a name")}
@@ -53,9 +66,9 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
         method = config["quantization_config"]
         method = method.get("quant_method", "an unnamed method") if isinstance(method, dict) else method
         raise ConfigError(f"the source is quantised ({method}); upcycle the unquantised model it was made from")
-    if not isinstance(model_type, str) or model_type not in DENSE:
+    moe = any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    if not isinstance(model_type, str) or model_type not in DENSE or moe:
         known = ", ".join(DENSE)
-        moe = any(key in config for key in ("num_local_experts", "num_experts", "n_routed_experts"))
         why = "is a Mixture of Experts already" if moe else "is no family that can be upcycled"
         inside = f" (the text model in a {str(outer)[:60]})" if outer != model_type else ""
         raise ConfigError(f"model_type {str(model_type)[:60]!r}{inside} {why}; the dense families are {known}")
@@ -83,7 +96,8 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
     full["biases"] = spec.biases
     if "attention_bias" in spec.defaults:
         full["biases"] = "qkv" * full["attention_bias"] + "o" * full[spec.out_bias]
-    full["layer_types"] = _layer_types(spec, full)
+    if not spec.mixers:
+        full["layer_types"] = _layer_types(spec, full)
     if "sliding_attention" not in full["layer_types"]:
         full["sliding_window"] = None  # also a leftover that the family does not read: its target might
     return spec, full

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moetool.arch.dense import ATTENTION, FFN, HEAD_NORM, POST_NORM, PRE_NORM, DenseSpec
+from moetool.arch.dense import ATTENTION, FFN, HEAD_NORM, LINEAR_ATTENTION, MAMBA, POST_NORM, PRE_NORM, DenseSpec
+from moetool.errors import CheckpointError
 
 _COMMON: dict[str, Any] = {
     "hidden_act": "silu",
@@ -31,6 +33,27 @@ _QWEN = _COMMON | {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+
+
+def every_fourth(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The layer types of a Qwen3.5 whose config.json has none: each `full_attention_interval`-th is full attention."""
+    layers, step = config["num_hidden_layers"], config["full_attention_interval"]
+    kinds = [("full" if (i + 1) % step == 0 else "linear") + "_attention" for i in range(layers)]
+    given = config.get("layer_types") or kinds
+    if not isinstance(given, list) or len(given) != layers or not set(given) <= {"full_attention", "linear_attention"}:
+        raise CheckpointError(f"config.json: layer_types is no list of {layers} times full_ or linear_attention")
+    return {"layer_types": given}
+
+
+def granite_hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Granite 4 without routed experts: what they call the shared expert is its FFN."""
+    layers, given = config["num_hidden_layers"], config.get("layer_types")
+    names = {"mamba": "linear_attention", "attention": "full_attention"}
+    kinds = [names.get(str(kind), kind) for kind in given] if isinstance(given, list) else ["linear_attention"] * layers
+    if len(kinds) != layers or not set(kinds) <= set(names.values()):
+        raise CheckpointError(f"config.json: layer_types is no list of {layers} times mamba or attention")
+    return {"layer_types": kinds, "intermediate_size": config["shared_intermediate_size"]}
+
 
 DENSE: dict[str, DenseSpec] = {
     spec.model_type: spec
@@ -77,6 +100,38 @@ DENSE: dict[str, DenseSpec] = {
             | {"attention_bias": False, "sliding_window": 4096, "sliding_window_pattern": 4},
             layer=ATTENTION | {"input_layernorm.weight": "D"},
             windows="layer_types",
+        ),
+        DenseSpec(
+            "qwen3_5_text",
+            _COMMON
+            | {"max_position_embeddings": 32768, "num_key_value_heads": 4, "head_dim": 256, "attention_bias": False}
+            | {"bos_token_id": None, "eos_token_id": None, "partial_rotary_factor": 0.25}
+            | {"linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_conv_kernel_dim": 4}
+            | {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "full_attention_interval": 4},
+            layer=PRE_NORM,
+            mixers={
+                "full_attention": ATTENTION | HEAD_NORM | {"self_attn.q_proj.weight": "2Q D"},  # with a gate
+                "linear_attention": LINEAR_ATTENTION,
+            },
+            refuse={"attention_bias": False},
+            partial_rotary=True,
+            derive=every_fourth,
+        ),
+        DenseSpec(
+            "granitemoehybrid",
+            _COMMON
+            | {"attention_bias": False, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "head_dim": None}
+            | {"residual_multiplier": 1.0, "attention_multiplier": 1.0, "position_embedding_type": None}
+            | {"shared_intermediate_size": 1024, "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256}
+            | {"mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 256}
+            | {"mamba_conv_bias": True, "mamba_proj_bias": False},
+            layer=PRE_NORM,
+            mixers={"full_attention": ATTENTION, "linear_attention": MAMBA},
+            fused={
+                "shared_mlp.input_linear.weight": tuple(FFN)[:2],
+                "shared_mlp.output_linear.weight": tuple(FFN)[2:],
+            },
+            derive=granite_hybrid,
         ),
         DenseSpec(
             "hunyuan_v1_dense",

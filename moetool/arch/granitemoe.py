@@ -18,7 +18,7 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
         "embedding_multiplier": dense.get("embedding_multiplier", 1.0),
         "logits_scaling": dense.get("logits_scaling", 1.0),
         "residual_multiplier": dense.get("residual_multiplier", 1.0),
-        "attention_multiplier": dense["attention_multiplier"] if dense["family"] == "granite" else attention,
+        "attention_multiplier": dense["attention_multiplier"] if dense["family"].startswith("granite") else attention,
         "router_aux_loss_coef": 0.001,
     }
 

@@ -1,4 +1,4 @@
-"""Granite 4's hybrid with attention in every layer: Granite MoE with biases of attention and a shared expert."""
+"""Granite 4: Granite MoE with a shared expert, biases of attention, and Mamba in some layers or none."""
 
 from __future__ import annotations
 
@@ -12,16 +12,10 @@ from moetool.recipe import UpcycleRecipe
 
 
 def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
-    """No layer is Mamba's, but readers ask for its sizes, which must agree with the hidden size."""
-    units = dense["intermediate_size"] // recipe.granularity
-    heads = dense["num_attention_heads"]
-    return granitemoe.config_map(dense, recipe) | {
-        "attention_bias": True,
-        "shared_intermediate_size": units * (recipe.shared_experts or 0),
-        "position_embedding_type": "rope",
-        "layer_types": ["attention"] * dense["num_hidden_layers"],
+    """Where no layer is Mamba's, readers still ask for its sizes, which must agree with the hidden size."""
+    units, heads = dense["intermediate_size"] // recipe.granularity, dense["num_attention_heads"]
+    unused = {
         "mamba_n_heads": heads,
-        "mamba_d_head": 2 * dense["hidden_size"] // heads,
         "mamba_expand": 2,
         "mamba_n_groups": 1,
         "mamba_d_state": 256,
@@ -30,13 +24,24 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
         "mamba_conv_bias": True,
         "mamba_proj_bias": False,
     }
+    mamba = {key: dense.get(key, value) for key, value in unused.items()}
+    return {
+        **granitemoe.config_map(dense, recipe),
+        **mamba,
+        "mamba_d_head": mamba["mamba_expand"] * dense["hidden_size"] // mamba["mamba_n_heads"],
+        "attention_bias": True,
+        "shared_intermediate_size": units * (recipe.shared_experts or 0),
+        "position_embedding_type": dense.get("position_embedding_type", "rope"),
+        # The names that vLLM and llama.cpp know.
+        "layer_types": ["mamba" if kind == "linear_attention" else "attention" for kind in dense["layer_types"]],
+    }
 
 
 LAYER = "model.layers.{layer}"
 SPEC = ArchSpec(
     model_type="granitemoehybrid",
     architecture="GraniteMoeHybridForCausalLM",
-    dense=("qwen2", "granite", "llama"),
+    dense=("qwen2", "granite", "llama", "granitemoehybrid"),
     experts=granitemoe.SPEC.experts,
     router=granitemoe.SPEC.router,
     num_experts_key="num_local_experts",
@@ -55,12 +60,14 @@ SPEC = ArchSpec(
     biases="qkvo",
     zero_biases="qkvo",  # one switch for all four, and Qwen2 has three
     head_dim=False,
+    scratch=False,
     limits=(
         *(
             Limit(client, "it cannot be without a shared expert", none_of("shared_intermediate_size"))
             for client in ("vllm", "llama.cpp", "mlx")
         ),
         Limit("llama.cpp", "it cannot scale positions as llama3 does in the family", rope("llama3")),
+        Limit("mlx", "it computes another Mamba", lambda config: "mamba" in config.get("layer_types", ())),
         Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
     ),
 )

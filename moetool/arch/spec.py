@@ -60,6 +60,7 @@ class ArchSpec:
         windows: whether layers may have a sliding window: None, `all` (alike), or by `layer_types`.
         zero_biases: which of them are written as zeros where the dense model has none, because other
             readers always have them.
+        scratch: whether all its tensors begin as `--method scratch` makes them: norms 1, biases 0, all else normal.
         partial_rotary: whether positions may turn only a part of each head.
         head_dim: whether a head may have another size than hidden_size / num_attention_heads.
         ties: whether the output head may be the embedding; where it may not, it is written out.
@@ -85,6 +86,7 @@ class ArchSpec:
     biases: str = ""
     windows: str | None = None
     zero_biases: str = ""
+    scratch: bool = True
     partial_rotary: bool = False
     head_dim: bool = True
     ties: bool = True
@@ -203,7 +205,7 @@ def misfit(spec: ArchSpec, dense: Mapping[str, Any]) -> str | None:
         windows = {"full_attention"}  # as good as none
     if "sliding_attention" in windows and spec.windows is None:
         return "it has a sliding window"
-    if len(windows) > 1 and spec.windows != "layer_types":
+    if windows >= {"full_attention", "sliding_attention"} and spec.windows != "layer_types":
         return "only some of its layers have a sliding window"
     return None
 

@@ -18,8 +18,8 @@ from moetool.recipe import UpcycleRecipe
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_STD = 1000  # far above any use; fp16 ends at 65504
 MAX_EXPERTS = 10_000  # a layer: a plan holds a line for each matrix
-# Left behind by old exporters; models compute it.
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+# Left behind by old exporters, and models compute it; and what predicts several tokens at once, which no reader needs.
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|^mtp\.")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 
 
@@ -55,6 +55,8 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
         raise ConfigError(f"--granularity {parts} does not divide the intermediate size {units}; choose from {fitting}")
     _check_shared(recipe, spec)
     if recipe.method == "scratch":
+        if not spec.scratch:
+            raise ConfigError(f"--method scratch does not know how {spec.model_type} begins; take another --method")
         return
     group, donors, shared = recipe.group_size, recipe.num_donors, recipe.shared_experts or 0
     together = f"{group} experts together are one dense FFN"
@@ -171,9 +173,9 @@ def check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mappin
         )
     sizes = dims(dense)
     expected = {EMBEDDING: "V D", NORM: "D", LM_HEAD: "V D"}
-    inner = (*layer_tensors(dense_spec, dense).items(), *FFN.items())
     for layer in range(dense["num_hidden_layers"]):
-        expected |= {f"model.layers.{layer}.{name}": letters for name, letters in inner}
+        inner = layer_tensors(dense_spec, dense, layer) | FFN
+        expected |= {f"model.layers.{layer}.{name}": letters for name, letters in inner.items()}
     tensors = dense_tensors(reader.tensors, reader.config, dense_spec, dense)
     found = {name: info for name, info in tensors.items() if not IGNORED.search(name)}
     for name, info in found.items():

@@ -27,6 +27,18 @@ PLAIN: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": False},
     "granite": {"attention_bias": False},
     "cohere2": {"sliding_window": POSITIONS, "layer_types": SOME},
+    "cwm": {"bos_token_id": 0},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "shared_intermediate_size": 256,
+        "mamba_d_head": 32,
+        "mamba_d_state": 32,
+    },
 }
 ROPE = {
     "llama3": {
@@ -37,10 +49,14 @@ ROPE = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
 }  # fmt: skip
 QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
+# What sets some layers apart from others.
 WINDOWS: dict[str, dict[str, dict[str, Any]]] = {
     "mistral": {
         "a window in all layers": {"sliding_window": WINDOW},
         "a window as long as all positions": {"sliding_window": POSITIONS},
+    },
+    "granitemoehybrid": {
+        "attention in all layers": {"layer_types": ["attention"] * LAYERS, "position_embedding_type": "rope"},
     },
     "cohere2": {
         "a window in some layers": {"sliding_window": WINDOW},
@@ -135,7 +151,7 @@ def _traits(dense: str, spec: ArchSpec) -> Iterator[tuple[Any, ...]]:
     yield "tied", {"tie_word_embeddings": True}
     yield "a key and value for each head", {"num_key_value_heads": 4}
     yield "heads of another size", {"head_dim": 64}
-    for kind, settings in ROPE.items():
+    for kind, settings in ROPE.items() if dense != "granitemoehybrid" else ():  # it has none by default
         yield f"{kind} positions", {"rope_parameters": settings}
     if "attention_bias" in DENSE[dense].defaults:
         yield "biases of attention", {"attention_bias": True}
