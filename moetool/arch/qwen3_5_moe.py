@@ -43,6 +43,7 @@ SPEC = ArchSpec(
     limits=(
         Limit("transformers-4", "it does not know the family"),
         Limit("vllm", "the family has not been measured there"),
+        Limit("mlx", "it does not know the family's text model"),
         Limit(
             "llama.cpp", "its converter stops at the family unless it is given --no-mtp, with which the result is exact"
         ),
