@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from moetool import registry
 from moetool.checkpoint.folder import beside
 from tests import tiny
 from tests.clients.cases import LENGTH, VOCABULARY, Case
 from tests.clients.environments import CACHE, python
 
+SPECS = [registry.load("target", name) for name in registry.names("target")]
 GREEDY = 32  # tokens
 GLM = ["[gMASK]", "[MASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 
@@ -26,8 +28,8 @@ def make(case: Case, folder: Path) -> dict[str, Any]:
     """Write `dense/`, `moe/`, `tokens.npy` (T,), `logits.npy` (T, V) and perhaps `greedy.npy` in a folder.
 
     Returns:
-        What is known of the row before an engine has run: `config`, `beside` and a `digest` of the
-        checkpoint; or `refused`, moetool's own line.
+        What is known of the row before an engine has run: `config`, `beside` (what limits ask for) and a
+        `digest` of all that the engines see; or `refused`, moetool's own line.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -47,8 +49,10 @@ def make(case: Case, folder: Path) -> dict[str, Any]:
     if case.greedy:
         np.save(folder / "greedy.npy", greedy)
     config = (folder / "moe" / "config.json").read_bytes()
-    digest = hashlib.sha256(config + (folder / "moe" / "model.safetensors").read_bytes()).hexdigest()[:16]
-    return {"config": json.loads(config), "beside": sorted(beside(folder / "moe")), "digest": digest}
+    near = sorted(beside(folder / "moe") & {limit.unless for spec in SPECS for limit in spec.limits})
+    weights = (folder / "moe" / "model.safetensors").read_bytes()
+    digest = hashlib.sha256(config + weights + "".join(near).encode()).hexdigest()[:16]
+    return {"config": json.loads(config), "beside": near, "digest": digest}
 
 
 @torch.no_grad()
