@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from moetool import registry
 from moetool.arch.clients import CLIENTS, obstacles
 from tests import tiny
+from tests.clients import page
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
@@ -81,13 +82,11 @@ def test_what_is_beside_the_weights_matters() -> None:
 
 @pytest.mark.parametrize("name", registry.names("target"))
 def test_nonsense_in_a_config_is_no_bug(name: str) -> None:
-    keys = {
-        *json.loads(Path("tests/clients/measured.json").read_text())["llama-mixtral-plain"]["config"],
-        "layer_types",
-    }
+    keys = {*page.load()["llama-mixtral-plain"]["config"], "layer_types", "mlp_layer_types"}
     keys |= {"num_key_value_heads", "moe_layer_interval", "moe_num_shared_experts", "moe_intermediate_size"}
     spec = registry.load("target", name)
-    for key, value in product(keys, (None, "x", [], {}, -1, 0, [1, "a"])):
+    nonsense: tuple[Any, ...] = (None, "x", [], {}, -1, 0, [1, "a"])
+    for key, value in product(keys, nonsense):
         assert set(obstacles({key: value, "model_type": spec.model_type})) == ALL
 
 
