@@ -9,6 +9,7 @@ from typing import Any
 from moetool.arch.dense import DenseSpec
 from moetool.arch.dense_families import DENSE
 from moetool.arch.forms import dense_tensors, text_config
+from moetool.arch.unfit import why_unfit
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
 
@@ -68,10 +69,12 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
         raise ConfigError(f"the source is quantised ({method}); upcycle the unquantised model it was made from")
     moe = any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
     if not isinstance(model_type, str) or model_type not in DENSE or moe:
-        known = ", ".join(DENSE)
-        why = "is a Mixture of Experts already" if moe else "is no family that can be upcycled"
         inside = f" (the text model in a {str(outer)[:60]})" if outer != model_type else ""
-        raise ConfigError(f"model_type {str(model_type)[:60]!r}{inside} {why}; the dense families are {known}")
+        named = f"model_type {str(model_type)[:60]!r}{inside}"
+        why = "it is a Mixture of Experts already" if moe else why_unfit(model_type)
+        if why:
+            raise ConfigError(f"{named} cannot be upcycled, because {why} (docs/models.md)")
+        raise ConfigError(f"{named} is no family that can be upcycled; the dense families are {', '.join(DENSE)}")
     spec = DENSE[model_type]
     for key in REQUIRED:
         if type(config.get(key)) is not int or config[key] < 1:
