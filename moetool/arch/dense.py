@@ -46,7 +46,10 @@ MAMBA = {
     "mamba.norm.weight": "MI",
     "mamba.out_proj.weight": "D MI",
 }
-MAMBA_BIASES = {"mamba_conv_bias": {"mamba.conv1d.bias": "MC"}, "mamba_proj_bias": {"mamba.in_proj.bias": "MP"}}
+MAMBA_BIASES = {
+    "mamba_conv_bias": {"mamba.conv1d.bias": "MC"},
+    "mamba_proj_bias": {"mamba.in_proj.bias": "MP", "mamba.out_proj.bias": "D"},
+}
 # gate, up, down: name within a layer -> shape.
 FFN = {"mlp.gate_proj.weight": "F D", "mlp.up_proj.weight": "F D", "mlp.down_proj.weight": "D F"}
 

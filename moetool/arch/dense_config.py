@@ -8,7 +8,7 @@ from typing import Any
 
 from moetool.arch.dense import DenseSpec
 from moetool.arch.dense_families import DENSE
-from moetool.arch.forms import dense_tensors, text_config
+from moetool.arch.forms import dense_tensors, is_wrapped, text_config
 from moetool.arch.unfit import why_unfit
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
@@ -60,7 +60,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
         ConfigError: the family cannot be upcycled, is an MoE already, or is quantised.
         CheckpointError: a size is missing or no positive whole number.
     """
-    outer = config.get("model_type")
+    outer, given = config.get("model_type"), config
     config = text_config(config)
     model_type = config.get("model_type")
     if config.get("quantization_config") is not None:
@@ -95,6 +95,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
             f"config.json: {full['num_attention_heads']} attention heads do not fit a hidden size of"
             f" {full['hidden_size']}"
         )
+    full["text_model_of"] = outer if is_wrapped(given) else None
     full |= {"family": spec.family, "rope_parameters": _rope(spec, full)} | spec.derive(full)
     full["biases"] = spec.biases
     if "attention_bias" in spec.defaults:
@@ -154,6 +155,8 @@ def _rope(spec: DenseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     # Three equal positions for each token of a text: as one.
     rope = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
     rope["rope_type"] = {"mrope": "default", "su": "longrope"}.get(str(rope["rope_type"]), rope["rope_type"])
+    if not spec.partial_rotary:  # the family does not read it; its target might
+        rope.pop("partial_rotary_factor", None)
     moved = ("original_max_position_embeddings",) * (rope["rope_type"] == "longrope")
     moved += ("partial_rotary_factor",) * spec.partial_rotary
     rope = {key: config[key] for key in moved if config.get(key) is not None} | rope

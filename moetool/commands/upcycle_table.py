@@ -21,6 +21,7 @@ def describe(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
     return {
         "out": str(out),
         "dense_family": plan.dense["model_type"],
+        "text_model_of": plan.dense["text_model_of"],
         "target": plan.spec.model_type,
         "architecture": plan.spec.architecture,
         "recipe": recipe.to_json(),
@@ -46,10 +47,11 @@ def table(document: dict[str, Any]) -> Table:
     layers, flops = len(document["moe_layers"]), document["flops_per_token"]
     of = "" if layers == document["num_layers"] else f" of {document['num_layers']}"
     shared = f" and {recipe['shared_experts']} shared" if recipe["shared_experts"] else ""
+    inside = f" (the text model of a {document['text_model_of']})" if document["text_model_of"] else ""
     too_large = "; it does not fit" if document["num_bytes"] > document["free_disk_bytes"] else ""
     parts = f", each 1/{recipe['granularity']} of the dense FFN" if recipe["granularity"] > 1 else ""
     rows = {
-        "family": f"{document['dense_family']} -> {document['target']} ({document['architecture']})",
+        "family": f"{document['dense_family']}{inside} -> {document['target']} ({document['architecture']})",
         "experts": f"{recipe['num_experts']}{shared} a layer, top-{recipe['top_k']}, {layers}{of} layers{parts}",
         "method": method_line(document),
         "parameters": f"{count(parameters['dense'])} dense -> {count(parameters['total'])} total,"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,8 +100,8 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the dense model, for `tiny.save_dense`."""
-        return SIZES | PLAIN.get(self.dense, {}) | self.changes
+        """Of the dense model, for `tiny.save_dense`: copies, because transformers adds to what it is given."""
+        return deepcopy(SIZES | PLAIN.get(self.dense, {}) | self.changes)
 
     @property
     def command(self) -> list[str]:
