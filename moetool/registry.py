@@ -24,6 +24,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "granitemoehybrid": "moetool.arch.granitemoehybrid:SPEC",
         "ernie4_5_moe": "moetool.arch.ernie4_5_moe:SPEC",
         "cohere2_moe": "moetool.arch.cohere2_moe:SPEC",
+        "lfm2_moe": "moetool.arch.lfm2_moe:SPEC",
         "hunyuan_v1_moe": "moetool.arch.hunyuan_v1_moe:SPEC",
         "glm4_moe": "moetool.arch.glm4_moe:SPEC",
         "dots1": "moetool.arch.dots1:SPEC",

@@ -97,6 +97,7 @@ DENSE: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.3,
         "embedding_multiplier": 3.0,
     },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "phi3": {"sliding_window": 8, "head_dim": 8},
     "ministral": {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "cwm": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8},

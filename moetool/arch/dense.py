@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Letters in the shapes below: V vocabulary, D hidden, F intermediate, H head_dim, Q query heads x head_dim,
-# KV key-value heads x head_dim; those of linear attention begin with L, of Mamba with M (see `dims`).
+# KV key-value heads x head_dim; those of linear attention begin with L, of Mamba with M, of short
+# convolutions with C (see `dims`).
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
@@ -50,6 +51,7 @@ MAMBA_BIASES = {
     "mamba_conv_bias": {"mamba.conv1d.bias": "MC"},
     "mamba_proj_bias": {"mamba.in_proj.bias": "MP", "mamba.out_proj.bias": "D"},
 }
+SHORT_CONVOLUTION = {"conv.in_proj.weight": "3D D", "conv.conv.weight": "D 1 CL", "conv.out_proj.weight": "D D"}
 # gate, up, down: name within a layer -> shape.
 FFN = {"mlp.gate_proj.weight": "F D", "mlp.up_proj.weight": "F D", "mlp.down_proj.weight": "D F"}
 
@@ -73,6 +75,8 @@ class DenseSpec:
         mixers: where layers differ in what mixes their tokens, its layer type -> its tensors; `layer` is what all have.
         fused: name within a layer of a tensor on disk -> the names of those whose rows lie in it, in order.
         derive: filled config -> settings that follow from it.
+        keys: names of config keys that are the family's own -> those of other families.
+        norm: the tensor of the last norm.
     """
 
     model_type: str
@@ -87,6 +91,8 @@ class DenseSpec:
     mixers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    keys: Mapping[str, str] = field(default_factory=dict)
+    norm: str = NORM
 
     @property
     def family(self) -> str:
@@ -127,6 +133,8 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
         keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
         sizes |= {"LH": values, "LVH": value, "LV": values * value, "LQKV": 2 * keys + values * value}
         sizes["LC"] = config["linear_conv_kernel_dim"]
+    if "conv_L_cache" in config:
+        sizes |= {"3D": 3 * config["hidden_size"], "CL": config["conv_L_cache"]}
     if "mamba_n_heads" in config:  # Mamba: its heads, inner size, convolution and projection
         inner, states = (
             config["mamba_expand"] * config["hidden_size"],

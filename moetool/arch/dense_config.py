@@ -16,12 +16,12 @@ from moetool.errors import CheckpointError, ConfigError
 NUMBERS = (
     "rms_norm_eps", "layer_norm_eps", "initializer_range", "attention_dropout", "embedding_multiplier",
     "logits_scaling", "residual_multiplier", "attention_multiplier", "logit_scale",
-    "partial_rotary_factor",
+    "partial_rotary_factor", "block_ffn_dim_multiplier",
 )  # fmt: skip
 SIZES = (
     "linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim", "linear_key_head_dim",
     "linear_value_head_dim", "full_attention_interval", "shared_intermediate_size", "mamba_n_heads", "mamba_n_groups",
-    "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_chunk_size",
+    "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_chunk_size", "conv_L_cache", "block_multiple_of",
 )  # fmt: skip
 # What is used or carried over, by the type that it must have.
 KINDS: dict[str, tuple[tuple[type, ...], str]] = (
@@ -76,6 +76,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
             raise ConfigError(f"{named} cannot be upcycled, because {why} (docs/models.md)")
         raise ConfigError(f"{named} is no family that can be upcycled; the dense families are {', '.join(DENSE)}")
     spec = DENSE[model_type]
+    config = {**config, **{usual: config[key] for key, usual in spec.keys.items() if config.get(key) is not None}}
     for key in REQUIRED:
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(f"config.json: {key} is {config.get(key)!r}, expected a positive whole number")

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moetool.arch.dense import ATTENTION, FFN, HEAD_NORM, LINEAR_ATTENTION, MAMBA, POST_NORM, PRE_NORM, DenseSpec
+from moetool.arch.dense import (
+    ATTENTION,
+    FFN,
+    HEAD_NORM,
+    LINEAR_ATTENTION,
+    MAMBA,
+    POST_NORM,
+    PRE_NORM,
+    SHORT_CONVOLUTION,
+    DenseSpec,
+)
 from moetool.errors import CheckpointError
 
 _COMMON: dict[str, Any] = {
@@ -53,6 +63,20 @@ def granite_hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
     if len(kinds) != layers or not set(kinds) <= set(names.values()):
         raise CheckpointError(f"config.json: layer_types is no list of {layers} times mamba or attention")
     return {"layer_types": kinds, "intermediate_size": config["shared_intermediate_size"]}
+
+
+def lfm2(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers have attention; and the size of the FFN, of which config.json may give three halves."""
+    layers, units = config["num_hidden_layers"], config["intermediate_size"]
+    attention = config.get("full_attn_idxs")
+    kinds = ["full_attention" if attention is None or i in attention else "conv" for i in range(layers)]
+    given = config.get("layer_types") or kinds
+    if not isinstance(given, list) or len(given) != layers or not set(given) <= {"full_attention", "conv"}:
+        raise CheckpointError(f"config.json: layer_types is no list of {layers} times full_attention or conv")
+    if config["block_auto_adjust_ff_dim"]:
+        multiple = config["block_multiple_of"]
+        units = -(-int(config["block_ffn_dim_multiplier"] * int(2 * units / 3)) // multiple) * multiple
+    return {"layer_types": given, "intermediate_size": units}
 
 
 DENSE: dict[str, DenseSpec] = {
@@ -132,6 +156,34 @@ DENSE: dict[str, DenseSpec] = {
                 "shared_mlp.output_linear.weight": tuple(FFN)[2:],
             },
             derive=granite_hybrid,
+        ),
+        DenseSpec(
+            "lfm2",
+            _COMMON
+            | {"rms_norm_eps": 1e-5, "max_position_embeddings": 128000, "num_key_value_heads": 8, "pad_token_id": 0}
+            | {"tie_word_embeddings": True, "rope_theta": 1000000.0, "conv_L_cache": 3, "block_multiple_of": 256}
+            | {"block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0},
+            layer={"operator_norm.weight": "D", "ffn_norm.weight": "D"},
+            mixers={
+                "full_attention": {
+                    "self_attn.q_proj.weight": "Q D",
+                    "self_attn.k_proj.weight": "KV D",
+                    "self_attn.v_proj.weight": "KV D",
+                    "self_attn.out_proj.weight": "D Q",
+                    "self_attn.q_layernorm.weight": "H",
+                    "self_attn.k_layernorm.weight": "H",
+                },
+                "conv": SHORT_CONVOLUTION,
+            },
+            refuse={"conv_bias": False},
+            fused={f"feed_forward.{ours}.weight": (name,) for ours, name in zip(("w1", "w3", "w2"), FFN, strict=True)},
+            derive=lfm2,
+            keys={
+                "norm_eps": "rms_norm_eps",
+                "block_ff_dim": "intermediate_size",
+                "tie_embedding": "tie_word_embeddings",
+            },
+            norm="model.embedding_norm.weight",
         ),
         DenseSpec(
             "hunyuan_v1_dense",

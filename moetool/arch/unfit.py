@@ -54,7 +54,6 @@ UNFIT: dict[str, tuple[str, ...]] = {
     "its attention is latent (MLA), and no family that can be written has it": ("minicpm3", "youtu"),
     "its attention is of a kind of its own": ("bitnet", "cpmant", "diffllama", "doge"),
     "it is more than one text decoder": ("blt", "emu3", "hrm_text", "mllama", "moshi"),
-    "its stock family with experts, lfm2_moe, cannot be written yet": ("lfm2",),
     "adapters for images and sound are part of its layers": ("phi4_multimodal",),
 }  # fmt: skip
 

@@ -34,6 +34,7 @@ PLAIN: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 32,
         "linear_value_head_dim": 32,
     },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention", "mamba"],
         "shared_intermediate_size": 256,

@@ -1,0 +1,42 @@
+"""LFM2-MoE: short convolutions in most layers; sigmoid scores, a selection bias, top-k, renormalised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moetool.arch.clients import CLIENTS
+from moetool.arch.limits import Limit
+from moetool.arch.spec import ArchSpec, ffn
+from moetool.recipe import UpcycleRecipe
+
+
+def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
+    """Experts in every layer, where the published models have two dense ones first."""
+    return {
+        "num_dense_layers": 0,
+        "norm_topk_prob": True,
+        "use_expert_bias": True,
+        "norm_eps": dense["rms_norm_eps"],
+        "conv_L_cache": dense["conv_L_cache"],
+        "conv_bias": False,
+        "layer_types": dense["layer_types"],
+    }
+
+
+SPEC = ArchSpec(
+    model_type="lfm2_moe",
+    architecture="Lfm2MoeForCausalLM",
+    dense=("lfm2",),
+    experts=ffn("feed_forward.experts.{expert}", "w1", "w3", "w2"),
+    router="model.layers.{layer}.feed_forward.gate.weight",
+    num_experts_key="num_experts",
+    top_k_key="num_experts_per_tok",
+    units_key="moe_intermediate_size",
+    config_map=config_map,
+    ranked_by="sigmoid",
+    selection_bias=("model.layers.{layer}.feed_forward.expert_bias", "E"),
+    scaling_key="routed_scaling_factor",
+    scratch=False,
+    limits=tuple(Limit(client, "the family has not been measured there") for client in CLIENTS),
+)
