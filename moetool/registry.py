@@ -22,6 +22,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "granitemoe": "moetool.arch.granitemoe:SPEC",
         "qwen3_5_moe_text": "moetool.arch.qwen3_5_moe:SPEC",
         "granitemoehybrid": "moetool.arch.granitemoehybrid:SPEC",
+        "granitemoe_swa": "moetool.arch.granitemoe_swa:SPEC",
         "ernie4_5_moe": "moetool.arch.ernie4_5_moe:SPEC",
         "cohere2_moe": "moetool.arch.cohere2_moe:SPEC",
         "lfm2_moe": "moetool.arch.lfm2_moe:SPEC",

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Letters in the shapes below: V vocabulary, D hidden, F intermediate, H head_dim, Q query heads x head_dim,
-# KV key-value heads x head_dim; those of linear attention begin with L, of Mamba with M, of short
+# Letters in the shapes below: V vocabulary, D hidden, F intermediate, H head_dim, A query heads, Q query heads x
+# head_dim, KV key-value heads x head_dim; those of linear attention begin with L, of Mamba with M, of short
 # convolutions with C (see `dims`).
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -26,6 +26,7 @@ BIASES = {
 }
 PRE_NORM = {"input_layernorm.weight": "D", "post_attention_layernorm.weight": "D"}
 POST_NORM = {"post_attention_layernorm.weight": "D", "post_feedforward_layernorm.weight": "D"}
+SINKS = {"self_attn.sinks": "A"}
 HEAD_NORM = {"self_attn.q_norm.weight": "H", "self_attn.k_norm.weight": "H"}
 LINEAR_ATTENTION = {
     "linear_attn.in_proj_qkv.weight": "LQKV D",
@@ -121,6 +122,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
     sizes = {
         "V": config["vocab_size"],
         "D": config["hidden_size"],
+        "A": heads,
         "F": config["intermediate_size"],
         "H": size,
         "Q": heads * size,

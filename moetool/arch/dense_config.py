@@ -22,6 +22,7 @@ SIZES = (
     "linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim", "linear_key_head_dim",
     "linear_value_head_dim", "full_attention_interval", "shared_intermediate_size", "mamba_n_heads", "mamba_n_groups",
     "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_chunk_size", "conv_L_cache", "block_multiple_of",
+    "no_rope_layer_interval",
 )  # fmt: skip
 # What is used or carried over, by the type that it must have.
 KINDS: dict[str, tuple[tuple[type, ...], str]] = (

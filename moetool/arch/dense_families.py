@@ -15,6 +15,7 @@ from moetool.arch.dense import (
     POST_NORM,
     PRE_NORM,
     SHORT_CONVOLUTION,
+    SINKS,
     DenseSpec,
 )
 from moetool.errors import CheckpointError
@@ -76,7 +77,30 @@ def lfm2(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["block_auto_adjust_ff_dim"]:
         multiple = config["block_multiple_of"]
         units = -(-int(config["block_ffn_dim_multiplier"] * int(2 * units / 3)) // multiple) * multiple
-    return {"layer_types": given, "intermediate_size": units}
+    return {"layer_types": given, "intermediate_size": units, "hidden_act": "silu"}  # whatever hidden_act says
+
+
+def granite_swa(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers have windows, and each one's rotary base: 0 where it has no positions."""
+    layers = config["num_hidden_layers"]
+    kinds = ["sliding_attention" if i % 4 else "full_attention" for i in range(layers)]
+    bases = config.get("layer_rope_theta")
+    if bases is not None and not (isinstance(bases, list) and len(bases) == layers and all(map(_is_base, bases))):
+        raise CheckpointError(f"config.json: layer_rope_theta is no list of {layers} numbers")
+    return {"layer_types": config.get("layer_types") or kinds, "layer_rope_theta": bases}
+
+
+def smollm3(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers have positions: 1, or 0 in each `no_rope_layer_interval`-th."""
+    layers, step = config["num_hidden_layers"], config["no_rope_layer_interval"]
+    given = config.get("no_rope_layers") or [int((i + 1) % step != 0) for i in range(layers)]
+    if not isinstance(given, list) or len(given) != layers or not all(kind in (0, 1) for kind in given):
+        raise CheckpointError(f"config.json: no_rope_layers is no list of {layers} times 0 or 1")
+    return {"no_rope_layers": given}
+
+
+def _is_base(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < 2**63  # type: ignore[operator]
 
 
 DENSE: dict[str, DenseSpec] = {
@@ -140,6 +164,27 @@ DENSE: dict[str, DenseSpec] = {
             refuse={"attention_bias": False},
             partial_rotary=True,
             derive=every_fourth,
+        ),
+        DenseSpec(
+            "granite_swa",
+            _COMMON
+            | {"attention_bias": False, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "rms_norm_eps": 1e-5}
+            | {"residual_multiplier": 1.0, "attention_multiplier": 1.0, "max_position_embeddings": 8192}
+            | {"num_key_value_heads": 4, "bos_token_id": 100257, "eos_token_id": 100257, "tie_word_embeddings": True}
+            | {"sliding_window": 128},
+            layer=ATTENTION | SINKS | PRE_NORM,
+            refuse={"mlp_bias": False},
+            windows="layer_types",
+            derive=granite_swa,
+        ),
+        DenseSpec(
+            "smollm3",
+            _COMMON
+            | {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2000000.0}
+            | {"pad_token_id": 128004, "bos_token_id": 128000, "eos_token_id": 128001, "tie_word_embeddings": True}
+            | {"attention_bias": False, "no_rope_layer_interval": 4},
+            refuse={"mlp_bias": False, "use_sliding_window": False},
+            derive=smollm3,
         ),
         DenseSpec(
             "granitemoehybrid",

@@ -1,0 +1,50 @@
+"""Granite MoE with windows and positions by layer, and sinks: SmolLM3's fourth layers have no positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moetool.arch import granitemoe, granitemoehybrid
+from moetool.arch.clients import CLIENTS
+from moetool.arch.limits import Limit
+from moetool.arch.spec import ArchSpec, SharedExpert
+from moetool.recipe import UpcycleRecipe
+
+
+def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
+    """A base of 0 says that a layer has no positions."""
+    base, units = dense["rope_parameters"]["rope_theta"], dense["intermediate_size"] // recipe.granularity
+    turning = dense.get("no_rope_layers", [1] * dense["num_hidden_layers"])
+    return granitemoe.config_map(dense, recipe) | {
+        "shared_intermediate_size": units * (recipe.shared_experts or 0),
+        "layer_rope_theta": dense.get("layer_rope_theta") or [base * kind for kind in turning],
+        # It wants a number even where no layer has a window.
+        "sliding_window": dense["sliding_window"] or dense["max_position_embeddings"],
+    }
+
+
+MOE = "model.layers.{layer}.block_sparse_moe"
+SPEC = ArchSpec(
+    model_type="granitemoe_swa",
+    architecture="GraniteMoeSWAForCausalLM",
+    dense=("smollm3", "granite_swa"),
+    experts={
+        "gate": f"{MOE}.experts.gate_up_proj",
+        "up": f"{MOE}.experts.gate_up_proj",
+        "down": f"{MOE}.experts.down_proj",
+    },
+    router=f"{MOE}.router.weight",
+    num_experts_key="num_local_experts",
+    top_k_key="num_experts_per_tok",
+    units_key="intermediate_size",
+    config_map=config_map,
+    ranked_by="logits",
+    shared=SharedExpert(granitemoehybrid.SHARED_MLP),
+    biases="qkvo",
+    windows="layer_types",
+    sinks="self_attn.sinks",
+    no_positions=True,
+    scratch=False,
+    limits=tuple(Limit(client, "the family has not been measured there") for client in CLIENTS),
+)
