@@ -86,7 +86,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int], str]] = {
 BIASES = ("e_score_correction_bias", "expert_bias")
 BIASED = ["ernie4_5_moe", "dots1", "glm4_moe", "solar_open", "deepseek_v3", "minimax_m2", "lfm2_moe", "afmoe"]
 SHARED = [
-    "qwen2_moe", "qwen3_next", "granitemoeshared", "granitemoe_swa", "granitemoehybrid", "ernie4_5_moe", "dots1", "glm4_moe",
+    "qwen2_moe", "qwen3_next", "granitemoeshared", "granitemoe_swa", "granitemoehybrid", "ernie4_5_moe", "dots1",
+    "glm4_moe",
     "solar_open", "deepseek_v2", "deepseek_v3", "hunyuan_v1_moe", "cohere2_moe", "afmoe",
 ]  # fmt: skip
 LOUD = 3  # the expert that a bias prefers
