@@ -55,7 +55,8 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
 
     `rope_parameters` holds the rotary settings in transformers 5's form, whichever form was read;
     `layer_types` says of each layer whether it looks back over `sliding_window` tokens only, which is
-    null where none does; `biases` names the projections of attention that have one.
+    null where none does; `rotary_bases` has each layer's, 0 where it has no positions; `biases` names the projections
+    of attention that have one.
 
     Raises:
         ConfigError: the family cannot be upcycled, is an MoE already, or is quantised.
@@ -81,6 +82,10 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
     for key in REQUIRED:
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(f"config.json: {key} is {config.get(key)!r}, expected a positive whole number")
+    if config["num_hidden_layers"] > MAX_LAYERS:  # before lists of that length are made
+        raise CheckpointError(
+            f"config.json: num_hidden_layers is {config['num_hidden_layers']}, more than any model has"
+        )
     for key, fine in spec.refuse.items():
         if config.get(key, fine) != fine:
             raise ConfigError(f"config.json: {key} = {config[key]!r} has no place in any MoE family of {model_type}")
@@ -98,7 +103,9 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
             f" {full['hidden_size']}"
         )
     full["text_model_of"] = outer if is_wrapped(given) else None
-    full |= {"family": spec.family, "rope_parameters": _rope(spec, full)} | spec.derive(full)
+    full |= {"family": spec.family, "rope_parameters": _rope(spec, full)}
+    full["rotary_bases"] = [full["rope_parameters"]["rope_theta"]] * full["num_hidden_layers"]
+    full |= spec.derive(full)
     full["biases"] = spec.biases
     if "attention_bias" in spec.defaults:
         full["biases"] = "qkv" * full["attention_bias"] + "o" * full[spec.out_bias]
@@ -120,8 +127,6 @@ def _layer_types(spec: DenseSpec, config: Mapping[str, Any]) -> list[str]:
     """`full_attention` or `sliding_attention` a layer, as transformers fills them in."""
     layers = config["num_hidden_layers"]
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if layers > MAX_LAYERS:
-        raise CheckpointError(f"config.json: num_hidden_layers is {layers}, more than any model has")
     if spec.windows is None or window is None:
         return ["full_attention"] * layers
     given = config.get("layer_types")  # a Mistral with them is a Ministral, in whatever form it says so

@@ -13,12 +13,11 @@ from moetool.recipe import UpcycleRecipe
 
 
 def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
-    """A base of 0 says that a layer has no positions."""
-    base, units = dense["rope_parameters"]["rope_theta"], dense["intermediate_size"] // recipe.granularity
-    turning = dense.get("no_rope_layers", [1] * dense["num_hidden_layers"])
+    """Multipliers as Granite MoE has them; a rotary base for each layer, 0 where it has no positions."""
+    units = dense["intermediate_size"] // recipe.granularity
     return granitemoe.config_map(dense, recipe) | {
         "shared_intermediate_size": units * (recipe.shared_experts or 0),
-        "layer_rope_theta": dense.get("layer_rope_theta") or [base * kind for kind in turning],
+        "layer_rope_theta": dense["rotary_bases"],
         # It wants a number even where no layer has a window.
         "sliding_window": dense["sliding_window"] or dense["max_position_embeddings"],
     }
@@ -44,7 +43,7 @@ SPEC = ArchSpec(
     biases="qkvo",
     windows="layer_types",
     sinks="self_attn.sinks",
-    no_positions=True,
+    rotary_bases=True,
     scratch=False,
     limits=tuple(Limit(client, "the family has not been measured there") for client in CLIENTS),
 )

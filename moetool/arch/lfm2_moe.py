@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moetool.arch.clients import CLIENTS
-from moetool.arch.limits import Limit
+from moetool.arch.limits import Limit, untied
 from moetool.arch.spec import ArchSpec, ffn
 from moetool.recipe import UpcycleRecipe
 
@@ -37,6 +36,12 @@ SPEC = ArchSpec(
     ranked_by="sigmoid",
     selection_bias=("model.layers.{layer}.feed_forward.expert_bias", "E"),
     scaling_key="routed_scaling_factor",
+    head_dim=False,
     scratch=False,
-    limits=tuple(Limit(client, "the family has not been measured there") for client in CLIENTS),
+    limits=(
+        Limit("transformers-4", "it does not know the family"),
+        Limit("llama.cpp", "its converter knows no output head of its own in the family", untied),
+        Limit("vllm", "its short convolutions differ on a CPU, in the dense model as well"),
+        Limit("mlx", "it knows no output head of its own in the family", untied),
+    ),
 )
