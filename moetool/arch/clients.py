@@ -22,8 +22,8 @@ SCALED: dict[str, dict[str, Collection[str]]] = {
     "vllm": {"llama3": EVERY, "yarn": EVERY, "linear": EVERY},
     "llama.cpp": {
         "llama3": EVERY,
-        "yarn": {"mixtral", "qwen3_moe", *GRANITE},
-        "linear": {"mixtral", "qwen3_moe", *GRANITE},
+        "yarn": {"mixtral", "qwen3_moe", "granitemoe_swa", "lfm2_moe", *GRANITE},
+        "linear": {"mixtral", "qwen3_moe", "granitemoe_swa", "lfm2_moe", *GRANITE},
     },
     "mlx": {"llama3": EVERY, "yarn": {"granitemoe", "dots1"}, "linear": {"granitemoe", "dots1"}},
 }

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetool.arch import granitemoe, granitemoehybrid
-from moetool.arch.clients import CLIENTS
-from moetool.arch.limits import Limit
+from moetool.arch.limits import Limit, no_windows, some
 from moetool.arch.spec import ArchSpec, SharedExpert
 from moetool.recipe import UpcycleRecipe
 
@@ -45,5 +44,12 @@ SPEC = ArchSpec(
     sinks="self_attn.sinks",
     rotary_bases=True,
     scratch=False,
-    limits=tuple(Limit(client, "the family has not been measured there") for client in CLIENTS),
+    head_dim=False,
+    limits=(
+        Limit("transformers-4", "it does not know the family"),
+        Limit("llama.cpp", "it stops where no layer has a sliding window", no_windows),
+        Limit("llama.cpp", "it gives the same positions to all layers", lambda c: len(set(c["layer_rope_theta"])) > 1),
+        Limit("vllm", "it leaves out the biases of attention in the family", some("attention_bias")),
+        Limit("mlx", "it does not know the family"),
+    ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moetool.arch.limits import Limit, untied
+from moetool.arch.limits import Limit, rope, untied
 from moetool.arch.spec import ArchSpec, ffn
 from moetool.recipe import UpcycleRecipe
 
@@ -15,6 +15,7 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
     return {
         "num_dense_layers": 0,
         "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,  # llama.cpp ignores it, so the experts carry a factor
         "use_expert_bias": True,
         "norm_eps": dense["rms_norm_eps"],
         "conv_L_cache": dense["conv_L_cache"],
@@ -35,13 +36,14 @@ SPEC = ArchSpec(
     config_map=config_map,
     ranked_by="sigmoid",
     selection_bias=("model.layers.{layer}.feed_forward.expert_bias", "E"),
-    scaling_key="routed_scaling_factor",
     head_dim=False,
     scratch=False,
     limits=(
         Limit("transformers-4", "it does not know the family"),
         Limit("llama.cpp", "its converter knows no output head of its own in the family", untied),
+        Limit("llama.cpp", "it ignores llama3's scaling of positions in the family", rope("llama3")),
         Limit("vllm", "its short convolutions differ on a CPU, in the dense model as well"),
+        Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
         Limit("mlx", "it knows no output head of its own in the family", untied),
     ),
 )
