@@ -19,7 +19,7 @@ GRANITE = {"granitemoe", "granitemoehybrid"}
 # otherwise. Without scaling, all are.
 SCALED: dict[str, dict[str, Collection[str]]] = {
     "transformers-4": {"llama3": EVERY, "yarn": EVERY, "linear": EVERY},
-    "vllm": {"llama3": EVERY, "yarn": EVERY, "linear": EVERY},
+    "vllm": {"llama3": EVERY, "yarn": EVERY, "linear": EVERY, "longrope": {"mixtral"}},
     "llama.cpp": {
         "llama3": EVERY,
         "yarn": {"mixtral", "qwen3_moe", "granitemoe_swa", "lfm2_moe", *GRANITE},

@@ -57,6 +57,7 @@ SPEC = ArchSpec(
         Limit("llama.cpp", "it ignores llama3's scaling of positions in the family", rope("llama3")),
         Limit("llama.cpp", "it has no biases of attention in the family", some("attention_bias")),
         Limit("vllm", "its windows differ, in the dense model as well", windowed),
+        Limit("vllm", "it leaves out the biases of attention in the family", some("attention_bias")),
         Limit("vllm", "it always ties the output head to the embedding in the family", untied),
         Limit("mlx", "it does not know the family"),
     ),

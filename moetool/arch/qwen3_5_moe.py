@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetool.arch import qwen2_moe
+from moetool.arch.limits import Limit
 from moetool.arch.spec import ArchSpec
 from moetool.recipe import UpcycleRecipe
 
@@ -39,4 +40,12 @@ SPEC = ArchSpec(
     shared=qwen2_moe.SPEC.shared,
     partial_rotary=True,
     scratch=False,
+    limits=(
+        Limit("transformers-4", "it does not know the family"),
+        Limit("vllm", "the family has not been measured there"),
+        Limit("mlx", "it does not know the family's text model"),
+        Limit(
+            "llama.cpp", "its converter stops at the family unless it is given --no-mtp, with which the result is exact"
+        ),
+    ),
 )

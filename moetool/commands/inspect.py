@@ -48,21 +48,22 @@ def inspect(
 def describe(reader: Any) -> dict[str, Any]:
     """Family, parameters, experts and files of an opened checkpoint."""
     from moetool.arch.clients import obstacles
+    from moetool.arch.forms import text_config
     from moetool.arch.spec import detect
     from moetool.checkpoint.folder import beside
 
     config = reader.config
-    spec = detect(config)
+    spec, text = detect(config), text_config(config)
     total = sum(info.num_elements for info in reader.tensors.values())
     architectures = config.get("architectures")
     document: dict[str, Any] = {
         "path": str(reader.folder),
         "model_type": config.get("model_type"),
         "architecture": next(iter(architectures), None) if isinstance(architectures, list) else None,
-        "num_layers": config.get("num_hidden_layers"),
-        "hidden_size": config.get("hidden_size"),
-        "intermediate_size": config.get("intermediate_size"),
-        "vocab_size": config.get("vocab_size"),
+        "num_layers": text.get("num_hidden_layers"),
+        "hidden_size": text.get("hidden_size"),
+        "intermediate_size": text.get("intermediate_size"),
+        "vocab_size": text.get("vocab_size"),
         "parameters": {"total": total, "active": None if any(EXPERTS in name for name in reader.tensors) else total},
         "num_experts": None,
         "top_k": None,

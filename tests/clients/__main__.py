@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moetool import registry
 from tests.clients import page
 from tests.clients.cases import Case, cases
 from tests.clients.environments import CACHE, VERSIONS
@@ -85,9 +84,6 @@ def _row(case: Case, folder: Path, old: dict[str, Any]) -> dict[str, Any]:
     """A row with the verdicts that still hold."""
     today = datetime.date.today().isoformat()
     made = make(case, folder)
-    known = {limit.unless for name in registry.names("target") for limit in registry.load("target", name).limits}
-    if "beside" in made:
-        made["beside"] = [name for name in made["beside"] if name in known]
     same = made.get("digest") is not None and made["digest"] == old.get("digest")
     return {
         "dense": case.dense,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moetool import registry
@@ -27,7 +27,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False},
     "granite": {"attention_bias": False},
-    "cohere2": {"sliding_window": POSITIONS, "layer_types": SOME},
+    "cohere2": {"sliding_window": POSITIONS, "layer_types": SOME, "tie_word_embeddings": True},
+    "cohere": {"tie_word_embeddings": True},
     "cwm": {"bos_token_id": 0},
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -66,7 +67,6 @@ WINDOWS: dict[str, dict[str, dict[str, Any]]] = {
     "granitemoehybrid": {
         "attention in all layers": {"layer_types": ["attention"] * LAYERS, "position_embedding_type": "rope"},
     },
-    "lfm2": {"an output head of its own": {"tie_word_embeddings": False}},
     "granite_swa": {
         "a window in some layers": {"sliding_window": WINDOW},
         "no layer with a window": {"layer_types": ["full_attention"] * LAYERS},
@@ -97,6 +97,7 @@ class Case:
         changes: to the dense config.
         options: of `upcycle`.
         tokenizer: `bpe`, with GLM's special tokens (`glm`), or with a tokenizer.model beside it (`sentencepiece`).
+        greedy: whether the likeliest tokens after the text are compared as well.
     """
 
     dense: str
@@ -105,6 +106,7 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     tokenizer: str = "bpe"
+    greedy: bool = False
 
     @property
     def name(self) -> str:
@@ -142,27 +144,50 @@ ALIKE: list[tuple[Any, ...]] = [
     ("seed_oss", "granitemoehybrid", "plain"),
     ("helium", "ernie4_5_moe", "plain", {}, (), "sentencepiece"),
     ("cohere", "cohere2_moe", "plain"),
-    ("cohere", "cohere2_moe", "tied", {"tie_word_embeddings": True}),
 ]
+
+# docs/recipes.md: what sets the published models apart, and the page's options.
+RECIPES: list[tuple[Any, ...]] = [
+    (
+        "qwen2", "granitemoehybrid", "Qwen2.5 as in the recipes", {"tie_word_embeddings": True},
+        ("--target", "auto", "--for", "vllm", "--for", "llama.cpp"),
+    ),
+    (
+        "llama", "mixtral", "Llama 3.2 as in the recipes",
+        {"tie_word_embeddings": True, "rope_parameters": ROPE["llama3"], "head_dim": 64}, ("--target", "auto"),
+    ),
+    (
+        "qwen3", "qwen3_moe", "Qwen3 as in the recipes", {"tie_word_embeddings": True, "head_dim": 64},
+        ("--target", "auto"),
+    ),
+    (
+        "qwen3", "qwen3_moe", "Qwen3 fine-grained, as in the recipes", {"tie_word_embeddings": True, "head_dim": 64},
+        ("--target", "auto", "--granularity", "4", "--num-experts", "32", "--top-k", "8"),
+    ),
+]  # fmt: skip
 
 
 def cases() -> list[Case]:
     """All of them, pair by pair in the registry's order; then the families that are like another one."""
     of_targets = [case for name in registry.names("target") for case in _of_target(registry.load("target", name))]
-    return of_targets + [Case(*case) for case in ALIKE]
+    return of_targets + [Case(*case) for case in ALIKE] + [replace(Case(*case), greedy=True) for case in RECIPES]
 
 
 def _of_target(spec: ArchSpec) -> Iterator[Case]:
     for dense in spec.dense:
         for trait, changes, *rest in _traits(dense, spec):
-            yield Case(dense, spec.model_type, trait, changes, *rest)
+            case = Case(dense, spec.model_type, trait, changes, *rest)
+            # The converter of llama.cpp reads no other vocabulary of the family.
+            whole = dense == "ernie4_5" and trait != "no tokenizer.model"
+            yield replace(case, tokenizer="sentencepiece") if whole else case
 
 
 def _traits(dense: str, spec: ArchSpec) -> Iterator[tuple[Any, ...]]:
     """(trait, changes, options, tokenizer), the last two where they are needed."""
     yield "plain", {}
     yield "copies", {}, ("--method", "copy")
-    yield "tied", {"tie_word_embeddings": True}
+    tied = PLAIN.get(dense, {}).get("tie_word_embeddings", False)
+    yield "untied" if tied else "tied", {"tie_word_embeddings": not tied}
     yield "a key and value for each head", {"num_key_value_heads": 4}
     yield "heads of another size", {"head_dim": 64}
     for kind, settings in ROPE.items() if dense != "granitemoehybrid" else ():  # it has none by default
@@ -183,9 +208,7 @@ def _traits(dense: str, spec: ArchSpec) -> Iterator[tuple[Any, ...]]:
         yield "first layer dense", {}, ("--moe-layers", "1-")
         yield "every other layer dense", {}, ("--moe-layers", "every:2")
     if any(limit.unless == "tokenizer.model" for limit in spec.limits):
-        yield "tokenizer.model", {}, (), "sentencepiece"
-        yield "tokenizer.model, tied", {"tie_word_embeddings": True}, (), "sentencepiece"
-        yield "tokenizer.model, 1 shared", {}, ("--shared-experts", "1"), "sentencepiece"
+        yield "no tokenizer.model", {}
     if any(limit.unless == "[gMASK]" for limit in spec.limits):
         yield "GLM's special tokens", {}, (), "glm"
         yield "GLM's special tokens, llama3 positions", {"rope_parameters": ROPE["llama3"]}, (), "glm"

@@ -13,20 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from moetool import registry
 from moetool.checkpoint.folder import beside
 from tests import tiny
 from tests.clients.cases import LENGTH, VOCABULARY, Case
 from tests.clients.environments import CACHE, python
 
+SPECS = [registry.load("target", name) for name in registry.names("target")]
+GREEDY = 32  # tokens
 GLM = ["[gMASK]", "[MASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 
 
 def make(case: Case, folder: Path) -> dict[str, Any]:
-    """Write `dense/`, `moe/`, `tokens.npy` (T,) and `logits.npy` (T, V) in a folder.
+    """Write `dense/`, `moe/`, `tokens.npy` (T,), `logits.npy` (T, V) and perhaps `greedy.npy` in a folder.
 
     Returns:
-        What is known of the row before an engine has run: `config`, `beside` and a `digest` of the
-        checkpoint; or `refused`, moetool's own line.
+        What is known of the row before an engine has run: `config`, `beside` (what limits ask for) and a
+        `digest` of all that the engines see; or `refused`, moetool's own line.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -41,14 +44,19 @@ def make(case: Case, folder: Path) -> dict[str, Any]:
         return {"refused": said.strip().removeprefix("moetool: ")}
     tokens = torch.randint(1, 300, (LENGTH,), generator=torch.Generator().manual_seed(1))
     np.save(folder / "tokens.npy", tokens.numpy())
-    np.save(folder / "logits.npy", _logits(folder / "moe", tokens))
+    logits, greedy = _run(folder / "moe", tokens, GREEDY * case.greedy)
+    np.save(folder / "logits.npy", logits)
+    if case.greedy:
+        np.save(folder / "greedy.npy", greedy)
     config = (folder / "moe" / "config.json").read_bytes()
-    digest = hashlib.sha256(config + (folder / "moe" / "model.safetensors").read_bytes()).hexdigest()[:16]
-    return {"config": json.loads(config), "beside": sorted(beside(folder / "moe")), "digest": digest}
+    near = sorted(beside(folder / "moe") & {limit.unless for spec in SPECS for limit in spec.limits})
+    weights = (folder / "moe" / "model.safetensors").read_bytes()
+    digest = hashlib.sha256(config + weights + "".join(near).encode()).hexdigest()[:16]
+    return {"config": json.loads(config), "beside": near, "digest": digest}
 
 
 @torch.no_grad()
-def _logits(folder: Path, tokens: torch.Tensor) -> np.ndarray:
+def _run(folder: Path, tokens: torch.Tensor, number: int) -> tuple[np.ndarray, np.ndarray]:
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -56,9 +64,13 @@ def _logits(folder: Path, tokens: torch.Tensor) -> np.ndarray:
         output_loading_info=True,
     )  # fmt: skip
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    found: np.ndarray = model.eval()(tokens[None]).logits[0].numpy()
+    model.eval()
+    found: np.ndarray = model(tokens[None]).logits[0].numpy()
     assert found.shape == (len(tokens), VOCABULARY)
-    return found
+    longer = tokens
+    for _ in range(number):
+        longer = torch.cat([longer, model(longer[None]).logits[0, -1].argmax()[None]])
+    return found, longer[len(tokens) :].numpy()
 
 
 def _add_tokens(folder: Path) -> None:

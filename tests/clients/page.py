@@ -87,6 +87,8 @@ def _cell(client: str, verdict: Mapping[str, Any] | None, notes: dict[str, int])
         return f"no [{notes.setdefault(f'{client}: ' + _plain(verdict['refused']), len(notes) + 1)}]"
     figure = verdict["difference"]
     figure = figure if figure == "NaN" else f"{figure:.1e}" if figure else "0"
+    if "greedy" in verdict:
+        figure += f", {verdict['greedy']} tokens alike"
     return figure if is_exact(verdict) else f"**wrong: {figure}**"
 
 

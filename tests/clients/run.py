@@ -100,4 +100,8 @@ def compare(client: str, folder: Path) -> dict[str, Any]:
     if client == "vllm":
         wanted, found = wanted.log_softmax(-1)[:-1], found[:-1]
     difference = float((wanted - found).abs().max())
-    return {"difference": float(f"{difference:.1e}") if difference == difference else "NaN"}
+    verdict: dict[str, Any] = {"difference": float(f"{difference:.1e}") if difference == difference else "NaN"}
+    if (folder / "greedy.npy").exists():
+        same = np.load(folder / "greedy.npy") == np.load(folder / f"{client}.greedy.npy")
+        verdict["greedy"] = f"{int(same.cumprod().sum())} of {len(same)}"
+    return verdict

@@ -31,7 +31,7 @@ SMALL = {
 
 
 @contextmanager
-def skeleton(name: str) -> Iterator[Any]:
+def skeleton(name: str, target: str) -> Iterator[Any]:
     """The Mixture of Experts of a recipe without its weights, and its plan."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -41,7 +41,7 @@ def skeleton(name: str) -> Iterator[Any]:
 
     with CheckpointReader(Path(name)) as reader:
         recipe = UpcycleRecipe(
-            target="auto", num_experts=8, top_k=2, method="drop", drop_ratio=Decimal("0.5"), seed=0, dtype="BF16"
+            target=target, num_experts=8, top_k=2, method="drop", drop_ratio=Decimal("0.5"), seed=0, dtype="BF16"
         )
         config = dict(build_plan([reader], recipe, 5 * 10**9).config)
     with torch.device("meta"):
@@ -66,7 +66,7 @@ def figures(name: str, place: Path) -> dict[str, str]:
         model=place, out=place, train={"a": "a"}, max_steps=1, seq_len=4096, micro_batch_size=1,
         precision="bf16", gradient_checkpointing=True, balance={},
     )  # fmt: skip
-    with skeleton(name) as model:
+    with skeleton(name, plan["target"]) as model:
         assert parameters(model) == (total, plan["parameters"]["active"])
         each = {n: estimate(model, config, n, sharded=n > 1)["total"] for n in GPUS}
         operations = flops_per_token(model, 4096)
@@ -103,8 +103,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("recipes")
     (root / "data").mkdir()
     for name, config in recipes.CONFIGS.items():
-        tied = {"tie_word_embeddings": config["tie_word_embeddings"]}
-        tiny.save_tokenizer(tiny.save_dense(config["model_type"], root / name, **tied))
+        changes = {key: config[key] for key in ("tie_word_embeddings", "use_sliding_window") if key in config}
+        tiny.save_tokenizer(tiny.save_dense(config["model_type"], root / name, **changes))
     for name in ("code", "prose"):
         tiny.save_jsonl(root / "data" / f"{name}.jsonl", repeat=30)
     return root

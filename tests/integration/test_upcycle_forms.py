@@ -146,6 +146,7 @@ def test_a_multimodal_model_gives_its_text_model(family: str, tmp_path: Path) ->
         text = config.pop("text_config")
         text.pop("model_type")
         (dense / "config.json").write_text(json.dumps(text | config))
+    assert json.loads(tiny.in_process("inspect", dense, "--json")[1])["hidden_size"] == TEXT["hidden_size"]
     command = ("upcycle", dense, out, "--method", "copy", "--num-experts", 4, "--verify", "full")
     code, said, err = tiny.in_process(*command, "--json")
     assert code == 0, err

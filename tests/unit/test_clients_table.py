@@ -6,7 +6,7 @@ import pytest
 
 from moetool.arch.clients import CLIENTS, obstacles
 from tests.clients import page
-from tests.clients.cases import cases
+from tests.clients.cases import RECIPES, cases
 
 ROWS = page.load()
 
@@ -35,3 +35,11 @@ def test_the_specs_say_what_was_measured(client: str) -> None:
             measured = verdict.get("difference", verdict.get("refused"))
             wrong.append(f"{name}: measured {str(measured)[:90]}, said {said or 'exact'}")
     assert not wrong, "\n".join(["", *wrong])
+
+
+def test_the_recipes_give_the_same_tokens_where_they_are_said_to_run() -> None:
+    rows = [row for row in ROWS.values() if "as in the recipes" in row["trait"]]
+    assert len(rows) == len(RECIPES)
+    for row in rows:
+        for client in ("transformers-4", "vllm", "llama.cpp"):
+            assert row["clients"][client]["greedy"] == "32 of 32", (row["trait"], client)

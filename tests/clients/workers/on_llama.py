@@ -23,8 +23,8 @@ runpy.run_path({SOURCE + "/convert_hf_to_gguf.py"!r}, run_name="__main__")
 """
 
 
-def run(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """Logits."""
+def run(folder: Path, tokens: np.ndarray, number: int) -> tuple[np.ndarray, list[int]]:
+    """Logits, and tokens."""
     file = folder / "model.gguf"
     command = [sys.executable, "-c", CONVERT, folder / "moe", "--outtype", "f32", "--outfile", file]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -43,19 +43,27 @@ def run(folder: Path, tokens: np.ndarray) -> np.ndarray:
     options.n_threads = options.n_threads_batch = 1
     context = library.llama_init_from_model(model, options)
     batch = library.llama_batch_init(len(tokens), 0, 1)
-    batch.n_tokens = len(tokens)
-    for i, token in enumerate(tokens.tolist()):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
-        batch.seq_id[i][0] = 0
-    if library.llama_decode(context, batch):
-        raise ValueError("llama_decode failed")
     vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-    logits = np.ctypeslib.as_array(library.llama_get_logits(context), shape=(len(tokens), vocabulary)).copy()
+
+    def decode(some: list[int], start: int) -> np.ndarray:
+        batch.n_tokens = len(some)
+        for i, token in enumerate(some):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, 1
+            batch.seq_id[i][0] = 0
+        if library.llama_decode(context, batch):
+            raise ValueError("llama_decode failed")
+        return np.ctypeslib.as_array(library.llama_get_logits(context), shape=(len(some), vocabulary)).copy()
+
+    logits = decode(tokens.tolist(), 0)
+    greedy, last = [], logits[-1]
+    for i in range(number):
+        greedy.append(int(last.argmax()))
+        last = decode(greedy[-1:], len(tokens) + i)[-1]
     library.llama_batch_free(batch)
     library.llama_free(context)
     library.llama_model_free(model)
     file.unlink()
-    return logits
+    return logits, greedy
 
 
 # The library's own lines about why it stops go to stderr, where the harness reads them.
