@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moetool.arch.limits import Limit, rope, some
+from moetool.arch.limits import Limit, rope
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
 
@@ -29,6 +29,20 @@ def moe_layers(moe: frozenset[int], layers: int) -> dict[str, Any]:
     raise ValueError("it takes all, one range such as 2-11, or every:N")
 
 
+def other_shared_size(config: Mapping[str, Any]) -> bool:
+    """The shared expert has not the size that llama.cpp takes for granted."""
+    number = config.get("moe_num_shared_experts") or 0
+    return bool(number) and number * config["moe_intermediate_size"] != (
+        config["intermediate_size"] // config["num_key_value_heads"]
+    )
+
+
+def not_leading(config: Mapping[str, Any]) -> bool:
+    """Dense layers lie between those with experts, or after them."""
+    end = config.get("moe_layer_end_index", -1)
+    return config.get("moe_layer_interval", 1) != 1 or end not in (-1, config["num_hidden_layers"] - 1)
+
+
 SPEC = ArchSpec(
     model_type="ernie4_5_moe",
     architecture="Ernie4_5_MoeForCausalLM",
@@ -46,7 +60,9 @@ SPEC = ArchSpec(
     moe_layers=moe_layers,
     limits=(
         Limit("llama.cpp", "its converter needs tokenizer.model", unless="tokenizer.model"),
-        Limit("llama.cpp", "it expects shared experts of another size", some("moe_num_shared_experts")),
+        Limit("llama.cpp", "it expects shared experts of another size", other_shared_size),
+        Limit("llama.cpp", "it knows only leading dense layers in the family", not_leading),
+        Limit("llama.cpp", "it ignores llama3's scaling of positions in the family", rope("llama3")),
         Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
     ),
 )

@@ -206,6 +206,7 @@ def _traits(dense: str, spec: ArchSpec) -> Iterator[tuple[Any, ...]]:
             yield "fine-grained, 1 part shared", {}, options
     if spec.moe_layers:
         yield "first layer dense", {}, ("--moe-layers", "1-")
+        yield "last layer dense", {}, ("--moe-layers", f"0-{LAYERS - 2}")
         yield "every other layer dense", {}, ("--moe-layers", "every:2")
     if any(limit.unless == "tokenizer.model" for limit in spec.limits):
         yield "no tokenizer.model", {}
