@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moetool.arch.limits import Limit, rope, some, untied, windowed
+from moetool.arch.limits import Limit, no_windows, rope, some, untied, windowed
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
 
@@ -27,11 +27,6 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
         # 1 would give dense layers without a window the rotary positions that they never had.
         "prefix_dense_sliding_window_pattern": 2,
     }
-
-
-def no_windows(config: Mapping[str, Any]) -> bool:
-    """The family always has a `sliding_window`, in use or not."""
-    return "sliding_attention" not in config.get("layer_types", ())
 
 
 def not_leading(config: Mapping[str, Any]) -> bool:

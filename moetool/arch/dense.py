@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Letters in the shapes below: V vocabulary, D hidden, F intermediate, H head_dim, Q query heads x head_dim,
-# KV key-value heads x head_dim; those of linear attention begin with L, of Mamba with M (see `dims`).
+# Letters in the shapes below: V vocabulary, D hidden, F intermediate, H head_dim, A query heads, Q query heads x
+# head_dim, KV key-value heads x head_dim; those of linear attention begin with L, of Mamba with M, of short
+# convolutions with C (see `dims`).
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
@@ -25,6 +26,7 @@ BIASES = {
 }
 PRE_NORM = {"input_layernorm.weight": "D", "post_attention_layernorm.weight": "D"}
 POST_NORM = {"post_attention_layernorm.weight": "D", "post_feedforward_layernorm.weight": "D"}
+SINKS = {"self_attn.sinks": "A"}
 HEAD_NORM = {"self_attn.q_norm.weight": "H", "self_attn.k_norm.weight": "H"}
 LINEAR_ATTENTION = {
     "linear_attn.in_proj_qkv.weight": "LQKV D",
@@ -50,6 +52,7 @@ MAMBA_BIASES = {
     "mamba_conv_bias": {"mamba.conv1d.bias": "MC"},
     "mamba_proj_bias": {"mamba.in_proj.bias": "MP", "mamba.out_proj.bias": "D"},
 }
+SHORT_CONVOLUTION = {"conv.in_proj.weight": "3D D", "conv.conv.weight": "D 1 CL", "conv.out_proj.weight": "D D"}
 # gate, up, down: name within a layer -> shape.
 FFN = {"mlp.gate_proj.weight": "F D", "mlp.up_proj.weight": "F D", "mlp.down_proj.weight": "D F"}
 
@@ -73,6 +76,8 @@ class DenseSpec:
         mixers: where layers differ in what mixes their tokens, its layer type -> its tensors; `layer` is what all have.
         fused: name within a layer of a tensor on disk -> the names of those whose rows lie in it, in order.
         derive: filled config -> settings that follow from it.
+        keys: names of config keys that are the family's own -> those of other families.
+        norm: the tensor of the last norm.
     """
 
     model_type: str
@@ -87,6 +92,8 @@ class DenseSpec:
     mixers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    keys: Mapping[str, str] = field(default_factory=dict)
+    norm: str = NORM
 
     @property
     def family(self) -> str:
@@ -115,6 +122,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
     sizes = {
         "V": config["vocab_size"],
         "D": config["hidden_size"],
+        "A": heads,
         "F": config["intermediate_size"],
         "H": size,
         "Q": heads * size,
@@ -127,6 +135,8 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
         keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
         sizes |= {"LH": values, "LVH": value, "LV": values * value, "LQKV": 2 * keys + values * value}
         sizes["LC"] = config["linear_conv_kernel_dim"]
+    if "conv_L_cache" in config:
+        sizes |= {"3D": 3 * config["hidden_size"], "CL": config["conv_L_cache"]}
     if "mamba_n_heads" in config:  # Mamba: its heads, inner size, convolution and projection
         inner, states = (
             config["mamba_expand"] * config["hidden_size"],

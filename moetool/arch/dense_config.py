@@ -9,18 +9,20 @@ from typing import Any
 from moetool.arch.dense import DenseSpec
 from moetool.arch.dense_families import DENSE
 from moetool.arch.forms import dense_tensors, is_wrapped, text_config
+from moetool.arch.unfit import why_unfit
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
 
 NUMBERS = (
     "rms_norm_eps", "layer_norm_eps", "initializer_range", "attention_dropout", "embedding_multiplier",
     "logits_scaling", "residual_multiplier", "attention_multiplier", "logit_scale",
-    "partial_rotary_factor",
+    "partial_rotary_factor", "block_ffn_dim_multiplier",
 )  # fmt: skip
 SIZES = (
     "linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim", "linear_key_head_dim",
     "linear_value_head_dim", "full_attention_interval", "shared_intermediate_size", "mamba_n_heads", "mamba_n_groups",
-    "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_chunk_size",
+    "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_chunk_size", "conv_L_cache", "block_multiple_of",
+    "no_rope_layer_interval",
 )  # fmt: skip
 # What is used or carried over, by the type that it must have.
 KINDS: dict[str, tuple[tuple[type, ...], str]] = (
@@ -53,7 +55,8 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
 
     `rope_parameters` holds the rotary settings in transformers 5's form, whichever form was read;
     `layer_types` says of each layer whether it looks back over `sliding_window` tokens only, which is
-    null where none does; `biases` names the projections of attention that have one.
+    null where none does; `rotary_bases` has each layer's, 0 where it has no positions; `biases` names the projections
+    of attention that have one.
 
     Raises:
         ConfigError: the family cannot be upcycled, is an MoE already, or is quantised.
@@ -68,14 +71,21 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
         raise ConfigError(f"the source is quantised ({method}); upcycle the unquantised model it was made from")
     moe = any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
     if not isinstance(model_type, str) or model_type not in DENSE or moe:
-        known = ", ".join(DENSE)
-        why = "is a Mixture of Experts already" if moe else "is no family that can be upcycled"
         inside = f" (the text model in a {str(outer)[:60]})" if outer != model_type else ""
-        raise ConfigError(f"model_type {str(model_type)[:60]!r}{inside} {why}; the dense families are {known}")
+        named = f"model_type {str(model_type)[:60]!r}{inside}"
+        why = "it is a Mixture of Experts already" if moe else why_unfit(model_type)
+        if why:
+            raise ConfigError(f"{named} cannot be upcycled, because {why} (docs/models.md)")
+        raise ConfigError(f"{named} is no family that can be upcycled; the dense families are {', '.join(DENSE)}")
     spec = DENSE[model_type]
+    config = {**config, **{usual: config[key] for key, usual in spec.keys.items() if config.get(key) is not None}}
     for key in REQUIRED:
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(f"config.json: {key} is {config.get(key)!r}, expected a positive whole number")
+    if config["num_hidden_layers"] > MAX_LAYERS:  # before lists of that length are made
+        raise CheckpointError(
+            f"config.json: num_hidden_layers is {config['num_hidden_layers']}, more than any model has"
+        )
     for key, fine in spec.refuse.items():
         if config.get(key, fine) != fine:
             raise ConfigError(f"config.json: {key} = {config[key]!r} has no place in any MoE family of {model_type}")
@@ -93,7 +103,9 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
             f" {full['hidden_size']}"
         )
     full["text_model_of"] = outer if is_wrapped(given) else None
-    full |= {"family": spec.family, "rope_parameters": _rope(spec, full)} | spec.derive(full)
+    full |= {"family": spec.family, "rope_parameters": _rope(spec, full)}
+    full["rotary_bases"] = [full["rope_parameters"]["rope_theta"]] * full["num_hidden_layers"]
+    full |= spec.derive(full)
     full["biases"] = spec.biases
     if "attention_bias" in spec.defaults:
         full["biases"] = "qkv" * full["attention_bias"] + "o" * full[spec.out_bias]
@@ -115,8 +127,6 @@ def _layer_types(spec: DenseSpec, config: Mapping[str, Any]) -> list[str]:
     """`full_attention` or `sliding_attention` a layer, as transformers fills them in."""
     layers = config["num_hidden_layers"]
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if layers > MAX_LAYERS:
-        raise CheckpointError(f"config.json: num_hidden_layers is {layers}, more than any model has")
     if spec.windows is None or window is None:
         return ["full_attention"] * layers
     given = config.get("layer_types")  # a Mistral with them is a Ministral, in whatever form it says so

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moetool.arch.dense import ATTENTION, FFN, HEAD_NORM, LINEAR_ATTENTION, MAMBA, POST_NORM, PRE_NORM, DenseSpec
+from moetool.arch.dense import (
+    ATTENTION,
+    FFN,
+    HEAD_NORM,
+    LINEAR_ATTENTION,
+    MAMBA,
+    POST_NORM,
+    PRE_NORM,
+    SHORT_CONVOLUTION,
+    SINKS,
+    DenseSpec,
+)
 from moetool.errors import CheckpointError
 
 _COMMON: dict[str, Any] = {
@@ -37,22 +48,66 @@ _QWEN = _COMMON | {
 
 def every_fourth(config: Mapping[str, Any]) -> dict[str, Any]:
     """The layer types of a Qwen3.5 whose config.json has none: each `full_attention_interval`-th is full attention."""
-    layers, step = config["num_hidden_layers"], config["full_attention_interval"]
-    kinds = [("full" if (i + 1) % step == 0 else "linear") + "_attention" for i in range(layers)]
-    given = config.get("layer_types") or kinds
-    if not isinstance(given, list) or len(given) != layers or not set(given) <= {"full_attention", "linear_attention"}:
-        raise CheckpointError(f"config.json: layer_types is no list of {layers} times full_ or linear_attention")
-    return {"layer_types": given}
+    step = config["full_attention_interval"]
+    kinds = [("linear" if (i + 1) % step else "full") + "_attention" for i in range(config["num_hidden_layers"])]
+    return {"layer_types": _by_layer(config, "layer_types", kinds, ("full_attention", "linear_attention"))}
 
 
 def granite_hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
     """A Granite 4 without routed experts: what they call the shared expert is its FFN."""
-    layers, given = config["num_hidden_layers"], config.get("layer_types")
     names = {"mamba": "linear_attention", "attention": "full_attention"}
-    kinds = [names.get(str(kind), kind) for kind in given] if isinstance(given, list) else ["linear_attention"] * layers
-    if len(kinds) != layers or not set(kinds) <= set(names.values()):
-        raise CheckpointError(f"config.json: layer_types is no list of {layers} times mamba or attention")
+    kinds = ["mamba"] * config["num_hidden_layers"]
+    given = _by_layer(config, "layer_types", kinds, (*names, *names.values()))
+    kinds = [names.get(kind, kind) for kind in given]
     return {"layer_types": kinds, "intermediate_size": config["shared_intermediate_size"]}
+
+
+def lfm2(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers have attention; and the size of the FFN, of which config.json may give three halves."""
+    layers, units, attention = config["num_hidden_layers"], config["intermediate_size"], config.get("full_attn_idxs")
+    if attention is not None and not isinstance(attention, list):
+        raise CheckpointError(f"config.json: full_attn_idxs is {str(attention)[:60]!r}, expected a list of layers")
+    kinds = ["full_attention" if attention is None or i in attention else "conv" for i in range(layers)]
+    if config["block_auto_adjust_ff_dim"]:
+        multiple = config["block_multiple_of"]
+        units = -(-int(config["block_ffn_dim_multiplier"] * int(2 * units / 3)) // multiple) * multiple
+    kinds = _by_layer(config, "layer_types", kinds, ("full_attention", "conv"))
+    return {"layer_types": kinds, "intermediate_size": units, "hidden_act": "silu"}  # whatever hidden_act says
+
+
+def fourths_full(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Windows in all but layers 0, 4, 8, ... where config.json says nothing."""
+    kinds = ["sliding_attention" if i % 4 else "full_attention" for i in range(config["num_hidden_layers"])]
+    return {"layer_types": config.get("layer_types") or kinds}
+
+
+def granite_swa(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers have windows, and each one's rotary base: 0 where it has no positions."""
+    layers = config["num_hidden_layers"]
+    bases = config.get("layer_rope_theta") or config["rotary_bases"]
+    if not isinstance(bases, list) or len(bases) != layers or not all(map(_is_base, bases)):
+        raise CheckpointError(f"config.json: layer_rope_theta is no list of {layers} numbers of 0 or more")
+    return {**fourths_full(config), "rotary_bases": bases}
+
+
+def smollm3(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers have positions where `no_rope_layers` has 1, and else all but each `no_rope_layer_interval`-th."""
+    step = config["no_rope_layer_interval"]
+    usual = [int((i + 1) % step != 0) for i in range(config["num_hidden_layers"])]
+    kinds = _by_layer(config, "no_rope_layers", usual, (0, 1))
+    return {"rotary_bases": [base * kind for base, kind in zip(config["rotary_bases"], kinds, strict=True)]}
+
+
+def _is_base(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < 2**63  # type: ignore[operator]
+
+
+def _by_layer(config: Mapping[str, Any], key: str, usual: list[Any], kinds: tuple[Any, ...]) -> list[Any]:
+    """What config.json says of each layer, or what it means where it says nothing."""
+    given = config.get(key) or usual
+    if not isinstance(given, list) or len(given) != len(usual) or not all(kind in kinds for kind in given):
+        raise CheckpointError(f"config.json: {key} is no list of {len(usual)} times {' or '.join(map(str, kinds))}")
+    return given
 
 
 DENSE: dict[str, DenseSpec] = {
@@ -118,6 +173,27 @@ DENSE: dict[str, DenseSpec] = {
             derive=every_fourth,
         ),
         DenseSpec(
+            "granite_swa",
+            _COMMON
+            | {"attention_bias": False, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "rms_norm_eps": 1e-5}
+            | {"residual_multiplier": 1.0, "attention_multiplier": 1.0, "max_position_embeddings": 8192}
+            | {"num_key_value_heads": 4, "bos_token_id": 100257, "eos_token_id": 100257, "tie_word_embeddings": True}
+            | {"sliding_window": 128},
+            layer=ATTENTION | SINKS | PRE_NORM,
+            refuse={"mlp_bias": False},
+            windows="layer_types",
+            derive=granite_swa,
+        ),
+        DenseSpec(
+            "smollm3",
+            _COMMON
+            | {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2000000.0}
+            | {"pad_token_id": 128004, "bos_token_id": 128000, "eos_token_id": 128001, "tie_word_embeddings": True}
+            | {"attention_bias": False, "no_rope_layer_interval": 4},
+            refuse={"mlp_bias": False, "use_sliding_window": False},
+            derive=smollm3,
+        ),
+        DenseSpec(
             "granitemoehybrid",
             _COMMON
             | {"attention_bias": False, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "head_dim": None}
@@ -134,6 +210,34 @@ DENSE: dict[str, DenseSpec] = {
             derive=granite_hybrid,
         ),
         DenseSpec(
+            "lfm2",
+            _COMMON
+            | {"rms_norm_eps": 1e-5, "max_position_embeddings": 128000, "num_key_value_heads": 8, "pad_token_id": 0}
+            | {"tie_word_embeddings": True, "rope_theta": 1000000.0, "conv_L_cache": 3, "block_multiple_of": 256}
+            | {"block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0},
+            layer={"operator_norm.weight": "D", "ffn_norm.weight": "D"},
+            mixers={
+                "full_attention": {
+                    "self_attn.q_proj.weight": "Q D",
+                    "self_attn.k_proj.weight": "KV D",
+                    "self_attn.v_proj.weight": "KV D",
+                    "self_attn.out_proj.weight": "D Q",
+                    "self_attn.q_layernorm.weight": "H",
+                    "self_attn.k_layernorm.weight": "H",
+                },
+                "conv": SHORT_CONVOLUTION,
+            },
+            refuse={"conv_bias": False},
+            fused={f"feed_forward.{ours}.weight": (name,) for ours, name in zip(("w1", "w3", "w2"), FFN, strict=True)},
+            derive=lfm2,
+            keys={
+                "norm_eps": "rms_norm_eps",
+                "block_ff_dim": "intermediate_size",
+                "tie_embedding": "tie_word_embeddings",
+            },
+            norm="model.embedding_norm.weight",
+        ),
+        DenseSpec(
             "hunyuan_v1_dense",
             _COMMON | {"rms_norm_eps": 1e-5, "pad_token_id": 0, "eod_token_id": 3} | {"attention_bias": False},
             layer=ATTENTION
@@ -144,7 +248,11 @@ DENSE: dict[str, DenseSpec] = {
 }
 
 # Families that are another one, once their tensors have its names.
-_QWEN_VL = dict(DENSE["qwen2"].defaults) | {"num_key_value_heads": 8, "max_window_layers": 80, "rms_norm_eps": 1e-5}
+_QWEN_VL = (
+    dict(DENSE["qwen2"].defaults)
+    | {"num_key_value_heads": 8, "max_window_layers": 80, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0}
+    | {"bos_token_id": 151643, "eos_token_id": 151645}
+)
 _ALIKE = (
     replace(
         DENSE["mistral"],
@@ -159,15 +267,17 @@ _ALIKE = (
             "mlp.gate_up_proj.weight": tuple(FFN)[:2],
         },
     ),
-    replace(DENSE["mistral"], model_type="ministral", like="mistral", windows="layer_types"),
+    replace(DENSE["mistral"], model_type="ministral", like="mistral"),
     replace(
         DENSE["mistral"],
         model_type="cwm",
         like="mistral",
         windows="layer_types",
+        derive=fourths_full,
         defaults=_COMMON
         | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5}
-        | {"sliding_window": 8192, "bos_token_id": 128000, "eos_token_id": None, "rope_theta": 1000000.0},
+        | {"sliding_window": 8192, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
+        | {"rope_theta": 1000000.0},
         refuse={"mlp_bias": False},
     ),
     *(
@@ -200,13 +310,14 @@ _ALIKE = (
         like="ernie4_5",
         defaults=_COMMON
         | {"max_position_embeddings": 4096, "num_key_value_heads": 20, "head_dim": 128, "rms_norm_eps": 1e-8}
-        | {"pad_token_id": 3},
+        | {"pad_token_id": 3, "rope_theta": 100000.0},
         refuse={"mlp_bias": False, "attention_bias": False},
     ),
     replace(
         DENSE["cohere2"],
         model_type="cohere",
         like="cohere2",
+        defaults=dict(DENSE["cohere2"].defaults) | {"rope_theta": 500000.0},
         refuse={"use_qk_norm": False},
         # Cohere2 has positions in the layers with a window only, Cohere in all: a window over everything.
         derive=lambda config: {

@@ -38,6 +38,11 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
 
 
 LAYER = "model.layers.{layer}"
+SHARED_MLP = {
+    "gate": f"{LAYER}.shared_mlp.input_linear.weight",
+    "up": f"{LAYER}.shared_mlp.input_linear.weight",
+    "down": f"{LAYER}.shared_mlp.output_linear.weight",
+}
 SPEC = ArchSpec(
     model_type="granitemoehybrid",
     architecture="GraniteMoeHybridForCausalLM",
@@ -49,14 +54,7 @@ SPEC = ArchSpec(
     units_key="intermediate_size",
     config_map=config_map,
     ranked_by="logits",
-    shared=SharedExpert(
-        {
-            "gate": f"{LAYER}.shared_mlp.input_linear.weight",
-            "up": f"{LAYER}.shared_mlp.input_linear.weight",
-            "down": f"{LAYER}.shared_mlp.output_linear.weight",
-        },
-        default=1,
-    ),
+    shared=SharedExpert(SHARED_MLP, default=1),
     biases="qkvo",
     zero_biases="qkvo",  # one switch for all four, and Qwen2 has three
     head_dim=False,

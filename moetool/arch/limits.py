@@ -54,6 +54,11 @@ def windowed_in_some(config: Config) -> bool:
     return windowed(config) and len(set(config.get("layer_types") or ())) > 1
 
 
+def no_windows(config: Config) -> bool:
+    """Of a family that always has a `sliding_window`, in use or not: no layer uses it."""
+    return "sliding_attention" not in config.get("layer_types", ())
+
+
 def not_silu(config: Config) -> bool:
     """The experts' activation is another than SiLU."""
     return config.get("hidden_act", "silu") not in ("silu", "swish")

@@ -60,6 +60,8 @@ class ArchSpec:
         windows: whether layers may have a sliding window: None, `all` (alike), or by `layer_types`.
         zero_biases: which of them are written as zeros where the dense model has none, because other
             readers always have them.
+        rotary_bases: whether layers may differ in their rotary base, or have no positions.
+        sinks: the tensor within a layer of attention's sinks, which take nothing where the dense model has none.
         scratch: whether all its tensors begin as `--method scratch` makes them: norms 1, biases 0, all else normal.
         partial_rotary: whether positions may turn only a part of each head.
         head_dim: whether a head may have another size than hidden_size / num_attention_heads.
@@ -86,6 +88,8 @@ class ArchSpec:
     biases: str = ""
     windows: str | None = None
     zero_biases: str = ""
+    sinks: str | None = None
+    rotary_bases: bool = False
     scratch: bool = True
     partial_rotary: bool = False
     head_dim: bool = True
@@ -200,6 +204,8 @@ def misfit(spec: ArchSpec, dense: Mapping[str, Any]) -> str | None:
     part = dense["rope_parameters"].get("partial_rotary_factor", 1)
     if part != 1 and not spec.partial_rotary:
         return f"its positions turn only {part} of each head"
+    if len(set(dense["rotary_bases"])) > 1 and not spec.rotary_bases:
+        return "its layers differ in their positions"
     windows = set(dense["layer_types"])
     if (dense["sliding_window"] or 0) >= dense["max_position_embeddings"]:
         windows = {"full_attention"}  # as good as none

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from moetool import registry
-from moetool.arch.dense import EMBEDDING, FFN, LM_HEAD, NORM, DenseSpec, dims, layer_tensors, shape
+from moetool.arch.dense import EMBEDDING, FFN, LM_HEAD, DenseSpec, dims, layer_tensors, shape
 from moetool.arch.forms import dense_tensors
 from moetool.arch.spec import ArchSpec
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
@@ -172,7 +172,7 @@ def check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mappin
             f" {len(reader.tensors)} tensors; some are missing: fetch the checkpoint again"
         )
     sizes = dims(dense)
-    expected = {EMBEDDING: "V D", NORM: "D", LM_HEAD: "V D"}
+    expected = {EMBEDDING: "V D", dense_spec.norm: "D", LM_HEAD: "V D"}
     for layer in range(dense["num_hidden_layers"]):
         inner = layer_tensors(dense_spec, dense, layer) | FFN
         expected |= {f"model.layers.{layer}.{name}": letters for name, letters in inner.items()}

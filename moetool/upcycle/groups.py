@@ -17,7 +17,7 @@ from moetool.upcycle.run import place_info
 from moetool.upcycle.source import read_rows
 
 NUM_TOKENS = 1024  # a layer
-NORMS = ("post_attention_layernorm", "input_layernorm")  # the one before the FFN, by which a family has
+NORMS = ("post_attention_layernorm", "input_layernorm", "ffn_norm")  # the one before the FFN, by which a family has
 
 
 # ArchSpec.ranked_by -> the scores of which the largest are chosen, from the logits.

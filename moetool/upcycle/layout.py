@@ -18,6 +18,7 @@ from moetool.recipe import PROJECTIONS, UpcycleRecipe
 # of the format: each block of drawn values has its own random stream. Larger ones are slower (they
 # leave the processor's cache) and keep hundreds of megabytes in the allocator.
 BLOCK_ELEMENTS = 1 << 18
+NO_SINK = -10000.0  # the logit of an attention sink: its share is 0 in every dtype
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,9 @@ def lay_out(
             bias = _missing_bias(name, donors[0], spec)
             if bias:
                 add(Fill("constant", (), (Place(bias),), dtype, info.shape[:1]))
+            sinks = name.removesuffix(next(iter(ATTENTION))) + str(spec.sinks)
+            if spec.sinks and name.endswith(next(iter(ATTENTION))) and sinks not in donors[0]:
+                add(Fill("constant", (), (Place(sinks),), dtype, (dense["num_attention_heads"],), value=NO_SINK))
             continue
         layer, projection = int(match[1]), PROJECTIONS[list(FFN).index(match[2])]
         if recipe.dtype == "auto":  # matrices that share a tensor have one dtype, which holds both

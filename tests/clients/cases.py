@@ -35,6 +35,13 @@ PLAIN: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 32,
         "linear_value_head_dim": 32,
     },
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "granite_swa": {"sliding_window": POSITIONS, "layer_types": SOME, "layer_rope_theta": [10000.0] * LAYERS},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention", "mamba"],
         "shared_intermediate_size": 256,
@@ -59,6 +66,11 @@ WINDOWS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "granitemoehybrid": {
         "attention in all layers": {"layer_types": ["attention"] * LAYERS, "position_embedding_type": "rope"},
+    },
+    "granite_swa": {
+        "a window in some layers": {"sliding_window": WINDOW},
+        "no layer with a window": {"layer_types": ["full_attention"] * LAYERS},
+        "layers without positions": {"layer_rope_theta": [0, 10000.0, 0]},
     },
     "cohere2": {
         "a window in some layers": {"sliding_window": WINDOW},

@@ -45,6 +45,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int], str]] = {
     "granitemoeshared": (
         {"num_local_experts": 4, "shared_intermediate_size": 16}, [0, 1, 2], "GraniteMoeSharedTopKRouter",
     ),
+    "granitemoe_swa": (
+        {"num_local_experts": 4, "shared_intermediate_size": 16, "sliding_window": 8}, [0, 1, 2],
+        "GraniteMoeSWATopKRouter",
+    ),
     "granitemoehybrid": (
         {
             "num_local_experts": 4, "shared_intermediate_size": 16, "layer_types": ["full_attention"] * 3,
@@ -82,7 +86,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int], str]] = {
 BIASES = ("e_score_correction_bias", "expert_bias")
 BIASED = ["ernie4_5_moe", "dots1", "glm4_moe", "solar_open", "deepseek_v3", "minimax_m2", "lfm2_moe", "afmoe"]
 SHARED = [
-    "qwen2_moe", "qwen3_next", "granitemoeshared", "granitemoehybrid", "ernie4_5_moe", "dots1", "glm4_moe",
+    "qwen2_moe", "qwen3_next", "granitemoeshared", "granitemoe_swa", "granitemoehybrid", "ernie4_5_moe", "dots1",
+    "glm4_moe",
     "solar_open", "deepseek_v2", "deepseek_v3", "hunyuan_v1_moe", "cohere2_moe", "afmoe",
 ]  # fmt: skip
 LOUD = 3  # the expert that a bias prefers

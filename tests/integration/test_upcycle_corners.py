@@ -79,7 +79,9 @@ def test_a_mistral_with_windows_in_some_layers_is_no_mixtral(tmp_path: Path) -> 
     # transformers takes such a model for a Ministral; Mixtral would have the window everywhere.
     dense = tiny.save_dense("mistral", tmp_path / "dense")
     change_config(dense, layer_types=["full_attention", "sliding_attention"])
-    assert "only some of its layers have a sliding window" in upcycle(dense, tmp_path / "moe")
+    assert "only some of its layers have a sliding window" in upcycle(dense, tmp_path / "moe", "--target", "mixtral")
+    assert upcycle(dense, tmp_path / "ministral", "--method", "copy") == ""  # a family that has them by layer
+    assert (logits(tmp_path / "ministral") - logits(dense)).abs().max() < 1e-4
     change_config(dense, layer_types=["sliding_attention"] * 2)
     assert upcycle(dense, tmp_path / "moe", "--method", "copy") == ""
     assert (logits(tmp_path / "moe") - logits(dense)).abs().max() < 1e-4

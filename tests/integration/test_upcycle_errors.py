@@ -56,7 +56,8 @@ def test_options_that_contradict_each_other(llama: Path, tmp_path: Path) -> None
 def test_unsupported_sources_are_refused_with_the_reason(mixtral: Path, llama: Path, tmp_path: Path) -> None:
     assert "is a Mixture of Experts already" in fails("upcycle", mixtral, tmp_path / "moe")
     for change, reason in [
-        ({"model_type": "gpt2"}, "no family that can be upcycled; the dense families are llama"),
+        ({"model_type": "gpt2"}, "cannot be upcycled, because its FFN has no gate"),
+        ({"model_type": "never"}, "no family that can be upcycled; the dense families are llama"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_size": 48}, "config.json says"),

@@ -49,6 +49,11 @@ MEASURED: list[tuple[str, dict[str, Any], str, set[str]]] = [
     ("cohere2", {"sliding_window": 128}, "--target cohere2_moe", {V, L}),
     ("cohere2", {"sliding_window": 128, "tie_word_embeddings": False}, "--target cohere2_moe", {L}),
     ("hunyuan_v1_dense", {}, "--target hunyuan_v1_moe", {T4, V}),
+    ("smollm3", {}, "--target granitemoe_swa", {V}),
+    ("granite_swa", {}, "--target granitemoe_swa", {V}),
+    ("granite_swa", {"layer_rope_theta": [10000.0] * 2}, "--target granitemoe_swa", {V, L}),
+    ("lfm2", {}, "--target lfm2_moe", {L, M}),
+    ("lfm2", {"tie_word_embeddings": False}, "--target lfm2_moe", set()),
 ]
 
 
