@@ -32,8 +32,14 @@ class Limit:
     unless: str | None = None
 
     def holds(self, config: Config, beside: Collection[str]) -> bool:
-        """Whether it holds for a config.json, and for the files and special tokens beside it."""
-        return self.when(config) and not (self.unless and self.unless in beside)
+        """Whether it holds for a config.json, and for the files and special tokens beside it.
+
+        A config.json that lacks what it depends on, or has nonsense there, is not said to run.
+        """
+        try:
+            return self.when(config) and not (self.unless and self.unless in beside)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+            return True
 
 
 def windowed(config: Config) -> bool:

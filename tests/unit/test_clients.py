@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from moetool import registry
 from moetool.arch.clients import CLIENTS, obstacles
 from tests import tiny
+from tests.clients import page
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
@@ -74,13 +76,23 @@ def test_the_plan_says_where_it_runs_as_measured(
 
 
 def test_what_is_beside_the_weights_matters() -> None:
-    ernie = {"model_type": "ernie4_5_moe", "moe_num_shared_experts": 0}
+    ernie = {"model_type": "ernie4_5_moe", "moe_num_shared_experts": 0, "num_hidden_layers": 2}
     assert obstacles(ernie)[L] == "its converter needs tokenizer.model"
     assert obstacles(ernie, {"tokenizer.model"})[L] is None
     glm = {"model_type": "glm4_moe", "n_shared_experts": 1}
     assert obstacles(glm, {"[gMASK]"})[L] is None
     with pytest.raises(LookupError):
         obstacles({"model_type": "never"})
+
+
+@pytest.mark.parametrize("name", registry.names("target"))
+def test_nonsense_in_a_config_is_no_bug(name: str) -> None:
+    keys = {*page.load()["llama-mixtral-plain"]["config"], "layer_types", "mlp_layer_types"}
+    keys |= {"num_key_value_heads", "moe_layer_interval", "moe_num_shared_experts", "moe_intermediate_size"}
+    spec = registry.load("target", name)
+    nonsense: tuple[Any, ...] = (None, "x", [], {}, -1, 0, [1, "a"])
+    for key, value in product(keys, nonsense):
+        assert set(obstacles({key: value, "model_type": spec.model_type})) == ALL
 
 
 def test_auto_takes_a_family_that_runs_in_all_that_are_asked_for(tmp_path: Path) -> None:
