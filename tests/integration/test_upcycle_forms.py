@@ -80,6 +80,20 @@ def test_parts_of_fused_matrices_are_redrawn_and_hashed_like_others(tmp_path: Pa
     assert "is not the file that was upcycled" in tiny.in_process("verify", tmp_path / "moe-1")[2]
 
 
+@pytest.mark.parametrize("name", ["yarn", "longrope"])
+def test_scaled_positions_as_the_published_phis_write_them(name: str, tmp_path: Path) -> None:
+    """Beyond the positions of the first training, so that the long factors count."""
+    dense = tiny.save_dense("phi3", tmp_path / "dense", rope_parameters=LONG)
+    config = json.loads((dense / "config.json").read_text())
+    config["rope_scaling"] = {"type": name} | {key: LONG[key] for key in ("short_factor", "long_factor")}
+    config |= {"rope_theta": LONG["rope_theta"], "original_max_position_embeddings": 32}
+    del config["rope_parameters"]
+    (dense / "config.json").write_text(json.dumps(config))
+    code, _, err = tiny.in_process("upcycle", dense, tmp_path / "moe", "--method", "copy", "--num-experts", 4)
+    assert code == 0, err
+    assert close(logits(tmp_path / "moe"), logits(dense))
+
+
 def test_a_fused_matrix_with_other_rows_is_refused(tmp_path: Path) -> None:
     dense = tiny.save_dense("phi3", tmp_path / "dense")
     tensors = load_file(dense / "model.safetensors")
