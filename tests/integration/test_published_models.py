@@ -209,6 +209,43 @@ PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
             "rope_theta": 10000,
         },
     ),
+    "LLaVA-1.5-7B": (
+        "mixtral",
+        6.74,
+        {
+            "model_type": "llava",
+            "text_config": {
+                "model_type": "llama",
+                "max_position_embeddings": 4096,
+                "rms_norm_eps": 1e-05,
+                "vocab_size": 32064,
+            },
+            "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "num_attention_heads": 16},
+        },
+    ),
+    "Mistral-Small-3.1-24B": (
+        "mixtral",
+        23.57,
+        {
+            "model_type": "mistral3",
+            "tie_word_embeddings": False,
+            "text_config": {
+                "model_type": "mistral",
+                "head_dim": 128,
+                "hidden_size": 5120,
+                "intermediate_size": 32768,
+                "max_position_embeddings": 131072,
+                "num_attention_heads": 32,
+                "num_hidden_layers": 40,
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-05,
+                "rope_theta": 1000000000.0,
+                "sliding_window": None,
+                "vocab_size": 131072,
+            },
+            "vision_config": {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24},
+        },
+    ),
 }
 
 

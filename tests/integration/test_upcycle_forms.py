@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moetool.arch.dense_families import DENSE
-from moetool.arch.forms import FLAT
+from moetool.arch.forms import FLAT, LEFT_OUT
 from tests import tiny
 from tests.integration.test_upcycle_families import close, logits
 
@@ -197,3 +197,8 @@ def test_a_base_model_without_head(tmp_path: Path) -> None:
             assert close(logits(tmp_path / "moe-True"), logits(dense))
         else:
             assert "has no output head (lm_head.weight)" in err
+
+
+def test_sizes_that_a_text_config_leaves_out_are_those_of_transformers() -> None:
+    for family, sizes in LEFT_OUT.items():
+        assert {key: getattr(CONFIG_MAPPING[family](), key) for key in sizes} == sizes
