@@ -76,8 +76,8 @@ def describe(reader: Any) -> dict[str, Any]:
         routed = sum(i.num_elements for n, i in reader.tensors.items() if any(mark in n for mark in marks))
         document |= {"num_experts": experts, "top_k": top_k, "intermediate_size": config.get(spec.units_key)}
         if spec.shared:
-            up = [i for n, i in reader.tensors.items() if n.endswith(spec.shared.tensors["up"].split("{layer}")[1])]
-            document["shared_intermediate_size"] = up[0].shape[0] if up and up[0].shape else 0
+            down = [i for n, i in reader.tensors.items() if n.endswith(spec.shared.tensors["down"].split("{layer}")[1])]
+            document["shared_intermediate_size"] = down[0].shape[-1] if down and down[0].shape else 0
         document["parameters"]["active"] = total - routed + routed * top_k // experts if routed else None
         document["clients"] = obstacles(config, beside(reader.folder))
     dtypes: dict[str, int] = {}

@@ -118,6 +118,8 @@ def test_inspect_counts_experts_that_lie_in_one_tensor(llama: Path, tmp_path: Pa
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, fused / "model.safetensors")
     told = [tiny.in_process("inspect", folder, "--json")[1] for folder in (tmp_path / "moe", fused)]
     ours, theirs = (json.loads(text)["parameters"] for text in told)
+    shared = json.loads(told[0]).get("shared_intermediate_size")
+    assert shared == {"qwen2_moe": 64, "granitemoehybrid": 64, "glm4_moe": 64}.get(target)
     assert theirs["active"] == ours["active"] < ours["total"] == theirs["total"]
 
 
