@@ -161,7 +161,10 @@ def _rope(spec: DenseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     rope = {"rope_theta": theta, "rope_type": kind or "default"} | rope
     # Three equal positions for each token of a text: as one.
     rope = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
-    rope["rope_type"] = {"mrope": "default", "su": "longrope"}.get(str(rope["rope_type"]), rope["rope_type"])
+    if rope["rope_type"] == "mrope":
+        rope["rope_type"] = "default"
+    if rope["rope_type"] in ("su", "yarn") and "short_factor" in rope:  # what Phi-3 called it
+        rope["rope_type"] = "longrope"
     if not spec.partial_rotary:  # the family does not read it; its target might
         rope.pop("partial_rotary_factor", None)
     moved = ("original_max_position_embeddings",) * (rope["rope_type"] == "longrope")

@@ -19,6 +19,12 @@ PREFIXES = ("model.language_model.", "language_model.model.", "model.text_model.
 HEADS = (LM_HEAD, "language_model.lm_head.weight")
 # Families whose published configurations have the text model's settings at the top.
 FLAT = ("qwen2_vl", "qwen2_5_vl")
+# What transformers assumes of a text model whose sizes are left out, as the first LLaVAs do.
+LEFT_OUT = {
+    family: {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    | {"intermediate_size": units}
+    for family, units in (("llama", 11008), ("mistral", 14336))
+}
 FROM_OUTSIDE = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
 
 
@@ -32,7 +38,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(inner, dict):
         outside = {key: config[key] for key in FROM_OUTSIDE if config.get(key) is not None and key not in inner}
         tied = bool(config.get("tie_word_embeddings") or inner.get("tie_word_embeddings"))
-        return {**inner, **outside, "tie_word_embeddings": tied}
+        return {**LEFT_OUT.get(str(inner.get("model_type")), {}), **inner, **outside, "tie_word_embeddings": tied}
     if config.get("model_type") in FLAT:
         return {**config, "model_type": f"{config['model_type']}_text"}
     return config

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moetool.arch.dense_families import DENSE
-from moetool.arch.forms import FLAT
+from moetool.arch.forms import FLAT, LEFT_OUT
 from tests import tiny
 from tests.integration.test_upcycle_families import close, logits
 
@@ -78,6 +78,20 @@ def test_parts_of_fused_matrices_are_redrawn_and_hashed_like_others(tmp_path: Pa
     data[-3] ^= 1
     shard.write_bytes(data)
     assert "is not the file that was upcycled" in tiny.in_process("verify", tmp_path / "moe-1")[2]
+
+
+@pytest.mark.parametrize("name", ["yarn", "longrope"])
+def test_scaled_positions_as_the_published_phis_write_them(name: str, tmp_path: Path) -> None:
+    """Beyond the positions of the first training, so that the long factors count."""
+    dense = tiny.save_dense("phi3", tmp_path / "dense", rope_parameters=LONG)
+    config = json.loads((dense / "config.json").read_text())
+    config["rope_scaling"] = {"type": name} | {key: LONG[key] for key in ("short_factor", "long_factor")}
+    config |= {"rope_theta": LONG["rope_theta"], "original_max_position_embeddings": 32}
+    del config["rope_parameters"]
+    (dense / "config.json").write_text(json.dumps(config))
+    code, _, err = tiny.in_process("upcycle", dense, tmp_path / "moe", "--method", "copy", "--num-experts", 4)
+    assert code == 0, err
+    assert close(logits(tmp_path / "moe"), logits(dense))
 
 
 def test_a_fused_matrix_with_other_rows_is_refused(tmp_path: Path) -> None:
@@ -183,3 +197,8 @@ def test_a_base_model_without_head(tmp_path: Path) -> None:
             assert close(logits(tmp_path / "moe-True"), logits(dense))
         else:
             assert "has no output head (lm_head.weight)" in err
+
+
+def test_sizes_that_a_text_config_leaves_out_are_those_of_transformers() -> None:
+    for family, sizes in LEFT_OUT.items():
+        assert {key: getattr(CONFIG_MAPPING[family](), key) for key in sizes} == sizes
