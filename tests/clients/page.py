@@ -56,6 +56,12 @@ def _lines(rows: Rows) -> Iterator[str]:
     for dense, target in pairs:
         found = [row["clients"] for row in rows.values() if (row["dense"], row["target"]) == (dense, target)]
         yield f"| {dense} -> `{target}` | {' | '.join(_count([f[c] for f in found if c in f]) for c in VERSIONS)} |"
+    yield "\n## One target for transformers 4, vLLM and llama.cpp\n"
+    yield "How many rows are exact in all three; which these are is below.\n"
+    yield "| dense | targets |"
+    yield "|---|---|"
+    for dense in dict.fromkeys(row["dense"] for row in rows.values()):
+        yield f"| {dense} | {_in_all(dense, rows) or 'none'} |"
     notes: dict[str, int] = {}
     for dense, target in pairs:
         yield f"\n## {dense} -> {target}\n"
@@ -66,6 +72,16 @@ def _lines(rows: Rows) -> Iterator[str]:
                 yield f"| {row['trait']} | {_cells(row, notes)} |"
     yield "\n## What the engines say\n"
     yield from (f"{number}. {line}" for line, number in notes.items())
+
+
+def _in_all(dense: str, rows: Rows) -> str:
+    """Targets that run in the three programs that most people serve with."""
+    found: dict[str, list[bool]] = {}
+    for row in rows.values():
+        if row["dense"] == dense and "refused" not in row:
+            exact = [is_exact(row["clients"].get(client, {})) for client in ("transformers-4", "vllm", "llama.cpp")]
+            found.setdefault(row["target"], []).append(all(exact))
+    return ", ".join(f"`{target}` ({sum(of)} of {len(of)})" for target, of in found.items() if any(of))
 
 
 def _count(verdicts: list[Mapping[str, Any]]) -> str:
