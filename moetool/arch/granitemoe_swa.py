@@ -26,7 +26,7 @@ MOE = "model.layers.{layer}.block_sparse_moe"
 SPEC = ArchSpec(
     model_type="granitemoe_swa",
     architecture="GraniteMoeSWAForCausalLM",
-    dense=("smollm3", "granite_swa"),
+    dense=("smollm3", "granite_swa", "mistral"),
     experts={
         "gate": f"{MOE}.experts.gate_up_proj",
         "up": f"{MOE}.experts.gate_up_proj",

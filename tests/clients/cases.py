@@ -137,6 +137,8 @@ ALIKE: list[tuple[Any, ...]] = [
     ("phi3", "glm4_moe", "positions in half of each head", WIDE | {"rope_parameters": PARTIAL}),
     ("ministral", "qwen2_moe", "plain", {"layer_types": SOME, "sliding_window": WINDOW}),
     ("ministral", "qwen2_moe", "a window as long as all positions", {"layer_types": SOME, "sliding_window": POSITIONS}),
+    ("ministral", "granitemoe_swa", "plain", {"layer_types": SOME, "sliding_window": WINDOW}),
+    ("cwm", "granitemoe_swa", "plain", {"layer_types": SOME, "sliding_window": WINDOW}),
     ("cwm", "qwen2_moe", "plain", {"layer_types": SOME, "sliding_window": WINDOW}),
     ("internlm3", "mixtral", "plain"),
     ("iquestcoder", "mixtral", "plain"),
