@@ -44,14 +44,14 @@ def _unmeasured_rope(client: str) -> Callable[[Mapping[str, Any]], bool]:
     return unmeasured
 
 
-# Of every family: what has not been measured in a client is not said to run there.
+# Of every family: what was not measured to be exact in a client is not said to run there.
 UNMEASURED = (
-    *(Limit(client, "only SiLU has been measured there", not_silu) for client in ("vllm", "llama.cpp", "mlx")),
+    *(Limit(client, "only SiLU is known to be exact there", not_silu) for client in ("vllm", "llama.cpp", "mlx")),
     *(
-        Limit(client, "this way of scaling positions has not been measured there", _unmeasured_rope(client))
+        Limit(client, "this way of scaling positions is not known to be exact there", _unmeasured_rope(client))
         for client in SCALED
     ),
-    Limit("mlx", "sliding windows have not been measured there", windowed),
+    Limit("mlx", "it computes sliding windows otherwise", windowed),
 )
 
 

@@ -12,6 +12,7 @@ from moetool.arch.forms import dense_tensors, is_wrapped, text_config
 from moetool.arch.unfit import why_unfit
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
+from moetool.registry import suggest
 
 NUMBERS = (
     "rms_norm_eps", "layer_norm_eps", "initializer_range", "attention_dropout", "embedding_multiplier",
@@ -37,6 +38,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = (
             "attention_bias",
             "attention_out_bias",
             "use_sliding_window",
+            "use_cache",
             "mamba_conv_bias",
             "mamba_proj_bias",
         ),
@@ -44,6 +46,22 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = (
     )
     | {"hidden_act": ((str,), "a name")}
 )
+# Numbers that newer readers want with a point, whatever the source has.
+FLOATS = ("rms_norm_eps", "layer_norm_eps", "initializer_range", "attention_dropout")
+# A way of scaling positions -> the numbers that it needs.
+ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": (),
+}
+ACTIVATIONS = (
+    "silu", "swish", "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
+    "gelu_pytorch_tanh", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid",
+    "tanh",
+)  # fmt: skip
 MAX_LAYERS = 10_000
 LAYER_TYPES = ("full_attention", "sliding_attention")
 NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -65,7 +83,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
     outer, given = config.get("model_type"), config
     config = text_config(config)
     model_type = config.get("model_type")
-    if config.get("quantization_config") is not None:
+    if config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method", "an unnamed method") if isinstance(method, dict) else method
         raise ConfigError(f"the source is quantised ({method}); upcycle the unquantised model it was made from")
@@ -95,6 +113,16 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
         value = full.get(key)
         if value is not None and not (type(value) in kind and (isinstance(value, (bool, str)) or _is_size(value, key))):
             raise CheckpointError(f"config.json: {key} is {str(value)[:60]!r}, expected {what}")
+    full |= {key: float(full[key]) for key in FLOATS if type(full.get(key)) is int}
+    if full["hidden_act"] not in ACTIVATIONS:
+        name = full["hidden_act"][:60]
+        near = suggest(name.lower(), ACTIVATIONS)
+        raise ConfigError(f"config.json: hidden_act {name!r} is unknown to transformers{near}")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        tokens = full.get(key)
+        several = tokens if isinstance(tokens, list) and key == "eos_token_id" else [tokens]
+        if not all(token is None or type(token) is int for token in several):
+            raise CheckpointError(f"config.json: {key} is {str(tokens)[:60]!r}, expected a token's number")
     full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     full["head_dim"] = full["head_dim"] or full["hidden_size"] // full["num_attention_heads"]
     if not full["head_dim"]:
@@ -153,9 +181,9 @@ def _is_size(value: float, key: str) -> bool:
 
 def _rope(spec: DenseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     theta = config["rope_theta"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in transformers' order
     if not isinstance(rope, dict):
-        raise CheckpointError(f"config.json: rope_parameters is {rope!r}, expected an object")
+        raise CheckpointError(f"config.json: rope_parameters is {str(rope)[:60]!r}, expected an object")
     rope = dict(rope)
     kind = rope.pop("type", None)  # the name before `rope_type`
     rope = {"rope_theta": theta, "rope_type": kind or "default"} | rope
@@ -170,6 +198,14 @@ def _rope(spec: DenseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     moved = ("original_max_position_embeddings",) * (rope["rope_type"] == "longrope")
     moved += ("partial_rotary_factor",) * spec.partial_rotary
     rope = {key: config[key] for key in moved if config.get(key) is not None} | rope
-    if type(rope["rope_theta"]) not in (int, float) or not _is_size(rope["rope_theta"], "rope_theta"):
-        raise CheckpointError(f"config.json: rope_theta is {str(rope['rope_theta'])[:60]!r}, expected a number above 0")
+    kind = rope["rope_type"]
+    if not isinstance(kind, str) or kind not in ROPE_NEEDS:
+        raise CheckpointError(f"config.json: rope_type is {str(kind)[:60]!r}, expected one of {', '.join(ROPE_NEEDS)}")
+    for key in ("rope_theta", *ROPE_NEEDS[kind]):
+        value = rope.get(key)
+        if type(value) not in (int, float) or not _is_size(value, key):  # type: ignore[arg-type]
+            raise CheckpointError(f"config.json: {key} of positions is {str(value)[:60]!r}, expected a number above 0")
+    part = rope.get("partial_rotary_factor", 1)
+    if type(part) not in (int, float) or not 0 < part <= 1:
+        raise CheckpointError(f"config.json: partial_rotary_factor is {str(part)[:60]!r}, expected a share up to 1")
     return rope

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -56,10 +57,15 @@ def every_fourth(config: Mapping[str, Any]) -> dict[str, Any]:
 def granite_hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
     """A Granite 4 without routed experts: what they call the shared expert is its FFN."""
     names = {"mamba": "linear_attention", "attention": "full_attention"}
+    limit = config.get("time_step_limit") or [0.0, math.inf]
+    if isinstance(limit, list):  # how transformers writes what JSON has no word for
+        limit = [math.inf if end == {"__float__": "Infinity"} else end for end in limit]
+    if not isinstance(limit, list) or len(limit) != 2 or not all(type(end) in (int, float) for end in limit):
+        raise CheckpointError(f"config.json: time_step_limit is {str(limit)[:60]!r}, expected two numbers")
     kinds = ["mamba"] * config["num_hidden_layers"]
     given = _by_layer(config, "layer_types", kinds, (*names, *names.values()))
     kinds = [names.get(kind, kind) for kind in given]
-    return {"layer_types": kinds, "intermediate_size": config["shared_intermediate_size"]}
+    return {"layer_types": kinds, "time_step_limit": limit, "intermediate_size": config["shared_intermediate_size"]}
 
 
 def lfm2(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,6 +259,10 @@ _QWEN_VL = (
     | {"num_key_value_heads": 8, "max_window_layers": 80, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0}
     | {"bos_token_id": 151643, "eos_token_id": 151645}
 )
+CWM_ROPE = {
+    "rope_type": "llama3", "rope_theta": 1000000.0, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 _ALIKE = (
     replace(
         DENSE["mistral"],
@@ -261,6 +271,7 @@ _ALIKE = (
         defaults=_COMMON
         | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "eos_token_id": 32000, "pad_token_id": 32000}
         | {"sliding_window": None, "original_max_position_embeddings": 4096},
+        derive=lambda config: {"layer_types": None},  # it does not read them: a window is in all layers
         partial_rotary=True,
         fused={
             "self_attn.qkv_proj.weight": tuple(ATTENTION)[:3],  # q, k, v
@@ -277,7 +288,7 @@ _ALIKE = (
         defaults=_COMMON
         | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5}
         | {"sliding_window": 8192, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
-        | {"rope_theta": 1000000.0},
+        | {"rope_theta": 1000000.0, "rope_parameters": CWM_ROPE},
         refuse={"mlp_bias": False},
     ),
     *(

@@ -37,7 +37,9 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     inner = config.get("text_config")
     if isinstance(inner, dict):
         outside = {key: config[key] for key in FROM_OUTSIDE if config.get(key) is not None and key not in inner}
-        tied = bool(config.get("tie_word_embeddings") or inner.get("tie_word_embeddings"))
+        # Where neither says it, what decides is whether there is a head.
+        said = [where["tie_word_embeddings"] for where in (config, inner) if "tie_word_embeddings" in where]
+        tied = any(said) or not said
         return {**LEFT_OUT.get(str(inner.get("model_type")), {}), **inner, **outside, "tie_word_embeddings": tied}
     if config.get("model_type") in FLAT:
         return {**config, "model_type": f"{config['model_type']}_text"}

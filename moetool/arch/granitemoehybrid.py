@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from moetool.arch import granitemoe
 from moetool.arch.limits import Limit, none_of, rope
 from moetool.arch.spec import ArchSpec, SharedExpert
 from moetool.recipe import UpcycleRecipe
+
+NO_LIMIT = [0.0, math.inf]  # of Mamba's time steps: what readers assume, and JSON has no word for
 
 
 def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any]:
@@ -25,9 +28,11 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
         "mamba_proj_bias": False,
     }
     mamba = {key: dense.get(key, value) for key, value in unused.items()}
+    limit = {"time_step_limit": dense["time_step_limit"]} if dense.get("time_step_limit", NO_LIMIT) != NO_LIMIT else {}
     return {
         **granitemoe.config_map(dense, recipe),
         **mamba,
+        **limit,
         "mamba_d_head": mamba["mamba_expand"] * dense["hidden_size"] // mamba["mamba_n_heads"],
         "attention_bias": True,
         "shared_intermediate_size": units * (recipe.shared_experts or 0),

@@ -61,7 +61,7 @@ def no_windows(config: Config) -> bool:
 
 def not_silu(config: Config) -> bool:
     """The experts' activation is another than SiLU."""
-    return config.get("hidden_act", "silu") not in ("silu", "swish")
+    return bool(config.get("hidden_act", "silu") != "silu")
 
 
 def untied(config: Config) -> bool:

@@ -42,10 +42,8 @@ SPEC = ArchSpec(
     scratch=False,
     limits=(
         Limit("transformers-4", "it does not know the family"),
-        Limit("vllm", "the family has not been measured there"),
+        Limit("vllm", "the family is not known to be exact there"),
         Limit("mlx", "it does not know the family's text model"),
-        Limit(
-            "llama.cpp", "its converter stops at the family unless it is given --no-mtp, with which the result is exact"
-        ),
+        Limit("llama.cpp", "its converter asks for layers that predict several tokens at once"),
     ),
 )

@@ -37,7 +37,7 @@ SPEC = ArchSpec(
     windows="all",
     limits=(
         Limit("llama.cpp", "its converter knows no dense layers in the family", some("mlp_only_layers")),
-        Limit("llama.cpp", "sliding windows have not been measured there", windowed),
+        Limit("llama.cpp", "it ignores the sliding window", windowed),
         Limit("llama.cpp", "it has no biases of attention in the family", some("attention_bias")),
         Limit("llama.cpp", "it ignores llama3's scaling of positions in the family", rope("llama3")),
         Limit("vllm", "it leaves out the biases of attention in the family", some("attention_bias")),

@@ -48,7 +48,7 @@ def inspect(
 def describe(reader: Any) -> dict[str, Any]:
     """Family, parameters, experts and files of an opened checkpoint."""
     from moetool.arch.clients import obstacles
-    from moetool.arch.forms import text_config
+    from moetool.arch.forms import is_wrapped, text_config
     from moetool.arch.spec import detect
     from moetool.checkpoint.folder import beside
 
@@ -67,6 +67,7 @@ def describe(reader: Any) -> dict[str, Any]:
         "parameters": {"total": total, "active": None if any(EXPERTS in name for name in reader.tensors) else total},
         "num_experts": None,
         "top_k": None,
+        "has_text_model": is_wrapped(config),
     }
     if spec is not None:
         experts, top_k = (_positive(reader, key) for key in (spec.num_experts_key, spec.top_k_key))
@@ -120,8 +121,9 @@ def render(document: dict[str, Any]) -> list[Any]:
     else:
         unknown = " total, active unknown" if parameters["active"] is None else ""
         rows["parameters"] = f"{count(parameters['total'])}{unknown}"
+    inside = "of its text model: " if document["has_text_model"] else ""
     rows["sizes"] = (
-        f"{document['num_layers']} layers, hidden {document['hidden_size']},"
+        f"{inside}{document['num_layers']} layers, hidden {document['hidden_size']},"
         f" intermediate {document['intermediate_size']}, vocabulary {document['vocab_size']}"
     )
     rows["weights"] = ", ".join(f"{dtype} ({count(number)})" for dtype, number in document["dtypes"].items())

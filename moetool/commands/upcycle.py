@@ -292,7 +292,11 @@ def upcycle(
 
             with console.progress() as progress:
                 files = {"moetool.yaml": options_text(context).encode()}
-                run_plan(planned, readers, out, names, workers, files, progress)
+                places = [
+                    str(Path(name).expanduser().absolute()) if at == Path(name).expanduser() else name
+                    for name, at in zip(names, folders, strict=True)
+                ]
+                run_plan(planned, readers, out, places, workers, files, progress)
     document["seconds"] = round(time.perf_counter() - started, 2)
     if verify != "none":
         from moetool.upcycle.verify import verify as prove

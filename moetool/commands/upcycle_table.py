@@ -108,6 +108,8 @@ def proof_line(proof: dict[str, Any]) -> str:
         )
     if proof["files"]:
         told += f", {proof['files']} files beside them as they were written"
+    else:
+        told += "; the files beside them were not compared, because moetool.json has no digests of them"
     if proof["split_groups"]:
         told += (
             f"; router scores tie for {proof['split_groups']:.1%} of random tokens, which then miss a part of the dense"

@@ -41,8 +41,9 @@ def verify(
 
     Kept entries equal the source bit for bit, redrawn units differ from it and have the statistics
     of what they replaced, and no file has changed, is missing, or was added since it was written
-    (folders, hidden files and README.md may be added).
+    (hidden files, README.md and folders other than those of chat templates may be added).
     """
+    from moetool.checkpoint.folder import PARTIAL
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.reader import CheckpointReader
     from moetool.errors import CheckpointError, MoetoolError
@@ -53,6 +54,8 @@ def verify(
 
     console = Console(context, json, quiet)
     folder = resolve_model(str(path))
+    if (folder / PARTIAL).exists():
+        raise CheckpointError(f"{folder} is an unfinished conversion; run the command that began it again")
     lineage = (read_lineage(folder) or {}).get("lineage", [])
     if not lineage or lineage[0].get("command") != "upcycle":
         raise CheckpointError(
@@ -64,7 +67,9 @@ def verify(
             " verify the upcycled checkpoint that it came from"
         )
     recorded = recorded_sources(lineage[0])
-    names = [str(one.get("name")) for one in recorded]
+    if not all(isinstance(one.get("name"), str) for one in recorded):
+        raise CheckpointError(f"{folder}/moetool.json does not name what was upcycled; it was edited")
+    names = [one["name"] for one in recorded]
     if donor and len(donor) != len(names) - 1:
         raise typer.BadParameter(f"--donor is given {len(donor)} times, {folder} has {len(names) - 1} other donors")
     names = [source or names[0], *(donor or names[1:])]

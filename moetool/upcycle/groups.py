@@ -38,7 +38,7 @@ def split_share(plan: Plan, written: BlockFile) -> float:
     """
     group = plan.recipe.group_size
     routers = [fill for fill in plan.fills if fill.kind == "router"]
-    if group == 1:
+    if group == 1 or not routers:  # from scratch, a router is drawn like any matrix
         return 0.0
     split = 0
     for fill in routers:

@@ -34,7 +34,8 @@ def check_config(plan: Plan, out: Path) -> None:
 def check_files(plan: Plan, out: Path) -> int:
     """Every small file has the SHA-256 that moetool.json records, and no other file lies beside them.
 
-    Folders, hidden files and README.md are nobody's business: no program loads them with the model.
+    Other folders than those of chat templates, hidden files and README.md are nobody's business, because
+    no program loads them with the model.
 
     Returns:
         How many files were compared; 0 for a folder of a version that recorded no digests.
@@ -42,8 +43,10 @@ def check_files(plan: Plan, out: Path) -> int:
     Raises:
         CheckpointError: names a file that is missing, has changed, or was not written by upcycle.
     """
-    recorded = (read_lineage(out) or {}).get("files")
+    recorded = (read_lineage(out) or {}).get("files", {})
     if not isinstance(recorded, dict):
+        raise CheckpointError(f"{out / LINEAGE}: files is {str(recorded)[:MAX_SHOWN]!r}, expected an object")
+    if not recorded:
         return 0
     for name, digest in recorded.items():
         if not (out / name).is_file():
@@ -52,7 +55,8 @@ def check_files(plan: Plan, out: Path) -> int:
             raise CheckpointError(f"{out / name} has changed since it was written (its SHA-256 is not moetool.json's)")
     own = {*recorded, *(shard.name for shard in plan.shards), LINEAGE, "moetool.yaml", "README.md"}
     for path in sorted(out.iterdir()):
-        if path.is_file() and path.name not in own and not path.name.startswith("."):
+        loaded = path.is_file() or path.is_symlink() or path.name == "additional_chat_templates"
+        if loaded and path.name not in own and not path.name.startswith("."):
             raise CheckpointError(f"{path} was not written by upcycle; move it away if a program could load it")
     return len(recorded)
 

@@ -98,4 +98,10 @@ def _nearest(recipe: UpcycleRecipe, dense: Mapping[str, Any], clients: Sequence[
                 without = [f"--{name.replace('_', '-')}" for name in change if getattr(recipe, name) != change[name]]
                 left_out = f" and leave out {' and '.join(without)}" if without else ""
                 return f"take --target {spec.model_type}{left_out}"
-    return f"no family that a dense {dense['model_type']} fits runs in {' and '.join(CLIENTS[c] for c in clients)}"
+    wanted = " and ".join(CLIENTS[client] for client in clients)
+    for spec in candidates("auto", dense):
+        for file in {limit.unless for limit in spec.limits if limit.unless}:
+            other = _attempt(recipe, spec, dense, {*beside, file})
+            if other and not other.missing(clients):
+                return f"--target {spec.model_type} does where DENSE's tokenizer has {file}"
+    return f"no family that a dense {dense['model_type']} fits runs in {wanted}"

@@ -22,6 +22,7 @@ from moetool.routing.analysis import Settings, analyze
 from moetool.routing.origin import find_dense, read_origin
 from moetool.routing.similarity import similarity
 from tests import tiny
+from tests.integration.test_upcycle_families import WITHOUT
 
 F, H = 64, 32
 TOKENS = np.random.default_rng(0).integers(1, 300, 83)
@@ -77,7 +78,8 @@ KINDS = [
 
 def make(kind: Kind, folder: Path) -> Path:
     """Upcycle, and move every weight by some noise, as training would."""
-    dense = [tiny.save_dense(kind.dense, folder / f"dense{i}", seed=i) for i in range(kind.donors)]
+    changes = WITHOUT.get((kind.dense, kind.target), {})
+    dense = [tiny.save_dense(kind.dense, folder / f"dense{i}", seed=i, **changes) for i in range(kind.donors)]
     flags: list[object] = [part for other in dense[1:] for part in ("--donor", other)]
     options = kind.options if "--num-experts" in kind.options else ("--num-experts", 4, *kind.options)
     out = folder / "moe"
@@ -88,6 +90,15 @@ def make(kind: Kind, folder: Path) -> Path:
     assert code == 0, errors
     tiny.save_tokenizer(out)
     return out
+
+
+def load_dense(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights, FFNs under the names of most families."""
+    names = {"feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj"}
+    weights: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    for theirs, ours in names.items():
+        weights = {name.replace(theirs, ours): weight for name, weight in weights.items()}
+    return weights
 
 
 def trained(folder: Path, out: Path) -> Path:
@@ -147,7 +158,7 @@ def plain(recipe: UpcycleRecipe, factor: float, folder: Path, layer: int) -> dic
                 for place in range(size)
             ]
         )
-    sources = [load_file(folder.parent / f"dense{i}" / "model.safetensors") for i in range(recipe.num_donors)]
+    sources = [load_dense(folder.parent / f"dense{i}") for i in range(recipe.num_donors)]
 
     def dense(e: int) -> list[tuple[str, int, torch.Tensor, bool]]:
         found = []

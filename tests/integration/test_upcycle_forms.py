@@ -202,3 +202,54 @@ def test_a_base_model_without_head(tmp_path: Path) -> None:
 def test_sizes_that_a_text_config_leaves_out_are_those_of_transformers() -> None:
     for family, sizes in LEFT_OUT.items():
         assert {key: getattr(CONFIG_MAPPING[family](), key) for key in sizes} == sizes
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+# family, what is put into its saved config.json
+READ_AS_TRANSFORMERS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_scaling": YARN}),  # beside rope_parameters, which transformers then ignores
+    ("qwen3", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    ("granitemoehybrid", {"time_step_limit": [0.0, 0.1]}),
+    ("phi3", {"layer_types": ["full_attention", "full_attention"]}),
+    ("cwm", {"rope_parameters": None, "rope_theta": None}),
+    ("olmo2", {"attention_dropout": 0}),
+    ("cohere2", {"attention_dropout": 0}),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), READ_AS_TRANSFORMERS)
+def test_config_json_is_read_as_transformers_reads_it(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    dense, out = tiny.save_dense(family, tmp_path / "dense"), tmp_path / "moe"
+    config = json.loads((dense / "config.json").read_text()) | settings
+    (dense / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    code, _, err = tiny.in_process("upcycle", dense, out, "--method", "copy", "--num-experts", 4, "--verify", "full")
+    assert code == 0, err
+    assert close(logits(out), logits(dense))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1.0}},
+            "rope_type is 'nonsense', expected",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": {"a": 1}}}, "rope_type is \"{'a': 1}\", expected one of default"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "factor of positions is 'None', expected a number"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 7}}, "partial_rotary_factor is '7', expected a share"),
+        ("llama", {"hidden_act": "SiLU"}, "hidden_act 'SiLU' is unknown to transformers, did you mean 'silu'?"),
+        ("llama", {"eos_token_id": "</s>"}, "eos_token_id is '</s>', expected a token's number"),
+        ("llama", {"use_cache": "yes"}, "use_cache is 'yes', expected true or false"),
+        ("granitemoehybrid", {"time_step_limit": 3}, "time_step_limit is '3', expected two numbers"),
+    ],
+)
+def test_what_transformers_could_not_load_is_refused(
+    family: str, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    dense = tiny.save_dense(family, tmp_path / "dense")
+    config = json.loads((dense / "config.json").read_text()) | settings
+    (dense / "config.json").write_text(json.dumps(config))
+    code, _, err = tiny.in_process("upcycle", dense, tmp_path / "moe")
+    assert code == 1
+    assert message in err

@@ -159,6 +159,9 @@ def test_a_model_of_the_hub_is_held_against_the_hash_in_its_name(llama: Path, tm
         ("index", "model.safetensors.index.json has changed since it was written"),
         ("weights", "other.safetensors was not written by upcycle"),
         ("code", "modeling_mixtral.py was not written by upcycle"),
+        ("link", "chat_template.jinja was not written by upcycle"),
+        ("templates", "additional_chat_templates was not written by upcycle"),
+        ("digests", "moetool.json: files is '[]', expected an object"),
     ],
 )
 def test_verify_finds_a_changed_a_missing_and_a_foreign_file(
@@ -182,6 +185,13 @@ def test_verify_finds_a_changed_a_missing_and_a_foreign_file(
     elif change == "index":
         index = out / "model.safetensors.index.json"
         index.write_text(json.dumps(json.loads(index.read_text())))
+    elif change == "link":
+        (out / "chat_template.jinja").symlink_to(tmp_path / "nowhere")
+    elif change == "templates":
+        (out / "additional_chat_templates").mkdir()
+    elif change == "digests":
+        lineage = json.loads((out / "moetool.json").read_text())
+        (out / "moetool.json").write_text(json.dumps(lineage | {"files": []}))
     else:
         (out / {"weights": "other.safetensors", "code": "modeling_mixtral.py"}[change]).write_bytes(b"")
     code, _, err = tiny.in_process("verify", out, "--level", level)
@@ -233,3 +243,18 @@ def test_scores_that_saturate_are_noticed(llama: Path, tmp_path: Path, std: str,
     code, said, err = tiny.in_process("upcycle", llama, out, *options, "--router-std", std, "--json")
     assert code == 0, err
     assert (json.loads(said)["proof"]["split_groups"] > 0.01) is splits
+
+
+def test_a_source_is_recorded_where_it_lies(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name such as `models/llama` would else be asked of the hub from another folder."""
+    monkeypatch.chdir(llama.parent)
+    assert tiny.in_process("upcycle", llama.name, tmp_path / "moe")[0] == 0
+    monkeypatch.chdir("/")
+    assert tiny.in_process("verify", tmp_path / "moe")[0] == 0
+    lineage = json.loads((tmp_path / "moe" / "moetool.json").read_text())
+    assert lineage["lineage"][0]["source"]["name"] == str(llama)
+    lineage["lineage"][0]["donors"] = "x"
+    (tmp_path / "moe" / "moetool.json").write_text(json.dumps(lineage))
+    assert "does not name what was upcycled" in tiny.in_process("verify", tmp_path / "moe")[2]
+    (tmp_path / "moe" / "moetool.partial.json").write_text("{}")
+    assert "is an unfinished conversion" in tiny.in_process("verify", tmp_path / "moe")[2]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -127,7 +128,16 @@ def test_any_header_gives_tensors_or_one_error(header: dict[str, Any], data: byt
         assert sum(info.size for info in found.values()) == len(data)
 
 
-@given(number=st.integers(1, 999), unit=st.sampled_from(["", "KB", "MB", "GB", "kb", "G"]))
+@given(number=st.integers(1, 999), unit=st.sampled_from(["KB", "MB", "GB", "kb", "G"]))
 def test_sizes_are_decimal(number: int, unit: str) -> None:
-    factor = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[unit.upper().removesuffix("B")]
+    factor = {"K": 10**3, "M": 10**6, "G": 10**9}[unit.upper().removesuffix("B")]
     assert parse_size(f"{number}{unit}") == number * factor
+
+
+@given(number=st.integers(1, 10**8), unit=st.sampled_from(["", "B"]))
+def test_a_size_in_bytes_is_at_least_a_megabyte(number: int, unit: str) -> None:
+    if number >= 10**6:
+        assert parse_size(f"{number}{unit}") == number
+    else:
+        with pytest.raises(typer.BadParameter, match="GB were meant"):
+            parse_size(f"{number}{unit}")

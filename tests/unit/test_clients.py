@@ -169,3 +169,10 @@ def test_heads_of_another_size_are_refused_where_other_readers_have_no_head_dim(
     assert code == 1
     assert "its heads have size 16, and only heads of size 32 / 4" in err
     assert "choose from mixtral, glm4_moe, solar_open" in err
+
+
+def test_what_only_a_tokenizer_lacks_is_said(tmp_path: Path) -> None:
+    dense = tiny.save_dense("ernie4_5", tmp_path / "dense")
+    code, _, err = tiny.in_process("upcycle", dense, tmp_path / "moe", "--for", "llama.cpp")
+    assert code == 1
+    assert "--target ernie4_5_moe does where DENSE's tokenizer has tokenizer.model" in err
