@@ -83,8 +83,11 @@ def _is_for_text(requirement: str) -> bool:
 
 
 def _llama(folder: Path) -> None:
-    """The library and the converter from one source."""
-    _pip(folder, TORCH, "transformers==4.57.6", "sentencepiece", "protobuf", "numpy")
+    """The library and the converter from one source, which reads tokenizers with transformers.
+
+    Its own requirements name 4.57.6, which does not know tokenizers that transformers 5 has saved.
+    """
+    _pip(folder, TORCH, "transformers==5.24.0", "sentencepiece", "protobuf", "numpy")
     _pip(folder, "--no-deps", "--no-binary", ":all:", "-d", str(folder), "llama-cpp-python==0.3.36", verb="download")
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder / "unpacked", filter="data")
