@@ -49,6 +49,11 @@ def _lines(rows: Rows) -> Iterator[str]:
     days = sorted({row["measured"] for row in rows.values()})
     yield f"\n{len(rows)} rows, measured {' to '.join(dict.fromkeys((days[0], days[-1])))} on a CPU in fp32. Versions:"
     yield ", ".join(VERSIONS.values()) + ".\n"
+    figures = [v["difference"] for row in rows.values() for v in row.get("clients", {}).values() if "difference" in v]
+    exact = [figure for figure in figures if is_exact({"difference": figure})]
+    wrong = [figure for figure in figures if figure != "NaN" and figure not in exact]
+    yield f"The largest difference that counts as exact is {max(exact):.1e}."
+    yield f"The smallest that counts as wrong is {min(wrong)}.\n"
     yield "## Summary\n"
     yield "How many rows are exact, of those that could be made. In brackets are those that an engine takes without a"
     yield "word and computes wrongly.\n"
