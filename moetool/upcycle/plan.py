@@ -194,14 +194,17 @@ def build_plan(
             holds no plain floating-point numbers.
     """
     dense_spec, dense = dense_config(readers[0].config)
-    settled = settle(recipe, dense, clients, beside(readers[0].folder))
+    near = beside(readers[0].folder)
+    settled = settle(recipe, dense, clients, near)  # before any tensor is looked at
+    sources = [check_tensors(readers[0], dense_spec, dense)]
+    if dense["tie_word_embeddings"] and LM_HEAD in sources[0]:  # it has a head of its own, whatever it says
+        settled = settle(recipe, dense | {"tie_word_embeddings": False}, clients, near)
     recipe, spec, moe, config = settled.recipe, settled.spec, settled.moe, settled.config
     for key, value in config.items():
         try:
             json.dumps(value, allow_nan=False)
         except ValueError:
             raise CheckpointError(f"config.json: {key} is {str(value)[:60]}; JSON has no NaN and no infinity") from None
-    sources = [check_tensors(readers[0], dense_spec, dense)]
     for reader in readers[1:]:
         other_spec, other = dense_config(reader.config)
         if other_spec is not dense_spec:
@@ -218,8 +221,6 @@ def build_plan(
     if not spec.ties:
         sources = [{LM_HEAD: source[EMBEDDING]} | source for source in sources]
     fills, tensors = lay_out(sources, spec, recipe, dense, moe)
-    if LM_HEAD in sources[0]:
-        config["tie_word_embeddings"] = False
     if spec.scaling_key:
         config[spec.scaling_key] = scales(recipe, spec)[0]
     dtypes = {fill.dtype for fill in fills if fill.kind not in ("router", "constant")}

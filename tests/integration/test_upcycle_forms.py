@@ -253,3 +253,25 @@ def test_what_transformers_could_not_load_is_refused(
     code, _, err = tiny.in_process("upcycle", dense, tmp_path / "moe")
     assert code == 1
     assert message in err
+
+
+@pytest.mark.parametrize("headless", [True, False])
+def test_a_multimodal_model_that_does_not_say_whether_it_is_tied(headless: bool, tmp_path: Path) -> None:
+    """Then what decides is whether there is a head."""
+    settings = MULTIMODAL["llava"][0]
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING["llava"](**settings))
+    dense, out, name = tmp_path / "dense", tmp_path / "moe", "language_model.lm_head.weight"
+    model.save_pretrained(dense)
+    config = json.loads((dense / "config.json").read_text())
+    for where in (config, config["text_config"]):
+        where.pop("tie_word_embeddings", None)
+    (dense / "config.json").write_text(json.dumps(config))
+    tensors = load_file(dense / "model.safetensors")
+    head = tensors.pop(name)
+    save_file(tensors if headless else tensors | {name: head}, dense / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = tiny.in_process("upcycle", dense, out, "--num-experts", 4)
+    assert code == 0, err
+    written = load_file(out / "model.safetensors")
+    assert ("lm_head.weight" not in written) if headless else written["lm_head.weight"].equal(head)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is headless

@@ -176,3 +176,16 @@ def test_what_only_a_tokenizer_lacks_is_said(tmp_path: Path) -> None:
     code, _, err = tiny.in_process("upcycle", dense, tmp_path / "moe", "--for", "llama.cpp")
     assert code == 1
     assert "--target ernie4_5_moe does where DENSE's tokenizer has tokenizer.model" in err
+
+
+def test_a_head_of_its_own_counts_as_one_whatever_config_json_says(tmp_path: Path) -> None:
+    """vLLM always ties a Cohere2 MoE, and would compute another model without a word."""
+    dense = tiny.save_dense("cohere2", tmp_path / "dense", tie_word_embeddings=False, sliding_window=128)
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    command = ("upcycle", dense, tmp_path / "moe", "--num-experts", 4)
+    code, _, err = tiny.in_process(*command, "--for", "vllm")
+    assert code == 1
+    assert "because it always ties the output head to the embedding" in err
+    assert json.loads(tiny.in_process(*command, "--json")[1])["clients"]["vllm"]
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["tie_word_embeddings"] is False

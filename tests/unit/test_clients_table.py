@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from moetool import registry
 from moetool.arch.clients import CLIENTS, obstacles
+from tests import tiny
 from tests.clients import page
 from tests.clients.cases import RECIPES, cases
 
@@ -35,6 +40,16 @@ def test_the_specs_say_what_was_measured(client: str) -> None:
             measured = verdict.get("difference", verdict.get("refused"))
             wrong.append(f"{name}: measured {str(measured)[:90]}, said {said or 'exact'}")
     assert not wrong, "\n".join(["", *wrong])
+
+
+@pytest.mark.parametrize("target", registry.names("target"))
+def test_what_was_measured_is_what_is_written_now(target: str, tmp_path: Path) -> None:
+    """Else the rows are of another program: run `make test-clients` again."""
+    case = next(case for case in cases() if case.target == target)
+    dense = tiny.save_dense(case.dense, tmp_path / "dense", **case.settings)
+    code, _, err = tiny.in_process("upcycle", dense, tmp_path / "moe", *case.command)
+    assert code == 0, err
+    assert json.loads((tmp_path / "moe" / "config.json").read_text()) == ROWS[case.name]["config"]
 
 
 def test_the_recipes_give_the_same_tokens_where_they_are_said_to_run() -> None:
