@@ -14,24 +14,14 @@ CLIENTS = {"transformers-4": "transformers 4.57", "vllm": "vLLM", "llama.cpp": "
 
 
 EVERY = frozenset(registry.names("target"))
-GRANITE = {"granitemoe", "granitemoehybrid", "granitemoe_swa"}
-LLAMA_CPP = {  # where positions scaled by yarn or linearly are exact in llama.cpp
-    "mixtral",
-    "qwen3_moe",
-    "ernie4_5_moe",
-    "lfm2_moe",
-    *GRANITE,
-}
+# Where positions scaled by yarn or linearly are exact in llama.cpp.
+LLAMA_CPP = {"mixtral", "qwen3_moe", "ernie4_5_moe", "lfm2_moe", "granitemoe", "granitemoehybrid", "granitemoe_swa"}
 # Client -> a way of scaling positions -> the families in which it was measured to be exact, unless their own limits say
 # otherwise. Without scaling, all are.
 SCALED: dict[str, dict[str, Collection[str]]] = {
     "transformers-4": {"llama3": EVERY, "yarn": EVERY, "linear": EVERY},
     "vllm": {"llama3": EVERY, "yarn": EVERY, "linear": EVERY, "longrope": {"mixtral"}},
-    "llama.cpp": {
-        "llama3": EVERY,
-        "yarn": LLAMA_CPP,
-        "linear": LLAMA_CPP,
-    },
+    "llama.cpp": {"llama3": EVERY, "yarn": LLAMA_CPP, "linear": LLAMA_CPP},
     "mlx": {"llama3": EVERY, "yarn": {"granitemoe", "dots1"}, "linear": {"granitemoe", "dots1"}},
 }
 

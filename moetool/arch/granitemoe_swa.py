@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from moetool.arch import granitemoe, granitemoehybrid
 from moetool.arch.limits import Limit, no_windows, some
-from moetool.arch.spec import ArchSpec, SharedExpert
+from moetool.arch.spec import SharedExpert
 from moetool.recipe import UpcycleRecipe
 
 
@@ -23,7 +24,8 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
 
 
 MOE = "model.layers.{layer}.block_sparse_moe"
-SPEC = ArchSpec(
+SPEC = replace(
+    granitemoe.SPEC,
     model_type="granitemoe_swa",
     architecture="GraniteMoeSWAForCausalLM",
     dense=("smollm3", "granite_swa", "mistral"),
@@ -33,18 +35,12 @@ SPEC = ArchSpec(
         "down": f"{MOE}.experts.down_proj",
     },
     router=f"{MOE}.router.weight",
-    num_experts_key="num_local_experts",
-    top_k_key="num_experts_per_tok",
-    units_key="intermediate_size",
     config_map=config_map,
-    ranked_by="logits",
     shared=SharedExpert(granitemoehybrid.SHARED_MLP),
-    biases="qkvo",
     windows="layer_types",
     sinks="self_attn.sinks",
     rotary_bases=True,
     scratch=False,
-    head_dim=False,
     limits=(
         Limit("transformers-4", "it does not know the family"),
         Limit("llama.cpp", "it stops where no layer has a sliding window", no_windows),

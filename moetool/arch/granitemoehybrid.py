@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from moetool.arch import granitemoe
 from moetool.arch.limits import Limit, none_of, rope
-from moetool.arch.spec import ArchSpec, SharedExpert
+from moetool.arch.spec import SharedExpert
 from moetool.recipe import UpcycleRecipe
 
 NO_LIMIT = [0.0, math.inf]  # of Mamba's time steps: what readers assume, and JSON has no word for
@@ -48,21 +49,14 @@ SHARED_MLP = {
     "up": f"{LAYER}.shared_mlp.input_linear.weight",
     "down": f"{LAYER}.shared_mlp.output_linear.weight",
 }
-SPEC = ArchSpec(
+SPEC = replace(
+    granitemoe.SPEC,
     model_type="granitemoehybrid",
     architecture="GraniteMoeHybridForCausalLM",
     dense=("qwen2", "granite", "llama", "granitemoehybrid"),
-    experts=granitemoe.SPEC.experts,
-    router=granitemoe.SPEC.router,
-    num_experts_key="num_local_experts",
-    top_k_key="num_experts_per_tok",
-    units_key="intermediate_size",
     config_map=config_map,
-    ranked_by="logits",
     shared=SharedExpert(SHARED_MLP, default=1),
-    biases="qkvo",
     zero_biases="qkvo",  # one switch for all four, and Qwen2 has three
-    head_dim=False,
     scratch=False,
     limits=(
         *(
