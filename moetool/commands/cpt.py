@@ -185,7 +185,14 @@ def cpt(
     gradient_checkpointing: Annotated[
         bool, _option(RUN, "Compute layers again in the backward pass: less memory, a third slower.")
     ] = False,
-    compile: Annotated[bool, _option(RUN, "With torch.compile: minutes at first, then faster.")] = False,
+    compile: Annotated[
+        bool | None,
+        _option(
+            RUN,
+            "Compile each layer with torch.compile: a minute at first, then faster.",
+            "on a GPU in bf16, without --liger",
+        ),
+    ] = None,
     liger: Annotated[bool, _option(RUN, "With liger-kernel's Triton kernels, on a GPU.")] = False,
     deterministic: Annotated[
         bool, _option(RUN, "Deterministic kernels alone, so that a GPU gives the same bits again.")

@@ -150,10 +150,15 @@ class RouterCapture:
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal checked, scoring
+            if torch.compiler.is_compiling():
+                # A place of the router's own: a shared list's length, or a layer's number, would have each layer
+                # compiled for itself.
+                module.compiled_output = read_output(output, type(module).__name__, -1)  # type: ignore[assignment]
+                return
             if self._routes is None:
                 return
             logits_TE, weights_TK, indices_TK = read_output(output, type(module).__name__, layer)
-            if not checked and not logits_TE.is_meta and not torch.compiler.is_compiling():
+            if not checked and not logits_TE.is_meta:
                 scoring, checked = ("probability" if _are_probabilities(logits_TE) else "softmax"), True
             route = Route(layer, logits_TE, weights_TK, indices_TK, scoring)
             # Not one callable for both: torch.compile would compile anew for the `append` of each new list.
@@ -177,6 +182,10 @@ class RouterCapture:
         self._routes, self._consume = routes, consume
         try:
             yield routes
+            for layer, router in self.routers.items():
+                if output := router.__dict__.pop("compiled_output", None):
+                    logits_TE, weights_TK, indices_TK = output
+                    routes.append(Route(layer, logits_TE, weights_TK, indices_TK, self.scoring[layer]))
         finally:
             self._routes, self._consume = before
 

@@ -57,7 +57,7 @@ class TrainConfig:
         freeze_router: the routers' weights stay as they are.
         precision: bf16 or fp32; by default bf16 on a GPU, fp32 on a CPU.
         gradient_checkpointing: compute each layer a second time in the backward instead of keeping it.
-        compile: with torch.compile.
+        compile: each layer with torch.compile; by default on a GPU in bf16, where the weights are not shared out.
         liger: with the kernels of liger-kernel.
         deterministic: torch's deterministic kernels alone.
         save_dtype: of saved checkpoints; auto is the source's.
@@ -102,7 +102,7 @@ class TrainConfig:
     freeze_router: bool = False
     precision: str = UNSET
     gradient_checkpointing: bool = False
-    compile: bool = False
+    compile: bool = UNSET
     liger: bool = False
     deterministic: bool = False
     save_dtype: str = "auto"
@@ -114,13 +114,16 @@ class TrainConfig:
     log_with: Sequence[str] = ()
     seed: int = 0
 
-    def resolve(self, max_seq_len: int, default_balance: Mapping[str, float], gpu: bool) -> TrainConfig:
+    def resolve(
+        self, max_seq_len: int, default_balance: Mapping[str, float], gpu: bool, compiled: bool = False
+    ) -> TrainConfig:
         """Fill in what depends on the model and the machine.
 
         Args:
             max_seq_len: the longest sequence that the model knows positions for.
             default_balance: for the model; empty when it is dense.
             gpu: whether it trains on a GPU.
+            compiled: whether layers are compiled there in bf16, if the user does not say.
 
         Raises:
             ConfigError: an option does not fit the model, or less than one step is asked for.
@@ -145,6 +148,8 @@ class TrainConfig:
             warmup = round((0.01 if self.warmup_ratio is None else self.warmup_ratio) * steps)
         min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
         every = max(1, steps // 10)
+        precision = self.precision or ("bf16" if gpu else "fp32")
+        compiled = compiled and gpu and precision == "bf16" and not self.liger
         return replace(
             self,
             replay_ratio=self.replay_ratio
@@ -161,7 +166,8 @@ class TrainConfig:
             constant_end=0.8 if self.constant_end is None else self.constant_end,
             warmup_steps=warmup,
             balance=dict(({} if self.freeze_router else default_balance) if self.balance is None else self.balance),
-            precision=self.precision or ("bf16" if gpu else "fp32"),
+            precision=precision,
+            compile=compiled if self.compile is None else self.compile,
             save_every=self.save_every or every,
             eval_every=self.eval_every or every,
         )

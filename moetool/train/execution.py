@@ -6,6 +6,7 @@ What is computed stays the same, to rounding.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
@@ -64,7 +65,16 @@ def apply_execution(config: TrainConfig, model: Any) -> None:
     if config.compile:
         # Routes are collected in the forward and not again in the recomputation, which is this side effect.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = config.gradient_checkpointing
-        model.compile()
+        _compile_layers(model)
+
+
+def _compile_layers(model: nn.Module) -> None:
+    """Compile each layer by itself: layers of one kind share what was compiled, so depth costs no time."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in layers or [model]:
+        module.compile()
 
 
 def _check_liger(model_type: str, device: torch.device) -> None:
@@ -145,11 +155,11 @@ def executing(config: TrainConfig) -> Iterator[None]:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         if config.deterministic and "deterministic" in reason:
             raise ConfigError(f"--deterministic: {reason}; leave it out") from None
-        if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise ConfigError(f"--compile: torch cannot compile this here: {reason}; leave it out") from None
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise ConfigError(f"--compile: torch cannot compile this here: {reason}; use --no-compile") from None
         raise
     finally:
         torch.use_deterministic_algorithms(before)
-        if config.compile:
+        if config.compile is not False and "torch._dynamo" in sys.modules:
             torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = False
             torch._dynamo.reset()  # another model of this process is not a recompilation of this one

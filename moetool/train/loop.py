@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moetool import __version__
 from moetool.checkpoint.model import load_model
@@ -30,15 +29,19 @@ from moetool.train.config import TrainConfig
 from moetool.train.execution import apply_execution, evaluating
 from moetool.train.export import publish, save_checkpoint, source_dtype
 from moetool.train.interrupt import noting
+from moetool.train.loss import chunked_loss, whole_loss
 from moetool.train.memory import peak_flops
 from moetool.train.metrics import MetricsLog, routing_row, summarize
+from moetool.train.mixed import cast_back, master_weights
 from moetool.train.optimizer import adamw
 from moetool.train.plan import describe, memory_warnings, untrained_routers, validation_warnings
 from moetool.train.processes import (
     Accelerator,
     accumulating,
     autocast,
+    is_mixed,
     is_sharded,
+    mean_gradients,
     number,
     prepare,
     sum_dtype,
@@ -47,7 +50,7 @@ from moetool.train.processes import (
     zero_stage,
 )
 from moetool.train.selection import is_selection_bias
-from moetool.train.validate import check_documents_apart, logits, validate
+from moetool.train.validate import check_documents_apart, validate
 
 
 class Run:
@@ -109,14 +112,18 @@ class Run:
             self.warnings += untrained_routers(self._core, self._capture, list(self._losses))
         if not config.cross_document:
             check_documents_apart(self._core)
-        apply_execution(config, self._core)
-        self._raw_optimizer = adamw(self._core, config)
         advice = resume.ADVICE if step else resume.FRESH
         if step or config.keep_optimizer:
             resume.load_weights(start, self._core, advice)
+        mixed = is_mixed(accelerator, config.precision)
+        masters = master_weights(self._core, self._capture) if mixed else None
+        self._language_loss = (chunked_loss(self._core) if mixed else None) or whole_loss
+        apply_execution(config, self._core)
+        self._raw_optimizer = adamw(masters.values() if masters else self._core.parameters(), config)
         self._model, self._optimizer = prepare(accelerator, self._core, self._raw_optimizer, config)
+        self._weights = masters or dict(self._core.named_parameters())
         if step or config.keep_optimizer:
-            resume.load_moments(start, self._core, self._raw_optimizer, advice, self._model)
+            resume.load_moments(start, self._weights, self._raw_optimizer, advice, self._model)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:  # only now: a command that is refused deletes nothing
             state.claim(config.out)
@@ -191,6 +198,8 @@ class Run:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad()
+        if is_mixed(self._accelerator, config.precision):
+            cast_back(self._weights, self._core)
         self.step += 1
 
         step_tokens = config.seq_len * config.global_batch_size
@@ -232,7 +241,9 @@ class Run:
             torch.manual_seed(micro.seed)
             with accumulating(accelerator, self._model, micro is batch[-1]):
                 sums = sums + self._forward_backward(micro, step_tokens, num_micro, world, step_counts)
-        norm = accelerator.clip_grad_norm_(self._model.parameters(), config.grad_clip or math.inf)
+        if is_mixed(accelerator, config.precision):
+            mean_gradients(accelerator, self._weights.values())
+        norm = accelerator.clip_grad_norm_(list(self._weights.values()), config.grad_clip or math.inf)
         # One reduction and one wait for the device a step.
         *values, grad_norm = torch.cat([accelerator.reduce(sums), number(norm.detach()).reshape(1).to(sums)]).tolist()
         loss = values[0] / step_tokens
@@ -260,10 +271,8 @@ class Run:
         """
         device = self._accelerator.device
         collect: AbstractContextManager[list[Route]] = self._capture.collect() if self._capture else nullcontext([])
-        with autocast(device, self.config.precision), collect as routes:
-            logits_BSV = logits(self._model, micro, device)
-        labels_T = micro.labels.flatten().to(device, non_blocking=True)
-        language_loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_T, reduction="sum")
+        with autocast(self._accelerator, self.config.precision), collect as routes:
+            language_loss = self._language_loss(self._model, micro, device)
         counts_LE = balance.count_routes(routes)
         counts = {"micro-batch": counts_LE}
         if any(strategy.scope == "step" for strategy in self._losses.values()):
@@ -295,7 +304,8 @@ class Run:
         for done, (name, stream) in enumerate(val.items()):
             progress("validate", done, len(val), name)
             with evaluating(self.config):
-                row["val"][name], routing = validate(self._core, self._capture, stream, self.config, self._accelerator)
+                of = self._core, self._capture, self._language_loss, stream, self.config, self._accelerator
+                row["val"][name], routing = validate(*of)
             if routing:
                 row.setdefault("routing", {})[name] = routing
         if val:
@@ -311,9 +321,9 @@ class Run:
         self._ahead = self._gradient()
         main = self._accelerator.is_main_process
         # Every process takes part in gathering, one tensor after the other; the main one keeps them.
-        gathered = ((name, whole(parameter)) for name, parameter in self._core.named_parameters())
+        gathered = ((name, whole(parameter)) for name, parameter in self._weights.items())
         weights = {name: tensor for name, tensor in gathered if main}
-        moments = {key: tensor for key, tensor in resume.moments(self._core, self._raw_optimizer) if main}
+        moments = {key: tensor for key, tensor in resume.moments(self._weights, self._raw_optimizer) if main}
 
         def fill(folder: Path) -> None:
             entry = {"command": "cpt", "moetool": __version__, "torch": torch.__version__, "seed": self.config.seed}

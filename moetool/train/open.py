@@ -18,7 +18,7 @@ from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
 from moetool.train.execution import check_execution, executing
 from moetool.train.loop import Run
-from moetool.train.processes import agreed, make_accelerator, zero_stage
+from moetool.train.processes import agreed, is_sharded, make_accelerator, zero_stage
 
 
 @contextmanager
@@ -46,7 +46,8 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Run | dict[str,
     model = skeleton(config.model)
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     default_balance = balance.parse([]) if has_routers(model) else {}
-    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda")
+    whole = not is_sharded(accelerator) and not zero_stage(accelerator)
+    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=whole)
     check_batches(config.global_batch_size, config.micro_batch_size, accelerator.num_processes)
     balance.check(config, model)
     check_execution(config, model, accelerator.device)

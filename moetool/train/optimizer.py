@@ -1,6 +1,8 @@
-"""AdamW over a model's parameters."""
+"""AdamW over the weights of a run."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -10,13 +12,13 @@ from moetool.train.config import TrainConfig
 EPSILON = 1e-8
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
     Tensors of two or more dimensions decay (projections, experts, routers, embeddings), norms and
     biases do not, as in Megatron-LM and GPT-NeoX. The learning rate is set before each update.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},

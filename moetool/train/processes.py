@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,9 +152,24 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no double precision
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Arithmetic in bf16 over fp32 weights, or in fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def is_mixed(accelerator: Accelerator, precision: str) -> bool:
+    """Whether a process holds bf16 weights beside fp32 ones (mixed.py): bf16, and whole weights."""
+    return precision == "bf16" and not is_sharded(accelerator) and not zero_stage(accelerator)
+
+
+def autocast(accelerator: Accelerator, precision: str) -> torch.autocast:
+    """bf16 arithmetic over fp32 weights, where FSDP or DeepSpeed shares these out."""
+    enabled = precision == "bf16" and not is_mixed(accelerator, precision)
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=enabled)
+
+
+def mean_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of a step over the processes, where no wrapper of the model does."""
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= accelerator.num_processes
 
 
 def prepare(
@@ -168,6 +183,8 @@ def prepare(
         optimizer: over its parameters.
         config: of the run.
     """
+    if is_mixed(accelerator, config.precision):  # DDP would reduce bf16 gradients, a micro-batch's at a time
+        return model, optimizer
     if stage := zero_stage(accelerator):
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings.update(zero.configured(settings, config, accelerator.num_processes))

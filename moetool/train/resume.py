@@ -63,14 +63,14 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+def moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """The optimizer's moments as (`parameter/moment`, tensor on the CPU); all processes must walk through.
 
     Args:
-        model: not wrapped.
-        optimizer: over its parameters.
+        parameters: that it updates, by name.
+        optimizer: over them.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         of = zero.moments(parameter, optimizer) if zero.is_updated(parameter) else optimizer.state.get(parameter, {})
         for key, value in of.items():
             yield f"{name}/{key}", whole(value)
@@ -140,21 +140,24 @@ def load_weights(folder: Path, model: nn.Module, advice: str) -> None:
 
 @torch.no_grad()
 def load_moments(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, advice: str, wrapped: Any = None
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    advice: str,
+    wrapped: Any = None,
 ) -> None:
     """Put the moments of a step folder into an optimizer.
 
     Args:
         folder: the step folder.
-        model: not wrapped; its parameters may be sharded.
-        optimizer: over its parameters.
+        parameters: that it updates, by name; they may be sharded.
+        optimizer: over them.
         advice: what to do when they do not fit.
         wrapped: DeepSpeed's engine, where it shares the moments out.
 
     Raises:
         CheckpointError: they are absent, damaged, or of a model with other parameters.
     """
-    parameters = dict(model.named_parameters())
     with _told(folder, advice):
         found: dict[nn.Parameter, dict[str, Tensor]] = {}
         for key, value in load_file(folder / STATE / "optimizer.safetensors").items():

@@ -10,33 +10,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moetool.data.tokens import TokenStream
 from moetool.errors import ConfigError
 from moetool.routing.capture import Route, RouterCapture
 from moetool.train.batches import IGNORED, MicroBatch, validation_batches
 from moetool.train.config import TrainConfig
+from moetool.train.loss import LanguageLoss, logits
 from moetool.train.metrics import routing_row
 from moetool.train.processes import Accelerator, autocast, sum_dtype
 
 
-def logits(model: Any, batch: MicroBatch, device: torch.device) -> Tensor:
-    """Logits of a batch, (B, S, V). Places that begin anew make transformers keep documents apart."""
-    apart = {} if batch.positions is None else {"position_ids": batch.positions.to(device, non_blocking=True)}
-    out: Tensor = model(input_ids=batch.inputs.to(device, non_blocking=True), use_cache=False, **apart).logits
-    return out
-
-
 @torch.no_grad()
 def validate(
-    model: Any, capture: RouterCapture | None, stream: TokenStream, config: TrainConfig, accelerator: Accelerator
+    model: Any,
+    capture: RouterCapture | None,
+    language_loss: LanguageLoss,
+    stream: TokenStream,
+    config: TrainConfig,
+    accelerator: Accelerator,
 ) -> tuple[float, dict[str, Any] | None]:
     """Loss and routing of one validation set.
 
     Args:
         model: in evaluation mode; not wrapped for gradients.
         capture: on its routers; None for a dense model.
+        language_loss: see loss.py.
         stream: the set.
         config: of the run.
         accelerator: its processes, which must all call.
@@ -49,11 +48,9 @@ def validate(
     counts_LE: Tensor | None = None
     for batch in validation_batches(stream, config, accelerator.process_index, accelerator.num_processes):
         collect: AbstractContextManager[list[Route]] = capture.collect() if capture else nullcontext([])
-        with autocast(device, config.precision), collect as routes:
-            logits_BSV = logits(model, batch, device)
-        labels_T = batch.labels.flatten().to(device)
-        predicted_T = labels_T != IGNORED
-        loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_T, ignore_index=IGNORED, reduction="sum")
+        with autocast(accelerator, config.precision), collect as routes:
+            loss = language_loss(model, batch, device)
+        predicted_T = batch.labels.flatten().to(device) != IGNORED
         sums += torch.stack([loss.to(sums), predicted_T.sum().to(sums)])
         if routes:
             counted = torch.stack([_counts(route, predicted_T) for route in routes])

@@ -136,7 +136,7 @@ def test_gradient_checkpointing_counts_once_and_keeps_the_gradient(mixtral: Any,
         forward = torch.compile(model, backend="eager") if compiled else model
         with capture.collect() as routes:
             loss = forward(ids, labels=ids, use_cache=False).loss
-            balance = torch.stack([route.probabilities_TE()[:, 0].mean() for route in routes]).sum()
+        balance = torch.stack([route.probabilities_TE()[:, 0].mean() for route in routes]).sum()
         (loss + balance).backward()
         stats = RoutingStats.like(routes)
         stats.update(routes)

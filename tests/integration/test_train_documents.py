@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moetool.errors import ConfigError
 from moetool.train.batches import MicroBatch, micro_batches, mix, open_corpus
 from moetool.train.config import TrainConfig
-from moetool.train.validate import check_documents_apart, logits
+from moetool.train.loss import logits
+from moetool.train.validate import check_documents_apart
 from tests import tiny
 
 SIZES: dict[str, Any] = {

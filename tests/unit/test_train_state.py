@@ -32,7 +32,7 @@ def fill(folder: Path) -> None:
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, advice: str) -> None:
     resume.load_weights(folder, model, advice)
-    resume.load_moments(folder, model, optimizer, advice)
+    resume.load_moments(folder, dict(model.named_parameters()), optimizer, advice)
 
 
 def test_step_folders_appear_whole_and_the_oldest_go(tmp_path: Path) -> None:
@@ -64,13 +64,13 @@ def test_training_state_round_trip(tmp_path: Path) -> None:
 
     config = TrainConfig(model=Path("m"), out=Path("o"), train={})
     one, two = model(), model()
-    optimizer, other = adamw(one, config), adamw(two, config)
+    optimizer, other = adamw(one.parameters(), config), adamw(two.parameters(), config)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     one(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     weights = {name: whole(parameter) for name, parameter in one.named_parameters()}
-    resume.save(tmp_path, dict(resume.moments(one, optimizer)), weights, 1, {"seed": 0})
+    resume.save(tmp_path, dict(resume.moments(dict(one.named_parameters()), optimizer)), weights, 1, {"seed": 0})
     load(tmp_path, two, other, "do this")
     assert resume.read_identity(tmp_path) == {"seed": 0}
     for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
@@ -94,10 +94,10 @@ def test_moments_of_what_is_frozen_are_left(tmp_path: Path) -> None:
     one, two = nn.Linear(4, 3), nn.Linear(4, 3)
     two.bias.requires_grad_(False)
     config = TrainConfig(model=Path("m"), out=Path("o"), train={})
-    optimizer, fresh = adamw(one, config), adamw(two, config)
+    optimizer, fresh = adamw(one.parameters(), config), adamw(two.parameters(), config)
     one(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    resume.save(tmp_path, dict(resume.moments(one, optimizer)), None, 1, {})
+    resume.save(tmp_path, dict(resume.moments(dict(one.named_parameters()), optimizer)), None, 1, {})
     load(tmp_path, two, fresh, "do this")
     assert set(fresh.state) == {two.weight}
 
@@ -113,12 +113,12 @@ def test_moments_of_what_is_frozen_are_left(tmp_path: Path) -> None:
 def test_moments_of_another_model_are_refused(tmp_path: Path, model: nn.Module, reason: str) -> None:
     one = nn.Sequential(nn.Linear(4, 3))
     config = TrainConfig(model=Path("m"), out=Path("o"), train={})
-    optimizer = adamw(one, config)
+    optimizer = adamw(one.parameters(), config)
     one(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    resume.save(tmp_path, dict(resume.moments(one, optimizer)), None, 1, {})
+    resume.save(tmp_path, dict(resume.moments(dict(one.named_parameters()), optimizer)), None, 1, {})
     with pytest.raises(CheckpointError, match=reason):
-        load(tmp_path, model, adamw(model, config), "do this")
+        load(tmp_path, model, adamw(model.parameters(), config), "do this")
 
 
 def run_folder(out: Path) -> list[Path]:
@@ -182,7 +182,7 @@ def test_weight_decay_is_for_matrices_and_decoupled() -> None:
     model = nn.Linear(1, 1)
     nn.init.ones_(model.weight)
     nn.init.ones_(model.bias)
-    optimizer = adamw(model, TrainConfig(model=Path("m"), out=Path("o"), train={}, weight_decay=0.5))
+    optimizer = adamw(model.parameters(), TrainConfig(model=Path("m"), out=Path("o"), train={}, weight_decay=0.5))
     model.weight.grad, model.bias.grad = torch.zeros(1, 1), torch.zeros(1)
     for group in optimizer.param_groups:
         group["lr"] = 0.1

@@ -1,0 +1,71 @@
+"""Training in bf16: weights of the forward in bf16, everything that adds up in fp32.
+
+Micikevicius et al. 2018 (Mixed Precision Training, arXiv 1710.03740), with bf16's range instead of a loss scale. The
+residual stream is bf16. Routers, the statistics of norms, the loss and all sums stay fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetool.routing.capture import RouterCapture
+
+
+def master_weights(model: nn.Module, capture: RouterCapture | None) -> dict[str, nn.Parameter]:
+    """Cast a model to bf16, and keep what its optimizer updates: fp32 weights, which gather fp32 gradients.
+
+    A micro-batch's gradient is bf16. It is added to the fp32 one as soon as it is known, and freed. Routers stay fp32
+    and compute in fp32, whatever their input is, because a rounded logit can choose another expert. Buffers, such as
+    selection biases and rotary frequencies, stay as they are.
+
+    Args:
+        model: fp32; is changed in place.
+        capture: on its routers; None for a dense model.
+
+    Returns:
+        Every parameter by name: the fp32 weight whose `grad` is the sum over micro-batches. For routers and what is
+        not trained it is the model's own parameter.
+    """
+    routers = list(capture.routers.values()) if capture else []
+    for router in routers:
+        router.register_forward_pre_hook(_in_float32)
+    exact = {id(parameter) for router in routers for parameter in router.parameters()}
+    masters: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        masters[name] = parameter
+        if id(parameter) in exact or not parameter.requires_grad:
+            continue
+        masters[name] = nn.Parameter(parameter.data)
+        parameter.data = parameter.data.bfloat16()
+        parameter.register_post_accumulate_grad_hook(_adding_to(masters[name]))
+    return masters
+
+
+def _in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
+    )
+
+
+def _adding_to(master: nn.Parameter) -> Callable[[Tensor], None]:
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    return add
+
+
+@torch.no_grad()
+def cast_back(masters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    """After an update: the model's bf16 weights are the rounded fp32 ones."""
+    cast = {name: parameter for name, parameter in model.named_parameters() if masters[name] is not parameter}
+    if cast:
+        torch._foreach_copy_(list(cast.values()), [masters[name] for name in cast])
