@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,11 +39,12 @@ from tests.benchmarks.gpu_models import LR, flops_per_token, geometry
 
 ROOT = Path(__file__).parents[2]
 MODELS = {"qwen3": "0.6B x 8", "mistral": "Mixtral, 2 layers"}
-SEQ_LEN, BATCH, STEPS, STEP_SECONDS = 4096, 8, 13, 25
+SEQ_LEN, BATCH, STEPS, STEP_SECONDS = 4096, 8, 13, 18
 # Largest differences from fp32 that pass: of a loss, of a router's gradient (norm of the difference over the norm).
 LOSS_BOUND, GRADIENT_BOUND = 0.01, 0.15
 # Share of the routes that may differ from a bare forward in the same precision: ties break either way.
 ROUTES_BOUND = 0.005
+CHECKPOINTING = "--gradient-checkpointing"
 Rows = list[dict[str, Any]]
 
 
@@ -112,7 +114,7 @@ class Bench:
             raise FailedError(f"no end after {seconds:.0f} s: {' '.join(map(str, arguments))[:300]}")
         return stdout
 
-    def job(self, name: str, timeout: float = 120, **arguments: Any) -> dict[str, Any]:
+    def job(self, name: str, arguments: dict[str, Any], timeout: float = 120) -> dict[str, Any]:
         """Run one of `gpu_models`' jobs; returns its document."""
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
         stdout = self.run("-m", "tests.benchmarks.gpu_models", name, json.dumps(plain), timeout=timeout)
@@ -203,20 +205,22 @@ def models(bench: Bench) -> Rows:
         shutil.rmtree(source)
         return {"gb": size / 1e9}
 
-    characters = 200_000 if bench.tiny else 4_000_000
+    def both(family: str) -> Rows:
+        title, source = MODELS[family], folder / f"{family}-dense"
+        return [
+            once(f"{title}: dense", source, lambda: bench.job("dense", {"folder": source, "family": family, **common})),
+            once(f"{title}: upcycle", folder / family, lambda: upcycle(family)),
+        ]
+
+    characters = 200_000 if bench.tiny else 2_500_000
     common = {"tokenizer": bench.tokenizer, "tiny": bench.tiny}
-    rows = [
-        once("text", bench.text, lambda: bench.job("text", 60, file=bench.text, tokenizer=bench.tokenizer,
-                                                   characters=characters)),
-        once("checked", folder / "checked", lambda: bench.job("checked", folder=folder / "checked", **common)),
-    ]  # fmt: skip
-    for family, title in MODELS.items():
-        target = folder / f"{family}-dense"
-        rows.append(
-            once(f"{title}: dense", target, lambda f=family, t=target: bench.job("dense", folder=t, family=f, **common))  # type: ignore[misc]
-        )
-        rows.append(once(f"{title}: upcycle", folder / family, lambda f=family: upcycle(f)))  # type: ignore[misc]
-    return rows
+    made = {"file": bench.text, "tokenizer": bench.tokenizer, "characters": characters}
+    small = {"folder": folder / "checked", **common}
+    rows = [once("text", bench.text, lambda: bench.job("text", made))]
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(both, family) for family in MODELS]
+        rows.append(once("small Mixtral of the checks", folder / "checked", lambda: bench.job("checked", small)))
+        return rows + [row for each in running for row in each.result()]
 
 
 def speed(bench: Bench, family: str, micro: int, *options: str, save: bool = False) -> dict[str, Any]:
@@ -224,7 +228,7 @@ def speed(bench: Bench, family: str, micro: int, *options: str, save: bool = Fal
     out = bench.folder / "run"
     batch = BATCH // 4 if bench.tiny else BATCH
     micro = min(micro, batch)
-    length = bench.steps if save else 1000
+    length = 2 if save else 1000
     settings = {} if save else {"steps": bench.steps, "seconds": STEP_SECONDS}
     size = ["--seq-len", bench.seq_len, "--global-batch-size", batch, "--micro-batch-size", micro]
     often = ["--max-steps", length, "--save-every", length, "--warmup-steps", 0, "--no-resume"]
@@ -270,23 +274,25 @@ def read_metrics(out: Path) -> Rows:
 
 
 def throughput(bench: Bench) -> Rows:
-    """The arms of the published figures; then what --compile or --no-compile changes, whichever is no default."""
-    arms: list[tuple[str, int, tuple[str, ...], bool]] = [
-        ("qwen3", 1, ("--gradient-checkpointing",), False),
-        ("mistral", 2, (), False),
-        ("qwen3", 4, ("--gradient-checkpointing",), False),
-        ("qwen3", 1, (), False),
+    """The arms of the published figures, and a save."""
+    arms: list[tuple[str, int, tuple[str, ...]]] = [
+        ("qwen3", 1, (CHECKPOINTING,)),
+        ("mistral", 2, ()),
+        ("qwen3", 4, (CHECKPOINTING,)),
+        ("qwen3", 1, ()),
     ]
-    for switch in ("--compile", "--no-compile"):
-        if bench.has(switch) and not bench.default(switch):
-            arms += [("qwen3", 1, ("--gradient-checkpointing", switch), False), ("mistral", 2, (switch,), False)]
-    arms.append(("qwen3", 1, ("--gradient-checkpointing", "--max-steps", "2"), True))
-    return [arm(bench, *each) for each in arms]
+    return [*(arm(bench, *each) for each in arms), arm(bench, "qwen3", 1, (CHECKPOINTING,), save=True)]
 
 
-def arm(bench: Bench, family: str, micro: int, options: tuple[str, ...], save: bool) -> dict[str, Any]:
-    shown = "save" if save else " ".join(option.removeprefix("--") for option in options)
-    name = f"{MODELS[family]}, micro-batch {micro}{', ' if shown else ''}{shown}"
+def switches(bench: Bench) -> list[str]:
+    """Of --compile and --no-compile those that cpt has and that are no default; in small none, they take minutes."""
+    both = ("--compile", "--no-compile")
+    return [switch for switch in both if not bench.tiny and bench.has(switch) and not bench.default(switch)]
+
+
+def arm(bench: Bench, family: str, micro: int, options: tuple[str, ...], save: bool = False) -> dict[str, Any]:
+    shown = "save" if save else " ".join(options)
+    name = ", ".join([MODELS[family], f"micro-batch {micro}", *([shown] if shown else [])])
     return attempt(bench, name, lambda: speed(bench, family, micro, *options, save=save))
 
 
@@ -297,7 +303,7 @@ def bare(bench: Bench) -> Rows:
     def work() -> dict[str, Any]:
         model = bench.folder / "qwen3"
         sizes = {"seq_len": bench.seq_len, "batch": batch, "steps": steps}
-        seen = bench.job("bare", 150, model=model, file=bench.text, **sizes)
+        seen = bench.job("bare", {"model": model, "file": bench.text, **sizes}, 150)
         tokens = batch * bench.seq_len / statistics.median(seen["step_seconds"][1:])
         flops = peak_flops(bench)
         shape = geometry("qwen3", bench.tiny)
@@ -331,26 +337,18 @@ def checks(bench: Bench) -> Rows:
 
     kept = ["--deterministic", "--save-every", 3, "--keep-checkpoints", 1]
     variants: dict[str, tuple[str, ...]] = {"bf16": ()}
-    for switch in ("--compile", "--no-compile"):
-        if bench.has(switch) and not bench.default(switch):
-            variants[f"bf16 {switch}"] = (switch,)
+    variants |= {f"bf16 {switch}": (switch,) for switch in switches(bench)}
     if bench.gpu and find_spec("liger_kernel"):
         variants["bf16 --liger"] = ("--liger",)
-    jobs: dict[str, Callable[[], Any]] = {
-        "fp32": lambda: compared("fp32", "--precision", "fp32"),
-        **{
-            name: lambda n=name, o=options: compared(n.replace(" ", ""), "--precision", "bf16", *o)  # type: ignore[misc]
-            for name, options in variants.items()
-        },
-        "whole": lambda: run("whole", {}, *kept),
-        "killed": lambda: run("killed", {"kill": 5}, *kept),
+    jobs: dict[str, Callable[[], Path]] = {
+        "whole": partial(run, "whole", {}, *kept),
+        "killed": partial(run, "killed", {"kill": 5}, *kept),
+        "fp32": partial(compared, "fp32", "--precision", "fp32"),
     }
+    for name, options in variants.items():
+        jobs[name] = partial(compared, name.replace(" ", ""), "--precision", "bf16", *options)
     with ThreadPoolExecutor(6 if bench.gpu else 2) as pool:
         running = {name: pool.submit(job) for name, job in jobs.items()}
-        rows = [
-            attempt(bench, f"{name} against fp32", lambda n=name: difference(running["fp32"].result(), running[n].result()))  # type: ignore[misc]
-            for name in variants
-        ]  # fmt: skip
 
         def resumed() -> dict[str, Any]:
             running["killed"].result()
@@ -360,8 +358,11 @@ def checks(bench: Bench) -> Rows:
             run("killed", {}, *kept)
             return {"killed_after": before, **same(running["whole"].result(), folder / "killed")}
 
-        rows.append(attempt(bench, "killed and resumed, --deterministic", resumed))
-    return rows
+        def against(name: str) -> dict[str, Any]:
+            return difference(running["fp32"].result(), running[name].result())
+
+        rows = [attempt(bench, "killed and resumed, --deterministic", resumed)]
+        return rows + [attempt(bench, f"{name} against fp32", partial(against, name)) for name in variants]
 
 
 def difference(exact: Path, other: Path) -> dict[str, Any]:
@@ -391,35 +392,27 @@ def same(one: Path, two: Path) -> dict[str, Any]:
 
     weights = digests(one) == digests(two) != {}
     losses = [[row["loss"] for row in read_metrics(out)] for out in (one, two)]
-    return {
-        "weights_equal": weights,
-        "losses_equal": losses[0] == losses[1],
-        "holds": weights and losses[0] == losses[1],
-    }
+    equal = losses[0] == losses[1]
+    return {"weights_equal": weights, "losses_equal": equal, "holds": weights and equal}
 
 
 def profile(bench: Bench) -> Rows:
     """One step of each model under torch.profiler: where its time goes."""
+    arms = {"qwen3": (1, (CHECKPOINTING,)), "mistral": (2, ())}
+    return [attempt(bench, MODELS[name], partial(profiled, bench, name, *arms[name])) for name in arms]
 
-    def work(family: str, micro: int, *options: str) -> dict[str, Any]:
-        out = bench.folder / "run"
-        batch = ["--seq-len", bench.seq_len, "--global-batch-size", 2, "--micro-batch-size", micro]
-        length = ["--max-steps", 1000, "--save-every", 1000, "--no-resume"]
-        settings = {"steps": 3, "profile": 3}
-        try:
-            seen = bench.cpt(bench.folder / family, out, settings, *batch, *length, *options, timeout=150)
-        finally:
-            shutil.rmtree(out, ignore_errors=True)
-        found: dict[str, Any] = seen["profile"]
-        show_profile(f"{MODELS[family]}: one step of 2 sequences", found)
-        plain = {key: found[key] for key in ("cpu_seconds", "gpu_seconds", "kernels")}
-        return {**plain, "step_seconds": seen["step_seconds"][1], "operations": found["operations"],
-                "top_kernels": found["top_kernels"]}  # fmt: skip
 
-    return [
-        attempt(bench, MODELS["qwen3"], lambda: work("qwen3", 1, "--gradient-checkpointing")),
-        attempt(bench, MODELS["mistral"], lambda: work("mistral", 2)),
-    ]
+def profiled(bench: Bench, family: str, micro: int, options: tuple[str, ...]) -> dict[str, Any]:
+    out = bench.folder / "run"
+    batch = ["--seq-len", bench.seq_len, "--global-batch-size", 2, "--micro-batch-size", micro]
+    length = ["--max-steps", 1000, "--save-every", 1000, "--no-resume"]
+    try:
+        seen = bench.cpt(bench.folder / family, out, {"steps": 3, "profile": 3}, *batch, *length, *options)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    found: dict[str, Any] = seen["profile"]
+    show_profile(f"{MODELS[family]}: one step of 2 sequences", found)
+    return {**found, "step_seconds": seen["step_seconds"][1]}
 
 
 def routing(bench: Bench) -> Rows:
@@ -432,7 +425,8 @@ def routing(bench: Bench) -> Rows:
         sizes = ["--max-tokens", num_tokens, "--seq-len", seq_len, "--batch-size", batch, "--no-unit-use"]
         report = bench.moetool("analyze-routing", model, "--data", f"text={bench.text}", "--out", out, *sizes)
         seconds = time.perf_counter() - began
-        plain = bench.job("routes", model=model, file=bench.text, num_tokens=num_tokens, seq_len=seq_len, batch=batch)
+        windows = {"num_tokens": num_tokens, "seq_len": seq_len, "batch": batch}
+        plain = bench.job("routes", {"model": model, "file": bench.text, **windows})
         domain = report["domains"]["text"]
         worst = 0.0
         for layer, counts in zip(domain["layers"], plain["counts"], strict=True):
@@ -473,14 +467,15 @@ def quickstart(bench: Bench) -> Rows:
 
 def options(bench: Bench) -> Rows:
     """What cpt's options for speed and memory give, of those that it has."""
-    arms: list[tuple[str, ...]] = []
+    arms: list[tuple[str, ...]] = [(switch,) for switch in switches(bench)]
     if bench.gpu and find_spec("liger_kernel"):
         arms.append(("--liger",))
     if bench.has("--moments"):
         arms += [("--moments", "8bit"), ("--moments", "bf16")]
     if bench.has("--no-master-weights"):
         arms.append(("--moments", "8bit", "--no-master-weights"))
-    return [arm(bench, "qwen3", 1, ("--gradient-checkpointing", *each), False) for each in arms]
+    rows = [arm(bench, "qwen3", 1, (CHECKPOINTING, *each)) for each in arms]
+    return rows + [arm(bench, "mistral", 2, (switch,)) for switch in switches(bench)]
 
 
 PARTS: dict[str, Callable[[Bench], Rows]] = {
@@ -547,7 +542,7 @@ def show(document: dict[str, Any]) -> None:
     for part, entry in document["parts"].items():
         for row in entry["rows"]:
             cells = [cell(key, row.get(key)) for key in COLUMNS]
-            table.add_row(part, row["name"], *cells, f"{row['wall_seconds']:.0f}", remark(row), end_section=False)
+            table.add_row(part, row["name"], *cells, f"{row['wall_seconds']:.0f}", remark(row))
         if not entry["rows"]:
             table.add_row(part, "", *[""] * len(COLUMNS), "", entry["status"])
     console().print(table)
@@ -564,8 +559,9 @@ def cell(key: str, value: Any) -> str:
 def remark(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         return str(row.get("error") or row["status"]).splitlines()[-1][:80]
-    told = ("loss_difference", "gradient_difference", "routes_difference", "copies_difference", "killed_after")
-    told += ("weights_equal", "losses_equal", "gb", "cpu_seconds", "gpu_seconds", "command_seconds")
+    told = ["loss_difference", "gradient_difference", "routes_difference", "copies_difference", "killed_after"]
+    told += ["weights_equal", "losses_equal", "gb", "step_seconds", "cpu_seconds", "gpu_seconds", "kernels"]
+    told += ["command_seconds", "bare_load_seconds", "bare_forward_seconds", "estimate_over_peak", "steps"]
     return ", ".join(f"{key.replace('_', ' ')} {number(row[key])}" for key in told if row.get(key) is not None)
 
 

@@ -138,11 +138,11 @@ def profiled(step: Any) -> tuple[Any, dict[str, Any]]:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
     averages = profiler.key_averages()
-    on_cpu = [event for event in averages if event.device_type == torch.autograd.DeviceType.CPU]
+    on_cpu = [event for event in averages if event.device_type.name == "CPU"]
     kernels = [
         event
         for event in averages
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
     ]
 
     def own(event: Any) -> float:
