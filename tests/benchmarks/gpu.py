@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -62,19 +62,22 @@ class Bench:
     Attributes:
         folder: models, text and runs.
         tiny: everything in small.
+        name: of the GPU, or CPU.
         gpu: whether there is one.
+        flops: dense bf16 operations a second of the card, as moetool counts them; None if it does not know.
         help: of `moetool cpt`, to know which options there are.
     """
 
     def __init__(self, folder: Path, tiny: bool, budget: float) -> None:
-        import torch
-
-        self.folder, self.tiny, self.gpu = folder, tiny, torch.cuda.is_available()
-        self.name = torch.cuda.get_device_name() if self.gpu else "CPU"
+        self.folder, self.tiny = folder, tiny
         self._end = time.monotonic() + budget
         self._help: str | None = None
         self.seq_len, self.steps = (64, 6) if tiny else (SEQ_LEN, STEPS)
         self.text, self.tokenizer = folder / "text.jsonl", folder / "tokenizer"
+        # Asked in a process of its own: this one takes none of the GPU's memory.
+        found = attempt(self, "machine", lambda: self.job("machine", {}))
+        self.name, self.flops = str(found.get("device", "unknown")), found.get("flops")
+        self.gpu = self.name not in ("CPU", "unknown")
 
     def left(self) -> float:
         return self._end - time.monotonic()
@@ -215,7 +218,7 @@ def models(bench: Bench) -> Rows:
     characters = 200_000 if bench.tiny else 2_500_000
     common = {"tokenizer": bench.tokenizer, "tiny": bench.tiny}
     made = {"file": bench.text, "tokenizer": bench.tokenizer, "characters": characters}
-    small = {"folder": folder / "checked", **common}
+    small = {"folder": folder / "checked", "file": bench.text, **common}
     rows = [once("text", bench.text, lambda: bench.job("text", made))]
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(both, family) for family in MODELS]
@@ -240,7 +243,7 @@ def speed(bench: Bench, family: str, micro: int, *options: str, save: bool = Fal
     last = metrics[len(metrics) // 2 :]
     tokens = statistics.median(row["tokens_per_second"] for row in last)
     estimate, peak = seen["plan"]["memory"]["total"], seen.get("peak")
-    shape, flops = geometry(family, bench.tiny), peak_flops(bench)
+    shape, flops = geometry(family, bench.tiny), bench.flops
     return {
         "tokens_per_second": tokens,
         "mfu": statistics.median(row["mfu"] for row in last) if "mfu" in last[-1] else None,
@@ -256,15 +259,6 @@ def speed(bench: Bench, family: str, micro: int, *options: str, save: bool = Fal
         "loss": metrics[-1]["loss"],
         "parameters": seen["plan"]["num_parameters"],
     }
-
-
-def peak_flops(bench: Bench) -> float | None:
-    """Dense bf16 operations a second of the card, as moetool counts them."""
-    import torch
-
-    from moetool.train.memory import peak_flops
-
-    return peak_flops(torch.device("cuda"), "bf16") if bench.gpu else None
 
 
 def read_metrics(out: Path) -> Rows:
@@ -305,7 +299,7 @@ def bare(bench: Bench) -> Rows:
         sizes = {"seq_len": bench.seq_len, "batch": batch, "steps": steps}
         seen = bench.job("bare", {"model": model, "file": bench.text, **sizes}, 150)
         tokens = batch * bench.seq_len / statistics.median(seen["step_seconds"][1:])
-        flops = peak_flops(bench)
+        flops = bench.flops
         shape = geometry("qwen3", bench.tiny)
         return {
             "tokens_per_second": tokens,
@@ -593,9 +587,14 @@ def main() -> int:
             "seconds": 0.0,
             "parts": {},
         }
+        # The quickstart is timed beside the checks where there are processors for both.
+        background = ThreadPoolExecutor(1)
+        early: dict[str, Future[dict[str, Any]]] = {}
         for part, work in PARTS.items():
             if part in chosen:
-                document["parts"][part] = run_part(bench, part, work)
+                if part == "checks" and "quickstart" in chosen and (os.cpu_count() or 1) >= 8:
+                    early["quickstart"] = background.submit(run_part, bench, "quickstart", quickstart)
+                document["parts"][part] = early[part].result() if part in early else run_part(bench, part, work)
                 document["seconds"] = time.perf_counter() - began
                 arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     finally:

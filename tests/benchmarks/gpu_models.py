@@ -1,6 +1,6 @@
 """What `tests.benchmarks.gpu` runs on: its models, its text, and the loops that a user would write.
 
-    python -m tests.benchmarks.gpu_models dense|checked|text|bare|routes JSON
+    python -m tests.benchmarks.gpu_models machine|text|dense|checked|bare|routes JSON
 
 Each is a process of its own; the last line of its output is one JSON document.
 """
@@ -102,10 +102,22 @@ def dense(folder: str, tokenizer: str, family: str, tiny: bool) -> dict[str, Any
     return save_random(family, geometry(family, tiny), Path(folder), Path(tokenizer), "bfloat16")
 
 
-def checked(folder: str, tokenizer: str, tiny: bool) -> dict[str, Any]:
-    """A small Mixtral in fp32, for the checks."""
+def machine() -> dict[str, Any]:
+    """The GPU's name, and the bf16 operations a second that moetool knows of it."""
+    import torch
+
+    from moetool.train.memory import peak_flops
+
+    if not torch.cuda.is_available():
+        return {"device": "CPU", "flops": None}
+    return {"device": torch.cuda.get_device_name(), "flops": peak_flops(torch.device("cuda"), "bf16")}
+
+
+def checked(folder: str, tokenizer: str, file: str, tiny: bool) -> dict[str, Any]:
+    """A small Mixtral in fp32, for the checks; the text's tokens are in the cache from then on."""
     shape = (TINY if tiny else CHECKED) | {"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K}
-    return save_random("mixtral", shape, Path(folder), Path(tokenizer), "float32")
+    made = save_random("mixtral", shape, Path(folder), Path(tokenizer), "float32")
+    return made | {"tokens": len(tokens(folder, file))}
 
 
 def text(file: str, tokenizer: str, characters: int) -> dict[str, Any]:
@@ -184,7 +196,7 @@ def routes(model: str, file: str, num_tokens: int, seq_len: int, batch: int) -> 
     }
 
 
-JOBS = {"dense": dense, "checked": checked, "text": text, "bare": bare, "routes": routes}
+JOBS = {"machine": machine, "dense": dense, "checked": checked, "text": text, "bare": bare, "routes": routes}
 
 
 if __name__ == "__main__":
