@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -71,6 +71,7 @@ class Bench:
 
     def __init__(self, folder: Path, tiny: bool, budget: float) -> None:
         self.folder, self.tiny = folder, tiny
+        self.threads: str | None = None
         self._end = time.monotonic() + budget
         self._help: str | None = None
         self.seq_len, self.steps = (64, 6) if tiny else (SEQ_LEN, STEPS)
@@ -157,6 +158,8 @@ class Bench:
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         ours = {"PYTHONPATH": path, "MOETOOL_CACHE": str(self.folder / "cache"), "COLUMNS": "1000"}
+        if self.threads:
+            ours["OMP_NUM_THREADS"] = self.threads
         return os.environ | ours | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
 
 
@@ -342,6 +345,7 @@ def checks(bench: Bench) -> Rows:
     }
     for name, options in variants.items():
         jobs[name] = partial(compared, name.replace(" ", ""), "--precision", "bf16", *options)
+    bench.threads = "2" if bench.gpu else "1"  # of each: waiting threads would slow the others down
     with ThreadPoolExecutor(6 if bench.gpu else 2) as pool:
         running = {name: pool.submit(job) for name, job in jobs.items()}
 
@@ -588,14 +592,9 @@ def main() -> int:
             "seconds": 0.0,
             "parts": {},
         }
-        # The quickstart is timed beside the checks where there are processors for both.
-        background = ThreadPoolExecutor(1)
-        early: dict[str, Future[dict[str, Any]]] = {}
         for part, work in PARTS.items():
             if part in chosen:
-                if part == "checks" and "quickstart" in chosen and (os.cpu_count() or 1) >= 8:
-                    early["quickstart"] = background.submit(run_part, bench, "quickstart", quickstart)
-                document["parts"][part] = early[part].result() if part in early else run_part(bench, part, work)
+                document["parts"][part] = run_part(bench, part, work)
                 document["seconds"] = time.perf_counter() - began
                 arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     finally:
@@ -611,7 +610,7 @@ def run_part(bench: Bench, part: str, work: Callable[[Bench], Rows]) -> dict[str
     """All rows of a part, and what stopped it."""
     print(f"{part} ({bench.left():.0f} s left)", flush=True)
     began = time.perf_counter()
-    rows, status = [], "ok"
+    rows, status, bench.threads = [], "ok", None
     try:
         if bench.left() < 3:
             raise OutOfTimeError
