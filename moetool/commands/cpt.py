@@ -182,6 +182,14 @@ def cpt(
         Literal["bf16", "fp32"] | None,
         _option(RUN, "Of the arithmetic; weights and moments are fp32 in both.", "bf16 on a GPU, fp32 on a CPU"),
     ] = None,
+    moments: Annotated[
+        Literal["fp32", "bf16", "8bit"],
+        _option(RUN, "How the optimizer keeps its moments; bf16 and 8bit need less memory, and torchao."),
+    ] = "fp32",
+    master_weights: Annotated[
+        bool,
+        _option(RUN, "Update fp32 weights beside the bf16 ones; without them bf16 weights are rounded at random."),
+    ] = True,
     gradient_checkpointing: Annotated[
         bool, _option(RUN, "Compute layers again in the backward pass: less memory, a third slower.")
     ] = False,
@@ -305,6 +313,8 @@ def cpt(
         "freeze_router": freeze_router,
         "precision": precision,
         "gradient_checkpointing": gradient_checkpointing,
+        "moments": moments,
+        "master_weights": master_weights,
         "compile": compile,
         "liger": liger,
         "deterministic": deterministic,

@@ -14,6 +14,7 @@ MAX_DEFAULT_SEQ_LEN = 2048
 MAX_DEFAULT_MICRO_BATCH = 8
 DEFAULT_REPLAY_RATIO = 0.3
 PRECISIONS = ("bf16", "fp32")
+MOMENTS = ("fp32", "bf16", "8bit")
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 UNSET: Any = None  # not given; `resolve` fills it in
 
@@ -56,6 +57,9 @@ class TrainConfig:
             a frozen router.
         freeze_router: the routers' weights stay as they are.
         precision: bf16 or fp32; by default bf16 on a GPU, fp32 on a CPU.
+        moments: how the optimizer's are kept: fp32, bf16 or 8bit.
+        master_weights: update fp32 weights beside the bf16 ones of the forward; without them the bf16 ones are
+            updated, rounded up or down at random.
         gradient_checkpointing: compute each layer a second time in the backward instead of keeping it.
         compile: each layer with torch.compile; by default on a GPU in bf16, where the weights are not shared out.
         liger: with the kernels of liger-kernel.
@@ -101,6 +105,8 @@ class TrainConfig:
     balance: Mapping[str, float] = UNSET
     freeze_router: bool = False
     precision: str = UNSET
+    moments: str = "fp32"
+    master_weights: bool = True
     gradient_checkpointing: bool = False
     compile: bool = UNSET
     liger: bool = False
@@ -203,6 +209,9 @@ class TrainConfig:
             **{name.replace("_", "-"): getattr(self, name) for name in options},
             "balance": dict(self.balance or {}),
             "freeze-router": self.freeze_router,
+            # Runs from before these options had the defaults.
+            **({} if self.moments == "fp32" else {"moments": self.moments}),
+            **({} if self.master_weights else {"master-weights": False}),
         }
 
 

@@ -23,17 +23,15 @@ from moetool.checkpoint.model import load_model
 from moetool.errors import CheckpointError, ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture, has_routers
-from moetool.train import balance, resume, schedules, state
+from moetool.train import balance, memory, mixed, resume, schedules, state
 from moetool.train.batches import Corpus, MicroBatch, micro_batches, mix
 from moetool.train.config import TrainConfig
 from moetool.train.execution import apply_execution, evaluating
 from moetool.train.export import publish, save_checkpoint, source_dtype
 from moetool.train.interrupt import noting
 from moetool.train.loss import chunked_loss, whole_loss
-from moetool.train.memory import peak_flops
 from moetool.train.metrics import MetricsLog, routing_row, summarize
-from moetool.train.mixed import cast_back, master_weights
-from moetool.train.optimizer import adamw
+from moetool.train.optimizer import adamw, rounding_seed, set_rate
 from moetool.train.plan import describe, memory_warnings, untrained_routers, validation_warnings
 from moetool.train.processes import (
     Accelerator,
@@ -83,9 +81,14 @@ class Run:
         plan = describe(config, skeleton, self._mixture, corpus, *shared)
         where = {"device": str(accelerator.device), "num_processes": accelerator.num_processes}
         self.plan = {**plan, "step": step, "save_dtype": self._dtype, **where}
-        self.warnings = memory_warnings(self.plan["memory"], accelerator.device)
+
+        def fitting(there: int) -> list[tuple[str, int]]:
+            whole = not shared[1] and not shared[2]
+            return memory.smaller(skeleton, config, there, accelerator.num_processes) if whole else []
+
+        self.warnings = memory_warnings(self.plan["memory"], accelerator.device, fitting)
         self.warnings += validation_warnings(self.plan["val"], config)
-        self._peak_flops = peak_flops(accelerator.device, config.precision)
+        self._peak_flops = memory.peak_flops(accelerator.device, config.precision)
         self._ahead: tuple[list[float], float, float] | None = None
 
     def load(self) -> None:
@@ -115,13 +118,13 @@ class Run:
         advice = resume.ADVICE if step else resume.FRESH
         if step or config.keep_optimizer:
             resume.load_weights(start, self._core, advice)
-        mixed = is_mixed(accelerator, config.precision)
-        masters = master_weights(self._core, self._capture) if mixed else None
-        self._language_loss = (chunked_loss(self._core) if mixed else None) or whole_loss
+        half = is_mixed(accelerator, config.precision)
+        updated = mixed.cast(self._core, self._capture, config.master_weights) if half else None
+        self._language_loss = (chunked_loss(self._core) if half else None) or whole_loss
         apply_execution(config, self._core)
-        self._raw_optimizer = adamw(masters.values() if masters else self._core.parameters(), config)
+        self._raw_optimizer = adamw(updated.values() if updated else self._core.parameters(), config)
         self._model, self._optimizer = prepare(accelerator, self._core, self._raw_optimizer, config)
-        self._weights = masters or dict(self._core.named_parameters())
+        self._weights = updated or dict(self._core.named_parameters())
         if step or config.keep_optimizer:
             resume.load_moments(start, self._weights, self._raw_optimizer, advice, self._model)
         accelerator.wait_for_everyone()
@@ -194,12 +197,13 @@ class Run:
         self._ahead = None
         began = time.perf_counter()
         lr = self._schedule(self.step)
-        for group in self._raw_optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self._raw_optimizer, lr)
+        if not config.master_weights:
+            torch.manual_seed(rounding_seed(config.seed, self.step))
         self._optimizer.step()
         self._optimizer.zero_grad()
         if is_mixed(self._accelerator, config.precision):
-            cast_back(self._weights, self._core)
+            mixed.cast_back(self._weights, self._core)
         self.step += 1
 
         step_tokens = config.seq_len * config.global_batch_size

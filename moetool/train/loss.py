@@ -18,7 +18,7 @@ from moetool.train.batches import IGNORED, MicroBatch
 
 LanguageLoss = Callable[[Any, MicroBatch, torch.device], Tensor]
 _Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-_CHUNK_ELEMENTS = 2**28  # logits at a time: half a GiB in bf16
+CHUNK_ELEMENTS = 2**28  # logits at a time: half a GiB in bf16
 
 
 def logits(model: Any, batch: MicroBatch, device: torch.device) -> Tensor:
@@ -98,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, step: _Step, wanted: bool) -> Tensor:
-        chunks = -(-hidden_TD.shape[0] * weight_VD.shape[0] // _CHUNK_ELEMENTS)
+        chunks = -(-hidden_TD.shape[0] * weight_VD.shape[0] // CHUNK_ELEMENTS)
         size = -(-hidden_TD.shape[0] // max(1, chunks))
         total = torch.zeros((), device=hidden_TD.device)
         grad_hidden_TD = torch.empty_like(hidden_TD) if wanted else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from moetool.checkpoint.memory import free_memory
 from moetool.routing.capture import RouterCapture, has_routers
 from moetool.routing.measure import outline
 from moetool.train.config import TrainConfig
+from moetool.train.loss import CHUNK_ELEMENTS
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
+# Of a moment: 8 bits, and an fp32 scale for each 256 of them (torchao).
+_MOMENT = {"fp32": 4.0, "bf16": 2.0, "8bit": 1 + 4 / 256}
 
 # Dense bf16 operations a second of tensor cores, from the vendors' data sheets (without sparsity).
 _PEAK_FLOPS = {
@@ -50,11 +54,11 @@ def parameters(model: Any) -> tuple[int, int]:
 def estimate(model: Any, config: TrainConfig, num_processes: int, sharded: bool, zero_stage: int = 0) -> dict[str, int]:
     """Bytes that each process needs on its device.
 
-    Weights, gradients and both moments are fp32, 16 bytes a parameter. Under bf16 autocast the matrices
-    are held in bf16 as well until the backward has used them; sharded weights are gathered a layer at a
-    time instead. Activations are an estimate: each matrix keeps its input and its output for the
-    backward, each norm three rows in fp32, and the logits a copy and a gradient in fp32. DeepSpeed updates
-    a second copy of a process's share of the weights, and in stage 3 keeps up to 1e9 gathered ones.
+    In fp32: weights, gradients and both moments, 16 bytes a parameter. In bf16 the weights of the forward come on top
+    (2 bytes); `--moments` and `--no-master-weights` make it less. Sharded weights are gathered a layer at a time.
+    Activations are an estimate: each matrix keeps its input and its output for the backward, each norm three rows in
+    fp32, and the head its logits and their gradient, which bf16 takes some tokens at a time. DeepSpeed updates a second
+    copy of a process's share of the weights, and in stage 3 keeps up to 1e9 gathered ones.
 
     Args:
         model: without weights.
@@ -70,7 +74,9 @@ def estimate(model: Any, config: TrainConfig, num_processes: int, sharded: bool,
     _, top_k = routing_size(model)
     trained = total - config.freeze_router * sum(p.numel() for n, p in model.named_parameters() if _router(n))
     weights, gradients, moments = (num_processes if sharded or zero_stage >= least else 1 for least in (3, 2, 1))
-    compute = BFLOAT16 if config.precision == "bf16" else FLOAT32
+    half = config.precision == "bf16"
+    mixed = half and not sharded and not zero_stage
+    compute = BFLOAT16 if half else FLOAT32
     text = model.config.get_text_config()
     token, largest = 0, 0
     for name, parameter in model.named_parameters():
@@ -83,17 +89,53 @@ def estimate(model: Any, config: TrainConfig, num_processes: int, sharded: bool,
             token += compute * (top_k if _routed(name, parameter) else 1) * sum(parameter.shape[-2:])
     if config.gradient_checkpointing:  # the inputs of all layers, and all of one
         token = token // text.num_hidden_layers + text.num_hidden_layers * text.hidden_size * compute
-    token += text.vocab_size * (2 * FLOAT32 + compute)
-    casts = BFLOAT16 * (2 * largest if sharded else total) if config.precision == "bf16" else 0
+    tokens = config.micro_batch_size * config.seq_len
+    head = tokens * text.vocab_size * (2 * FLOAT32 + compute)
+    if mixed:  # the logits of a chunk and their gradient, and that of the head
+        head = 2 * BFLOAT16 * min(tokens * text.vocab_size, CHUNK_ELEMENTS)
+        head += (FLOAT32 + BFLOAT16) * text.vocab_size * text.hidden_size
+    masters = FLOAT32 if config.master_weights else 0
+    kept = masters + BFLOAT16 if mixed else FLOAT32
+    casts = BFLOAT16 * (2 * largest if sharded else total) if half and not mixed else 0
     copies = FLOAT32 * trained // num_processes if zero_stage else 0
     copies += FLOAT32 * min(total, 10**9) if zero_stage == 3 else 0
     need = {
-        "weights": FLOAT32 * total // weights + casts + copies,
+        "weights": kept * total // weights + casts + copies,
         "gradients": FLOAT32 * trained // gradients,
-        "optimizer": 2 * FLOAT32 * trained // moments,
-        "activations": token * config.micro_batch_size * config.seq_len,
+        "optimizer": int(2 * _MOMENT[config.moments] * trained) // moments,
+        "activations": token * tokens + head,
     }
     return {**need, "total": sum(need.values())}
+
+
+def smaller(model: Any, config: TrainConfig, there: int, num_processes: int) -> list[tuple[str, int]]:
+    """The options with which a run that is too large would fit, and what it would need: what costs least comes first.
+
+    Args:
+        model: without weights.
+        config: resolved.
+        there: bytes of the device.
+        num_processes: of the run, each of which holds all weights.
+    """
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("--gradient-checkpointing", {"gradient_checkpointing": True}),
+        ("--micro-batch-size 1", {"micro_batch_size": 1}),
+        ("--moments bf16", {"moments": "bf16"}),
+        ("--moments 8bit", {"moments": "8bit"}),
+        *([("--no-master-weights", {"master_weights": False})] if config.precision == "bf16" else []),
+    ]
+    fitting: list[tuple[str, int]] = []
+    options: list[str] = []
+    changed = config
+    for option, change in steps:
+        if all(getattr(changed, name) == value for name, value in change.items()):
+            continue
+        changed = replace(changed, **change)
+        options = [one for one in options if not (one.startswith("--moments") and "moments" in change)] + [option]
+        need = estimate(model, changed, num_processes, sharded=False)["total"]
+        if need <= there:
+            fitting.append((" ".join(options), need))
+    return fitting
 
 
 def flops_per_token(model: Any, seq_len: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moetool.routing.capture import RouterCapture
 
 
-def master_weights(model: nn.Module, capture: RouterCapture | None) -> dict[str, nn.Parameter]:
+def cast(model: nn.Module, capture: RouterCapture | None, masters: bool = True) -> dict[str, nn.Parameter]:
     """Cast a model to bf16, and keep what its optimizer updates: fp32 weights, which gather fp32 gradients.
 
     A micro-batch's gradient is bf16. It is added to the fp32 one as soon as it is known, and freed. Routers stay fp32
@@ -25,24 +25,28 @@ def master_weights(model: nn.Module, capture: RouterCapture | None) -> dict[str,
     Args:
         model: fp32; is changed in place.
         capture: on its routers; None for a dense model.
+        masters: False keeps no fp32 weights; gradients are fp32 all the same.
 
     Returns:
-        Every parameter by name: the fp32 weight whose `grad` is the sum over micro-batches. For routers and what is
-        not trained it is the model's own parameter.
+        Every parameter by name: the weight that is updated, whose `grad` is the sum over micro-batches. For routers
+        and what is not trained it is the model's own parameter, and for all without masters.
     """
     routers = list(capture.routers.values()) if capture else []
     for router in routers:
         router.register_forward_pre_hook(_in_float32)
     exact = {id(parameter) for router in routers for parameter in router.parameters()}
-    masters: dict[str, nn.Parameter] = {}
+    updated: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
-        masters[name] = parameter
-        if id(parameter) in exact or not parameter.requires_grad:
+        updated[name] = parameter
+        if id(parameter) in exact or (masters and not parameter.requires_grad):
             continue
-        masters[name] = nn.Parameter(parameter.data)
+        if masters:
+            updated[name] = nn.Parameter(parameter.data)
+            parameter.register_post_accumulate_grad_hook(_adding_to(updated[name]))
         parameter.data = parameter.data.bfloat16()
-        parameter.register_post_accumulate_grad_hook(_adding_to(masters[name]))
-    return masters
+        if not masters:
+            parameter.grad_dtype = torch.float32
+    return updated
 
 
 def _in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -64,8 +68,8 @@ def _adding_to(master: nn.Parameter) -> Callable[[Tensor], None]:
 
 
 @torch.no_grad()
-def cast_back(masters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+def cast_back(updated: Mapping[str, nn.Parameter], model: nn.Module) -> None:
     """After an update: the model's bf16 weights are the rounded fp32 ones."""
-    cast = {name: parameter for name, parameter in model.named_parameters() if masters[name] is not parameter}
-    if cast:
-        torch._foreach_copy_(list(cast.values()), [masters[name] for name in cast])
+    rounded = {name: parameter for name, parameter in model.named_parameters() if updated[name] is not parameter}
+    if rounded:
+        torch._foreach_copy_(list(rounded.values()), [updated[name] for name in rounded])

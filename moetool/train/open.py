@@ -13,7 +13,7 @@ from moetool.checkpoint.reader import content_fingerprint
 from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
-from moetool.train import balance, state, zero
+from moetool.train import balance, optimizer, state, zero
 from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
 from moetool.train.execution import check_execution, executing
@@ -51,6 +51,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Run | dict[str,
     check_batches(config.global_batch_size, config.micro_batch_size, accelerator.num_processes)
     balance.check(config, model)
     check_execution(config, model, accelerator.device)
+    optimizer.check(config, whole)
     zero.check_options(config, zero_stage(accelerator))
     accelerator.wait_for_everyone()
     with FolderLock(out) if main else nullcontext():

@@ -1,32 +1,135 @@
-"""AdamW over the weights of a run."""
+"""AdamW over the weights of a run, and how its moments are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from moetool.errors import ConfigError
 from moetool.train.config import TrainConfig
 
 EPSILON = 1e-8
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
     Tensors of two or more dimensions decay (projections, experts, routers, embeddings), norms and
-    biases do not, as in Megatron-LM and GPT-NeoX. The learning rate is set before each update.
+    biases do not, as in Megatron-LM and GPT-NeoX. The learning rate is set before each update. Moments of 8 bits
+    (Dettmers et al. 2022, arXiv 2110.02861) or bf16, and updates of bf16 weights with stochastic rounding, are
+    torchao's.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,
-        betas=(config.beta1, config.beta2),
-        eps=EPSILON,
-        fused=trained[0].device.type in ("cpu", "cuda"),
-    )
+    groups = [group for group in groups if group["params"]]
+    common: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": EPSILON}
+    if plain(config):
+        return torch.optim.AdamW(groups, fused=trained[0].device.type in ("cpu", "cuda"), **common)
+    kind = _torchao(config.moments)
+    optimizer: torch.optim.Optimizer = kind(groups, bf16_stochastic_round=not config.master_weights, **common)
+    return optimizer
+
+
+def plain(config: TrainConfig) -> bool:
+    """Whether torch's own AdamW does it."""
+    return config.moments == "fp32" and config.master_weights
+
+
+def check(config: TrainConfig, whole: bool) -> None:
+    """Refuse moments and weights that cannot be kept as asked for.
+
+    Args:
+        config: resolved.
+        whole: whether each process holds all of each weight.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if plain(config):
+        return
+    option = "--no-master-weights" if config.moments == "fp32" else f"--moments {config.moments}"
+    if not config.master_weights and config.precision != "bf16":
+        raise ConfigError("--no-master-weights: in fp32 there are no others; leave it out, or use --precision bf16")
+    if not whole:
+        raise ConfigError(f"{option}: not where FSDP or DeepSpeed shares the optimizer out; leave it out")
+    if find_spec("torchao") is None:
+        raise ConfigError(f"{option}: torchao is not installed; run pip install torchao")
+
+
+def _torchao(moments: str) -> Any:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of kernels that this has no use for
+    try:
+        from torchao.optim import AdamW8bit
+    finally:
+        logging.disable(before)
+
+    def zeros(weight: Tensor, signed: bool, block_size: int) -> Tensor:
+        return torch.zeros_like(weight, dtype=torch.bfloat16 if moments == "bf16" else torch.float32)
+
+    if moments == "8bit":
+        return AdamW8bit
+    return type("AdamW", (AdamW8bit,), {"_subclass_zeros": staticmethod(zeros)})
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next update; torchao's is a tensor, which must stay the same one."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def rounding_seed(seed: int, step: int) -> int:
+    """Of the random numbers by which an update rounds: a pure function, so that a resumed run rounds alike."""
+    return int(np.random.SeedSequence([seed, step, 2**32 - 1]).generate_state(1, np.uint64)[0])
+
+
+def parts(moment: Any) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors of a moment, by what is added to its name: codes and scales of one of 8 bits."""
+    if type(moment) is Tensor or not hasattr(moment, "__tensor_flatten__"):
+        yield "", moment
+    else:
+        for name in moment.__tensor_flatten__()[0]:
+            yield f".{name}", getattr(moment, name)
+
+
+@torch.no_grad()
+def state_from(
+    optimizer: Any, parameter: nn.Parameter, values: Mapping[str, Tensor], share: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Any]:
+    """An optimizer's state of one parameter, from the plain tensors of its moments.
+
+    Args:
+        optimizer: of the run.
+        parameter: that it updates.
+        values: name of a moment and of its part (see `parts`) -> tensor on the CPU.
+        share: this process's share of a tensor, placed as another.
+
+    Raises:
+        ValueError: they were kept in another way.
+    """
+    other = "another way of keeping moments (--moments)"
+    if not hasattr(optimizer, "_new_buffer"):  # torch's own
+        if any(value.dtype != torch.float32 for value in values.values()):
+            raise ValueError(other)
+        return {name: share(value, parameter) for name, value in values.items()}
+    state: dict[str, Any] = {"step": values["step"]}
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = optimizer._new_buffer(parameter, name == "exp_avg")
+        for part, tensor in parts(state[name]):
+            value = values.get(name + part)
+            if value is None or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(other)
+            tensor.copy_(value)
+    return state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,14 +62,24 @@ def describe(
     }
 
 
-def memory_warnings(memory: dict[str, int], device: torch.device) -> list[str]:
-    """A warning where the estimate is more than a device has."""
+def memory_warnings(
+    memory: Mapping[str, int], device: torch.device, fitting: Callable[[int], Sequence[tuple[str, int]]]
+) -> list[str]:
+    """A warning where the estimate is more than a device has, with the options that would make the run fit.
+
+    Args:
+        memory: see `estimate`.
+        device: of this process.
+        fitting: the bytes of a device -> options and what the run would need with them.
+    """
     there = device_memory(device)
     if there is None or memory["total"] <= there:
         return []
+    ways = [f"{options} ({need / 1e9:.3g} GB)" for options, need in fitting(there)]
+    advice = f"it fits with {'; or with '.join(ways)}" if ways else "no option makes it fit"
     return [
-        f"this run needs about {memory['total'] / 1e9:.3g} GB a process, {device} has {there / 1e9:.3g} GB; lower"
-        " --micro-batch-size, use --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)"
+        f"this run needs about {memory['total'] / 1e9:.3g} GB a process, {device} has {there / 1e9:.3g} GB; {advice};"
+        " or shard the weights (docs/multi-gpu.md)"
     ]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moetool.errors import CheckpointError
 from moetool.outside import fits, read_json
 from moetool.train import zero
+from moetool.train.optimizer import parts, state_from
 from moetool.train.processes import share, whole
 
 STATE = "training_state"
@@ -73,7 +74,8 @@ def moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optim
     for name, parameter in parameters.items():
         of = zero.moments(parameter, optimizer) if zero.is_updated(parameter) else optimizer.state.get(parameter, {})
         for key, value in of.items():
-            yield f"{name}/{key}", whole(value)
+            for part, tensor in parts(value):
+                yield f"{name}/{key}{part}", whole(tensor)
 
 
 def save(
@@ -162,7 +164,9 @@ def load_moments(
         found: dict[nn.Parameter, dict[str, Tensor]] = {}
         for key, value in load_file(folder / STATE / "optimizer.safetensors").items():
             name, _, moment = key.rpartition("/")
-            parameter = _fitting(name, value, parameters)
+            # Scales of a moment of 8 bits have a shape of their own.
+            fitting = torch.zeros(()) if moment.partition(".")[2] in ("scale", "qmap") else value
+            parameter = _fitting(name, fitting, parameters)
             if parameter.requires_grad:  # a router may have been frozen since
                 found.setdefault(parameter, {})[moment] = value
         trained = (name for name, parameter in parameters.items() if parameter.requires_grad)
@@ -172,7 +176,7 @@ def load_moments(
             zero.set_moments(wrapped, optimizer, found)
         else:
             for parameter, values in found.items():
-                optimizer.state[parameter] = {moment: share(value, parameter) for moment, value in values.items()}
+                optimizer.state[parameter] = state_from(optimizer, parameter, values, share)
 
 
 @contextmanager

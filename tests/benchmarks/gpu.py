@@ -146,10 +146,6 @@ class Bench:
         """Whether `moetool cpt` has an option."""
         return option in self.help()
 
-    def default(self, option: str) -> bool:
-        """Whether a switch is what `moetool cpt` does without it; unknown counts as no."""
-        return f"default: {option.removeprefix('--')}]" in self.help()
-
     def help(self) -> str:
         if self._help is None:
             self._help = self.run("-m", "moetool", "cpt", "--help")
@@ -283,9 +279,8 @@ def throughput(bench: Bench) -> Rows:
 
 
 def switches(bench: Bench) -> list[str]:
-    """Of --compile and --no-compile those that cpt has and that are no default; in small none, they take minutes."""
-    both = ("--compile", "--no-compile")
-    return [switch for switch in both if not bench.tiny and bench.has(switch) and not bench.default(switch)]
+    """The switch that is not the default: layers are compiled on a GPU. In small none, compiling takes a minute."""
+    return ["--no-compile"] if bench.gpu else []
 
 
 def arm(bench: Bench, family: str, micro: int, options: tuple[str, ...], save: bool = False) -> dict[str, Any]:

@@ -66,6 +66,29 @@ def test_weights_and_moments_are_16_bytes_a_parameter(mixtral: Path) -> None:
     assert less["activations"] < need["activations"]
 
 
+def test_what_is_kept_of_weights_and_moments(mixtral: Path) -> None:
+    model = skeleton(mixtral)
+    total, _ = memory.parameters(model)
+    for moments, masters, weights, optimizer in (
+        ("fp32", True, 6, 8), ("bf16", True, 6, 4), ("8bit", True, 6, 2 + 8 / 256), ("8bit", False, 2, 2 + 8 / 256),
+    ):  # fmt: skip
+        run = config(precision="bf16", moments=moments, master_weights=masters)
+        need = memory.estimate(model, run, 1, sharded=False)
+        assert [need["weights"], need["gradients"]] == [weights * total, 4 * total]
+        assert need["optimizer"] == int(optimizer * total)
+    run = config(precision="bf16", micro_batch_size=2)
+    every = memory.smaller(model, run, 10**12, 1)
+    assert [options for options, _ in every] == [
+        "--gradient-checkpointing",
+        "--gradient-checkpointing --micro-batch-size 1",
+        "--gradient-checkpointing --micro-batch-size 1 --moments bf16",
+        "--gradient-checkpointing --micro-batch-size 1 --moments 8bit",
+        "--gradient-checkpointing --micro-batch-size 1 --moments 8bit --no-master-weights",
+    ]
+    assert [need for _, need in every] == sorted((need for _, need in every), reverse=True)
+    assert memory.smaller(model, run, every[-1][1], 1) == every[-1:]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", MODELS)
 def test_activations_are_near_what_autograd_keeps(family: str, precision: str) -> None:
@@ -107,9 +130,12 @@ def test_another_familys_router_is_read() -> None:
 
 def test_a_device_that_is_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moetool.train.plan.device_memory", lambda device: 80 * 10**9)
-    assert memory_warnings({"total": 70 * 10**9}, torch.device("cuda")) == []
-    (warning,) = memory_warnings({"total": 120 * 10**9}, torch.device("cuda"))
-    assert "needs about 120 GB a process, cuda has 80 GB" in warning
+    cuda = torch.device("cuda")
+    assert memory_warnings({"total": 70 * 10**9}, cuda, lambda there: []) == []
+    (warning,) = memory_warnings({"total": 120 * 10**9}, cuda, lambda there: [("--moments 8bit", there - 10**9)])
+    assert "needs about 120 GB a process, cuda has 80 GB; it fits with --moments 8bit (79 GB); or shard" in warning
+    (warning,) = memory_warnings({"total": 120 * 10**9}, cuda, lambda there: [])
+    assert "no option makes it fit" in warning
     assert memory.peak_flops(torch.device("cpu"), "bf16") is None
 
 
