@@ -30,6 +30,8 @@ docs: .venv/installed              ## regenerate docs/cli.md from --help
 	  { echo "moetool needs Python 3.11 or newer; found $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# Beside the other packages: transformers would import it in every command, which takes seconds.
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/optional torchao==0.18.0
 	touch $@
 
 clean:

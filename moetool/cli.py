@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -128,6 +129,8 @@ def _fail(message: str, code: int) -> int:
 
 def run(arguments: list[str]) -> int:
     """Run one command line; return its exit code."""
+    for talkative in ("torchao", "torch.utils._pytree"):  # of kernels and types that moetool has no use for
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     try:
         outcome = app(arguments, standalone_mode=False, prog_name="moetool")
         if outcome == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C

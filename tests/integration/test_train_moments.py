@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ WAYS = [
 
 @pytest.fixture(autouse=True)
 def light_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchao compiles its update; no C++ is generated here, which takes a minute."""
+    """torchao, where `make` puts it; it compiles its update, but no C++ is generated here, which takes a minute."""
+    monkeypatch.syspath_prepend(str(Path(sys.prefix) / "optional"))
+    pytest.importorskip("torchao", reason="make puts torchao into .venv/optional")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
