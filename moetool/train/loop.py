@@ -120,7 +120,7 @@ class Run:
             resume.load_weights(start, self._core, advice)
         half = is_mixed(accelerator, config.precision)
         updated = mixed.cast(self._core, self._capture, config.master_weights) if half else None
-        self._language_loss = (chunked_loss(self._core) if half else None) or whole_loss
+        self._language_loss = (chunked_loss(self._core, config.compile or config.liger) if half else None) or whole_loss
         apply_execution(config, self._core)
         self._raw_optimizer = adamw(updated.values() if updated else self._core.parameters(), config)
         self._model, self._optimizer = prepare(accelerator, self._core, self._raw_optimizer, config)

@@ -35,7 +35,7 @@ def whole_loss(model: Any, batch: MicroBatch, device: torch.device) -> Tensor:
     return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORED, reduction="sum")
 
 
-def chunked_loss(core: Any) -> LanguageLoss | None:
+def chunked_loss(core: Any, compiled: bool = False) -> LanguageLoss | None:
     """`whole_loss` of a model whose weights are bf16, some tokens at a time; None where its head forbids that.
 
     Its head hands on the hidden states, and the product with the head's matrix is taken here. What a family does to
@@ -44,12 +44,12 @@ def chunked_loss(core: Any) -> LanguageLoss | None:
 
     Args:
         core: the model, not wrapped.
+        compiled: whether torch.compile makes it two kernels, which keep nothing in fp32.
     """
     head = core.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None or not _scales(core, head):
         return None
-    # Compiled, it reads the logits twice and writes their gradient once.
-    step = _compiled() if head.weight.device.type == "cuda" else _loss_and_gradient
+    step = _compiled() if compiled else _loss_and_gradient
 
     def loss(model: Any, batch: MicroBatch, device: torch.device) -> Tensor:
         with _handing_on(head, lambda hidden: hidden):

@@ -92,7 +92,8 @@ def estimate(model: Any, config: TrainConfig, num_processes: int, sharded: bool,
     tokens = config.micro_batch_size * config.seq_len
     head = tokens * text.vocab_size * (2 * FLOAT32 + compute)
     if mixed:  # the logits of a chunk and their gradient, and that of the head
-        head = 2 * BFLOAT16 * min(tokens * text.vocab_size, CHUNK_ELEMENTS)
+        between = 0 if config.compile or config.liger else 3 * FLOAT32
+        head = (2 * BFLOAT16 + between) * min(tokens * text.vocab_size, CHUNK_ELEMENTS)
         head += (FLOAT32 + BFLOAT16) * text.vocab_size * text.hidden_size
     masters = FLOAT32 if config.master_weights else 0
     kept = masters + BFLOAT16 if mixed else FLOAT32

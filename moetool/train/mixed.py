@@ -38,7 +38,7 @@ def cast(model: nn.Module, capture: RouterCapture | None, masters: bool = True) 
     updated: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         updated[name] = parameter
-        if id(parameter) in exact or (masters and not parameter.requires_grad):
+        if id(parameter) in exact or not parameter.requires_grad:
             continue
         if masters:
             updated[name] = nn.Parameter(parameter.data)
