@@ -125,6 +125,11 @@ class MicroBatch:
     positions: Tensor | None
     seed: int = 0
 
+    def pinned(self) -> MicroBatch:
+        """The same in memory that a GPU copies from without the processor."""
+        positions = None if self.positions is None else self.positions.pin_memory()
+        return MicroBatch(self.inputs.pin_memory(), self.labels.pin_memory(), positions, self.seed)
+
 
 def micro_batches(
     mixture: TokenMixture, config: TrainConfig, step: int, rank: int, num_processes: int

@@ -90,6 +90,7 @@ class Run:
         self.warnings += validation_warnings(self.plan["val"], config)
         self._peak_flops = memory.peak_flops(accelerator.device, config.precision)
         self._ahead: tuple[list[float], float, float] | None = None
+        self._fetched: tuple[int, list[MicroBatch]] = (-1, [])
 
     def load(self) -> None:
         """Load the weights, and the optimizer's moments where there are some; then OUT is this run's.
@@ -236,7 +237,9 @@ class Run:
         config, accelerator = self.config, self._accelerator
         began = time.perf_counter()
         world = accelerator.num_processes
-        batch = micro_batches(self._mixture, config, self.step, accelerator.process_index, world)
+        fetched, batch = self._fetched
+        if fetched != self.step:
+            batch = self._fetch(self.step)
         step_tokens, num_micro = config.seq_len * config.global_batch_size, len(batch) * world
         sums: Tensor = torch.zeros((), dtype=sum_dtype(accelerator.device), device=accelerator.device)
         step_counts: list[Tensor] = []
@@ -248,6 +251,7 @@ class Run:
         if is_mixed(accelerator, config.precision):
             mean_gradients(accelerator, self._weights.values())
         norm = accelerator.clip_grad_norm_(list(self._weights.values()), config.grad_clip or math.inf)
+        self._fetched = self.step + 1, self._fetch(self.step + 1)  # while the device works
         # One reduction and one wait for the device a step.
         *values, grad_norm = torch.cat([accelerator.reduce(sums), number(norm.detach()).reshape(1).to(sums)]).tolist()
         loss = values[0] / step_tokens
@@ -255,6 +259,12 @@ class Run:
             what = f"the gradient norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
             raise ConfigError(self._stopped(f"{what} at step {self.step + 1}; stopped before the update"))
         return values, grad_norm, time.perf_counter() - began
+
+    def _fetch(self, step: int) -> list[MicroBatch]:
+        """This process's micro-batches of a step, where they can be copied to a GPU while it computes."""
+        accelerator = self._accelerator
+        batch = micro_batches(self._mixture, self.config, step, accelerator.process_index, accelerator.num_processes)
+        return [micro.pinned() for micro in batch] if accelerator.device.type == "cuda" else batch
 
     def _forward_backward(
         self, micro: MicroBatch, step_tokens: int, num_micro: int, world: int, step_counts: list[Tensor]
