@@ -597,10 +597,12 @@ def test_sigterm_is_143_and_writes_a_checkpoint(tmp_path: Path, llama: Path, jso
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_processes_train_as_one(tmp_path: Path, jsonl: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "bf16")]
+)
+def test_two_processes_train_as_one(tmp_path: Path, jsonl: Path, dtype: torch.dtype, precision: str) -> None:
     model = tiny.save_mixtral(tmp_path / "model", dtype=dtype)
-    more = ["--save-every", 3, "--eval-every", 3, "--max-steps", 6, "--val-fraction", 0.3]
+    more = ["--save-every", 3, "--eval-every", 3, "--max-steps", 6, "--val-fraction", 0.3, "--precision", precision]
 
     def arguments(out: Path) -> list[str]:
         return [str(a) for a in ["cpt", model, out, "--train", f"new={jsonl}", *SMALL, *more]]
