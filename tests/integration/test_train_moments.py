@@ -19,12 +19,17 @@ from moetool.train.optimizer import adamw, parts, set_rate
 from tests import tiny
 
 WAYS = [
-    ["--moments", "bf16"],
-    ["--moments", "8bit"],
-    ["--moments", "8bit", "--precision", "bf16"],
     ["--precision", "bf16"],
+    ["--moments", "bf16"],
     ["--moments", "8bit", "--precision", "bf16", "--no-master-weights"],
-    ["--precision", "bf16", "--no-master-weights"],
+    *(
+        pytest.param(way, marks=pytest.mark.slow)
+        for way in (
+            ["--moments", "8bit"],
+            ["--moments", "8bit", "--precision", "bf16"],
+            ["--precision", "bf16", "--no-master-weights"],
+        )
+    ),
 ]
 
 
