@@ -180,7 +180,7 @@ def cpt(
     freeze_router: Annotated[bool, _option(MOE, "Train everything but the routers.")] = False,
     precision: Annotated[
         Literal["bf16", "fp32"] | None,
-        _option(RUN, "Of the arithmetic; weights and moments are fp32 in both.", "bf16 on a GPU, fp32 on a CPU"),
+        _option(RUN, "Compute precision. The optimizer works in fp32 with either.", "bf16 on a GPU, fp32 on a CPU"),
     ] = None,
     moments: Annotated[
         Literal["fp32", "bf16", "8bit"],

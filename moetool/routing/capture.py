@@ -180,6 +180,8 @@ class RouterCapture:
         routes: list[Route] = []
         before = self._routes, self._consume
         self._routes, self._consume = routes, consume
+        for router in self.routers.values():
+            router.__dict__.pop("compiled_output", None)  # of a forward that nobody collected
         try:
             yield routes
             for layer, router in self.routers.items():

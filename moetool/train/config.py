@@ -14,7 +14,6 @@ MAX_DEFAULT_SEQ_LEN = 2048
 MAX_DEFAULT_MICRO_BATCH = 8
 DEFAULT_REPLAY_RATIO = 0.3
 PRECISIONS = ("bf16", "fp32")
-MOMENTS = ("fp32", "bf16", "8bit")
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 UNSET: Any = None  # not given; `resolve` fills it in
 

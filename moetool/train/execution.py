@@ -156,7 +156,9 @@ def executing(config: TrainConfig) -> Iterator[None]:
         if config.deterministic and "deterministic" in reason:
             raise ConfigError(f"--deterministic: {reason}; leave it out") from None
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise ConfigError(f"--compile: torch cannot compile this here: {reason}; use --no-compile") from None
+            update = not (config.moments == "fp32" and config.master_weights)
+            more = ", and leave out --moments and --no-master-weights, whose update is compiled" if update else ""
+            raise ConfigError(f"--compile: torch cannot compile this here: {reason}; use --no-compile{more}") from None
         raise
     finally:
         torch.use_deterministic_algorithms(before)

@@ -83,8 +83,7 @@ class Run:
         self.plan = {**plan, "step": step, "save_dtype": self._dtype, **where}
 
         def fitting(there: int) -> list[tuple[str, int]]:
-            whole = not shared[1] and not shared[2]
-            return memory.smaller(skeleton, config, there, accelerator.num_processes) if whole else []
+            return memory.smaller(skeleton, config, there, *shared)
 
         self.warnings = memory_warnings(self.plan["memory"], accelerator.device, fitting)
         self.warnings += validation_warnings(self.plan["val"], config)

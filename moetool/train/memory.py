@@ -109,31 +109,36 @@ def estimate(model: Any, config: TrainConfig, num_processes: int, sharded: bool,
     return {**need, "total": sum(need.values())}
 
 
-def smaller(model: Any, config: TrainConfig, there: int, num_processes: int) -> list[tuple[str, int]]:
+def smaller(
+    model: Any, config: TrainConfig, there: int, num_processes: int, sharded: bool, zero_stage: int = 0
+) -> list[tuple[str, int]]:
     """The options with which a run that is too large would fit, and what it would need: what costs least comes first.
 
     Args:
         model: without weights.
         config: resolved.
         there: bytes of the device.
-        num_processes: of the run, each of which holds all weights.
+        num_processes: of the run.
+        sharded: whether each holds a share of the weights.
+        zero_stage: of DeepSpeed; 0 without it.
     """
-    steps: list[tuple[str, dict[str, Any]]] = [
-        ("--gradient-checkpointing", {"gradient_checkpointing": True}),
-        ("--micro-batch-size 1", {"micro_batch_size": 1}),
-        ("--moments bf16", {"moments": "bf16"}),
-        ("--moments 8bit", {"moments": "8bit"}),
-        *([("--no-master-weights", {"master_weights": False})] if config.precision == "bf16" else []),
-    ]
+    steps: dict[str, dict[str, Any]] = {
+        "--gradient-checkpointing": {"gradient_checkpointing": True},
+        "--micro-batch-size 1": {"micro_batch_size": 1},
+    }
+    if not sharded and not zero_stage:
+        steps |= {f"--moments {moments}": {"moments": moments} for moments in ("bf16", "8bit")}
+        steps |= {"--no-master-weights": {"master_weights": False}} if config.precision == "bf16" else {}
+    how = num_processes, sharded, zero_stage
     fitting: list[tuple[str, int]] = []
     options: list[str] = []
-    changed = config
-    for option, change in steps:
-        if all(getattr(changed, name) == value for name, value in change.items()):
+    need = estimate(model, config, *how)["total"]
+    for option, change in steps.items():
+        changed = replace(config, **change)
+        if (less := estimate(model, changed, *how)["total"]) >= need:
             continue
-        changed = replace(changed, **change)
-        options = [one for one in options if not (one.startswith("--moments") and "moments" in change)] + [option]
-        need = estimate(model, changed, num_processes, sharded=False)["total"]
+        config, need = changed, less
+        options = [one for one in options if one.split()[0] != option.split()[0]] + [option]
         if need <= there:
             fitting.append((" ".join(options), need))
     return fitting

@@ -15,6 +15,7 @@ from moetool.errors import ConfigError
 from moetool.train.config import TrainConfig
 
 EPSILON = 1e-8
+EIGHT_BIT_PARTS = ("codes", "scale", "qmap")  # of torchao's moments
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -97,11 +98,10 @@ def rounding_seed(seed: int, step: int) -> int:
 
 def parts(moment: Any) -> Iterator[tuple[str, Tensor]]:
     """The plain tensors of a moment, by what is added to its name: codes and scales of one of 8 bits."""
-    if type(moment) is Tensor or not hasattr(moment, "__tensor_flatten__"):
-        yield "", moment
+    if hasattr(moment, "codes"):
+        yield from ((f".{name}", getattr(moment, name)) for name in EIGHT_BIT_PARTS)
     else:
-        for name in moment.__tensor_flatten__()[0]:
-            yield f".{name}", getattr(moment, name)
+        yield "", moment
 
 
 @torch.no_grad()

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from moetool.train import state
 from moetool.train.config import TrainConfig
@@ -99,6 +102,30 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, jsonl: Path, monkeypatch: py
     code, _, stderr = cpt(model, tmp_path / "other", jsonl, "--moments", "8bit")
     assert code == 1
     assert "torchao is not installed; run pip install torchao" in stderr
+
+
+def test_a_sharded_moment_is_one_tensor(tmp_path: Path) -> None:
+    """Not its parts, which are one process's: it is gathered as a whole."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)))
+        ((name, tensor),) = parts(sharded)
+        assert name == ""
+        assert tensor is sharded
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_update_that_cannot_be_compiled_is_one_line(
+    tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(graph: object, inputs: object) -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    code, _, stderr = cpt(tiny.save_mixtral(tmp_path / "model"), tmp_path / "out", jsonl, "--moments", "8bit")
+    assert code == 1
+    assert "use --no-compile, and leave out --moments and --no-master-weights, whose update is compiled" in stderr
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])

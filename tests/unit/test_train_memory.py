@@ -77,7 +77,7 @@ def test_what_is_kept_of_weights_and_moments(mixtral: Path) -> None:
         assert [need["weights"], need["gradients"]] == [weights * total, 4 * total]
         assert need["optimizer"] == int(optimizer * total)
     run = config(precision="bf16", micro_batch_size=2)
-    every = memory.smaller(model, run, 10**12, 1)
+    every = memory.smaller(model, run, 10**12, 1, sharded=False)
     assert [options for options, _ in every] == [
         "--gradient-checkpointing",
         "--gradient-checkpointing --micro-batch-size 1",
@@ -86,7 +86,13 @@ def test_what_is_kept_of_weights_and_moments(mixtral: Path) -> None:
         "--gradient-checkpointing --micro-batch-size 1 --moments 8bit --no-master-weights",
     ]
     assert [need for _, need in every] == sorted((need for _, need in every), reverse=True)
-    assert memory.smaller(model, run, every[-1][1], 1) == every[-1:]
+    assert memory.smaller(model, run, every[-1][1], 1, sharded=False) == every[-1:]
+    eight = config(precision="bf16", micro_batch_size=1, gradient_checkpointing=True, moments="8bit")
+    assert [options for options, _ in memory.smaller(model, eight, 10**12, 1, sharded=False)] == ["--no-master-weights"]
+    assert [options for options, _ in memory.smaller(model, run, 10**12, 2, sharded=True)] == [
+        "--gradient-checkpointing",
+        "--gradient-checkpointing --micro-batch-size 1",
+    ]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
