@@ -64,7 +64,7 @@ def figures(name: str, place: Path) -> dict[str, str]:
     total = plan["parameters"]["total"]
     config = TrainConfig(
         model=place, out=place, train={"a": "a"}, max_steps=1, seq_len=4096, micro_batch_size=1,
-        precision="bf16", gradient_checkpointing=True, balance={},
+        precision="bf16", compile=True, gradient_checkpointing=True, balance={},
     )  # fmt: skip
     with skeleton(name, plan["target"]) as model:
         assert parameters(model) == (total, plan["parameters"]["active"])

@@ -474,7 +474,7 @@ def test_memory_is_told_before_anything_is_loaded(
 
 
 def test_model_flop_utilisation(tmp_path: Path, llama: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moetool.train.loop.peak_flops", lambda device, precision: 1e9)
+    monkeypatch.setattr("moetool.train.memory.peak_flops", lambda device, precision: 1e9)
     assert cpt(llama, tmp_path / "out", jsonl, steps=1)[0] == 0
     row = next(row for row in rows(tmp_path / "out") if "loss" in row)
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops_per_token(skeleton(llama), 16) / 1e9)
