@@ -21,7 +21,7 @@ from moetool.commands.analyze_routing import analyze_routing
 from moetool.commands.cpt import cpt
 from moetool.commands.eval import evaluate
 from moetool.commands.inspect import inspect
-from moetool.commands.options import OpenPlaces
+from moetool.commands.options import OpenPlaces, typer_command
 from moetool.commands.quickstart import quickstart
 from moetool.commands.tokenize import tokenize
 from moetool.commands.upcycle import upcycle
@@ -52,7 +52,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 for _name, _command in COMMANDS.items():
     # A docstring's lines end where the source's do; its paragraphs are to be as wide as the terminal.
     _help = [" ".join(paragraph.split()) for paragraph in (_command.__doc__ or "").split("\n\n")]
-    app.command(_name, cls=OpenPlaces, help="\n\n".join(_help))(_command)
+    app.command(_name, cls=OpenPlaces, help="\n\n".join(_help))(typer_command(_command))
 
 
 def _version(value: bool) -> None:

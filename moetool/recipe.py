@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, fields, replace
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from moetool.errors import CheckpointError
+from moetool import registry
+from moetool.errors import CheckpointError, ConfigError
+from moetool.option import as_read, dtype_option, option
 from moetool.outside import read_json
+from moetool.values import FLOAT_DTYPES, decimal, ratio
 
 if TYPE_CHECKING:
     import torch
@@ -22,48 +26,89 @@ LINEAGE_FORMAT = 1
 PROJECTIONS = ("gate", "up", "down")
 
 
+def _short_dtype(name: str, flag: str) -> str:
+    return {long: short for short, long in FLOAT_DTYPES.items()}.get(name, "auto")
+
+
+def _read_by(*methods: str) -> tuple[str, Callable[[str], bool]]:
+    return "method", methods.__contains__
+
+
 @dataclass(frozen=True)
 class UpcycleRecipe:
     """How a dense model becomes a Mixture of Experts; with the source, it determines every byte.
 
+    Decimals are those that were typed.
+
     Attributes:
-        target: the MoE family, a name in the registry.
-        num_experts: routed experts on disk.
-        top_k: experts a token goes to.
-        method: how experts come from the dense FFN.
-        drop_ratio: share of the intermediate units that `drop` redraws, the decimal that was typed.
-        drop_index: `shared`, one index set for gate, up and down (the paper), or `per-matrix`,
-            independent sets and a permutation of the units (the authors' released script).
-        noise_ratio: share of the intermediate units to which `noise` adds noise.
-        noise_scale: standard deviation of that noise, relative to the matrix's own.
-        noise_std: the same in absolute terms, where it is not None.
         num_donors: dense models that the experts come from (Branch-Train-MiX).
-        granularity: parts that the dense FFN is split into.
-        shared_experts: experts' sizes that the shared expert has; None is the family's default.
-        moe_layers: which layers are MoE, as it was typed.
-        router: how the router's rows are drawn.
-        router_std: their standard deviation.
-        seed: of everything that is drawn.
+        shared_experts: None is the family's default.
         dtype: of the written tensors, as safetensors names it; `auto` keeps each tensor's own.
     """
 
-    target: str
-    num_experts: int = 8
-    top_k: int = 2
-    method: str = "drop"
-    drop_ratio: Decimal = Decimal("0.5")
-    drop_index: str = "shared"
-    noise_ratio: Decimal = Decimal("0.5")
-    noise_scale: Decimal = Decimal(1)
-    noise_std: Decimal | None = None
+    target: str = option(
+        "The MoE family to write.", "auto", names=["auto", *registry.names("target")], what="target", after="donor"
+    )
+    num_experts: int = option("Routed experts.", 8, min=2)
+    top_k: int = option("Experts a token goes to.", 2, min=1)
+    method: str = option(
+        "How experts come from the dense FFN: part of the units redrawn, plain copies, noise added to a part,"
+        " or all drawn anew.",
+        "drop", kind="method",
+    )  # fmt: skip
+    drop_ratio: Decimal = option(
+        "Share of the intermediate units redrawn in each expert.",
+        Decimal("0.5"), parse=ratio, metavar="0..1", needs=_read_by("drop"), unread=Decimal(0),
+    )  # fmt: skip
+    drop_index: Literal["shared", "per-matrix"] = option(
+        "One index set for gate, up and down (the paper), or one each, units permuted (its script).",
+        "shared", needs=_read_by("drop", "noise"), unread="shared",
+    )  # fmt: skip
+    noise_ratio: Decimal = option(
+        "With noise: share of the units that it is added to.",
+        Decimal("0.5"), parse=ratio, metavar="0..1", needs=_read_by("noise"), unread=Decimal(0),
+    )  # fmt: skip
+    noise_scale: Decimal = option(
+        "With noise: its std, relative to each matrix's own.",
+        Decimal(1), parse=decimal, metavar="SCALE", needs=_read_by("noise"), unread=Decimal(0),
+    )  # fmt: skip
+    noise_std: Decimal | None = option(
+        "With noise: its std in absolute terms.",
+        None, parse=decimal, metavar="STD", needs=_read_by("noise"), unread=None,
+    )  # fmt: skip
     num_donors: int = 1
-    granularity: int = 1
-    shared_experts: int | None = None
-    moe_layers: str = "all"
-    router: str = "normal"
-    router_std: Decimal = Decimal("0.02")
-    seed: int = 0
-    dtype: str = "auto"
+    granularity: int = option("Split each dense FFN into G parts; an expert is one.", 1, min=1, metavar="G")
+    shared_experts: int | None = option("Experts every token goes to.", None, shown="the family's", min=0, metavar="S")
+    moe_layers: str = option("Layers that get experts; the others stay dense.", "all", metavar="all|4-|0-3,8|every:2")
+    router: str = option(
+        "How the router's rows are drawn.",
+        "normal", kind="router", needs=_read_by("drop", "copy", "noise"), unread="normal",
+    )  # fmt: skip
+    router_std: Decimal = option(
+        "Standard deviation of the router's rows.",
+        Decimal("0.02"), parse=decimal, metavar="STD", needs=_read_by("drop", "copy", "noise"), unread=Decimal(0),
+    )  # fmt: skip
+    seed: int = option("Seed of everything that is drawn.", 0, min=0)
+    dtype: str = dtype_option("Of the written tensors; auto keeps the source's.", make=_short_dtype)
+
+    def check(self, typed: Collection[str]) -> None:
+        """Refuse options that contradict each other, whatever the source.
+
+        Args:
+            typed: the options that were typed, not read from a file.
+
+        Raises:
+            ConfigError: names them.
+        """
+        if "noise_scale" in typed and self.noise_std is not None:
+            raise ConfigError("--noise-scale and --noise-std exclude each other")
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"--top-k {self.top_k} is more than --num-experts {self.num_experts}")
+
+    def settled(self, num_donors: int) -> UpcycleRecipe:
+        """The recipe that is recorded: without what its method does not read."""
+        read: UpcycleRecipe = replace(as_read(self), num_donors=num_donors)
+        return read if read.noise_std is None else replace(read, noise_scale=Decimal(0))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; decimals as the text that was typed."""

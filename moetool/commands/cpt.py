@@ -4,332 +4,40 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import typer
 from rich.table import Table
 
-from moetool import registry
 from moetool.commands.console import Console, count, escape, size
 from moetool.commands.memory import estimated
-from moetool.commands.options import (
-    ConfigFlag,
-    Dtype,
-    JsonFlag,
-    QuietFlag,
-    completing,
-    long_dtype,
-    named_paths,
-    one_of,
-    parse_count,
-    typed,
-    write_options,
-)
-from moetool.errors import ConfigError
+from moetool.commands.options import Output, as_usage, write_options
+from moetool.train.config import TrainConfig, check_batches, default_micro_batch
 
 
-def _balance(values: list[str] | None) -> list[str] | None:
-    for value in values or []:
-        one_of("balance")(value.partition("=")[0])
-    return values
-
-
-# accelerate's names, which are the packages' own.
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab")
-
-
-def _trackers(values: list[str] | None) -> list[str] | None:
-    for value in values or []:
-        if value not in TRACKERS:
-            near = registry.suggest(value, TRACKERS)
-            raise typer.BadParameter(f"unknown tracker '{value}'{near}; choose from {', '.join(TRACKERS)}")
-    return values
-
-
-def _option(panel: str, help: str, default: str = "", **more: Any) -> Any:
-    """An option of a panel of --help; `default` tells one that is no fixed value."""
-    if default:
-        help, more["show_default"] = f"{help}  \\[default: {default}]", False
-    return typer.Option(help=help, rich_help_panel=panel, **more)
-
-
-DATA, SIZE, RATE, MOE, RUN = (
-    "Data (options with NAME repeat)", "Size", "Optimizer and schedule", "Mixture of Experts", "Saving and resuming",
-)  # fmt: skip
-
-
-def cpt(
-    context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Checkpoint to start from: a folder or owner/name\\[@revision]; a step folder of another run, too.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the run.", show_default=False)],
-    train: Annotated[
-        list[str],
-        _option(
-            DATA,
-            "New text (or tokens): a file, folder, glob or hf:owner/name.",
-            metavar="NAME=PATH",
-            show_default=False,
-        ),
-    ],
-    replay: Annotated[
-        list[str] | None, _option(DATA, "Earlier text, mixed in against forgetting.", metavar="NAME=PATH")
-    ] = None,
-    weight: Annotated[
-        list[str] | None,
-        _option(DATA, "Share of a source relative to the others of its kind; 1 where none is given.", metavar="NAME=W"),
-    ] = None,
-    replay_ratio: Annotated[
-        float | None,
-        _option(
-            DATA, "Share of replay in every batch, which displaces new tokens.", "0.3 with --replay", min=0.0, max=1.0
-        ),
-    ] = None,
-    val: Annotated[list[str] | None, _option(DATA, "Text that is only validated on.", metavar="NAME=PATH")] = None,
-    val_fraction: Annotated[
-        float,
-        _option(DATA, "Share of documents held out of every source without a --val of its name.", min=0.0, max=1.0),
-    ] = 0.01,
-    text_field: Annotated[str, _option(DATA, "Field or column that holds the text.", metavar="NAME")] = "text",
-    document: Annotated[
-        Literal["file", "line", "paragraph"],
-        _option(DATA, "What one document of a plain-text file is (elsewhere it is a row)."),
-    ] = "file",
-    cross_document: Annotated[
-        bool,
-        _option(DATA, "Let tokens attend to earlier documents of their sequence, or begin anew at each document."),
-    ] = True,
-    max_tokens: Annotated[
-        int | None,
-        _option(
-            SIZE,
-            "Length of the run in tokens, such as 2B or 500M (rounded down to whole steps).",
-            parser=parse_count,
-            metavar="COUNT",
-        ),
-    ] = None,
-    max_steps: Annotated[int | None, _option(SIZE, "Length of the run in steps, instead.", min=1)] = None,
-    seq_len: Annotated[
-        int | None, _option(SIZE, "Tokens of a sequence.", "2048, or the model's positions", min=1)
-    ] = None,
-    global_batch_size: Annotated[int, _option(SIZE, "Sequences of a step, over all processes.", min=1)] = 32,
-    micro_batch_size: Annotated[
-        int | None,
-        _option(SIZE, "Sequences that a process runs at once.", "the largest divisor of the batch up to 8", min=1),
-    ] = None,
-    schedule: Annotated[
-        str,
-        _option(
-            RATE,
-            "Learning rate over the steps.",
-            metavar="|".join(registry.names("schedule")),
-            callback=one_of("schedule"),
-            autocompletion=completing(registry.names("schedule")),
-        ),
-    ] = "cosine",
-    lr: Annotated[float, _option(RATE, "Peak learning rate.", min=0.0)] = 3e-4,
-    min_lr: Annotated[
-        float | None, _option(RATE, "Learning rate of the last step.", "a tenth of --lr", min=0.0)
-    ] = None,
-    constant_lr: Annotated[
-        float | None,
-        _option(RATE, "Learning rate of the constant phase (infinite).", "halfway between --lr and --min-lr", min=0.0),
-    ] = None,
-    cooldown_end: Annotated[
-        float | None,
-        _option(
-            RATE, "Share of the run after which the cooldown ends (infinite); 0: no cooldown.", "0.7", min=0.0, max=1.0
-        ),
-    ] = None,
-    constant_end: Annotated[
-        float | None,
-        _option(RATE, "Share of the run after which the constant phase ends (infinite, wsd).", "0.8", min=0.0, max=1.0),
-    ] = None,
-    warmup_ratio: Annotated[
-        float | None, _option(RATE, "Share of the steps in which the rate rises from 0.", "0.01", min=0.0, max=1.0)
-    ] = None,
-    warmup_steps: Annotated[int | None, _option(RATE, "Number of those steps, instead.", min=0)] = None,
-    weight_decay: Annotated[float, _option(RATE, "AdamW's, on all matrices.", min=0.0)] = 0.1,
-    beta1: Annotated[float, _option(RATE, "AdamW's.", min=0.0, max=0.9999)] = 0.9,
-    beta2: Annotated[float, _option(RATE, "AdamW's.", min=0.0, max=0.9999)] = 0.95,
-    grad_clip: Annotated[float, _option(RATE, "Largest norm of the gradient; 0: any.", min=0.0)] = 1.0,
-    keep_optimizer: Annotated[
-        bool,
-        _option(
-            RATE, "Begin with the optimizer state and fp32 weights of MODEL, a step folder; the schedule is this run's."
-        ),
-    ] = False,
-    balance: Annotated[
-        list[str] | None,
-        _option(
-            MOE,
-            f"What keeps the load of the experts even: {', '.join(registry.names('balance'))}; repeats.",
-            "aux=0.01 and z-loss=0.001",
-            metavar="NAME[=COEFFICIENT]",
-            callback=_balance,
-            autocompletion=completing(registry.names("balance")),
-        ),
-    ] = None,
-    freeze_router: Annotated[bool, _option(MOE, "Train everything but the routers.")] = False,
-    precision: Annotated[
-        Literal["bf16", "fp32"] | None,
-        _option(RUN, "Compute precision. The optimizer works in fp32 with either.", "bf16 on a GPU, fp32 on a CPU"),
-    ] = None,
-    moments: Annotated[
-        Literal["fp32", "bf16", "8bit"],
-        _option(RUN, "How the optimizer keeps its moments; bf16 and 8bit need less memory, and torchao."),
-    ] = "fp32",
-    master_weights: Annotated[
-        bool,
-        _option(RUN, "Update fp32 weights beside the bf16 ones; without them bf16 weights are rounded at random."),
-    ] = True,
-    gradient_checkpointing: Annotated[
-        bool, _option(RUN, "Compute layers again in the backward pass: less memory, a third slower.")
-    ] = False,
-    compile: Annotated[
-        bool | None,
-        _option(
-            RUN,
-            "Compile each layer with torch.compile: a minute at first, then faster.",
-            "on a GPU in bf16, without --liger",
-        ),
-    ] = None,
-    liger: Annotated[bool, _option(RUN, "With liger-kernel's Triton kernels, on a GPU.")] = False,
-    deterministic: Annotated[
-        bool, _option(RUN, "Deterministic kernels alone, so that a GPU gives the same bits again.")
-    ] = False,
-    save_dtype: Annotated[Dtype, _option(RUN, "Of saved weights; auto is MODEL's.", callback=long_dtype)] = "auto",
-    save_every: Annotated[int | None, _option(RUN, "Steps between checkpoints.", "a tenth of the run", min=1)] = None,
-    eval_every: Annotated[int | None, _option(RUN, "Steps between validations.", "a tenth of the run", min=1)] = None,
-    keep_checkpoints: Annotated[int, _option(RUN, "Step folders to keep.", min=1)] = 2,
-    resume: Annotated[
-        bool, _option(RUN, "Go on from the newest step folder in OUT, or delete that run and begin again.")
-    ] = True,
-    log_with: Annotated[
-        list[str] | None,
-        _option(
-            RUN,
-            f"Also log to a tracker: {', '.join(TRACKERS)}; repeats.",
-            metavar="NAME",
-            callback=_trackers,
-            autocompletion=completing(TRACKERS),
-        ),
-    ] = None,
-    seed: Annotated[int, _option(RUN, "Of the data order and of dropout.", min=0)] = 0,
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    config: ConfigFlag = None,
-) -> dict[str, Any]:
+def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str, Any]:
     """Go on with a model's pretraining, on new text with the old as replay.
 
     Trains dense models and Mixtures of Experts with AdamW, keeps the routers balanced, and validates
     each domain. OUT becomes a stock Hugging Face checkpoint; OUT/checkpoints holds step folders, from
     which the same command goes on after an interruption, on a CPU to the same result bit for bit.
     """
-    sources = {"train": named_paths(train, "--train"), "replay": named_paths(replay or [], "--replay")}
-    sets = named_paths(val or [], "--val")
-    weights = _weights(weight or [], list(sources.values()))
-    if (max_tokens is None) == (max_steps is None):
-        raise typer.BadParameter("give the length of the run: either --max-tokens 2B or --max-steps 1000")
-    if warmup_ratio is not None and warmup_steps is not None:
-        raise typer.BadParameter("give --warmup-ratio or --warmup-steps, not both")
-
-    from moetool.train.config import TrainConfig, check_batches, default_micro_batch
-    from moetool.train.schedules import parameters
-
-    taken = parameters(schedule)
-    for name in ("min_lr", "constant_lr", "cooldown_end", "constant_end", "warmup_ratio", "warmup_steps"):
-        if typed(context, name) and name.replace("ratio", "steps") not in taken:
-            raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with --schedule {schedule}")
-    held_out = [name for named in sources.values() for name in named if name not in sets]
-    if typed(context, "val_fraction") and val_fraction and not held_out:
-        raise typer.BadParameter("--val-fraction has no effect: every source has a --val of its name")
-    if typed(context, "eval_every") and not (sets or (val_fraction and held_out)):
-        raise typer.BadParameter(
-            "--eval-every has no effect: there is no --val, and nothing is held out of the sources"
-        )
-    if typed(context, "min_lr") and constant_end == 1 and "constant_end" in taken:
-        raise typer.BadParameter("--min-lr has no effect with --constant-end 1: nothing anneals to it")
-    if not 0 < lr < float("inf"):
-        raise typer.BadParameter(f"--lr {lr:g}: a number above 0 is needed")
-    if min_lr is not None and min_lr > lr:
-        raise typer.BadParameter(f"--min-lr {min_lr:g} is above --lr {lr:g}; it is where the learning rate ends")
-    try:
-        micro = micro_batch_size or default_micro_batch(global_batch_size)
-        check_batches(global_batch_size, micro, int(os.environ.get("WORLD_SIZE", "1")))
-    except ConfigError as error:
-        raise typer.BadParameter(str(error)) from None
+    with as_usage():
+        micro = config.micro_batch_size or default_micro_batch(config.global_batch_size)
+        check_batches(config.global_batch_size, micro, int(os.environ.get("WORLD_SIZE", "1")))
 
     from moetool.checkpoint.hub import resolve_model
-    from moetool.train.balance import check_frozen, parse
     from moetool.train.loop import Run
     from moetool.train.open import open_run
     from moetool.train.state import saved_steps
 
-    try:
-        strategies = parse(balance) if balance else None
-        check_frozen(strategies or {}, freeze_router)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error)) from None
     main = os.environ.get("RANK", "0") == "0"
-    console = Console(context, json and main, quiet or not main)
-    asked: dict[str, Any] = {  # None is TrainConfig's UNSET
-        "model": resolve_model(model),
-        "out": out,
-        "train": sources["train"],
-        "replay": sources["replay"],
-        "weights": weights,
-        "replay_ratio": replay_ratio,
-        "val": sets,
-        "val_fraction": val_fraction,
-        "text_field": text_field,
-        "document": document,
-        "cross_document": cross_document,
-        "max_steps": max_steps,
-        "max_tokens": max_tokens,
-        "seq_len": seq_len,
-        "global_batch_size": global_batch_size,
-        "micro_batch_size": micro_batch_size,
-        "schedule": schedule,
-        "lr": lr,
-        "min_lr": min_lr,
-        "constant_lr": constant_lr,
-        "cooldown_end": cooldown_end,
-        "constant_end": constant_end,
-        "warmup_ratio": warmup_ratio,
-        "warmup_steps": warmup_steps,
-        "weight_decay": weight_decay,
-        "beta1": beta1,
-        "beta2": beta2,
-        "grad_clip": grad_clip,
-        "balance": strategies,
-        "freeze_router": freeze_router,
-        "precision": precision,
-        "gradient_checkpointing": gradient_checkpointing,
-        "moments": moments,
-        "master_weights": master_weights,
-        "compile": compile,
-        "liger": liger,
-        "deterministic": deterministic,
-        "save_dtype": save_dtype,
-        "save_every": save_every,
-        "eval_every": eval_every,
-        "keep_checkpoints": keep_checkpoints,
-        "keep_optimizer": keep_optimizer,
-        "resume": resume,
-        "log_with": log_with or [],
-        "seed": seed,
-    }
+    console = Console(context, output.json and main, output.quiet or not main)
+    config = replace(config, model=resolve_model(str(config.model)))
     with ExitStack() as opened:
         with console.progress() as progress:
-            run = opened.enter_context(open_run(TrainConfig(**asked), progress))
+            run = opened.enter_context(open_run(config, progress))
         finished = not isinstance(run, Run)
         if isinstance(run, Run):
             console.say(_plan_text(run.plan))
@@ -343,41 +51,23 @@ def cpt(
             for warning in run.warnings[told:]:
                 console.warn(warning)
             if main:
-                write_options(context, out)
+                write_options(context, config.out)
             try:
                 with console.progress() as progress:
                     summary = run.train(progress)
             except (KeyboardInterrupt, SystemExit):
-                saved = saved_steps(out)
+                saved = saved_steps(config.out)
                 where = f"the checkpoint of step {saved[-1]}" if saved else "the beginning: no checkpoint is saved yet"
                 console.warn(f"stopped after step {run.step}; the same command goes on from {where}")
                 raise
         else:
             summary = run
-    document_out = {"out": str(out), "already_finished": finished, **summary}
+    document_out = {"out": str(config.out), "already_finished": finished, **summary}
     if isinstance(run, Run):
         document_out["memory"] = run.plan["memory"]
     if main:
         console.result(document_out, *_result_text(document_out))
     return document_out
-
-
-def _weights(values: list[str], kinds: list[dict[str, str]]) -> dict[str, float]:
-    weights, sources = {}, [name for named in kinds for name in named]
-    for name, text in named_paths(values, "--weight").items():
-        if name not in sources:
-            raise typer.BadParameter(
-                f"--weight {name}: no --train or --replay has that name{registry.suggest(name, sources)}"
-            )
-        try:
-            weights[name] = float(text)
-        except ValueError:
-            weights[name] = -1.0
-        if not 0 < weights[name] < float("inf"):
-            raise typer.BadParameter(f"--weight {name}={text}: a number above 0 is needed")
-        if any(list(named) == [name] for named in kinds):
-            raise typer.BadParameter(f"--weight {name} has no effect: there is no other source of its kind")
-    return weights
 
 
 def _plan_text(plan: dict[str, Any]) -> str:

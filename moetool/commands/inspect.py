@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 
 import typer
 
 from moetool.commands.console import Console, count, escape, size
-from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag
+from moetool.commands.options import Output
 from moetool.commands.upcycle_table import clients_line
 from moetool.errors import CheckpointError
+from moetool.option import option
 
 EXPERTS = ".experts."  # in the name of a routed expert's tensor, whatever the family
 
 
-def inspect(
-    context: typer.Context,
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A model: a folder, or owner/name\\[@revision].", show_default=False)
-    ],
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    config: ConfigFlag = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class InspectOptions:
+    """The options of `moetool inspect`."""
+
+    path: str = option("A model: a folder, or owner/name\\[@revision].", positional=True, metavar="PATH")
+    tensors: bool = option("List every tensor.", False, flag="--tensors")
+
+
+def inspect(context: typer.Context, asked: InspectOptions, output: Output) -> dict[str, Any]:
     """Show what a checkpoint is: family, parameters, experts, files, lineage.
 
     Reads config.json and the headers of the safetensors files; no weight is loaded.
@@ -32,11 +33,11 @@ def inspect(
     from moetool.checkpoint.reader import CheckpointReader
     from moetool.recipe import read_lineage
 
-    console = Console(context, json, quiet)
-    with CheckpointReader(resolve_model(path)) as reader:
+    console = Console(context, output.json, output.quiet)
+    with CheckpointReader(resolve_model(asked.path)) as reader:
         document = describe(reader)
         document["lineage"] = (read_lineage(reader.folder) or {}).get("lineage", [])
-        if tensors:
+        if asked.tensors:
             document["tensors"] = {
                 name: {"dtype": info.dtype, "shape": list(info.shape), "file": info.shard}
                 for name, info in reader.tensors.items()

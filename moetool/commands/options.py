@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
-import re
-from collections.abc import Callable, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, SimpleNamespace
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -15,11 +18,11 @@ from typer.exceptions import TyperException
 
 from moetool import registry
 from moetool.errors import ConfigError
+from moetool.option import Option, check_name, flag, option, options, without_effect
 from moetool.outside import read_bytes
 
 MAX_CONFIG = 1_000_000  # bytes of a --config file
-# Left out of moetool.yaml: how a run talks, and permissions that must be given anew each time.
-NOT_RECORDED = {"json", "quiet", "config", "overwrite", "plan", "resume", "allow_code_execution"}
+RECORDED = "moetool.recorded"  # where a call's context keeps the options that moetool.yaml holds
 
 
 def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         name = f"{name}_" if f"{name}_" in parameters else name  # `--for`: a word of Python's
         if name not in parameters:
-            known = [_flag(p) for p in parameters]
+            known = [flag(p)[2:] for p in parameters]
             near = registry.suggest(str(key).replace("_", "-"), known)
             raise ConfigError(f"--config {path}: unknown key '{key}'{near}; keys are {', '.join(known)}")
         if name in values:
@@ -124,61 +127,150 @@ def _takes_list(command: Any) -> dict[str, bool]:
     }
 
 
-JsonFlag = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr.", rich_help_panel="Output"),
-]
-QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print errors only.", rich_help_panel="Output")]
-ConfigFlag = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        help="YAML file of flags without dashes; a flag given here wins over the file.",
-        metavar="FILE",
-        is_eager=True,
-        callback=_apply_config,
-        rich_help_panel="Output",
-    ),
-]
+@dataclass(frozen=True)
+class Output:
+    """How a command talks; every command has these."""
+
+    json: bool = option(
+        "Print one JSON document on stdout; messages go to stderr.",
+        False, flag="--json", panel="Output", recorded=False,
+    )  # fmt: skip
+    quiet: bool = option("Print errors only.", False, flag="--quiet", panel="Output", recorded=False)
+    config: Path | None = option(
+        "YAML file of flags without dashes; a flag given here wins over the file.",
+        None, flag="--config", panel="Output", metavar="FILE", recorded=False,
+    )  # fmt: skip
 
 
-def one_of(kind: str) -> Callable[[str], str]:
-    """An option callback that accepts the registry's names of a kind and suggests the nearest."""
+def typer_command(run: Callable[..., Any]) -> Callable[..., Any]:
+    """What Typer makes a command of: a function with a parameter for each option of `run`.
 
-    def callback(value: str) -> str:
-        try:
-            return registry.check(kind, value) if value is not None else value
-        except ConfigError as error:
-            raise typer.BadParameter(str(error)) from None
+    Args:
+        run: a command: takes the context, and dataclasses of options.
+    """
+    groups = {name: hint for name, hint in get_type_hints(run).items() if dataclasses.is_dataclass(hint)}
+
+    def call(context: typer.Context, **values: Any) -> Any:
+        typed = frozenset(name for name in values if was_typed(context, name))
+        with as_usage():
+            built = {name: _build(group, values) for name, group in groups.items()}
+            together = SimpleNamespace(**{k: v for config in built.values() for k, v in vars(config).items()})
+            for name, other in without_effect(together, {f.name: f.metadata["option"] for f in fields}):
+                if name in typed:
+                    raise ConfigError(f"{flag(name)} has no effect with {flag(other)} {getattr(together, other)}")
+            for config in built.values():
+                if hasattr(config, "check"):
+                    config.check(typed)
+        context.meta[RECORDED] = {f.name for f in fields if f.metadata["option"].recorded}
+        return run(context, **built)
+
+    hints = {name: hint for group in groups.values() for name, hint in get_type_hints(group).items()}
+    fields = [field for group in groups.values() for field in dataclasses.fields(group) if "option" in field.metadata]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("context", keyword, annotation=typer.Context)]
+    for field in _placed(fields):
+        default = inspect.Parameter.empty if _required(field) else _given(field.default)
+        parameters.append(
+            inspect.Parameter(field.name, keyword, default=default, annotation=_annotation(field, hints[field.name]))
+        )
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {}
+    return call
+
+
+@contextmanager
+def as_usage() -> Iterator[None]:
+    """What is wrong with options is an error of usage."""
+    try:
+        yield
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def was_typed(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was typed on the command line, rather than in a configuration file."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _build(group: Any, values: Mapping[str, Any]) -> Any:
+    """An options dataclass of what Typer gives; a list without values is the field's default."""
+    built = {}
+    for name, declared in options(group).items():
+        value = values[name]
+        if value is None or (isinstance(value, (list, tuple)) and not value):
+            continue
+        built[name] = declared.make(value, flag(name)) if declared.make else value
+    return group(**built)
+
+
+def _placed(fields: Sequence[Any], behind: str = "") -> Iterator[Any]:
+    """Fields in the order of --help."""
+    for field in fields:
+        if field.metadata["option"].after == behind:
+            yield field
+            yield from _placed(fields, field.name)
+
+
+def _required(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _given(default: Any) -> Any:
+    """A default as Typer takes it."""
+    return None if default is dataclasses.MISSING or default == () else default
+
+
+def _annotation(field: Any, hint: Any) -> Any:
+    """The type that Typer reads a value as, with what --help says of it."""
+    declared: Option = field.metadata["option"]
+    kind = declared.typed or hint
+    if get_origin(kind) in (Mapping, Sequence):
+        kind = list[str]
+    elif declared.parse and not declared.typed:
+        kind = str
+    if not _required(field) and _given(field.default) is None and NoneType not in get_args(kind):
+        kind = kind | None
+    shown = f"{declared.help}  \\[default: {declared.shown}]" if declared.shown else declared.help
+    more: dict[str, Any] = {
+        "help": shown,
+        "metavar": declared.metavar,
+        "min": declared.min,
+        "max": declared.max,
+        "rich_help_panel": declared.panel,
+        "show_default": not declared.shown and not _required(field) and _given(field.default) is not None,
+    }
+    if field.name == "config":
+        more |= {"is_eager": True, "callback": _apply_config}
+    elif declared.names or declared.parse:
+        more["callback"] = _reader(declared)
+    if words := declared.names or declared.completed:
+        more["autocompletion"] = _completing(words)
+    if declared.positional:
+        return Annotated[kind, typer.Argument(**more)]
+    return Annotated[kind, typer.Option(*filter(None, [declared.flag]), **more)]
+
+
+def _reader(declared: Option) -> Callable[[Any], Any]:
+    """An option callback that checks names and parses text."""
+
+    def callback(value: Any) -> Any:
+        with as_usage():
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                if declared.names and one is not None:
+                    check_name(declared, one)
+            return declared.parse(value) if declared.parse and value is not None else value
 
     return callback
 
 
-def completing(names: Sequence[str]) -> Callable[[str], Sequence[str]]:
+def _completing(names: Collection[str]) -> Callable[[str], list[str]]:
     """What a shell offers for the value of an option."""
 
-    def offered(incomplete: str) -> Sequence[str]:
-        return names
+    def offered(incomplete: str) -> list[str]:
+        return list(names)
 
     return offered
-
-
-def named_paths(values: list[str], flag: str) -> dict[str, str]:
-    """Split repeated NAME=PATH values at the first `=`.
-
-    Raises:
-        typer.BadParameter: a value without a name or path, or a name given twice.
-    """
-    paths: dict[str, str] = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not (name and equals and path):
-            example = f"{name or 'code'}={path or 'src.jsonl'}" if equals else f"{Path(value).stem or 'code'}={value}"
-            raise typer.BadParameter(f"{flag} '{value}': expected NAME=PATH, such as {flag} {example}")
-        if name in paths:
-            raise typer.BadParameter(f"{flag}: the name '{name}' is given twice")
-        paths[name] = path
-    return paths
 
 
 def resolved_options(context: typer.Context) -> dict[str, Any]:
@@ -191,14 +283,10 @@ def resolved_options(context: typer.Context) -> dict[str, Any]:
 
     values = {str(p.name): context.params.get(str(p.name)) for p in context.command.params}
     return {
-        _flag(name): plain(value)
+        flag(name)[2:]: plain(value)
         for name, value in values.items()
-        if name not in NOT_RECORDED and value is not None and value != [] and value != ()
+        if name in context.meta[RECORDED] and value is not None and value != [] and value != ()
     }
-
-
-def _flag(name: str) -> str:
-    return name.rstrip("_").replace("_", "-")
 
 
 def options_text(context: typer.Context) -> str:
@@ -214,55 +302,6 @@ def write_options(context: typer.Context, folder: Path) -> None:
     from moetool.checkpoint.folder import write_file
 
     write_file(folder / "moetool.yaml", options_text(context).encode())
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-_LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
-
-
-def long_dtype(value: str) -> str:
-    """The name that is recorded: `bf16` is `bfloat16`."""
-    return _LONG.get(value, value)
-
-
-def parse_size(text: str) -> int:
-    """`5GB`, `500MB` or a number of bytes, in decimal units.
-
-    Raises:
-        typer.BadParameter: it is none of these, or so few bytes that a unit was forgotten.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
-    size = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise typer.BadParameter(f"'{text}' is no size; write it as 5GB or 500MB")
-    if match and not match[2] and size < 10**6:
-        raise typer.BadParameter(f"'{text}' means {size} bytes; if {match[1]} GB were meant, write {match[1]}GB")
-    return size
-
-
-_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-def parse_count(text: str) -> int:
-    """`2B`, `500M`, `10k` or a plain number of at least 1.
-
-    Raises:
-        typer.BadParameter: it is none of these.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", str(text).strip().lower().replace("_", ""))
-    number = Decimal(match[1]) * _COUNTS[match[2]] if match else Decimal(0)
-    if number < 1 or number != int(number):
-        raise typer.BadParameter(f"'{text}' is no count; write it as 2B, 500M, 10k or 4096")
-    return int(number)
-
-
-def typed(context: typer.Context, name: str) -> bool:
-    """Whether a parameter was typed on the command line, rather than in a configuration file."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def num_cores() -> int:

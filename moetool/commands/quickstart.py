@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from moetool.commands.console import Console, count, escape
-from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, write_options
+from moetool.commands.options import Output, write_options
 from moetool.errors import ConfigError
+from moetool.option import option
 
 if TYPE_CHECKING:
     from moetool.checkpoint.folder import FolderLock
     from moetool.quickstart import Step
 
 
-def quickstart(
-    context: typer.Context,
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where everything is written.", show_default=True)
-    ] = Path("quickstart"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the models, the data order and what is redrawn.")] = 0,
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    config: ConfigFlag = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """The options of `moetool quickstart`."""
+
+    folder: Path = option("Where everything is written.", Path("quickstart"), positional=True, metavar="DIR")
+    seed: int = option("Of the models, the data order and what is redrawn.", 0, min=0)
+
+
+def quickstart(context: typer.Context, asked: QuickstartOptions, output: Output) -> dict[str, Any]:
     """See the whole journey in a few minutes: dense model, upcycling, continual pretraining, routers, evaluation.
 
     Needs no network and no GPU: the text is the documentation and the standard library of the
@@ -36,7 +37,8 @@ def quickstart(
     """
     from moetool import quickstart as domain
 
-    console = Console(context, json, quiet)
+    folder, seed = asked.folder, asked.seed
+    console = Console(context, output.json, output.quiet)
     began = time.perf_counter()
     context.with_resource(_claimed(folder))
     root = context.find_root().command
@@ -61,7 +63,7 @@ def quickstart(
 
     def run(arguments: list[str]) -> dict[str, Any]:
         stepped = time.perf_counter()
-        quietly = ["--quiet"] if quiet else []
+        quietly = ["--quiet"] if output.quiet else []
         result = root.main([*arguments, *quietly], standalone_mode=False, obj={"step": True})
         if not isinstance(result, dict):
             raise KeyboardInterrupt  # what Typer makes of Ctrl-C within the step is an exit code

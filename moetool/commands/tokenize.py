@@ -3,50 +3,35 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import typer
 
 from moetool.commands.console import Console, count, escape, size
-from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, options_text
+from moetool.commands.options import Output, options_text
+from moetool.option import document_option, option, text_field_option
 
 
-def tokenize(
-    context: typer.Context,
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT",
-            help="Text, JSONL or Parquet: a file, folder, glob, or hf:owner/name\\[@revision]\\[#config/split].",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make.", show_default=False)],
-    tokenizer: Annotated[
-        str,
-        typer.Option(
-            "--tokenizer",
-            metavar="MODEL",
-            help="Model whose tokenizer to use: a folder, or owner/name\\[@revision].",
-            show_default=False,
-        ),
-    ],
-    text_field: Annotated[
-        str, typer.Option("--text-field", metavar="NAME", help="Field or column that holds the text.")
-    ] = "text",
-    document: Annotated[
-        Literal["file", "line", "paragraph"],
-        typer.Option("--document", help="What one document of a plain-text file is (elsewhere it is a row)."),
-    ] = "file",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the tokens in DIR, whatever they are.")
-    ] = False,
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    config: ConfigFlag = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """The options of `moetool tokenize`."""
+
+    inputs: Sequence[str] = option(
+        "Text, JSONL or Parquet: a file, folder, glob, or hf:owner/name\\[@revision]\\[#config/split].",
+        positional=True, metavar="INPUT",
+    )  # fmt: skip
+    out: Path = option("Folder to make.", metavar="DIR")
+    tokenizer: str = option("Model whose tokenizer to use: a folder, or owner/name\\[@revision].", metavar="MODEL")
+    text_field: str = text_field_option()
+    document: Literal["file", "line", "paragraph"] = document_option()
+    overwrite: bool = option("Replace the tokens in DIR, whatever they are.", False, flag="--overwrite", recorded=False)
+
+
+def tokenize(context: typer.Context, asked: TokenizeOptions, output: Output) -> dict[str, Any]:
     """Turn text into a folder of tokens that cpt and analyze-routing open at once.
 
     The inputs make one stream in the order given. Every document ends with the end-of-text token.
@@ -57,21 +42,22 @@ def tokenize(
     from moetool.data.text import TextSource, read_documents
     from moetool.data.tokens import describe, open_tokens, read_manifest, write_tokens
 
-    console = Console(context, json, quiet)
+    out = asked.out
+    console = Console(context, output.json, output.quiet)
     began = time.monotonic()
-    folder = resolve_model(tokenizer, weights=False)
+    folder = resolve_model(asked.tokenizer, weights=False)
     loaded = load_tokenizer(folder)
-    sources = [TextSource(path, text_field, document) for path in inputs]
+    sources = [TextSource(path, asked.text_field, asked.document) for path in asked.inputs]
     with FolderLock(out), console.progress() as progress:
         about = describe(sources, folder, loaded, progress)
         found = read_manifest(out)
-        there = found is not None and found.get("key") == about["key"] and not overwrite
+        there = found is not None and found.get("key") == about["key"] and not asked.overwrite
         if there:
             stream = open_tokens(out)
         else:
             documents = chain.from_iterable(read_documents(source, progress) for source in sources)
             files = {"moetool.yaml": options_text(context).encode()}
-            stream = write_tokens(documents, loaded, out, about, overwrite, files)
+            stream = write_tokens(documents, loaded, out, about, asked.overwrite, files)
     manifest = stream.manifest
     result = {
         "out": str(out),

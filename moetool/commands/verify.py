@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import typer
 
 from moetool.commands.console import Console, escape
-from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, num_cores
+from moetool.commands.options import Output, num_cores
 from moetool.commands.upcycle_table import proof_line
+from moetool.option import option, workers_option
 
 
-def verify(
-    context: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder that moetool upcycle has written.")],
-    source: Annotated[
-        str | None, typer.Option(help="The dense model.  \\[default: where moetool.json says it was]", metavar="DENSE")
-    ] = None,
-    donor: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="The other donors, in their order.  \\[default: where moetool.json says they were]",
-            metavar="MODEL",
-            show_default=False,
-        ),
-    ] = None,
-    level: Annotated[
-        Literal["quick", "full"], typer.Option(help="A sample of each tensor, or every entry and every file's digest.")
-    ] = "full",
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads.  \\[default: one a core]", show_default=False)
-    ] = None,
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    config: ConfigFlag = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class VerifyOptions:
+    """The options of `moetool verify`."""
+
+    path: Path = option("A folder that moetool upcycle has written.", positional=True, metavar="PATH")
+    source: str | None = option("The dense model.", None, shown="where moetool.json says it was", metavar="DENSE")
+    donor: Sequence[str] = option(
+        "The other donors, in their order.", (), shown="where moetool.json says they were", metavar="MODEL"
+    )
+    level: Literal["quick", "full"] = option("A sample of each tensor, or every entry and every file's digest.", "full")
+    workers: int | None = workers_option()
+
+
+def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict[str, Any]:
     """Prove a finished upcycling against the dense model that it came from.
 
     Kept entries equal the source bit for bit, redrawn units differ from it and have the statistics
@@ -52,8 +45,8 @@ def verify(
     from moetool.upcycle.verify import check_source
     from moetool.upcycle.verify import verify as prove
 
-    console = Console(context, json, quiet)
-    folder = resolve_model(str(path))
+    console = Console(context, output.json, output.quiet)
+    folder = resolve_model(str(asked.path))
     if (folder / PARTIAL).exists():
         raise CheckpointError(f"{folder} is an unfinished conversion; run the command that began it again")
     lineage = (read_lineage(folder) or {}).get("lineage", [])
@@ -70,9 +63,11 @@ def verify(
     if not all(isinstance(one.get("name"), str) for one in recorded):
         raise CheckpointError(f"{folder}/moetool.json does not name what was upcycled; it was edited")
     names = [one["name"] for one in recorded]
-    if donor and len(donor) != len(names) - 1:
-        raise typer.BadParameter(f"--donor is given {len(donor)} times, {folder} has {len(names) - 1} other donors")
-    names = [source or names[0], *(donor or names[1:])]
+    if asked.donor and len(asked.donor) != len(names) - 1:
+        raise typer.BadParameter(
+            f"--donor is given {len(asked.donor)} times, {folder} has {len(names) - 1} other donors"
+        )
+    names = [asked.source or names[0], *(asked.donor or names[1:])]
     try:
         folders = [resolve_model(name) for name in names]
     except MoetoolError as error:
@@ -80,7 +75,7 @@ def verify(
     with ExitStack() as stack:
         readers = [stack.enter_context(CheckpointReader(dense)) for dense in folders]
         progress = stack.enter_context(console.progress())
-        if level == "full":
+        if asked.level == "full":
             for reader, one in zip(readers, recorded, strict=True):
                 check_source(reader, one.get("sha256"), progress)
         recipe = UpcycleRecipe.from_json(lineage[0].get("recipe", {}))
@@ -90,7 +85,7 @@ def verify(
         if recipe.num_donors != len(readers):
             raise CheckpointError(f"{folder}/moetool.json tells of {recipe.num_donors} donors and names {len(readers)}")
         plan = build_plan(readers, recipe, max_shard_size)
-        proof = prove(plan, readers, folder, level, workers or num_cores(), progress).to_json()
+        proof = prove(plan, readers, folder, asked.level, asked.workers or num_cores(), progress).to_json()
     document = {"path": str(folder), "source": str(folders[0]), "proof": proof}
     console.result(document, proof_line(proof), escape(str(folder)))
     return document

@@ -21,35 +21,11 @@ from moetool.evaluate import cache
 from moetool.evaluate.harness import Harness
 from moetool.evaluate.lookup import one_line
 from moetool.evaluate.processes import from_first, is_first
+from moetool.evaluate.settings import Settings
 from moetool.evaluate.tasks import Tasks, describe, digest
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
 from moetool.routing.report import domain_entry
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the models are run.
-
-    Attributes:
-        limit: documents a task: a number, or a share below 1; None for all.
-        batch_size: a number, `auto` or `auto:N`.
-        device: such as `cpu` or `cuda`.
-        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
-        device_map: transformers' own placement instead of `device`.
-        routing: count the routes of each task.
-        log_samples: keep each document's prompt and answer.
-        allow_code_execution: run code that a model writes, for tasks that do.
-    """
-
-    limit: float | None = None
-    batch_size: str = "1"
-    device: str = "cpu"
-    dtype: str = "auto"
-    device_map: str | None = None
-    routing: bool = False
-    log_samples: bool = False
-    allow_code_execution: bool = False
 
 
 @dataclass

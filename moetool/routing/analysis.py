@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from moetool.routing.drift import drift
 from moetool.routing.measure import Observer, Tokens, measure, outline, probe
 from moetool.routing.origin import Origin, first_entry, read_origin
 from moetool.routing.report import build_report
+from moetool.routing.settings import Settings
 from moetool.routing.stats import RoutingStats
 from moetool.routing.unit_use import UnitUse
 from moetool.routing.upcycling import build_upcycling
@@ -27,32 +27,6 @@ from moetool.routing.vocabulary import TokenCounts, continual_specialization, di
 
 SEQ_LEN = 2048
 VOCABULARY_BYTES = 10**9  # what `--vocabulary-layers auto` may take
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How texts go through a model.
-
-    Attributes:
-        max_tokens: the first so many tokens of each text.
-        seq_len: tokens a window; None takes 2048, or what the model's positions allow.
-        batch_size: windows a forward.
-        device: `auto`, or a device of torch.
-        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
-        device_map: transformers' placement over devices; excludes `device`.
-        vocabulary_layers: layers whose tokens are counted by expert; `auto` takes all that fit
-            `VOCABULARY_BYTES`, evenly spread, `all` all.
-        unit_use: whether to measure the use of redrawn units, where there are any.
-    """
-
-    max_tokens: int = 204_800
-    seq_len: int | None = None
-    batch_size: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: str | None = None
-    vocabulary_layers: tuple[int, ...] | str = "auto"
-    unit_use: bool = True
 
 
 def analyze(

@@ -102,7 +102,7 @@ def _check_apart(config: TrainConfig, fingerprints: Mapping[str, Mapping[str, st
 def mix(corpus: Corpus, config: TrainConfig) -> TokenMixture:
     """The sequence of samples of a run; `config` is resolved."""
     sources = [
-        Source(name, stream, config.weights.get(name, 1), replay=kind == "replay")
+        Source(name, stream, config.weight.get(name, 1), replay=kind == "replay")
         for kind, named in (("train", corpus.train), ("replay", corpus.replay))
         for name, stream in named.items()
     ]

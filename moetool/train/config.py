@@ -2,122 +2,204 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from moetool import registry
 from moetool.errors import ConfigError
+from moetool.option import document_option, dtype_option, option, options, text_field_option, without_effect
 from moetool.train.schedules import parameters
+from moetool.values import named, named_numbers, parse_count
 
 MAX_DEFAULT_SEQ_LEN = 2048
 MAX_DEFAULT_MICRO_BATCH = 8
 DEFAULT_REPLAY_RATIO = 0.3
-PRECISIONS = ("bf16", "fp32")
-SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 UNSET: Any = None  # not given; `resolve` fills it in
+# accelerate's names, which are the packages' own.
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab")
+DATA, SIZE, RATE, MOE, RUN = (
+    "Data (options with NAME repeat)", "Size", "Optimizer and schedule", "Mixture of Experts", "Saving and resuming",
+)  # fmt: skip
+
+
+def _strategies(values: Sequence[str], flag: str) -> dict[str, float]:
+    from moetool.train.balance import parse
+
+    return parse(values)
+
+
+def _scheduled(parameter: str) -> dict[str, Any]:
+    """An option that only the schedules with this parameter read, and that makes another run there."""
+    return {"panel": RATE, "needs": ("schedule", lambda name: parameter in parameters(name))}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of `moetool cpt`; UNSET ones depend on the model, the machine or each other.
+    """The options of `moetool cpt`; UNSET ones depend on the model, the machine or each other."""
 
-    Attributes:
-        model: folder of the checkpoint to start from.
-        out: folder of the run.
-        train: training sources, name -> path.
-        replay: replay sources, name -> path.
-        weights: name -> weight relative to the other sources of its kind.
-        replay_ratio: share of tokens that is replay; by default 0.3 with replay sources, else 0.
-        val: validation sets, name -> path.
-        val_fraction: share of the documents of each source without a validation set of its name that
-            is held out for one.
-        text_field: the field that holds the text in JSONL, Parquet and datasets.
-        cross_document: whether tokens attend to earlier documents of their sequence.
-        document: what one document of a plain-text file is: file, line or paragraph.
-        max_steps: optimizer updates; excludes `max_tokens`.
-        max_tokens: predicted tokens over all updates, rounded down to whole steps.
-        seq_len: tokens predicted in a sequence.
-        global_batch_size: sequences of one update, over all processes.
-        micro_batch_size: sequences of one forward of one process.
-        schedule: a name in the registry.
-        lr: peak learning rate.
-        min_lr: final learning rate; by default lr / 10.
-        constant_lr: of the constant phase; by default halfway between lr and min_lr.
-        cooldown_end: share of the updates after which the cooldown ends, by default 0.7; 0: there is none.
-        constant_end: share of the updates after which the constant phase ends, by default 0.8.
-        warmup_ratio: share of the updates that warms up; excludes `warmup_steps`.
-        warmup_steps: updates that warm up.
-        weight_decay: decoupled, on tensors of two or more dimensions.
-        beta1: AdamW's first decay rate.
-        beta2: AdamW's second decay rate.
-        grad_clip: largest L2 norm of the gradient; 0 does not clip.
-        balance: strategy -> coefficient; by default aux and z-loss for a Mixture of Experts, nothing with
-            a frozen router.
-        freeze_router: the routers' weights stay as they are.
-        precision: bf16 or fp32; by default bf16 on a GPU, fp32 on a CPU.
-        moments: how the optimizer's are kept: fp32, bf16 or 8bit.
-        master_weights: update fp32 weights beside the bf16 ones of the forward; without them the bf16 ones are
-            updated, rounded up or down at random.
-        gradient_checkpointing: compute each layer a second time in the backward instead of keeping it.
-        compile: each layer with torch.compile; by default on a GPU in bf16, where the weights are not shared out.
-        liger: with the kernels of liger-kernel.
-        deterministic: torch's deterministic kernels alone.
-        save_dtype: of saved checkpoints; auto is the source's.
-        save_every: updates between checkpoints; by default a tenth of the run.
-        eval_every: updates between validations; by default a tenth of the run.
-        keep_checkpoints: how many step folders are kept.
-        keep_optimizer: begin with the optimizer's moments and fp32 weights of `model`, a step folder.
-        resume: go on from the newest step folder; False begins again.
-        log_with: trackers to tell the metrics to.
-        seed: of the data order and of dropout.
-    """
+    model: Path = option(
+        "Checkpoint to start from: a folder or owner/name\\[@revision]; a step folder of another run, too.",
+        positional=True, metavar="MODEL", typed=str,
+    )  # fmt: skip
+    out: Path = option("Folder of the run.", positional=True, metavar="OUT")
+    train: Mapping[str, str] = option(
+        "New text (or tokens): a file, folder, glob or hf:owner/name.", panel=DATA, metavar="NAME=PATH", make=named
+    )
+    replay: Mapping[str, str] = option(
+        "Earlier text, mixed in against forgetting.", dict, panel=DATA, metavar="NAME=PATH", make=named
+    )
+    weight: Mapping[str, float] = option(
+        "Share of a source relative to the others of its kind; 1 where none is given.",
+        dict, panel=DATA, metavar="NAME=W", make=named_numbers,
+    )  # fmt: skip
+    replay_ratio: float = option(
+        "Share of replay in every batch, which displaces new tokens.",
+        UNSET, panel=DATA, shown="0.3 with --replay", min=0, max=1, defines=True,
+    )  # fmt: skip
+    val: Mapping[str, str] = option(
+        "Text that is only validated on.", dict, panel=DATA, metavar="NAME=PATH", make=named
+    )
+    val_fraction: float = option(
+        "Share of documents held out of every source without a --val of its name.",
+        0.01, panel=DATA, min=0, max=1, defines=True,
+    )  # fmt: skip
+    text_field: str = text_field_option(DATA)
+    document: Literal["file", "line", "paragraph"] = document_option(DATA)
+    cross_document: bool = option(
+        "Let tokens attend to earlier documents of their sequence, or begin anew at each document.",
+        True, panel=DATA, defines=True,
+    )  # fmt: skip
+    max_steps: int = option(
+        "Length of the run in steps, instead.", UNSET, panel=SIZE, min=1, defines=True, after="max_tokens"
+    )
+    max_tokens: int = option(
+        "Length of the run in tokens, such as 2B or 500M (rounded down to whole steps).",
+        UNSET, panel=SIZE, metavar="COUNT", parse=parse_count,
+    )  # fmt: skip
+    seq_len: int = option(
+        "Tokens of a sequence.", UNSET, panel=SIZE, shown="2048, or the model's positions", min=1, defines=True
+    )
+    global_batch_size: int = option("Sequences of a step, over all processes.", 32, panel=SIZE, min=1, defines=True)
+    micro_batch_size: int = option(
+        "Sequences that a process runs at once.",
+        UNSET, panel=SIZE, shown="the largest divisor of the batch up to 8", min=1, defines=True,
+    )  # fmt: skip
+    schedule: str = option("Learning rate over the steps.", "cosine", panel=RATE, kind="schedule", defines=True)
+    lr: float = option("Peak learning rate.", 3e-4, min=0, defines=True, **_scheduled("lr"))
+    min_lr: float = option(
+        "Learning rate of the last step.", UNSET, shown="a tenth of --lr", min=0, defines=True, **_scheduled("min_lr")
+    )
+    constant_lr: float = option(
+        "Learning rate of the constant phase (infinite).",
+        UNSET, shown="halfway between --lr and --min-lr", min=0, defines=True, **_scheduled("constant_lr"),
+    )  # fmt: skip
+    cooldown_end: float = option(
+        "Share of the run after which the cooldown ends (infinite); 0: no cooldown.",
+        UNSET, shown="0.7", min=0, max=1, defines=True, **_scheduled("cooldown_end"),
+    )  # fmt: skip
+    constant_end: float = option(
+        "Share of the run after which the constant phase ends (infinite, wsd).",
+        UNSET, shown="0.8", min=0, max=1, defines=True, **_scheduled("constant_end"),
+    )  # fmt: skip
+    warmup_ratio: float = option(
+        "Share of the steps in which the rate rises from 0.",
+        UNSET, shown="0.01", min=0, max=1, **_scheduled("warmup_steps"),
+    )  # fmt: skip
+    warmup_steps: int = option(
+        "Number of those steps, instead.", UNSET, min=0, defines=True, **_scheduled("warmup_steps")
+    )
+    weight_decay: float = option("AdamW's, on all matrices.", 0.1, panel=RATE, min=0, defines=True)
+    beta1: float = option("AdamW's.", 0.9, panel=RATE, min=0, max=0.9999, defines=True)
+    beta2: float = option("AdamW's.", 0.95, panel=RATE, min=0, max=0.9999, defines=True)
+    grad_clip: float = option("Largest norm of the gradient; 0: any.", 1.0, panel=RATE, min=0, defines=True)
+    balance: Mapping[str, float] = option(
+        f"What keeps the load of the experts even: {', '.join(registry.names('balance'))}; repeats.",
+        UNSET, panel=MOE, shown="aux=0.01 and z-loss=0.001", kind="balance", metavar="NAME[=COEFFICIENT]",
+        make=_strategies, defines=True,
+    )  # fmt: skip
+    freeze_router: bool = option("Train everything but the routers.", False, panel=MOE, defines=True)
+    precision: Literal["bf16", "fp32"] = option(
+        "Compute precision. The optimizer works in fp32 with either.",
+        UNSET, panel=RUN, shown="bf16 on a GPU, fp32 on a CPU", defines=True,
+    )  # fmt: skip
+    moments: Literal["fp32", "bf16", "8bit"] = option(
+        "How the optimizer keeps its moments; bf16 and 8bit need less memory, and torchao.",
+        "fp32", panel=RUN, defines=True,
+    )  # fmt: skip
+    master_weights: bool = option(
+        "Update fp32 weights beside the bf16 ones; without them bf16 weights are rounded at random.",
+        True, panel=RUN, defines=True,
+    )  # fmt: skip
+    gradient_checkpointing: bool = option(
+        "Compute layers again in the backward pass: less memory, a third slower.", False, panel=RUN
+    )
+    compile: bool = option(
+        "Compile each layer with torch.compile: a minute at first, then faster.",
+        UNSET, panel=RUN, shown="on a GPU in bf16, without --liger",
+    )  # fmt: skip
+    liger: bool = option("With liger-kernel's Triton kernels, on a GPU.", False, panel=RUN)
+    deterministic: bool = option(
+        "Deterministic kernels alone, so that a GPU gives the same bits again.", False, panel=RUN
+    )
+    save_dtype: str = dtype_option("Of saved weights; auto is MODEL's.", RUN, defines=True)
+    save_every: int = option("Steps between checkpoints.", UNSET, panel=RUN, shown="a tenth of the run", min=1)
+    eval_every: int = option("Steps between validations.", UNSET, panel=RUN, shown="a tenth of the run", min=1)
+    keep_checkpoints: int = option("Step folders to keep.", 2, panel=RUN, min=1)
+    keep_optimizer: bool = option(
+        "Begin with the optimizer state and fp32 weights of MODEL, a step folder; the schedule is this run's.",
+        False, panel=RATE, defines=True,
+    )  # fmt: skip
+    resume: bool = option(
+        "Go on from the newest step folder in OUT, or delete that run and begin again.",
+        True, panel=RUN, recorded=False,
+    )  # fmt: skip
+    log_with: Sequence[str] = option(
+        f"Also log to a tracker: {', '.join(TRACKERS)}; repeats.",
+        (), panel=RUN, names=TRACKERS, what="tracker", metavar="NAME",
+    )  # fmt: skip
+    seed: int = option("Of the data order and of dropout.", 0, panel=RUN, min=0, defines=True)
 
-    model: Path
-    out: Path
-    train: Mapping[str, str]
-    replay: Mapping[str, str] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
-    replay_ratio: float = UNSET
-    val: Mapping[str, str] = field(default_factory=dict)
-    val_fraction: float = 0.01
-    text_field: str = "text"
-    document: str = "file"
-    cross_document: bool = True
-    max_steps: int = UNSET
-    max_tokens: int = UNSET
-    seq_len: int = UNSET
-    global_batch_size: int = 32
-    micro_batch_size: int = UNSET
-    schedule: str = "cosine"
-    lr: float = 3e-4
-    min_lr: float = UNSET
-    constant_lr: float = UNSET
-    cooldown_end: float = UNSET
-    constant_end: float = UNSET
-    warmup_ratio: float = UNSET
-    warmup_steps: int = UNSET
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
-    balance: Mapping[str, float] = UNSET
-    freeze_router: bool = False
-    precision: str = UNSET
-    moments: str = "fp32"
-    master_weights: bool = True
-    gradient_checkpointing: bool = False
-    compile: bool = UNSET
-    liger: bool = False
-    deterministic: bool = False
-    save_dtype: str = "auto"
-    save_every: int = UNSET
-    eval_every: int = UNSET
-    keep_checkpoints: int = 2
-    keep_optimizer: bool = False
-    resume: bool = True
-    log_with: Sequence[str] = ()
-    seed: int = 0
+    def check(self, typed: Collection[str]) -> None:
+        """Refuse options that contradict each other, whatever the model.
+
+        Args:
+            typed: the options that were typed, not read from a file.
+
+        Raises:
+            ConfigError: names them.
+        """
+        if (self.max_tokens is None) == (self.max_steps is None):
+            raise ConfigError("give the length of the run: either --max-tokens 2B or --max-steps 1000")
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ConfigError("give --warmup-ratio or --warmup-steps, not both")
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"--lr {self.lr:g}: a number above 0 is needed")
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ConfigError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; it is where the learning rate ends")
+        if "min_lr" in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
+            raise ConfigError("--min-lr has no effect with --constant-end 1: nothing anneals to it")
+        self._check_sources(typed)
+        if self.balance and self.freeze_router:
+            from moetool.train.balance import check_frozen
+
+            check_frozen(self.balance, self.freeze_router)
+
+    def _check_sources(self, typed: Collection[str]) -> None:
+        kinds = (self.train, self.replay)
+        sources = [name for kind in kinds for name in kind]
+        for name in self.weight:
+            if name not in sources:
+                near = registry.suggest(name, sources)
+                raise ConfigError(f"--weight {name}: no --train or --replay has that name{near}")
+            if any(list(kind) == [name] for kind in kinds):
+                raise ConfigError(f"--weight {name} has no effect: there is no other source of its kind")
+        held_out = [name for name in sources if name not in self.val]
+        if "val_fraction" in typed and self.val_fraction and not held_out:
+            raise ConfigError("--val-fraction has no effect: every source has a --val of its name")
+        if "eval_every" in typed and not (self.val or (self.val_fraction and held_out)):
+            raise ConfigError("--eval-every has no effect: there is no --val, and nothing is held out of the sources")
 
     def resolve(
         self, max_seq_len: int, default_balance: Mapping[str, float], gpu: bool, compiled: bool = False
@@ -181,7 +263,11 @@ class TrainConfig:
         """The options as plain values, for the lineage."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("out", "resume")}
         return {
-            key: str(v) if isinstance(v, Path) else dict(v) if isinstance(v, Mapping) else v
+            {"weight": "weights"}.get(key, key): str(v)
+            if isinstance(v, Path)
+            else dict(v)
+            if isinstance(v, Mapping)
+            else v
             for key, v in values.items()
         }
 
@@ -196,21 +282,15 @@ class TrainConfig:
             model: fingerprint of the source checkpoint.
             sources: option (train, replay, val) -> name -> fingerprint of its tokens.
         """
-        options = (
-            "replay_ratio", "val_fraction", "max_steps", "seq_len", "global_batch_size", "micro_batch_size", "schedule",
-            *parameters(self.schedule), "weight_decay", "beta1", "beta2", "grad_clip", "precision", "save_dtype",
-            "seed", "keep_optimizer", "cross_document",
-        )  # fmt: skip
+        declared = options(self)
+        ignored = {name for name, _ in without_effect(self, declared)}
+        defining = [name for name, one in declared.items() if one.defines and name not in ignored]
         return {
             "model": model,
             **{kind: dict(named) for kind, named in sources.items()},
-            "weight": {name: self.weights.get(name, 1) for name in (*self.train, *self.replay)},
-            **{name.replace("_", "-"): getattr(self, name) for name in options},
+            "weight": {name: self.weight.get(name, 1) for name in (*self.train, *self.replay)},
+            **{name.replace("_", "-"): getattr(self, name) for name in defining},
             "balance": dict(self.balance or {}),
-            "freeze-router": self.freeze_router,
-            # Runs from before these options had the defaults.
-            **({} if self.moments == "fp32" else {"moments": self.moments}),
-            **({} if self.master_weights else {"master-weights": False}),
         }
 
 
@@ -220,10 +300,14 @@ def default_micro_batch(global_batch_size: int) -> int:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The options in which two identities differ, with both values where they say something."""
+    """The options in which two identities differ, with both values where they say something.
+
+    A run from before an option was there has its default.
+    """
     changed = []
+    defaults = {field.name.replace("_", "-"): field.default for field in fields(TrainConfig)}
     for name in {**before, **now}:
-        old, new = before.get(name), now.get(name)
+        old, new = (identity.get(name, defaults.get(name)) for identity in (before, now))
         if old == new:
             continue
         if name == "model":

@@ -295,9 +295,15 @@ def test_what_is_not_a_number_is_null_in_json(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_permission_is_not_recorded() -> None:
-    from moetool.commands.options import NOT_RECORDED
+    from moetool.commands.options import Output
+    from moetool.commands.upcycle import Writing
+    from moetool.evaluate.settings import Settings
+    from moetool.option import options
+    from moetool.train.config import TrainConfig
 
-    assert {"overwrite", "allow_code_execution", "resume"} <= NOT_RECORDED
+    every = [pair for config in (Writing, Settings, TrainConfig, Output) for pair in options(config).items()]
+    unrecorded = {name for name, declared in every if not declared.recorded}
+    assert unrecorded == {"overwrite", "plan", "allow_code_execution", "resume", "json", "quiet", "config"}
 
 
 def test_a_learning_rate_cannot_end_above_its_peak(llama: Path, tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from moetool.checkpoint.model import load_model
 from moetool.errors import CheckpointError, ConfigError, DataError
-from moetool.routing.analysis import Settings, analyze
+from moetool.routing.analysis import analyze
 from moetool.routing.capture import RouterCapture
 from moetool.routing.comparison import RouteFile, saturation_by_chance
 from moetool.routing.drift import drift
 from moetool.routing.measure import measure, probe, read_batches
+from moetool.routing.settings import Settings
 from moetool.routing.stats import RoutingStats
 from moetool.routing.vocabulary import TokenCounts, continual_specialization
 from tests import tiny

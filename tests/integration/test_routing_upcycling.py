@@ -20,9 +20,10 @@ from moetool.errors import CheckpointError
 from moetool.recipe import PROJECTIONS, permutation, redrawn_units
 from moetool.routing import similarity as similarity_module
 from moetool.routing import unit_use as unit_use_module
-from moetool.routing.analysis import Settings, analyze
+from moetool.routing.analysis import analyze
 from moetool.routing.html import line_chart
 from moetool.routing.origin import find_dense, read_origin
+from moetool.routing.settings import Settings
 from moetool.routing.similarity import similarity
 from tests import tiny
 

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from moetool import registry
 from moetool.arch.spec import scales
 from moetool.recipe import PROJECTIONS, UpcycleRecipe, permutation, read_lineage, redrawn_units
-from moetool.routing.analysis import Settings, analyze
+from moetool.routing.analysis import analyze
 from moetool.routing.origin import find_dense, read_origin
+from moetool.routing.settings import Settings
 from moetool.routing.similarity import similarity
 from tests import tiny
 from tests.integration.test_upcycle_families import WITHOUT

@@ -219,7 +219,7 @@ def test_a_step_folder_is_a_model(tmp_path: Path, llama: Path, jsonl: Path) -> N
     [
         ([], "either --max-tokens 2B or --max-steps 1000"),
         (["--max-steps", 1, "--max-tokens", "1k"], "either --max-tokens 2B or --max-steps 1000"),
-        (["--max-tokens", "many"], "'many' is no count"),
+        (["--max-tokens", "many"], "'many' is not a count"),
         (["--max-steps", 1, "--warmup-steps", 1, "--warmup-ratio", 0.1], "not both"),
         (
             ["--max-steps", 1, "--schedule", "constant", "--min-lr", 0.1],

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_an_update_that_cannot_be_compiled_is_one_line(
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
-def test_the_first_update_by_hand(moments: str) -> None:
+def test_the_first_update_by_hand(moments: Any) -> None:
     """With bias corrections, Adam's first update is lr * g / (|g| + eps): lr * sign(g), whatever the gradient."""
     config = TrainConfig(model=Path("m"), out=Path("o"), train={}, moments=moments, weight_decay=0.0)
     weight = nn.Parameter(torch.zeros(64, 128))

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moetool import registry
 from moetool.checkpoint.reader import read_header
 from moetool.checkpoint.writer import TensorLayout, layout_shards
-from moetool.commands.options import parse_size
-from moetool.errors import CheckpointError
+from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import UpcycleRecipe, generator, redrawn_units
 from moetool.upcycle.layout import Fill, Place
+from moetool.values import parse_size
 
 ratios = st.decimals(0, 1, places=3)
 
@@ -139,5 +138,5 @@ def test_a_size_in_bytes_is_at_least_a_megabyte(number: int, unit: str) -> None:
     if number >= 10**6:
         assert parse_size(f"{number}{unit}") == number
     else:
-        with pytest.raises(typer.BadParameter, match="GB were meant"):
+        with pytest.raises(ConfigError, match="GB were meant"):
             parse_size(f"{number}{unit}")

@@ -1,0 +1,45 @@
+"""How checkpoints are scored, as options of `moetool eval`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moetool.errors import ConfigError
+from moetool.option import device_map_option, device_option, dtype_option, option
+
+
+def _batch_size(text: str) -> str:
+    number = text.removeprefix("auto:") if text.startswith("auto:") else text
+    if text != "auto" and not (number.isdigit() and int(number) > 0):
+        raise ConfigError(f"'{text}': give a number, auto, or auto:N")
+    return text
+
+
+def _limit(value: float) -> float:
+    if value <= 0 or (value > 1 and value != int(value)) or not math.isfinite(value):
+        raise ConfigError(f"{value:g}: give a number of documents, or a share below 1")
+    return value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the models are run."""
+
+    limit: float | None = option(
+        "Documents a task, or a share below 1.", None, metavar="N", typed=float, parse=_limit, after="num_fewshot"
+    )
+    batch_size: str = option("A number, auto, or auto:N.", "1", metavar="N", parse=_batch_size, after="limit")
+    routing: bool = option(
+        "Count routes during each task: mri and load beside the score.", False, flag="--routing", after="baseline"
+    )
+    log_samples: bool = option(
+        "Write each document's prompt and answer into --out.", False, flag="--log-samples", after="offline"
+    )
+    allow_code_execution: bool = option(
+        "Run the code that models write, for tasks that do.",
+        False, flag="--allow-code-execution", recorded=False, after="log_samples",
+    )  # fmt: skip
+    device: str = device_option(after="document")
+    dtype: str = dtype_option("Of the weights in memory; auto: as saved.", after="device")
+    device_map: str | None = device_map_option(after="dtype")

@@ -1,0 +1,53 @@
+"""How texts go through a model, as options of `moetool analyze-routing`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from moetool.errors import ConfigError
+from moetool.option import device_map_option, device_option, dtype_option, option
+from moetool.values import parse_count
+
+COMPARE, RUN = "Comparison and tokens", "How the texts run"
+
+
+def parse_layers(text: str, flag: str) -> tuple[int, ...] | str:
+    """`0,8,16-23` as layer numbers; `auto` and `all` as they are, `none` as no layer.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if text in ("auto", "all"):
+        return text
+    if text == "none":
+        return ()
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ConfigError(f"{flag} '{text}': write auto, all, none, or layers such as 0,8,16-23")
+        layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(layers))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts go through a model."""
+
+    max_tokens: int = option(
+        "Tokens of each domain, such as 1M.", 204_800, metavar="N", parse=parse_count, after="fail_if"
+    )
+    vocabulary_layers: tuple[int, ...] | str = option(
+        "Layers whose tokens are counted by expert: auto (what fits 1 GB), all, none, or 0,8,16-23.",
+        "auto", panel=COMPARE, metavar="LAYERS", typed=str, make=parse_layers, after="compare",
+    )  # fmt: skip
+    unit_use: bool = option(
+        "In a model that moetool upcycled, measure how much its redrawn units do, on 8192 tokens a domain.",
+        True, panel=COMPARE,
+    )  # fmt: skip
+    seq_len: int | None = option("Tokens a window.", None, panel=RUN, shown="2048, or what the model allows", min=1)
+    batch_size: int = option("Windows a forward.", 8, panel=RUN, min=1)
+    device: str = device_option(RUN)
+    dtype: str = dtype_option("Of the weights in memory; auto: as saved.", RUN)
+    device_map: str | None = device_map_option(RUN)
