@@ -156,3 +156,13 @@ def device_map_option(panel: str | None = None, **more: Any) -> Any:
 def workers_option() -> Any:
     """How many threads work."""
     return option("Threads.", None, min=1, shown="one a core")
+
+
+def check_device(config: Any) -> None:
+    """Refuse a device beside a map of devices.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    if config.device_map and config.device != "auto":
+        raise ConfigError("--device and --device-map exclude each other")

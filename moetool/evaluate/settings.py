@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from moetool.errors import ConfigError
-from moetool.option import device_map_option, device_option, dtype_option, option
+from moetool.option import check_device, device_map_option, device_option, dtype_option, option
 
 
 def _batch_size(text: str) -> str:
@@ -43,3 +44,7 @@ class Settings:
     device: str = device_option(after="document")
     dtype: str = dtype_option("Of the weights in memory; auto: as saved.", after="device")
     device_map: str | None = device_map_option(after="dtype")
+
+    def check(self, typed: Collection[str]) -> None:
+        """Raise ConfigError if options contradict each other."""
+        check_device(self)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from moetool.errors import ConfigError
-from moetool.option import device_map_option, device_option, dtype_option, option
+from moetool.option import check_device, device_map_option, device_option, dtype_option, option
 from moetool.values import parse_count
 
 COMPARE, RUN = "Comparison and tokens", "How the texts run"
@@ -51,3 +52,7 @@ class Settings:
     device: str = device_option(RUN)
     dtype: str = dtype_option("Of the weights in memory; auto: as saved.", RUN)
     device_map: str | None = device_map_option(RUN)
+
+    def check(self, typed: Collection[str]) -> None:
+        """Raise ConfigError if options contradict each other."""
+        check_device(self)
