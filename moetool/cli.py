@@ -31,7 +31,8 @@ from moetool.outside import printable
 
 app = typer.Typer(
     name="moetool",
-    help="Make a Mixture of Experts of a dense language model, train it on, see its router, prove it.",
+    help="Convert a dense language model to a Mixture of Experts, continue its pretraining, analyse its routing and"
+    " evaluate the result.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

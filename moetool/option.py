@@ -130,12 +130,17 @@ def check_name(declared: Option, text: str) -> None:
 
 def text_field_option(panel: str | None = None, whose: str = "the text", **more: Any) -> Any:
     """The field of a document that holds its text."""
-    return option(f"Field or column that holds {whose}.", "text", panel=panel, metavar="NAME", **more)
+    return option(f"Field or column with {whose}.", "text", panel=panel, metavar="NAME", **more)
 
 
 def document_option(panel: str | None = None, **more: Any) -> Any:
     """What a document of a plain-text file is."""
-    return option("What one document of a plain-text file is (elsewhere it is a row).", "file", panel=panel, **more)
+    return option(
+        "How to split plain-text files into documents. In other formats, each row is a document.",
+        "file",
+        panel=panel,
+        **more,
+    )
 
 
 def dtype_option(help: str, panel: str | None = None, **more: Any) -> Any:
@@ -145,17 +150,17 @@ def dtype_option(help: str, panel: str | None = None, **more: Any) -> Any:
 
 def device_option(panel: str | None = None, **more: Any) -> Any:
     """The device on which a model runs."""
-    return option("auto, cpu, cuda, cuda:1, mps.", "auto", panel=panel, metavar="NAME", **more)
+    return option("Device: auto, cpu, cuda, cuda:1, mps.", "auto", panel=panel, metavar="NAME", **more)
 
 
 def device_map_option(panel: str | None = None, **more: Any) -> Any:
     """How a model is spread over devices."""
-    return option("Spread a model over devices, such as auto.", None, panel=panel, metavar="MAP", **more)
+    return option("Spread the model over devices, such as auto.", None, panel=panel, metavar="MAP", **more)
 
 
 def workers_option() -> Any:
     """How many threads work."""
-    return option("Threads.", None, min=1, shown="one a core")
+    return option("Worker threads.", None, min=1, shown="one per core")
 
 
 def check_device(config: Any) -> None:

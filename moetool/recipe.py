@@ -50,10 +50,10 @@ class UpcycleRecipe:
         "The MoE family to write.", "auto", names=["auto", *registry.names("target")], what="target", after="donor"
     )
     num_experts: int = option("Routed experts.", 8, min=2)
-    top_k: int = option("Experts a token goes to.", 2, min=1)
+    top_k: int = option("Experts per token.", 2, min=1)
     method: str = option(
-        "How experts come from the dense FFN: part of the units redrawn, plain copies, noise added to a part,"
-        " or all drawn anew.",
+        "How experts start: the dense FFN with part of its units redrawn, a plain copy, a copy with noise, or"
+        " random weights.",
         "drop", kind="method",
     )  # fmt: skip
     drop_ratio: Decimal = option(
@@ -61,35 +61,37 @@ class UpcycleRecipe:
         Decimal("0.5"), parse=ratio, metavar="0..1", needs=_read_by("drop"), unread=Decimal(0),
     )  # fmt: skip
     drop_index: Literal["shared", "per-matrix"] = option(
-        "One index set for gate, up and down (the paper), or one each, units permuted (its script).",
+        "One set of redrawn units for gate, up and down (the paper), or one per matrix (the authors' script).",
         "shared", needs=_read_by("drop", "noise"), unread="shared",
     )  # fmt: skip
     noise_ratio: Decimal = option(
-        "With noise: share of the units that it is added to.",
+        "Share of the units that get noise (--method noise).",
         Decimal("0.5"), parse=ratio, metavar="0..1", needs=_read_by("noise"), unread=Decimal(0),
     )  # fmt: skip
     noise_scale: Decimal = option(
-        "With noise: its std, relative to each matrix's own.",
+        "Standard deviation of the noise, relative to that of each matrix.",
         Decimal(1), parse=decimal, metavar="SCALE", needs=_read_by("noise"), unread=Decimal(0),
     )  # fmt: skip
     noise_std: Decimal | None = option(
-        "With noise: its std in absolute terms.",
+        "Standard deviation of the noise, absolute.",
         None, parse=decimal, metavar="STD", needs=_read_by("noise"), unread=None,
     )  # fmt: skip
     num_donors: int = 1
-    granularity: int = option("Split each dense FFN into G parts; an expert is one.", 1, min=1, metavar="G")
-    shared_experts: int | None = option("Experts every token goes to.", None, shown="the family's", min=0, metavar="S")
-    moe_layers: str = option("Layers that get experts; the others stay dense.", "all", metavar="all|4-|0-3,8|every:2")
+    granularity: int = option("Split each dense FFN into G parts; each expert is one part.", 1, min=1, metavar="G")
+    shared_experts: int | None = option(
+        "Shared experts, which every token uses.", None, shown="the family's", min=0, metavar="S"
+    )
+    moe_layers: str = option("Layers that get experts. The others stay dense.", "all", metavar="all|4-|0-3,8|every:2")
     router: str = option(
-        "How the router's rows are drawn.",
+        "Distribution of the initial router weights.",
         "normal", kind="router", needs=_read_by("drop", "copy", "noise"), unread="normal",
     )  # fmt: skip
     router_std: Decimal = option(
-        "Standard deviation of the router's rows.",
+        "Standard deviation of the initial router weights.",
         Decimal("0.02"), parse=decimal, metavar="STD", needs=_read_by("drop", "copy", "noise"), unread=Decimal(0),
     )  # fmt: skip
-    seed: int = option("Seed of everything that is drawn.", 0, min=0)
-    dtype: str = dtype_option("Of the written tensors; auto keeps the source's.", make=_short_dtype)
+    seed: int = option("Random seed.", 0, min=0)
+    dtype: str = dtype_option("Dtype of the written tensors; auto keeps the source's.", make=_short_dtype)
 
     def check(self, typed: Collection[str]) -> None:
         """Refuse options that contradict each other, whatever the source.

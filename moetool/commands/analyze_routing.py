@@ -33,25 +33,26 @@ class AnalyzeOptions:
         "A Mixture of Experts: a folder, or owner/name\\[@revision].", None, positional=True, metavar="MODEL"
     )
     data: Mapping[str, str] = option(
-        "A domain: text, JSONL, Parquet or tokens; a file, folder, glob or hf:owner/name. Repeatable.",
+        "Text, JSONL, Parquet or tokens of one domain (repeatable): a file, folder, glob or hf:owner/name.",
         dict, metavar="NAME=PATH", make=named,
     )  # fmt: skip
     out: Path | None = option("Folder for the report.", None, metavar="DIR")
     fail_if: Sequence[str] = option(
-        f"Exit with 3 if a layer has, say, 'mri>0.6'. Measures: {', '.join(MEASURE_NAMES)}.",
+        "Exit with code 3 if a layer meets a condition such as 'mri>0.6' (repeatable)."
+        f" Metrics: {', '.join(MEASURE_NAMES)}.",
         (), metavar="CHECK", completed=MEASURE_NAMES,
     )  # fmt: skip
     text_field: str = text_field_option()
     document: Literal["file", "line", "paragraph"] = document_option()
     compare: str | None = option(
-        "Another checkpoint of the same shape: the same tokens go through it.", None, panel=COMPARE, metavar="MODEL2"
+        "Another checkpoint of the same shape, run on the same tokens.", None, panel=COMPARE, metavar="MODEL2"
     )
     counts: Path | None = option(
-        "Instead of MODEL: routes that another engine counted, {domain: {layer: \\[count per expert]}}.",
+        "Route counts from another engine, instead of MODEL: {domain: {layer: \\[count per expert]}}.",
         None, panel=COMPARE, metavar="FILE", after="vocabulary_layers",
     )  # fmt: skip
     top_k: int | None = option(
-        "Experts a token, for --counts.", None, panel=COMPARE, metavar="K", min=1, after="counts"
+        "Experts per token, for --counts.", None, panel=COMPARE, metavar="K", min=1, after="counts"
     )
 
     def check(self, typed: Collection[str]) -> None:
@@ -77,9 +78,9 @@ class AnalyzeOptions:
 def analyze_routing(
     context: typer.Context, asked: AnalyzeOptions, settings: Settings, output: Output
 ) -> dict[str, Any]:
-    """Show what a model's routers do: is the load balanced, where, on which text, and what changed.
+    """Analyse a model's routing: load balance by layer and text, dead experts, changes.
 
-    Writes report.json, report.html (one file that opens offline) and plots to --out.
+    Writes report.json, report.html (one file, works offline) and plots to --out.
     """
     checks = [parse_check(text) for text in asked.fail_if]
     check_asked_for(checks, bool(asked.compare), settings.unit_use)

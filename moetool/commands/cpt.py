@@ -17,11 +17,11 @@ from moetool.train.config import TrainConfig, check_batches, default_micro_batch
 
 
 def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str, Any]:
-    """Go on with a model's pretraining, on new text with the old as replay.
+    """Continue a model's pretraining on new text, with earlier text as replay.
 
     Trains dense models and Mixtures of Experts with AdamW, keeps the routers balanced, and validates
-    each domain. OUT becomes a stock Hugging Face checkpoint; OUT/checkpoints holds step folders, from
-    which the same command goes on after an interruption, on a CPU to the same result bit for bit.
+    each domain. OUT becomes a standard Hugging Face checkpoint. After an interruption, the same command
+    continues from the step folders in OUT/checkpoints; on a CPU, the result is the same bit for bit.
     """
     with as_usage():
         micro = config.micro_batch_size or default_micro_batch(config.global_batch_size)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -19,7 +19,12 @@ from moetool.commands.options import Output, write_options
 from moetool.errors import ConfigError, EvaluationError
 from moetool.evaluate.settings import Settings
 from moetool.option import document_option, option, text_field_option
+from moetool.progress import Progress
 from moetool.values import named
+
+if TYPE_CHECKING:
+    from moetool.evaluate.suites import Suite
+    from moetool.evaluate.tasks import Tasks
 
 
 @dataclass(frozen=True)
@@ -31,22 +36,24 @@ class EvalOptions:
     )
     tasks: str | None = option("lm-eval tasks, groups, patterns or YAML files.", None, metavar="A,B")
     suite: str | None = option(
-        f"A paper's list of tasks: {', '.join(registry.names('suite'))}.", None, kind="suite", metavar="NAME"
+        f"A paper's task list: {', '.join(registry.names('suite'))}.", None, kind="suite", metavar="NAME"
     )
     text: Mapping[str, str] = option(
-        "Local text, scored in bits per byte: a file, folder, glob, or hf:... (repeatable).",
+        "Local text, scored in bits per byte (repeatable): a file, folder, glob, or hf:...",
         dict, metavar="NAME=PATH", make=named,
     )  # fmt: skip
-    include_path: Path | None = option("Folder of YAML that defines more tasks.", None, metavar="DIR")
-    num_fewshot: int | None = option("Examples in the prompt (default: the task's own).", None, min=0, metavar="N")
-    baseline: str | None = option("Add each model's difference to this one.", None, metavar="MODEL", after="batch_size")
+    include_path: Path | None = option("Folder with YAML files of more tasks.", None, metavar="DIR")
+    num_fewshot: int | None = option("Examples in the prompt.", None, shown="the task's own", min=0, metavar="N")
+    baseline: str | None = option(
+        "Also report each model's difference to this one.", None, metavar="MODEL", after="batch_size"
+    )
     offline: bool = option(
-        "Use no network; say at once which data sets are not at hand.", False, flag="--offline", after="routing"
+        "Use no network, and report missing data sets at the start.", False, flag="--offline", after="routing"
     )
     text_field: str = text_field_option(whose="the text of --text", after="allow_code_execution")
     document: Literal["file", "line", "paragraph"] = document_option(after="text_field")
     out: Path | None = option(
-        "Folder for results; the same command continues an interrupted run.", None, metavar="DIR", after="device_map"
+        "Folder for results. The same command continues an interrupted run.", None, metavar="DIR", after="device_map"
     )
 
     def check(self, typed: Collection[str]) -> None:
@@ -56,18 +63,14 @@ class EvalOptions:
 
 
 def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, output: Output) -> dict[str, Any]:
-    """Score checkpoints on lm-eval tasks and local text, and compare them.
+    """Score and compare checkpoints on lm-eval tasks and local text.
 
-    The numbers are those of lm-evaluation-harness on the same checkpoint and task.
+    Scores are identical to those of lm-evaluation-harness on the same checkpoint and task.
     """
     out = asked.out
     if settings.log_samples and out is None:
         raise typer.BadParameter("--log-samples writes files: give --out DIR")
     chosen = registry.load("suite", asked.suite) if asked.suite else None
-    requested = {b.task: b.shots for b in chosen.benchmarks if b.task} if chosen else {}
-    if asked.num_fewshot is not None:
-        requested = dict.fromkeys(requested, asked.num_fewshot)
-    requested |= {name.strip(): asked.num_fewshot for name in (asked.tasks or "").split(",") if name.strip()}
 
     from moetool.evaluate.quiet import hushed
 
@@ -86,21 +89,13 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
     estimate = tell_weights(console, folders.values(), settings.dtype, hardware, settings.device_map)
     with ExitStack() as stack, console.progress() as progress, hushed(), estimated(estimate):
         from moetool.checkpoint.folder import FolderLock
-        from moetool.data.text import TextSource
         from moetool.evaluate.plots import write_plots
         from moetool.evaluate.processes import is_first, joined
         from moetool.evaluate.results import build_document, write_results
-        from moetool.evaluate.tasks import code_execution, load_tasks, text_task
+        from moetool.evaluate.tasks import code_execution
 
         with network(allowed=not asked.offline), code_execution(settings.allow_code_execution):
-            loaded = load_tasks(requested, asked.include_path, settings.allow_code_execution, progress)
-            for name, path in asked.text.items():
-                if name in loaded.tasks:
-                    raise typer.BadParameter(f"--text {name}: a task has this name too; choose another")
-                loaded.tasks[name] = text_task(
-                    name, TextSource(path, asked.text_field, asked.document), settings.limit, progress
-                )
-                loaded.texts[name] = path
+            loaded = _load_tasks(asked, settings, chosen, progress)
             if out is not None and is_first():
                 stack.enter_context(FolderLock(out))
                 write_options(context, out)
@@ -123,6 +118,25 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
     if result["failed"]:
         raise EvaluationError(_failures(result["failed"]))
     return result
+
+
+def _load_tasks(asked: EvalOptions, settings: Settings, suite: Suite | None, progress: Progress) -> Tasks:
+    """The tasks of a suite, of --tasks and of --text."""
+    from moetool.data.text import TextSource
+    from moetool.evaluate.tasks import load_tasks, text_task
+
+    shots: dict[str, int | None] = {b.task: b.shots for b in suite.benchmarks if b.task} if suite else {}
+    if asked.num_fewshot is not None:
+        shots = dict.fromkeys(shots, asked.num_fewshot)
+    shots |= {name.strip(): asked.num_fewshot for name in (asked.tasks or "").split(",") if name.strip()}
+    loaded = load_tasks(shots, asked.include_path, settings.allow_code_execution, progress)
+    for name, path in asked.text.items():
+        if name in loaded.tasks:
+            raise typer.BadParameter(f"--text {name}: a task has this name too; choose another")
+        source = TextSource(path, asked.text_field, asked.document)
+        loaded.tasks[name] = text_task(name, source, settings.limit, progress)
+        loaded.texts[name] = path
+    return loaded
 
 
 def _distinct(models: Sequence[str]) -> dict[str, Path]:

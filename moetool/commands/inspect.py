@@ -25,9 +25,9 @@ class InspectOptions:
 
 
 def inspect(context: typer.Context, asked: InspectOptions, output: Output) -> dict[str, Any]:
-    """Show what a checkpoint is: family, parameters, experts, files, lineage.
+    """Describe a checkpoint: family, parameters, experts, files, lineage.
 
-    Reads config.json and the headers of the safetensors files; no weight is loaded.
+    Reads config.json and the headers of the safetensors files. No weights are loaded.
     """
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.reader import CheckpointReader

@@ -137,7 +137,7 @@ class Output:
     )  # fmt: skip
     quiet: bool = option("Print errors only.", False, flag="--quiet", panel="Output", recorded=False)
     config: Path | None = option(
-        "YAML file of flags without dashes; a flag given here wins over the file.",
+        "YAML file with option names as keys. Options on the command line win.",
         None, flag="--config", panel="Output", metavar="FILE", recorded=False,
     )  # fmt: skip
 

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 class QuickstartOptions:
     """The options of `moetool quickstart`."""
 
-    folder: Path = option("Where everything is written.", Path("quickstart"), positional=True, metavar="DIR")
-    seed: int = option("Of the models, the data order and what is redrawn.", 0, min=0)
+    folder: Path = option("Output folder.", Path("quickstart"), positional=True, metavar="DIR")
+    seed: int = option("Random seed for the models, the data order and the redrawn units.", 0, min=0)
 
 
 def quickstart(context: typer.Context, asked: QuickstartOptions, output: Output) -> dict[str, Any]:
-    """See the whole journey in a few minutes: dense model, upcycling, continual pretraining, routers, evaluation.
+    """Run the whole journey in a few minutes: dense model, upcycling, continual pretraining, routing, evaluation.
 
     Needs no network and no GPU: the text is the documentation and the standard library of the
-    installed Python. Every step is a moetool command, printed so that you can type it again. An
-    interrupted quickstart goes on where it stopped.
+    installed Python. Each step prints the moetool command it runs. The same command continues an
+    interrupted quickstart.
     """
     from moetool import quickstart as domain
 

@@ -24,17 +24,17 @@ class TokenizeOptions:
         "Text, JSONL or Parquet: a file, folder, glob, or hf:owner/name\\[@revision]\\[#config/split].",
         positional=True, metavar="INPUT",
     )  # fmt: skip
-    out: Path = option("Folder to make.", metavar="DIR")
-    tokenizer: str = option("Model whose tokenizer to use: a folder, or owner/name\\[@revision].", metavar="MODEL")
+    out: Path = option("Output folder.", metavar="DIR")
+    tokenizer: str = option("Model with the tokenizer to use: a folder, or owner/name\\[@revision].", metavar="MODEL")
     text_field: str = text_field_option()
     document: Literal["file", "line", "paragraph"] = document_option()
-    overwrite: bool = option("Replace the tokens in DIR, whatever they are.", False, flag="--overwrite", recorded=False)
+    overwrite: bool = option("Replace existing tokens in DIR.", False, flag="--overwrite", recorded=False)
 
 
 def tokenize(context: typer.Context, asked: TokenizeOptions, output: Output) -> dict[str, Any]:
-    """Turn text into a folder of tokens that cpt and analyze-routing open at once.
+    """Tokenize text once, into a folder that cpt and analyze-routing open instantly.
 
-    The inputs make one stream in the order given. Every document ends with the end-of-text token.
+    The inputs form one stream, in the order given. Each document ends with the end-of-text token.
     """
     from moetool.checkpoint.folder import FolderLock
     from moetool.checkpoint.hub import resolve_model

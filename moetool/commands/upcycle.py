@@ -33,12 +33,12 @@ class Sources:
     dense: str = option("The dense model: a folder, or owner/name\\[@revision].", positional=True, metavar="DENSE")
     out: Path = option("The folder to write.", positional=True, metavar="OUT")
     donor: Sequence[str] = option(
-        "Another dense model for the next share of the experts, DENSE being the first; all other tensors are"
-        " averaged (Branch-Train-MiX). Repeatable.",
+        "Another dense model (repeatable): DENSE and each donor give an equal share of the experts; all other"
+        " tensors are averaged (Branch-Train-MiX).",
         (), metavar="MODEL", needs=("method", ("drop", "copy", "noise").__contains__), after="noise_std",
     )  # fmt: skip
     for_: Sequence[str] = option(
-        "A program that must compute the result exactly; auto picks such a family. Repeatable.",
+        "A program that must run the result correctly (repeatable); --target auto then picks a family it can run.",
         (), flag="--for", names=CLIENTS, what="client", after="target",
     )  # fmt: skip
 
@@ -47,13 +47,13 @@ class Sources:
 class Writing:
     """How a checkpoint is written."""
 
-    max_shard_size: str = option("Largest file, such as 5GB.", "5GB", metavar="SIZE")
+    max_shard_size: str = option("Largest shard, such as 5GB.", "5GB", metavar="SIZE")
     workers: int | None = workers_option()
-    plan: bool = option("Print what would be written and stop.", False, flag="--plan", recorded=False)
+    plan: bool = option("Print what would be written, then stop.", False, flag="--plan", recorded=False)
     verify: Literal["quick", "full", "none"] = option(
-        "Prove the result: headers and a sample of each tensor, every entry, or nothing.", "quick"
+        "Verify the result: headers and a sample of each tensor, every entry, or nothing.", "quick"
     )
-    overwrite: bool = option("Replace a checkpoint in OUT.", False, flag="--overwrite", recorded=False)
+    overwrite: bool = option("Replace an existing checkpoint in OUT.", False, flag="--overwrite", recorded=False)
 
     def check(self, typed: Collection[str]) -> None:
         """Raise ConfigError if the size of a file cannot be read."""
@@ -63,12 +63,12 @@ class Writing:
 def upcycle(
     context: typer.Context, sources: Sources, asked: UpcycleRecipe, writing: Writing, output: Output
 ) -> dict[str, Any]:
-    """Make a Mixture of Experts of a dense model.
+    """Convert a dense model to a Mixture of Experts.
 
-    Attention, norms and embeddings are carried over. Every expert starts as the dense FFN, with a
-    share of its intermediate units redrawn from the statistics of the weights that they replace
-    (Drop-Upcycling). The result is a stock Hugging Face checkpoint, written in bounded memory. A
-    killed run cannot be loaded, and the same command finishes it.
+    Attention, norms and embeddings are copied. Each expert starts as the dense FFN, with a share of its
+    intermediate units redrawn from the statistics of the weights they replace (Drop-Upcycling). The
+    result is a standard Hugging Face checkpoint, written with bounded memory. A killed run leaves
+    nothing that loads, and the same command finishes it.
     """
     from moetool.checkpoint.folder import FolderLock
     from moetool.checkpoint.hub import fetch_headers, resolve_model

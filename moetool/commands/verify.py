@@ -20,21 +20,23 @@ from moetool.option import option, workers_option
 class VerifyOptions:
     """The options of `moetool verify`."""
 
-    path: Path = option("A folder that moetool upcycle has written.", positional=True, metavar="PATH")
+    path: Path = option("A folder written by moetool upcycle.", positional=True, metavar="PATH")
     source: str | None = option("The dense model.", None, shown="where moetool.json says it was", metavar="DENSE")
     donor: Sequence[str] = option(
-        "The other donors, in their order.", (), shown="where moetool.json says they were", metavar="MODEL"
+        "The other donors, in the same order.", (), shown="where moetool.json says they were", metavar="MODEL"
     )
-    level: Literal["quick", "full"] = option("A sample of each tensor, or every entry and every file's digest.", "full")
+    level: Literal["quick", "full"] = option(
+        "Check a sample of each tensor, or every entry and the digest of every file.", "full"
+    )
     workers: int | None = workers_option()
 
 
 def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict[str, Any]:
-    """Prove a finished upcycling against the dense model that it came from.
+    """Verify an upcycled checkpoint against its dense source.
 
-    Kept entries equal the source bit for bit, redrawn units differ from it and have the statistics
-    of what they replaced, and no file has changed, is missing, or was added since it was written
-    (hidden files, README.md and folders other than those of chat templates may be added).
+    Checks that kept weights equal the source bit for bit, that redrawn units differ from it and have the
+    statistics of the weights they replaced, and that no file was changed, removed or added. (Hidden
+    files, README.md and folders other than those of chat templates may be added.)
     """
     from moetool.checkpoint.folder import PARTIAL
     from moetool.checkpoint.hub import resolve_model

@@ -28,21 +28,26 @@ class Settings:
     """How the models are run."""
 
     limit: float | None = option(
-        "Documents a task, or a share below 1.", None, metavar="N", typed=float, parse=_limit, after="num_fewshot"
+        "Documents per task, or a share below 1.", None, metavar="N", typed=float, parse=_limit, after="num_fewshot"
     )
-    batch_size: str = option("A number, auto, or auto:N.", "1", metavar="N", parse=_batch_size, after="limit")
+    batch_size: str = option(
+        "Batch size: a number, auto, or auto:N.", "1", metavar="N", parse=_batch_size, after="limit"
+    )
     routing: bool = option(
-        "Count routes during each task: mri and load beside the score.", False, flag="--routing", after="baseline"
+        "Count routes during each task, and report mri and load beside the score.",
+        False,
+        flag="--routing",
+        after="baseline",
     )
     log_samples: bool = option(
-        "Write each document's prompt and answer into --out.", False, flag="--log-samples", after="offline"
+        "Write the prompt and answer of each document to --out.", False, flag="--log-samples", after="offline"
     )
     allow_code_execution: bool = option(
-        "Run the code that models write, for tasks that do.",
+        "Run model-generated code, for tasks that need it.",
         False, flag="--allow-code-execution", recorded=False, after="log_samples",
     )  # fmt: skip
     device: str = device_option(after="document")
-    dtype: str = dtype_option("Of the weights in memory; auto: as saved.", after="device")
+    dtype: str = dtype_option("Dtype of the weights in memory; auto keeps the saved one.", after="device")
     device_map: str | None = device_map_option(after="dtype")
 
     def check(self, typed: Collection[str]) -> None:

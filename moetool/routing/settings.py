@@ -36,21 +36,21 @@ def parse_layers(text: str, flag: str) -> tuple[int, ...] | str:
 class Settings:
     """How texts go through a model."""
 
-    max_tokens: int = option(
-        "Tokens of each domain, such as 1M.", 204_800, metavar="N", parse=parse_count, after="fail_if"
-    )
+    max_tokens: int = option("Tokens per domain, such as 1M.", 204_800, metavar="N", parse=parse_count, after="fail_if")
     vocabulary_layers: tuple[int, ...] | str = option(
-        "Layers whose tokens are counted by expert: auto (what fits 1 GB), all, none, or 0,8,16-23.",
+        "Layers in which each token's experts are counted: auto (as many as fit in 1 GB), all, none, or 0,8,16-23.",
         "auto", panel=COMPARE, metavar="LAYERS", typed=str, make=parse_layers, after="compare",
     )  # fmt: skip
     unit_use: bool = option(
-        "In a model that moetool upcycled, measure how much its redrawn units do, on 8192 tokens a domain.",
+        "In a model upcycled by moetool, measure how much the redrawn units contribute, on 8192 tokens per domain.",
         True, panel=COMPARE,
     )  # fmt: skip
-    seq_len: int | None = option("Tokens a window.", None, panel=RUN, shown="2048, or what the model allows", min=1)
-    batch_size: int = option("Windows a forward.", 8, panel=RUN, min=1)
+    seq_len: int | None = option(
+        "Tokens per window.", None, panel=RUN, shown="2048, or the model's maximum if that is less", min=1
+    )
+    batch_size: int = option("Windows per forward pass.", 8, panel=RUN, min=1)
     device: str = device_option(RUN)
-    dtype: str = dtype_option("Of the weights in memory; auto: as saved.", RUN)
+    dtype: str = dtype_option("Dtype of the weights in memory; auto keeps the saved one.", RUN)
     device_map: str | None = device_map_option(RUN)
 
     def check(self, typed: Collection[str]) -> None:

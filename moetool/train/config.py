@@ -40,126 +40,136 @@ class TrainConfig:
     """The options of `moetool cpt`; UNSET ones depend on the model, the machine or each other."""
 
     model: Path = option(
-        "Checkpoint to start from: a folder or owner/name\\[@revision]; a step folder of another run, too.",
+        "Checkpoint to start from: a folder, owner/name\\[@revision], or a step folder of another run.",
         positional=True, metavar="MODEL", typed=str,
     )  # fmt: skip
-    out: Path = option("Folder of the run.", positional=True, metavar="OUT")
+    out: Path = option("Output folder of the run.", positional=True, metavar="OUT")
     train: Mapping[str, str] = option(
-        "New text (or tokens): a file, folder, glob or hf:owner/name.", panel=DATA, metavar="NAME=PATH", make=named
+        "New text or tokens: a file, folder, glob or hf:owner/name.", panel=DATA, metavar="NAME=PATH", make=named
     )
     replay: Mapping[str, str] = option(
-        "Earlier text, mixed in against forgetting.", dict, panel=DATA, metavar="NAME=PATH", make=named
+        "Earlier text, mixed in to prevent forgetting.", dict, panel=DATA, metavar="NAME=PATH", make=named
     )
     weight: Mapping[str, float] = option(
-        "Share of a source relative to the others of its kind; 1 where none is given.",
+        "Weight of a source relative to the others of its kind; by default 1.",
         dict, panel=DATA, metavar="NAME=W", make=named_numbers,
     )  # fmt: skip
     replay_ratio: float = option(
-        "Share of replay in every batch, which displaces new tokens.",
+        "Share of each batch taken by replay instead of new text.",
         UNSET, panel=DATA, shown="0.3 with --replay", min=0, max=1, defines=True,
     )  # fmt: skip
-    val: Mapping[str, str] = option(
-        "Text that is only validated on.", dict, panel=DATA, metavar="NAME=PATH", make=named
-    )
+    val: Mapping[str, str] = option("Validation-only text.", dict, panel=DATA, metavar="NAME=PATH", make=named)
     val_fraction: float = option(
-        "Share of documents held out of every source without a --val of its name.",
+        "Share of documents held out for validation from each source without a --val of the same name.",
         0.01, panel=DATA, min=0, max=1, defines=True,
     )  # fmt: skip
     text_field: str = text_field_option(DATA)
     document: Literal["file", "line", "paragraph"] = document_option(DATA)
     cross_document: bool = option(
-        "Let tokens attend to earlier documents of their sequence, or begin anew at each document.",
+        "Let tokens attend to earlier documents in the same sequence, or only to their own document.",
         True, panel=DATA, defines=True,
     )  # fmt: skip
     max_steps: int = option(
-        "Length of the run in steps, instead.", UNSET, panel=SIZE, min=1, defines=True, after="max_tokens"
+        "Length of the run in steps, instead of --max-tokens.",
+        UNSET,
+        panel=SIZE,
+        min=1,
+        defines=True,
+        after="max_tokens",
     )
     max_tokens: int = option(
-        "Length of the run in tokens, such as 2B or 500M (rounded down to whole steps).",
+        "Length of the run in tokens, such as 2B or 500M, rounded down to whole steps.",
         UNSET, panel=SIZE, metavar="COUNT", parse=parse_count,
     )  # fmt: skip
     seq_len: int = option(
-        "Tokens of a sequence.", UNSET, panel=SIZE, shown="2048, or the model's positions", min=1, defines=True
+        "Sequence length in tokens.",
+        UNSET,
+        panel=SIZE,
+        shown="2048, or the model's maximum if that is less",
+        min=1,
+        defines=True,
     )
-    global_batch_size: int = option("Sequences of a step, over all processes.", 32, panel=SIZE, min=1, defines=True)
+    global_batch_size: int = option("Sequences per step, over all processes.", 32, panel=SIZE, min=1, defines=True)
     micro_batch_size: int = option(
-        "Sequences that a process runs at once.",
-        UNSET, panel=SIZE, shown="the largest divisor of the batch up to 8", min=1, defines=True,
+        "Sequences per forward pass of one process.",
+        UNSET, panel=SIZE, shown="the largest divisor of --global-batch-size up to 8", min=1, defines=True,
     )  # fmt: skip
-    schedule: str = option("Learning rate over the steps.", "cosine", panel=RATE, kind="schedule", defines=True)
+    schedule: str = option("Learning-rate schedule.", "cosine", panel=RATE, kind="schedule", defines=True)
     lr: float = option("Peak learning rate.", 3e-4, min=0, defines=True, **_scheduled("lr"))
     min_lr: float = option(
-        "Learning rate of the last step.", UNSET, shown="a tenth of --lr", min=0, defines=True, **_scheduled("min_lr")
+        "Final learning rate.", UNSET, shown="a tenth of --lr", min=0, defines=True, **_scheduled("min_lr")
     )
     constant_lr: float = option(
         "Learning rate of the constant phase (infinite).",
         UNSET, shown="halfway between --lr and --min-lr", min=0, defines=True, **_scheduled("constant_lr"),
     )  # fmt: skip
     cooldown_end: float = option(
-        "Share of the run after which the cooldown ends (infinite); 0: no cooldown.",
+        "Share of the run at which the cooldown ends (infinite); 0 means no cooldown.",
         UNSET, shown="0.7", min=0, max=1, defines=True, **_scheduled("cooldown_end"),
     )  # fmt: skip
     constant_end: float = option(
-        "Share of the run after which the constant phase ends (infinite, wsd).",
+        "Share of the run at which the constant phase ends (infinite, wsd).",
         UNSET, shown="0.8", min=0, max=1, defines=True, **_scheduled("constant_end"),
     )  # fmt: skip
     warmup_ratio: float = option(
-        "Share of the steps in which the rate rises from 0.",
+        "Share of the steps used for warm-up from 0.",
         UNSET, shown="0.01", min=0, max=1, **_scheduled("warmup_steps"),
     )  # fmt: skip
     warmup_steps: int = option(
-        "Number of those steps, instead.", UNSET, min=0, defines=True, **_scheduled("warmup_steps")
+        "Number of warm-up steps, instead of --warmup-ratio.", UNSET, min=0, defines=True, **_scheduled("warmup_steps")
     )
-    weight_decay: float = option("AdamW's, on all matrices.", 0.1, panel=RATE, min=0, defines=True)
-    beta1: float = option("AdamW's.", 0.9, panel=RATE, min=0, max=0.9999, defines=True)
-    beta2: float = option("AdamW's.", 0.95, panel=RATE, min=0, max=0.9999, defines=True)
-    grad_clip: float = option("Largest norm of the gradient; 0: any.", 1.0, panel=RATE, min=0, defines=True)
+    weight_decay: float = option("AdamW weight decay, applied to matrices only.", 0.1, panel=RATE, min=0, defines=True)
+    beta1: float = option("AdamW beta1.", 0.9, panel=RATE, min=0, max=0.9999, defines=True)
+    beta2: float = option("AdamW beta2.", 0.95, panel=RATE, min=0, max=0.9999, defines=True)
+    grad_clip: float = option("Maximum gradient norm; 0 means no clipping.", 1.0, panel=RATE, min=0, defines=True)
     balance: Mapping[str, float] = option(
-        f"What keeps the load of the experts even: {', '.join(registry.names('balance'))}; repeats.",
+        f"Load-balancing strategy (repeatable): {', '.join(registry.names('balance'))}.",
         UNSET, panel=MOE, shown="aux=0.01 and z-loss=0.001", kind="balance", metavar="NAME[=COEFFICIENT]",
         make=_strategies, defines=True,
     )  # fmt: skip
-    freeze_router: bool = option("Train everything but the routers.", False, panel=MOE, defines=True)
+    freeze_router: bool = option("Do not train the routers.", False, panel=MOE, defines=True)
     precision: Literal["bf16", "fp32"] = option(
-        "Compute precision. The optimizer works in fp32 with either.",
+        "Compute precision. The optimizer works in fp32 with both.",
         UNSET, panel=RUN, shown="bf16 on a GPU, fp32 on a CPU", defines=True,
     )  # fmt: skip
     moments: Literal["fp32", "bf16", "8bit"] = option(
-        "How the optimizer keeps its moments; bf16 and 8bit need less memory, and torchao.",
+        "Precision of the optimizer's moments. bf16 and 8bit use less memory and need torchao.",
         "fp32", panel=RUN, defines=True,
     )  # fmt: skip
     master_weights: bool = option(
-        "Update fp32 weights beside the bf16 ones; without them bf16 weights are rounded at random.",
+        "Keep fp32 master weights beside the bf16 ones; without them, bf16 weights are updated with stochastic"
+        " rounding.",
         True, panel=RUN, defines=True,
     )  # fmt: skip
     gradient_checkpointing: bool = option(
-        "Compute layers again in the backward pass: less memory, a third slower.", False, panel=RUN
+        "Recompute layers in the backward pass: less memory, about a third slower.", False, panel=RUN
     )
     compile: bool = option(
-        "Compile each layer with torch.compile: a minute at first, then faster.",
+        "Compile each layer with torch.compile: a slower first step, then faster training.",
         UNSET, panel=RUN, shown="on a GPU in bf16, without --liger",
     )  # fmt: skip
-    liger: bool = option("With liger-kernel's Triton kernels, on a GPU.", False, panel=RUN)
+    liger: bool = option("Use the Triton kernels of liger-kernel (GPU only).", False, panel=RUN)
     deterministic: bool = option(
-        "Deterministic kernels alone, so that a GPU gives the same bits again.", False, panel=RUN
+        "Use only deterministic kernels, so that a GPU reproduces results bit for bit.", False, panel=RUN
     )
-    save_dtype: str = dtype_option("Of saved weights; auto is MODEL's.", RUN, defines=True)
+    save_dtype: str = dtype_option("Dtype of saved weights; auto keeps MODEL's.", RUN, defines=True)
     save_every: int = option("Steps between checkpoints.", UNSET, panel=RUN, shown="a tenth of the run", min=1)
     eval_every: int = option("Steps between validations.", UNSET, panel=RUN, shown="a tenth of the run", min=1)
-    keep_checkpoints: int = option("Step folders to keep.", 2, panel=RUN, min=1)
+    keep_checkpoints: int = option("Number of step folders to keep.", 2, panel=RUN, min=1)
     keep_optimizer: bool = option(
-        "Begin with the optimizer state and fp32 weights of MODEL, a step folder; the schedule is this run's.",
+        "Start with the optimizer state and fp32 weights of MODEL, which must be a step folder. The schedule starts"
+        " anew.",
         False, panel=RATE, defines=True,
     )  # fmt: skip
     resume: bool = option(
-        "Go on from the newest step folder in OUT, or delete that run and begin again.",
+        "Continue from the newest step folder in OUT, or delete that run and start again.",
         True, panel=RUN, recorded=False,
     )  # fmt: skip
     log_with: Sequence[str] = option(
-        f"Also log to a tracker: {', '.join(TRACKERS)}; repeats.",
+        f"Also log to a tracker (repeatable): {', '.join(TRACKERS)}.",
         (), panel=RUN, names=TRACKERS, what="tracker", metavar="NAME",
     )  # fmt: skip
-    seed: int = option("Of the data order and of dropout.", 0, panel=RUN, min=0, defines=True)
+    seed: int = option("Random seed for data order and dropout.", 0, panel=RUN, min=0, defines=True)
 
     def check(self, typed: Collection[str]) -> None:
         """Refuse options that contradict each other, whatever the model.
