@@ -118,7 +118,7 @@ def _cell(client: str, verdict: Mapping[str, Any] | None, notes: dict[str, int])
     figure = verdict["difference"]
     figure = figure if figure == "NaN" else f"{figure:.1e}" if figure else "0"
     if "greedy" in verdict:
-        figure += f", {verdict['greedy']} tokens alike"
+        figure += f", {verdict['greedy']} tokens equal"
     return figure if is_exact(verdict) else f"**wrong: {figure}**"
 
 
