@@ -55,8 +55,8 @@ def _lines(rows: Rows) -> Iterator[str]:
     yield f"The largest difference that counts as exact is {max(exact):.1e}."
     yield f"The smallest that counts as wrong is {min(wrong)}.\n"
     yield "## Summary\n"
-    yield "The number of exact rows, of those that could be made. In brackets: rows that an engine loads without an error"
-    yield "and computes wrongly.\n"
+    yield "The number of exact rows, of those that could be made. In brackets: rows that an engine loads without an"
+    yield "error and computes wrongly.\n"
     yield f"| dense -> target | {' | '.join(CLIENTS)} |"
     yield "|---" * (1 + len(CLIENTS)) + "|"
     for dense, target in pairs:
