@@ -159,7 +159,7 @@ def draw_routing(found: dict[str, Any]) -> None:
 
 def table(results: Results) -> str:
     """The page's table, in Markdown: mean and standard deviation over seeds."""
-    columns = ["experts, balance", "loss", "less copy's", "en", "code", "ja"]
+    columns = ["experts, balance", "loss", "minus copy", "en", "code", "ja"]
     columns += ["largest share", "dead experts", "divergence", "similarity"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     names = [name for name in next(iter(results.values())) if name != "dense"]

@@ -1,1 +1,1 @@
-"""Hugging Face safetensors folders, read and written without knowing what a model is."""
+"""Read and write Hugging Face safetensors folders, without any knowledge of models."""

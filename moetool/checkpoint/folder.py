@@ -1,4 +1,4 @@
-"""Writing into a folder: files that are whole or absent, and a lock against a second writer."""
+"""Writing into a folder: atomic files, and a lock against a second writer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pathlib import Path
 from moetool.errors import CheckpointError
 from moetool.outside import read_json
 
-PARTIAL = "moetool.partial.json"  # lies in a folder while a checkpoint in it is unfinished
-UNFINISHED = ".unfinished"  # ends the name of a file that is being written
+PARTIAL = "moetool.partial.json"  # present while a checkpoint in the folder is unfinished
+UNFINISHED = ".unfinished"  # suffix of a file that is being written
 
-# What file systems answer that have no such locks, or that lock only what is open for writing (NFS).
+# Errors of file systems that have no such locks, or that lock only files open for writing (NFS).
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system name a file: a full disk shows in a write, which knows no name."""
+    """Add a file name to system errors: a write to a full disk fails without one."""
     try:
         yield
     except OSError as error:
@@ -33,14 +33,14 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def create(path: Path) -> int:
-    """A descriptor of a new file; what bore its name goes, and if that was a link, nothing is written where it led."""
+    """A descriptor of a new file. It replaces any file or link of its name; nothing is written through a link."""
     with suppress(FileNotFoundError):
         os.unlink(path)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder and what is in it; of a link to one, the link."""
+    """Delete a folder and its contents; for a link to a folder, only the link."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -48,10 +48,10 @@ def remove(folder: Path) -> None:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put files in place, each whole; on a full disk all that were there before stay as they were.
+    """Put files in place, each complete; on a full disk all earlier files stay unchanged.
 
     Args:
-        folder: is there.
+        folder: an existing folder.
         files: name, or path below the folder, -> content.
     """
     unfinished = {folder / name: folder / (name + UNFINISHED) for name in files}
@@ -73,11 +73,11 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def beside(folder: Path) -> frozenset[str]:
-    """What a checkpoint has beside its weights: the names of its files, and its tokenizer's special tokens."""
+    """A checkpoint's contents beside its weights: file names, and its tokenizer's special tokens."""
     names = {path.name for path in folder.iterdir()}
     try:
         added = read_json(folder / "tokenizer.json").get("added_tokens")
-    except CheckpointError:  # a tokenizer is carried over, whatever it is
+    except CheckpointError:  # a tokenizer is copied in any condition
         added = None
     tokens = (
         [token.get("content") for token in added or () if isinstance(token, dict)] if isinstance(added, list) else []
@@ -86,7 +86,7 @@ def beside(folder: Path) -> frozenset[str]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it is whole or absent, whatever happens."""
+    """Write a small file atomically."""
     write_files(path.parent, {path.name: data})
 
 
@@ -100,12 +100,12 @@ def sync_folder(folder: Path) -> None:
 
 
 class FolderLock:
-    """Holds a folder, made if need be, against a second writer until it is closed or its process ends (flock).
+    """Locks a folder (flock), created if needed, against a second writer until it is closed or its process ends.
 
-    A folder that it made and that is still empty goes again.
+    A folder that it created and that is still empty is removed on closing.
 
     Raises:
-        CheckpointError: another process holds it (names that process where it can), or it is a file.
+        CheckpointError: another process holds it (named if possible), or it is a file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,12 +124,12 @@ class FolderLock:
                     " wait for it or choose another folder"
                 ) from None
             except OSError as error:
-                if error.errno not in _NO_LOCKS:  # there, go on without
+                if error.errno not in _NO_LOCKS:  # continue without a lock
                     os.close(self._descriptor)
                     raise
             if self._is_current():
                 return
-            os.close(self._descriptor)  # its last holder has removed or replaced it meanwhile
+            os.close(self._descriptor)  # its last holder has removed or replaced it in the meantime
 
     def _is_current(self) -> bool:
         try:
@@ -141,14 +141,14 @@ class FolderLock:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with suppress(OSError):  # it is not empty
+        with suppress(OSError):  # the folder is not empty
             if self._made and self._is_current():
                 self._folder.rmdir()
         os.close(self._descriptor)
 
 
 def _holder(folder: Path) -> str:
-    """Who holds a folder, as far as this machine knows: nothing is written for it, so nothing can be out of date."""
+    """The holder of a folder, if this machine knows it. Nothing is stored, so nothing can be out of date."""
     with suppress(OSError, ValueError, IndexError):
         status = os.stat(folder)
         for line in Path("/proc/locks").read_text().splitlines():
@@ -156,7 +156,7 @@ def _holder(folder: Path) -> str:
             words = line.split()
             if words[1] == "FLOCK" and words[5].endswith(f":{status.st_ino}") and _has_open(words[4], status):
                 return f" ({_describe(words[4])})"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # on another machine or in another container
+    with suppress(OSError, ValueError, KeyError, TypeError):  # the holder is on another machine or in another container
         writer = json.loads((folder / PARTIAL).read_text())["writer"]
         return f" (process {int(writer['process'])} on {str(writer['host'])[:60]})"
     return ""
@@ -165,19 +165,19 @@ def _holder(folder: Path) -> str:
 def _has_open(process: str, status: os.stat_result) -> bool:
     try:
         return any(os.path.samestat(entry.stat(), status) for entry in Path(f"/proc/{process}/fd").iterdir())
-    except PermissionError:  # another user's; the numbers agree
+    except PermissionError:  # another user's process, but the numbers match
         return True
 
 
 def _describe(process: str) -> str:
-    """A process's number, what it runs and since when."""
+    """A process's number, command and start time."""
     said = f"process {process}"
     with suppress(OSError, ValueError, IndexError):
         words = Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")
         at = next((i for i, word in enumerate(words[:4]) if Path(word).name == "moetool"), None)
         command = " ".join(words if at is None else ["moetool", *words[at + 1 :]]).strip()[:120]
         said += f", '{''.join(c if c.isprintable() else ' ' for c in command)}'"
-        # Field 22, counted after the name in parentheses, which may hold anything; in ticks after the start.
+        # Field 22, counted after the name in parentheses, which may contain anything; in ticks since boot.
         ticks = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
         boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
         since = datetime.fromtimestamp(int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK"))

@@ -1,4 +1,4 @@
-"""Where a model is: a folder, or `owner/name[@revision]` on the hub."""
+"""Locate a model: a folder, or `owner/name[@revision]` on the hub."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from moetool.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 
-# Of a hub model: configuration, tokenizer and licence, in the repository's own folder.
+# Files of a hub model besides the weights: configuration, tokenizer and licence, at the top of the repository.
 CONFIGURATION = ["*.json", "*.model", "tokenizer.model.*", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 SUBFOLDERS = ["*/*"]
 
 
 def resolve_model(model: str, weights: bool = True) -> Path:
-    """Return the folder of a model, fetching it from the hub when it is not a local one.
+    """Return the folder of a model, fetching it from the hub if it is not local.
 
     Args:
         model: a folder, or `owner/name[@revision]`.
-        weights: whether to fetch the weights, too, or only configuration and tokenizer.
+        weights: whether to fetch the weights too, or only configuration and tokenizer.
 
     Raises:
-        CheckpointError: nothing is there; says whether the hub was tried and what it answered.
+        CheckpointError: nothing is there; says whether the hub was tried, and its answer.
     """
-    path = Path(os.path.expanduser(model))  # of a home that is not there it makes no error
+    path = Path(os.path.expanduser(model))  # no error for a home that does not exist
     if path.is_dir():
         _check_cache(path, model)
         return path
@@ -46,12 +46,12 @@ def resolve_model(model: str, weights: bool = True) -> Path:
 
 
 def find_model(model: str) -> Path | None:
-    """The folder of a model that is on this machine, here or in the hub's cache; nothing is fetched."""
+    """The folder of a model on this machine, local or in the hub's cache; nothing is fetched."""
     path = Path(os.path.expanduser(model))
     try:
         if path.exists() or not _HUB_NAME.match(model):
             return path if path.is_dir() else None
-    except OSError:  # a name that no file system takes
+    except OSError:  # not a valid file name
         return None
     name, _, revision = model.partition("@")
     try:
@@ -61,10 +61,10 @@ def find_model(model: str) -> Path | None:
 
 
 def fetch_headers(model: str, into: Path) -> Path:
-    """The folder of a model, without its weights where it is on the hub: enough for a plan.
+    """The folder of a model, without the weights if it is on the hub: enough for a plan.
 
-    For a hub model a folder is made in `into` that holds its configuration and tokenizer, and shards
-    whose headers are the remote ones; their data is a hole that takes no disk.
+    For a hub model, a folder is created in `into` with its configuration and tokenizer, and shards
+    that have the remote headers; their data is a hole that takes no disk space.
 
     Raises:
         CheckpointError: nothing is there, or it holds no safetensors.
@@ -87,7 +87,7 @@ def fetch_headers(model: str, into: Path) -> Path:
             " and save_pretrained"
         ) from None
     except Exception as error:
-        cached = find_model(model)  # without a network, what was fetched before
+        cached = find_model(model)  # works without a network on files fetched before
         if cached is not None:
             return cached
         raise _no_answer(model, error) from None
@@ -106,7 +106,7 @@ def fetch_headers(model: str, into: Path) -> Path:
 
 
 def _check_cache(path: Path, model: str) -> None:
-    """Refuse the hub's cache folder of a model, in which its snapshots lie."""
+    """Refuse the hub's cache folder of a model, which holds its snapshots."""
     _, _, name = path.name.partition("models--")
     if name and (path / "snapshots").is_dir() and not (path / "config.json").exists():
         hub_name = name.replace("--", "/", 1)
@@ -116,7 +116,7 @@ def _check_cache(path: Path, model: str) -> None:
 
 
 def _near(path: Path) -> str:
-    """A clause that names the folder beside which `path` would lie, if one is spelled almost so."""
+    """A clause that suggests a folder with a name similar to `path`, if there is one."""
     try:
         beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
     except OSError:
@@ -126,7 +126,7 @@ def _near(path: Path) -> str:
 
 
 def _no_answer(model: str, error: Exception) -> CheckpointError:
-    """What the hub's client says, in one line, with what to do: it tells a network from a name from a licence."""
+    """One line for an error of the hub's client, with the fix: a network, name or licence problem."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     name, _, revision = model.partition("@")
@@ -154,7 +154,7 @@ def _download(name: str, revision: str | None, model: str, weights: bool, cached
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not sys.stderr.isatty():  # the hub client draws its bars into files and pipes as well
+    if not sys.stderr.isatty():  # the hub client also draws its bars into files and pipes
         disable_progress_bars()
     try:
         folder = snapshot_download(
@@ -166,11 +166,11 @@ def _download(name: str, revision: str | None, model: str, weights: bool, cached
         )
         if not weights:
             return folder
-        # Only what transformers reads: repositories hold other formats of the same weights beside it. By the
-        # commit, which is the folder's name, so that weights and index are of one revision.
+        # Only files that transformers reads: repositories also hold other formats of the same weights. Fetch by the
+        # commit, which is the folder's name, so that weights and index have one revision.
         shards = [glob.escape(shard) for shard in named_shards(Path(folder))]
         return snapshot_download(name, revision=Path(folder).name, allow_patterns=shards, local_files_only=cached)
     except CheckpointError:
         raise
-    except Exception as error:  # the hub client's errors have no common base: network, HTTP, cache
+    except Exception as error:  # the hub client's errors have no common base class: network, HTTP, cache
         raise _no_answer(model, error) from None

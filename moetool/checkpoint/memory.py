@@ -1,4 +1,4 @@
-"""Memory that loading a checkpoint takes, known from its headers, and memory that there is."""
+"""The memory needed to load a checkpoint, from its headers, and the memory available."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def weight_bytes(folder: Path, dtype: str = "auto") -> int:
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
 
     Raises:
-        CheckpointError: it is no readable checkpoint.
+        CheckpointError: it is not a readable checkpoint.
     """
     with CheckpointReader(folder) as reader:
         return sum(
@@ -27,9 +27,9 @@ def weight_bytes(folder: Path, dtype: str = "auto") -> int:
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that a device has left for this process; None where that cannot be told.
+    """Bytes that a device has left for this process; None if unknown.
 
-    Of the CPU's these are what the machine, a container's limit (cgroup) and `ulimit -v` leave, whichever is least.
+    For the CPU this is the least of the memory left by the machine, a container's limit (cgroup) and `ulimit -v`.
     """
     if device.startswith("cuda"):
         import torch
@@ -50,14 +50,14 @@ def _machine() -> int | None:
 
 
 def _container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the limit of a container leaves; pages of files that it holds can be given up."""
+    """Bytes left by a container's limit; its cached file pages count as free."""
     try:
         limit = int((root / "memory.max").read_text())
         used = int((root / "memory.current").read_text())
         lines = (root / "memory.stat").read_text().splitlines()
         files = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
         return max(0, limit - used + files)
-    except (OSError, ValueError):  # no such limit: "max"
+    except (OSError, ValueError):  # no limit: "max"
         return None
 
 

@@ -1,4 +1,4 @@
-"""Stock transformers models and tokenizers, loaded so that nothing goes missing in silence."""
+"""Load standard transformers models and tokenizers, with an error for anything missing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def pick_device(device: str = "auto") -> str:
-    """The device of a name; `auto` is the first of cuda, mps and cpu that is there.
+    """The device of a name; `auto` is the first available of cuda, mps and cpu.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the device does not exist.
     """
     import torch
 
@@ -41,13 +41,13 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model and refuse it unless every tensor was found and used.
 
-    transformers fills a missing tensor with random numbers and only logs it: a checkpoint without a
+    transformers fills a missing tensor with random numbers and only logs it, so a checkpoint without a
     layer's experts or router would load.
 
     Args:
         folder: a Hugging Face checkpoint.
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
-        device: where to put it, such as `cpu` or `cuda`; None leaves it on the CPU.
+        device: such as `cpu` or `cuda`; None leaves the model on the CPU.
         device_map: transformers' own placement, such as `auto`; excludes `device`.
 
     Raises:
@@ -67,10 +67,10 @@ def load_model(
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=False,
-            use_safetensors=True,  # else a folder without them would have its pickles read
+            use_safetensors=True,  # otherwise pickles in a folder without safetensors would be read
             **options,
         )
-    except Exception as error:  # a damaged or foreign checkpoint fails in a dozen ways
+    except Exception as error:  # a damaged or foreign checkpoint fails in many ways
         if out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -82,8 +82,8 @@ def load_model(
             raise CheckpointError(
                 f"{folder}: {kind} tensors {', '.join(keys[:3])}{more}; the checkpoint does not fit its config.json"
             )
-    # torch's grouped matrix product, the faster one, fails unless rows are multiples of 16 bytes, which
-    # 8 elements are in every dtype (training may compute in another than the weights').
+    # torch's grouped matrix product, the faster one, fails unless rows are multiples of 16 bytes. 8 elements are
+    # enough in every dtype (training may compute in another dtype than the weights').
     experts = [p.shape for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
     if any(size % 8 for shape in experts for size in shape[1:]):
         model.set_experts_implementation("eager")
@@ -91,7 +91,7 @@ def load_model(
 
 
 def _quiet() -> None:
-    """No bars but moetool's own, and no warnings in which names of a checkpoint stand as they are."""
+    """Turn off the progress bars of libraries, and warnings that print names of a checkpoint unescaped."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -100,7 +100,7 @@ def _quiet() -> None:
 
 
 def skeleton(folder: Path) -> Any:
-    """The model of a checkpoint without its weights (on torch's meta device): seconds at any size.
+    """A checkpoint's model without its weights (on torch's meta device), in seconds at any size.
 
     Raises:
         CheckpointError: transformers knows no causal language model for its config.json.
@@ -114,30 +114,30 @@ def skeleton(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if layers > num_tensors:  # each is built, before it is known that there is nothing to fill it
+        if layers > num_tensors:  # each would be built before it turns out that it has no weights
             raise ValueError(f"{layers} layers, and {num_tensors} tensors in its files")
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a damaged or foreign config fails in a dozen ways
+    except Exception as error:  # a damaged or foreign config fails in many ways
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from None
 
 
-# Numbers of config.json after which transformers makes a list or a module for each: far above any model's.
+# Keys of config.json whose numbers size lists or modules of transformers, and a bound far above any model's.
 _COUNTED = re.compile(r"(layers?|experts?|heads?|labels|blocks?|groups?|stages)$")
 MAX_COUNT = 100_000
 _KERNEL = re.compile(r"(attn|experts)_implementation(_internal)?$")
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a config.json that would have transformers run code from elsewhere, or take memory without end.
+    """Refuse a config.json that would make transformers run foreign code or use unbounded memory.
 
     Raises:
         CheckpointError: names the key.
     """
     check_entries(folder)
     path = folder / "config.json"
-    if not path.is_file():  # a folder of a tokenizer alone
+    if not path.is_file():  # a folder with only a tokenizer
         return
     level: list[Any] = [read_json(path)]
     while level:
@@ -145,7 +145,7 @@ def check_config(folder: Path) -> None:
         for key, value in (item for one in documents for item in one.items()):
             if type(value) is int and abs(value) > (MAX_COUNT if _COUNTED.search(key) else 2**62):
                 raise CheckpointError(f"{path}: {key} is {str(value)[:60]}, more than any model has")
-            # A name of the hub here is a kernel, which is fetched and imported.
+            # A hub name here is a kernel, which would be fetched and imported.
             if _KERNEL.search(key) and not re.fullmatch(r"[\w|]*", "|".join(map(str, _values(value)))):
                 raise CheckpointError(f"{path}: {key} is {str(value)[:100]!r}, code from elsewhere; delete the key")
         level = [inner for one in level for inner in _values(one) if isinstance(inner, (dict, list))]
@@ -158,12 +158,12 @@ def _values(document: Any) -> list[Any]:
 
 
 def _check_size(folder: Path, model: Any) -> None:
-    """Refuse weights that config.json announces and the files do not hold: transformers would draw them at random."""
+    """Refuse weights that config.json announces but the files lack: transformers would initialise them at random."""
     if getattr(model.config, "quantization_config", None) is not None:
-        return  # several parameters to an element
+        return  # several parameters per element
     announced = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     there = sum(info.num_elements for info in CheckpointReader(folder).tensors.values())
-    if announced > 4 * there + 10**7:  # fewer are missing: they are told by name
+    if announced > 4 * there + 10**7:  # if fewer are missing, a later error names them
         raise CheckpointError(
             f"{folder}: config.json describes {announced} parameters, the files hold {there}; fetch both again"
         )
@@ -171,7 +171,7 @@ def _check_size(folder: Path, model: Any) -> None:
 
 @contextmanager
 def _nothing_printed() -> Iterator[None]:
-    """The tokenizers library prints names of options that it does not know on standard output itself."""
+    """Silence the tokenizers library, which prints unknown option names directly to standard output."""
     try:
         kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     except OSError:  # there is no standard output
@@ -188,7 +188,7 @@ def _nothing_printed() -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a checkpoint.
+    """Load the tokenizer in a checkpoint's folder.
 
     Raises:
         DataError: there is none, or it cannot be loaded.

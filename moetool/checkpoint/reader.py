@@ -1,7 +1,7 @@
 """Read a Hugging Face safetensors folder: its config, its headers, and blocks of its tensors' bytes.
 
-Only headers are read on opening; every length, offset and shape in them is checked, so that nothing
-later trusts a damaged or hostile file. Bytes are read with `pread` (no memory map), from any thread.
+Opening reads only headers, and checks every length, offset and shape in them, so that later code
+never trusts a damaged or hostile file. Bytes are read with `pread` (no memory map), from any thread.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any, Self
 from moetool.errors import CheckpointError
 from moetool.outside import read_json
 
-# safetensors dtype -> bytes an element, for the dtypes that hold plain weights.
+# safetensors dtype -> bytes per element, for dtypes of plain weights.
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_OPEN = 200  # files kept open at once; systems allow as few as 256
-MAX_DIMENSIONS = 16  # of a tensor; weights have up to five
-SAMPLE = 4096  # bytes of each tensor that are part of a content fingerprint
-GIT_LFS = b"version https://git-lfs"  # begins what git has where git-lfs did not fetch a file
+MAX_DIMENSIONS = 16  # per tensor; weights have up to five
+SAMPLE = 4096  # bytes of each tensor in a content fingerprint
+GIT_LFS = b"version https://git-lfs"  # start of the pointer that git leaves where git-lfs did not fetch a file
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `start` and `size` in bytes, `start` counted from the file's first byte."""
+    """The location of a tensor: `start` and `size` in bytes, `start` counted from the file's first byte."""
 
     name: str
     dtype: str
@@ -78,7 +78,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            # Bounded before they are multiplied: a product of long numbers takes hours.
+            # Check bounds before multiplying: a product of long numbers takes hours.
             numbers = (*shape, begin, end)
             whole = len(shape) <= MAX_DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
             name.encode()
@@ -121,7 +121,7 @@ def _header_bytes(path: Path, bad: Callable[[str], CheckpointError]) -> tuple[by
 
 
 class BlockFile:
-    """Bytes of the tensors of a folder's shards, read from any thread; close it, or use `with`."""
+    """Reads tensor bytes from a folder's shards, from any thread; close it, or use `with`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -139,7 +139,7 @@ class BlockFile:
         """Fill a byte buffer from a tensor's bytes at `offset`.
 
         Raises:
-            CheckpointError: the file has become shorter than its header said.
+            CheckpointError: the file has become shorter than its header says.
         """
         descriptor = self._files.get(info.shard)
         if descriptor is None:
@@ -167,7 +167,7 @@ class BlockFile:
 
 
 def check_entries(folder: Path) -> None:
-    """Refuse a folder with a pipe or a device in it: a library that opened it would wait, or read, for ever.
+    """Refuse a folder that contains a pipe or a device: a library would wait or read forever.
 
     Raises:
         CheckpointError: names it.
@@ -178,7 +178,7 @@ def check_entries(folder: Path) -> None:
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor -> shard, of the index; None where there is none."""
+    """The index as tensor -> shard; None if there is no index."""
     if not (folder / INDEX).exists():
         return None
     weight_map = read_json(folder / INDEX).get("weight_map")
@@ -194,24 +194,24 @@ def named_shards(folder: Path) -> list[str]:
     """The names of the shards that a folder has or should have.
 
     Raises:
-        CheckpointError: the index is no index of safetensors.
+        CheckpointError: the index is not a safetensors index.
     """
     return sorted(set((_weight_map(folder) or {SINGLE: SINGLE}).values()))
 
 
 def _unfinished_download(folder: Path) -> str:
-    """A clause, where the hub's client left a file half fetched: in its cache, or in a folder that it filled."""
+    """A clause about a half-fetched file of the hub's client, in its cache or in a download folder."""
     places = (folder.parent.parent / "blobs", folder / ".cache" / "huggingface" / "download")
     found = [file for place in places for file in sorted(place.glob("*.incomplete"))]
     return f", because its download is unfinished ({found[0]})" if found else ""
 
 
 class CheckpointReader(BlockFile):
-    """A checkpoint folder, its headers read and checked.
+    """A checkpoint folder with checked headers.
 
     Attributes:
         folder: the folder.
-        config: config.json.
+        config: the content of config.json.
         tensors: every tensor by name, in file order.
         shards: the file names, in order.
 
@@ -264,7 +264,7 @@ class CheckpointReader(BlockFile):
                 raise CheckpointError(f"{self.folder / INDEX} places tensor {name[:100]} in {file}, which lacks it")
 
     def fingerprint(self) -> str:
-        """A quick identity of the source: config, headers, sizes and times; changes if a file does."""
+        """A quick identity of the source: config, headers, sizes and times; it changes if a file does."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for shard in self.shards:
             status = (self.folder / shard).stat()
@@ -277,10 +277,10 @@ class CheckpointReader(BlockFile):
 def content_fingerprint(folder: Path) -> str:
     """A digest of a checkpoint's content: config, headers and the first bytes of every tensor.
 
-    It survives a copy to another place and changes with another seed; reading all would take minutes.
+    It is unchanged by a copy to another folder and differs for another seed. Reading everything would take minutes.
 
     Raises:
-        CheckpointError: it is no readable safetensors checkpoint.
+        CheckpointError: it is not a readable safetensors checkpoint.
     """
     with CheckpointReader(folder) as reader:
         digest = hashlib.sha256(json.dumps(reader.config, sort_keys=True).encode())
@@ -292,7 +292,7 @@ def content_fingerprint(folder: Path) -> str:
 
 
 def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file, as `sha256sum` and the hub give it."""
+    """SHA-256 of a file, as in `sha256sum` and on the hub."""
     digest = hashlib.sha256()
     for chunk in _chunks(path):
         digest.update(chunk)

@@ -1,9 +1,9 @@
 """Write a safetensors folder whose layout is known before the first byte.
 
-A shard's header is written first, its tensors are then filled at their offsets, in any order, from
-any thread. The folder cannot be loaded until it is complete: shards are written under a name that
-does not end in `.safetensors`, fsynced and renamed; the index and config.json come last. While
-`moetool.partial.json` lies in the folder, it is unfinished, and the same plan can go on with it.
+A shard's header is written first. Its tensors are then filled at their offsets, in any order, from any thread. The
+folder cannot be loaded until it is complete: shards are written under a name that does not end in `.safetensors`,
+fsynced and renamed; the index and config.json come last. A folder with `moetool.partial.json` is unfinished, and the
+same plan can continue it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from moetool.errors import CheckpointError
 from moetool.outside import read_json
 from moetool.recipe import read_lineage
 
-# What `--overwrite` may delete: names of a checkpoint's layout and of moetool's own files.
+# Files that `--overwrite` may delete: those of a checkpoint's layout and moetool's own.
 KNOWN_FILES = {
     "config.json", "generation_config.json", INDEX, SINGLE, PARTIAL, "moetool.json", "moetool.yaml",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "tekken.json",
     "tokenizer.model.v3", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md",
 }  # fmt: skip
-# Beside the weights, what makes a checkpoint usable; code (`auto_map`, *.py) is never carried over.
+# The files besides the weights that make a checkpoint usable; code (`auto_map`, *.py) is never copied.
 COMPANIONS = sorted(KNOWN_FILES - {"config.json", INDEX, SINGLE, PARTIAL, "moetool.json", "moetool.yaml"})
 
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """A tensor to be written: dtype as safetensors names it."""
+    """A tensor to be written; dtype is the safetensors name."""
 
     name: str
     dtype: str
@@ -53,7 +53,7 @@ class TensorLayout:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to be written: its header's bytes and where each tensor starts in the file."""
+    """A file to be written: its header's bytes and the start of each tensor in the file."""
 
     name: str
     header: bytes
@@ -64,8 +64,8 @@ class Shard:
 def layout_shards(tensors: Sequence[TensorLayout], max_shard_size: int) -> list[Shard]:
     """Cut tensors, in the given order, into files of at most `max_shard_size` bytes of tensor data.
 
-    A tensor larger than that gets a file of its own. One file is called model.safetensors, several
-    model-00001-of-0000N.safetensors, as transformers does.
+    A larger tensor gets its own file. One file is called model.safetensors, several
+    model-00001-of-0000N.safetensors, as in transformers.
     """
     groups: list[list[TensorLayout]] = []
     filled = 0
@@ -97,7 +97,7 @@ def layout_shards(tensors: Sequence[TensorLayout], max_shard_size: int) -> list[
 
 
 def index_file(shards: Sequence[Shard]) -> dict[str, bytes]:
-    """The index by its name; none where there is one shard."""
+    """The index by its file name; empty if there is one shard."""
     if len(shards) == 1:
         return {}
     weight_map = {tensor: shard.name for shard in shards for tensor in shard.starts}
@@ -107,7 +107,7 @@ def index_file(shards: Sequence[Shard]) -> dict[str, bytes]:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Names in a folder that neither moetool nor a checkpoint's layout knows."""
+    """Names in a folder that belong neither to moetool nor to a checkpoint's layout."""
 
     def known(name: str) -> bool:
         name = name.removesuffix(UNFINISHED)
@@ -117,10 +117,10 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def clear(folder: Path) -> None:
-    """Delete a checkpoint (`--overwrite`): what makes it loadable first, then the rest of its files.
+    """Delete a checkpoint (`--overwrite`): first the files that make it loadable, then the rest.
 
     Raises:
-        CheckpointError: the folder holds anything else; nothing is deleted then.
+        CheckpointError: the folder holds other files; nothing is deleted then.
     """
     foreign = foreign_files(folder)
     if foreign:
@@ -131,7 +131,7 @@ def clear(folder: Path) -> None:
     for name in ("config.json", INDEX):
         (folder / name).unlink(missing_ok=True)
     sync_folder(folder)
-    # moetool.partial.json last: until then the folder says that it is not a checkpoint.
+    # moetool.partial.json last: until then it marks the folder as unfinished.
     for entry in sorted(folder.iterdir(), key=lambda e: e.name == PARTIAL):
         entry.unlink()
 
@@ -139,14 +139,14 @@ def clear(folder: Path) -> None:
 def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
     """Make sure that a folder may be written: empty, or left unfinished by the same plan.
 
-    Called inside the FolderLock that the writing happens in: what another process puts there between
-    the look and the lock would be taken for this plan's own.
+    Call it inside the FolderLock used for writing. Otherwise files that another process writes between the
+    check and the lock would be taken for this plan's own.
 
     Raises:
-        CheckpointError: it holds something else and `overwrite` is not given, or holds files that
-            no checkpoint has.
+        CheckpointError: it holds something else and `overwrite` is not given, or files that do not
+            belong to a checkpoint.
     """
-    # A run killed while it wrote its very first file leaves that under its temporary name.
+    # A run killed while writing its very first file leaves it under its temporary name.
     if all(entry.name == PARTIAL + UNFINISHED for entry in folder.iterdir()):
         return
     if overwrite:
@@ -171,7 +171,7 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
 
 
 def _changes(old: Any, identity: Mapping[str, Any]) -> str:
-    """A clause on what a recipe asks for otherwise than an earlier one: ` (drop_ratio 0.25 -> 0.5)`."""
+    """A clause on the differences of a recipe from an earlier one: ` (drop_ratio 0.25 -> 0.5)`."""
     new = json.loads(json.dumps(identity)).get("recipe")
     if not isinstance(old, dict) or not isinstance(new, dict):
         return ""
@@ -182,11 +182,11 @@ def _changes(old: Any, identity: Mapping[str, Any]) -> str:
 class CheckpointWriter:
     """Fills the shards of one folder; used inside a FolderLock.
 
-    `identity` says what is being written (recipe, source). A folder left by a killed run is gone on
-    with when its identity is equal: shards that it completed, and whose digest it noted, are kept.
+    `identity` identifies the output (recipe, source). A folder left by a killed run is continued if its
+    identity is equal: shards that the run completed and recorded with a digest are kept.
 
     Attributes:
-        complete: shards that an earlier run left complete -> the digest it noted of each.
+        complete: shards that an earlier run completed -> the recorded digest of each.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], identity: Mapping[str, Any]) -> None:
@@ -215,7 +215,7 @@ class CheckpointWriter:
             return file.read(len(shard.header)) == shard.header
 
     def open(self, shard: Shard) -> None:
-        """Create a shard at its full size (so that a full disk shows now) and write its header."""
+        """Create a shard at its full size (so that a full disk fails now) and write its header."""
         path = self.folder / (shard.name + UNFINISHED)
         descriptor = create(path)
         self._files[shard.name] = descriptor
@@ -229,7 +229,7 @@ class CheckpointWriter:
         _write_all(self._files[shard.name], data, shard.starts[tensor] + offset, self.folder / shard.name)
 
     def close(self, shard: Shard, digest: str) -> None:
-        """Make a filled shard durable, give it its name, and note a digest of what was written. Any thread."""
+        """Make a filled shard durable, rename it, and record a digest of its content. Any thread."""
         descriptor = self._files.pop(shard.name)
         try:
             with naming(self.folder / shard.name):
@@ -243,17 +243,17 @@ class CheckpointWriter:
             self._write_note()
 
     def abandon(self) -> None:
-        """Close and delete the shards that are not complete; the folder can be gone on with."""
+        """Close and delete the incomplete shards; the folder can still be continued."""
         for name, descriptor in self._files.items():
             os.close(descriptor)
             (self.folder / (name + UNFINISHED)).unlink(missing_ok=True)
         self._files.clear()
 
     def finish(self, files: Mapping[str, bytes]) -> None:
-        """Write the small files, config.json last, and take the partial mark away.
+        """Write the small files, config.json last, and remove moetool.partial.json.
 
         Raises:
-            CheckpointError: someone else has deleted or changed a shard meanwhile.
+            CheckpointError: another process has deleted or changed a shard.
         """
         for shard in self.shards:
             if not self._is_there(shard):
@@ -276,7 +276,7 @@ def _write_all(descriptor: int, data: memoryview, position: int, path: Path) -> 
 
 
 def check_written(folder: Path, shards: Sequence[Shard]) -> None:
-    """Re-read every header of a finished folder and hold it against the layout.
+    """Re-read every header of a finished folder and compare it with the layout.
 
     Raises:
         CheckpointError: a shard is absent, damaged or differs.

@@ -1,4 +1,4 @@
-"""A folder that appears only when it is complete, whatever happens while it is made."""
+"""A folder that appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from moetool.checkpoint.folder import naming
 
 @contextmanager
 def unfinished_beside(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, removed if it is not renamed; what killed runs left is removed, too.
+    """A temporary folder beside `folder`, removed unless it is renamed; leftovers of killed runs are removed too.
 
-    A living run holds a lock (flock) on its own temporary folder, which the system drops on any death.
-    Where the file system has no such locks, nothing is removed.
+    A live run holds a lock (flock) on its own temporary folder, which the system drops when the process ends.
+    If the file system has no such locks, nothing is removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
         with suppress(OSError), _opened(old) as descriptor:
-            if time.time() - old.stat().st_mtime > 60 and _lock(descriptor):  # a newer one may not be locked yet
+            if time.time() - old.stat().st_mtime > 60 and _lock(descriptor):  # newer ones may not be locked yet
                 shutil.rmtree(old)
     made = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
     made.mkdir()
@@ -57,7 +57,7 @@ def _opened(folder: Path) -> Iterator[int]:
 
 @contextmanager
 def durable(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that is on the disk, not only in the system's memory, when the block ends."""
+    """A new file that is on disk, not only in the system's memory, when the block ends."""
     with naming(path), path.open("wb") as file:
         yield file
         file.flush()

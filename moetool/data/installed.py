@@ -1,8 +1,7 @@
 """A corpus that every machine with moetool has: the prose and the code of the installed Python.
 
-Prose is what the documentation says in sentences (the language reference that `help()` shows, and
-docstrings); code is the standard library without its docstrings, so that the two share no text. One
-document is one module.
+Prose is the sentences of the documentation (the language reference behind `help()`, and docstrings). Code is the
+standard library without its docstrings, so the two share no text. One document is one module.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from pathlib import Path
 from moetool.errors import DataError
 from moetool.progress import Progress, silent
 
-# Where prose comes from, in this order, until there is enough: the standard library, then packages
-# on which moetool depends.
+# Sources of prose, in this order, until there is enough: the standard library, then moetool's dependencies.
 PACKAGES = ("numpy", "pandas", "transformers", "torch")
 # Markup, doctests, tables and parameter lists are not prose.
 _MARKUP = re.compile(r">>>|^\s*\.\. |^\s*[-=~]{3,}|::|\||\{|\}|```", re.MULTILINE)
@@ -29,11 +27,11 @@ _DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def prose(limit: int, progress: Progress = silent) -> list[str]:
-    """English paragraphs of the installed documentation, one document a module.
+    """English paragraphs of the installed documentation, one document per module.
 
     Args:
         limit: characters after which to stop.
-        progress: told in characters.
+        progress: called with characters read.
     """
     documents: list[str] = []
     seen: set[str] = set()
@@ -53,7 +51,7 @@ def prose(limit: int, progress: Progress = silent) -> list[str]:
 
 
 def code(limit: int, progress: Progress = silent) -> list[str]:
-    """Modules of the standard library without their docstrings; which ones, a hash decides."""
+    """Modules of the standard library without their docstrings, chosen by a hash."""
     documents: list[str] = []
     size = 0
     for path in sorted(_modules(_library()), key=lambda path: hashlib.sha256(path.name.encode()).digest()):
@@ -87,7 +85,7 @@ def _read(path: Path) -> str:
 
 
 def _documentation() -> Iterator[list[str]]:
-    """Texts of one module after the other."""
+    """The texts of each module in turn."""
     from pydoc_data.topics import topics
 
     for topic in topics.values():
@@ -145,7 +143,7 @@ def without_docstrings(text: str) -> str:
 
 
 def split(documents: list[str], share: float) -> tuple[list[str], list[str]]:
-    """Train and validation documents; a document's own hash decides, so the split never changes.
+    """Train and validation documents, split by each document's hash, so the split never changes.
 
     Raises:
         DataError: there is too little to split.

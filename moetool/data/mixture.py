@@ -1,8 +1,8 @@
-"""Which window of which source is sample n: a pure function of (seed, n).
+"""The source and window of sample n, as a pure function of (seed, n).
 
-Nothing is drawn from a generator with a state. Orders are keyed permutations, shares are exact
-fractions split by floors, so any sample, and how often every source was used before it, is known
-without walking there: a run resumes, and spreads over processes, by the number of the sample alone.
+There is no generator with a state. Orders are keyed permutations, and shares are exact fractions split by floors. Any
+sample, and the use of every source before it, is computed directly. The sample number alone therefore suffices to
+resume a run and to spread it over processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Source:
         name: unique in the mixture.
         stream: its tokens.
         weight: share relative to the other sources of its kind (training, replay).
-        replay: whether it is earlier data, repeated against forgetting.
+        replay: whether it is earlier data, repeated to limit forgetting.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Sample:
 class TokenMixture:
     """Sources mixed into an endless, fixed sequence of windows of `seq_len` + 1 tokens.
 
-    Windows have stride `seq_len`: the last token of one is the first of the next, so that every
-    token but the stream's first is predicted once an epoch (a rest shorter than `seq_len` is left).
+    Windows have stride `seq_len`: the last token of one is the first of the next. Every token except the
+    stream's first is predicted once per epoch (a remainder shorter than `seq_len` is dropped).
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class TokenMixture:
         """Check the sources and shares.
 
         Args:
-            sources: training sources, then or among them replay sources.
-            seq_len: tokens predicted in a window.
+            sources: training and replay sources, in any order.
+            seq_len: tokens predicted per window.
             global_batch_size: windows of one optimizer step, over all processes.
-            replay_ratio: share of replay windows, 0..1, read as the decimal that was typed. Every
+            replay_ratio: share of replay windows, 0..1, read as the exact decimal typed. Every
                 global batch holds floor or ceil of its share, and so does the running total.
-            seed: of the order of windows and of places in a batch.
+            seed: for the order of windows and positions in a batch.
 
         Raises:
-            ConfigError: names or weights are wrong, or ratio and replay sources contradict.
+            ConfigError: names or weights are invalid, or the ratio contradicts the replay sources.
             DataError: a source holds less than one window.
         """
         self.seq_len = seq_len
@@ -107,8 +107,8 @@ class TokenMixture:
                 )
 
     def sample(self, n: int) -> Sample:
-        """What sample `n` (from 0) is."""
-        # operator.index: keys are made of plain integers, also when numpy or torch counts.
+        """Sample `n` (from 0)."""
+        # operator.index: keys need plain integers, and callers may pass numpy or torch integers.
         step, place = divmod(operator.index(n), self.global_batch_size)
         slot = step * self.global_batch_size + permute(place, self.global_batch_size, key(self.seed, "batch", step))
         before = _floor(slot, self.replay_ratio)
@@ -129,12 +129,12 @@ class TokenMixture:
         return self.sources[sample.source].stream.read(sample.window * self.seq_len, self.seq_len + 1)
 
     def positions(self, n: int) -> np.ndarray:
-        """Places of the tokens of sample `n` in their documents: int64 of shape (seq_len + 1,)."""
+        """Positions of the tokens of sample `n` in their documents: int64 of shape (seq_len + 1,)."""
         sample = self.sample(n)
         return self.sources[sample.source].stream.positions(sample.window * self.seq_len, self.seq_len + 1)
 
     def ledger(self, num_samples: int) -> dict[str, dict[str, float]]:
-        """What the first `num_samples` samples take from each source.
+        """The use of each source by the first `num_samples` samples.
 
         Returns:
             Source name -> `sequences`, `tokens` (sequences x seq_len) and `epochs` (a fraction).
@@ -146,7 +146,7 @@ class TokenMixture:
             for source, share in zip(group, shares, strict=True):
                 counts[source.name] = _floor(left, share)
                 left -= counts[source.name]
-        for n in range(whole, num_samples):  # places in a batch are permuted: a part of one is counted singly
+        for n in range(whole, num_samples):  # positions are permuted, so a partial batch is counted one by one
             counts[self.sample(n).source] += 1
         return {
             name: {
@@ -159,7 +159,7 @@ class TokenMixture:
 
 
 def num_windows(stream: TokenStream, seq_len: int) -> int:
-    """How many windows of `seq_len` + 1 tokens with stride `seq_len` a stream holds."""
+    """The number of windows of `seq_len` + 1 tokens with stride `seq_len` in a stream."""
     return max(stream.num_tokens - 1, 0) // seq_len
 
 
@@ -182,7 +182,7 @@ def permute(index: int, size: int, key: int) -> int:
 
 @lru_cache(maxsize=1024)
 def key(*parts: int | str) -> int:
-    """A 64-bit key of any parts, the same in every process and version."""
+    """A 64-bit key of any values, the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
@@ -204,7 +204,7 @@ def _floor(count: int, share: Fraction) -> int:
 
 
 def _shares(group: list[Source]) -> list[Fraction]:
-    """Of each source: its share of what the sources before it leave (so the last one's is 1).
+    """Each source's share of the remainder left by the sources before it (so the last share is 1).
 
     Raises:
         ConfigError: a weight is not a positive number.
@@ -217,7 +217,7 @@ def _shares(group: list[Source]) -> list[Fraction]:
 
 
 def _choose(shares: list[Fraction], k: int) -> tuple[int, int]:
-    """Which source is sample k of its group, and its how-manieth sample that is."""
+    """The source of sample k of its group, and the sample's number within that source."""
     for index, share in enumerate(shares):
         before = _floor(k, share)
         if _floor(k + 1, share) > before:

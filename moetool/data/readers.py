@@ -16,8 +16,8 @@ from moetool.errors import DataError
 
 DOCUMENT_RULES = ("file", "line", "paragraph")
 
-# Bytes of the longest line, and of the largest file that is one document. A tokenizer takes about 110 bytes
-# of memory a byte of one document: 30 GB, or what this machine has, beyond which it dies without a word.
+# Bytes of the longest line, and of the largest file that is one document. A tokenizer takes about 110 bytes of
+# memory per byte of one document: 30 GB, or this machine's memory. Beyond that the process dies without a message.
 _LARGEST_DOCUMENT = min(2**28, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 128)
 _NOT_READ = {".zst", ".bz2", ".xz", ".zip", ".tar", ".7z"}
 _HUB = re.compile(
@@ -27,23 +27,23 @@ Rows = Iterator[tuple[int, str]]
 
 
 def format_of(file: Path) -> str:
-    """The extension that decides how a file is read, without `.gz`."""
+    """The extension that determines how a file is read, without `.gz`."""
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def read_file(file: Path, field: str, document: str) -> Rows:
-    """Read a file as its extension says: JSONL, Parquet, Arrow, else plain text.
+    """Read a file by its extension: JSONL, Parquet, Arrow, otherwise plain text.
 
     Args:
         file: may be gzipped (JSONL and plain text).
         field: the field or column that holds the text.
-        document: what one document of plain text is: file, line or paragraph.
+        document: the unit of plain text that is one document: file, line or paragraph.
 
     Yields:
         (bytes of the file read so far, text of a document; it may be empty).
 
     Raises:
-        DataError: it cannot be read so; names the file and the line, row or byte.
+        DataError: it cannot be read; names the file and the line, row or byte.
     """
     if file.suffix.lower() in _NOT_READ:
         raise DataError(f"{file}: unpack it first; of compressed files only .gz is read")
@@ -101,7 +101,7 @@ def _json_lines(file: Path, field: str) -> Rows:
             )
         if field not in row:
             raise DataError(f"{where}: {_no_field(field, list(row))}")
-        # JSON may hold half a surrogate pair, which no UTF-8 can: it becomes U+FFFD as in any decoder.
+        # JSON may hold half a surrogate pair, which UTF-8 cannot: it becomes U+FFFD, as in any decoder.
         text = _text(row[field], field, where)
         yield position, text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
@@ -127,7 +127,7 @@ def _arrow(file: Path, field: str) -> Rows:
 
 @contextmanager
 def _sound(file: Path, what: str) -> Iterator[None]:
-    """Turn what pyarrow says of a damaged file into one line; some of it is an OSError that the system knows not of."""
+    """Turn pyarrow's errors about a damaged file into one line; some are OSErrors that do not come from the system."""
     import pyarrow as pa
 
     try:
@@ -141,7 +141,7 @@ def _sound(file: Path, what: str) -> Iterator[None]:
 def _arrow_rows(batches: Iterator[Any], file: Path, field: str, num_rows: int | None) -> Rows:
     size, row = file.stat().st_size, 0
     for batch in batches:
-        # pyarrow trusts the offsets of strings: those of a damaged file lead anywhere in memory.
+        # pyarrow trusts string offsets: in a damaged file they may point anywhere in memory.
         batch.validate(full=True)
         for value in batch.column(0):
             row += 1
@@ -159,7 +159,7 @@ _READERS: dict[str, Callable[[Path, str], Rows]] = {
 
 @contextmanager
 def _open(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open a file that may be gzipped; gives it and the raw file, whose position tells the progress."""
+    """Open a file that may be gzipped; returns it and the raw file, whose position gives the progress."""
     with file.open("rb") as raw:
         try:
             yield (cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if file.suffix.lower() == ".gz" else raw), raw
@@ -233,7 +233,7 @@ def read_hub(path: str, field: str) -> Iterator[str]:
     """Stream the texts of a hub dataset, `hf:owner/name[@revision][#config/split]`.
 
     Raises:
-        DataError: the hub does not give it, or it has no such column.
+        DataError: the hub does not provide it, or it has no such column.
     """
     import datasets
 
@@ -256,12 +256,12 @@ def read_hub(path: str, field: str) -> Iterator[str]:
             yield _text(row[field], field, where)
     except DataError:
         raise
-    except Exception as error:  # the client's errors have no common base: network, HTTP, builder, cache
+    except Exception as error:  # the client's errors have no common base class: network, HTTP, builder, cache
         raise _hub_failed(path, error) from None
 
 
 def hub_commit(path: str) -> str:
-    """The commit that the revision of a hub dataset stands for now.
+    """The commit that the revision of a hub dataset currently points to.
 
     Raises:
         DataError: the hub does not answer.

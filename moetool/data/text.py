@@ -1,4 +1,4 @@
-"""Text on disk or on the hub -> documents, one after another; memory does not grow with the corpus."""
+"""Text on disk or on the hub -> a stream of documents; memory does not grow with the corpus."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _OWN_FILES = {"moetool.yaml", "moetool.json"}
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where text is and how it falls into documents.
+    """The location of text and its division into documents.
 
     Attributes:
         path: a file, a folder, a glob, or `hf:owner/name[@revision][#config/split]` (split: train).
         text_field: the field (JSONL), column (Parquet, datasets) that holds the text.
-        document: what one document of a plain-text file is: the `file`, a `line` or a `paragraph`
+        document: the unit of a plain-text file that is one document: the `file`, a `line` or a `paragraph`
             (paragraphs end at blank lines). In JSONL, Parquet and datasets it is always a row.
     """
 
@@ -37,14 +37,14 @@ class TextSource:
 
 
 def read_documents(source: TextSource, progress: Progress = silent) -> Iterator[str]:
-    """Read the documents of a source in a fixed order; those of white space only are left out.
+    """Read the documents of a source in a fixed order, except those of only white space.
 
     Args:
-        source: what to read.
-        progress: told the bytes read (rows, for a hub dataset).
+        source: the text to read.
+        progress: called with the bytes read (rows, for a hub dataset).
 
     Raises:
-        DataError: nothing is there, or it cannot be read as what it claims to be; names file and line.
+        DataError: nothing is there, or it cannot be read in its format; names file and line.
     """
     task = f"read {_short(source)}"
     if source.path.startswith("hf:"):
@@ -73,8 +73,8 @@ def read_documents(source: TextSource, progress: Progress = silent) -> Iterator[
 def find_files(path: str) -> list[Path]:
     """The files of a path, sorted.
 
-    Of a folder these are all files below it but hidden ones and moetool's own; of a folder made by
-    `datasets`' save_to_disk its Arrow files.
+    For a folder these are all files below it except hidden files and moetool's own; for a folder made by
+    `datasets`' save_to_disk, its Arrow files.
 
     Args:
         path: a file, a folder or a glob (`**` crosses folders).
@@ -104,7 +104,7 @@ def find_files(path: str) -> list[Path]:
 
 
 def content_sha256(source: TextSource, progress: Progress = silent) -> str:
-    """A digest of what `read_documents` would read: the files' bytes, or the hub's commit.
+    """A digest of the input of `read_documents`: the files' bytes, or the hub's commit.
 
     Raises:
         DataError: nothing is there, or the hub does not answer.
@@ -149,7 +149,7 @@ def _walk(folder: Path) -> list[Path]:
             and (not saved or name.endswith(".arrow"))
         ]
     for file in files:
-        if file.exists() and not file.is_file():  # a pipe blocks, a device has no end
+        if file.exists() and not file.is_file():  # a pipe blocks, a device never ends
             raise DataError(f"{file} is neither a file nor a folder; take it out of {folder}")
     return sorted(files)
 

@@ -1,8 +1,8 @@
 """Documents -> one flat stream of tokens on disk, read through a memory map.
 
-A tokenised folder holds `tokens.bin` (uint16 or uint32, little-endian: the documents one after
-another, each ended by the end-of-text token), `offsets.bin` (int64: where each document starts, then
-the end) and `manifest.json`, written last.
+A tokenised folder holds `tokens.bin` (uint16 or uint32, little-endian: the documents one after another, each ended by
+the end-of-text token), `offsets.bin` (int64: the start of each document, then the end) and `manifest.json`, written
+last.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ FORMAT, FORMAT_VERSION = "moetool-tokens", 1
 MAX_TOKENIZER = 500_000_000  # bytes of tokenizer.json
 FILES = ("tokens.bin", "offsets.bin", "manifest.json", "moetool.yaml")
 
-# Documents go to the tokenizer's threads in batches of about this size, at about 110 bytes of memory a character.
+# Documents go to the tokenizer's threads in batches of about this size, with about 110 bytes of memory per character.
 _BATCH_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """A flat stream of tokens with its documents; `documents` gives a part of them as a stream.
+    """A flat stream of tokens with its documents; `documents` returns some of them as a stream.
 
     Attributes:
-        manifest: of the folder that it comes from.
-        starts: (D,) int64, where each document begins in `memory`.
-        offsets: (D + 1,) int64, where each document begins in this stream, then the end.
+        manifest: of its folder.
+        starts: (D,) int64, the start of each document in `memory`.
+        offsets: (D + 1,) int64, the start of each document in this stream, then the end.
         memory: the tokens of the folder, memory-mapped.
     """
 
@@ -66,8 +66,8 @@ class TokenStream:
         """Tokens `start` to `start + length` of the stream, int64 of shape (length,).
 
         Raises:
-            IndexError: they are not all in the stream.
-            DataError: one is none of the tokenizer's.
+            IndexError: some are not in the stream.
+            DataError: one is not in the tokenizer's vocabulary.
         """
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(f"tokens {start} to {start + length} of a stream of {self.num_tokens}")
@@ -78,7 +78,7 @@ class TokenStream:
         places = np.arange(start, start + length) + np.repeat(shift, pieces)
         tokens: np.ndarray = self.memory[places].astype(np.int64)
         known = self.manifest.get("vocab_size", np.inf)
-        if tokens.max(initial=0) >= known:  # a model would look beyond its embedding
+        if tokens.max(initial=0) >= known:  # a model would read beyond its embedding
             raise DataError(
                 f"tokens.bin of {self.manifest.get('sources')} holds token {tokens.max()}, its tokenizer has {known};"
                 " make the tokens anew with moetool tokenize --overwrite"
@@ -86,10 +86,10 @@ class TokenStream:
         return tokens
 
     def positions(self, start: int, length: int) -> np.ndarray:
-        """Each token's place in its document, from 0 where the document or the window begins; int64 (length,).
+        """Each token's position in its document, from 0 at the start of the document or window; int64 (length,).
 
         Raises:
-            IndexError: the tokens are not all in the stream.
+            IndexError: some tokens are not in the stream.
         """
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(f"tokens {start} to {start + length} of a stream of {self.num_tokens}")
@@ -100,7 +100,7 @@ class TokenStream:
         return places
 
     def documents(self, indices: np.ndarray) -> TokenStream:
-        """The stream of some documents, in the order of `indices`; the tokens stay where they are."""
+        """The stream of some documents, in the order of `indices`; the tokens are not copied."""
         lengths = np.diff(self.offsets)[indices]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
         return TokenStream(self.manifest, self.starts[indices], offsets, self.memory)
@@ -110,7 +110,7 @@ def open_tokens(folder: Path) -> TokenStream:
     """Open a tokenised folder.
 
     Raises:
-        DataError: it is none, is unfinished, of another format, or its files do not fit its manifest.
+        DataError: it is not one, is unfinished, has another format, or its files do not match its manifest.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -133,7 +133,7 @@ def open_tokens(folder: Path) -> TokenStream:
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise DataError(f"{folder}: {name} {what}; {again}")
-    # np.asarray: plain arrays upon the maps, so that slices are not memmap objects.
+    # np.asarray: plain arrays over the maps, so that slices are not memmap objects.
     memory = np.asarray(np.memmap(folder / "tokens.bin", dtype, "r"))
     offsets = np.asarray(np.memmap(folder / "offsets.bin", "<i8", "r"))
     if offsets[0] != 0 or offsets[-1] != num_tokens or not _ascending(offsets):
@@ -141,18 +141,18 @@ def open_tokens(folder: Path) -> TokenStream:
     return TokenStream(manifest, offsets[:-1], offsets, memory)
 
 
-# What every manifest holds; numbers are above 0.
+# The keys of every manifest; numbers are above 0.
 _MANIFEST = {"num_tokens": int, "num_documents": int, "num_bytes": int, "vocab_size": int, "dtype": str, "sha256": str}
 
 
 def _ascending(offsets: np.ndarray) -> bool:
-    """Whether every document has a token, looked at in pieces: there may be billions."""
+    """Whether every document has a token, checked in pieces: there may be billions."""
     pieces = (offsets[i : i + 2**20 + 1] for i in range(0, len(offsets) - 1, 2**20))
     return all(bool((piece[1:] > piece[:-1]).all()) for piece in pieces)  # a difference could overflow
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a tokenised folder; None if the folder is none."""
+    """The manifest of a tokenised folder; None for any other folder."""
     try:
         manifest = read_json(folder / "manifest.json", DataError)
     except DataError:
@@ -172,10 +172,10 @@ def write_tokens(
 
     Args:
         documents: each is tokenized without special tokens and ended by the end-of-text token.
-        tokenizer: of transformers, a fast one (with tokenizer.json).
+        tokenizer: a fast transformers tokenizer (with tokenizer.json).
         folder: the folder to make.
-        about: more entries of the manifest, such as where the text came from.
-        overwrite: take the place of a tokenised folder, which stays until the new one is complete.
+        about: more manifest entries, such as the source of the text.
+        overwrite: replace a tokenised folder, which stays until the new one is complete.
         files: small files to put beside the tokens.
 
     Raises:
@@ -188,17 +188,17 @@ def write_tokens(
             f"the tokenizer {tokenizer.name_or_path} has no end-of-text token, which has to end each document;"
             " set eos_token in its tokenizer_config.json"
         )
-    # The tokenizer's own encoder: what `tokenizer(text, add_special_tokens=False)` gives, a third faster.
+    # The tokenizer's own encoder: the same as `tokenizer(text, add_special_tokens=False)`, a third faster.
     encoder = tokenizer.backend_tokenizer
     encoder.no_truncation()
     encoder.no_padding()
-    folder = Path(os.path.realpath(folder))  # a link stays one; no folder can be renamed onto it
+    folder = Path(os.path.realpath(folder))  # a link stays a link; no folder can be renamed onto it
     _check_free(folder, overwrite)
     if folder.is_mount() or folder == Path.cwd():
         raise DataError(f"{folder} cannot be replaced by a rename, by which tokens appear; give a folder inside it")
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    gc.collect()  # garbage with finalizers of Python, in which a Ctrl-C that comes while tokenizers works would be lost
+    gc.collect()  # a Ctrl-C while tokenizers works would be lost in a Python finalizer of this garbage
     digest = hashlib.sha256()
     num_documents = num_tokens = num_bytes = 0
     with unfinished_beside(folder) as unfinished:
@@ -239,7 +239,7 @@ def write_tokens(
         for name in reversed(FILES):  # the manifest before the tokens
             (folder / name).unlink(missing_ok=True)
         try:
-            os.rename(unfinished, folder)  # onto nothing, or an empty folder
+            os.rename(unfinished, folder)  # the target is absent or an empty folder
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -249,15 +249,15 @@ def write_tokens(
 
 
 def tokenized(source: TextSource, tokenizer_folder: Path, progress: Progress = silent) -> TokenStream:
-    """The tokens of a source: opened if it is a tokenised folder, else made once and kept in the cache.
+    """The tokens of a source: opened if it is a tokenised folder, otherwise made once and cached.
 
-    The cache is `$MOETOOL_CACHE` or `~/.cache/moetool`, in it `tokens/` and a digest of the content,
-    the tokenizer, the field and the document rule.
+    The cache is `tokens/` in `$MOETOOL_CACHE` or `~/.cache/moetool`, with one folder per digest of the
+    content, the tokenizer, the field and the document rule.
 
     Args:
         source: text, or a folder made by `moetool tokenize`.
         tokenizer_folder: a folder that holds a tokenizer, such as a checkpoint.
-        progress: told the bytes read.
+        progress: called with the bytes read.
 
     Raises:
         DataError: the text or the tokenizer cannot be read, or the tokens are of another tokenizer.
@@ -278,20 +278,20 @@ def tokenized(source: TextSource, tokenizer_folder: Path, progress: Progress = s
     cache = Path(os.environ.get("MOETOOL_CACHE") or "~/.cache/moetool").expanduser() / "tokens" / about["key"]
     try:
         return open_tokens(cache)
-    except DataError:  # not there yet, or damaged: then it is replaced
+    except DataError:  # absent, or damaged and to be replaced
         damaged = cache.exists()
     try:
         return write_tokens(read_documents(source, progress), tokenizer, cache, about, overwrite=damaged)
     except DataError as error:
         with suppress(DataError):
-            return open_tokens(cache)  # another process has made the same meanwhile
+            return open_tokens(cache)  # another process has made the same folder in the meantime
         raise error
 
 
 def describe(
     sources: Sequence[TextSource], tokenizer_folder: Path, tokenizer: Any, progress: Progress = silent
 ) -> dict[str, Any]:
-    """What decides the tokens of some sources, for the manifest; `key` is a digest of it all.
+    """Everything that determines the tokens of some sources, for the manifest; `key` is a digest of it.
 
     Raises:
         DataError: nothing is at a source, or the tokenizer's files cannot be read.
@@ -308,9 +308,9 @@ def describe(
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """A digest of the parts of tokenizer.json that decide which ids a text gets.
+    """A digest of the parts of tokenizer.json that determine the ids of a text.
 
-    What is added around a text, padding, truncation and the file's formatting are left out, so a
+    Tokens added around a text, padding, truncation and the file's formatting are excluded, so a
     tokenizer that was loaded and saved again is still the same.
 
     Raises:
@@ -332,13 +332,13 @@ def split_validation(
 ) -> tuple[TokenStream, TokenStream]:
     """Split a stream by document into training and validation.
 
-    The documents with the smallest hashes of (seed, index) validate, round(fraction x D) of them and
-    at least one, so that they come from everywhere in the text and not from its end.
+    The documents with the smallest hashes of (seed, index) are held out: round(fraction x D) of them, at
+    least one. They come from the whole text, not only from its end.
 
     Args:
         stream: of D documents.
         fraction: share of the documents, above 0 and below 1.
-        seed: of the choice.
+        seed: for the choice.
 
     Raises:
         ConfigError: the fraction is not in (0, 1).
@@ -360,7 +360,7 @@ def split_validation(
 
 
 def exact_fraction(option: str, value: Fraction | Decimal | float | str) -> Fraction:
-    """A number as the decimal that was typed (0.3 is 3/10).
+    """A number as the exact decimal typed (0.3 is 3/10).
 
     Raises:
         ConfigError: it is not a number; names the option.

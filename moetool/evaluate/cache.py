@@ -1,7 +1,7 @@
-"""Results already had, one file for each pair of checkpoint and task, so that a run can continue.
+"""Saved results, one file per pair of checkpoint and task, so that a run can continue.
 
-A key is made of everything that decides a score except how it was batched (so that a run that ended
-for lack of memory can go on with a smaller batch). A changed checkpoint has another key.
+A key covers everything that determines a score except the batch size, so a run that ran out of memory can continue with
+a smaller batch. A changed checkpoint has another key.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from moetool.recipe import LINEAGE, read_lineage
 
 FOLDER = ".cache"
 
-# What besides the weights decides a score.
+# The files that determine a score besides the weights.
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
 def checkpoint_identity(folder: Path) -> str:
     """A digest that changes when a checkpoint's weights, configuration or tokenizer do.
 
-    Shards count by a sample of every tensor, and by the hashes in moetool.json where it lists all of them and is not
-    older than any, otherwise by size, time of change and header.
+    Shards are identified by a sample of every tensor, and by the hashes in moetool.json if it lists all of them and is
+    not older than any, otherwise by size, modification time and header.
 
     Raises:
-        CheckpointError: the folder is not a whole checkpoint.
+        CheckpointError: the folder is not a complete checkpoint.
     """
     reader = CheckpointReader(folder)
     digest = hashlib.sha256()
@@ -45,7 +45,7 @@ def checkpoint_identity(folder: Path) -> str:
         digest.update(reader.fingerprint().encode())
     else:
         digest.update(json.dumps(hashes, sort_keys=True).encode())
-    digest.update(content_fingerprint(folder).encode())  # times lie where a clock has jumped
+    digest.update(content_fingerprint(folder).encode())  # times are wrong after a clock jump
     return digest.hexdigest()
 
 
@@ -55,18 +55,18 @@ def _shard_hashes(folder: Path, shards: list[str]) -> dict[str, Any] | None:
         return None
     written = (folder / LINEAGE).stat().st_mtime_ns
     if any((folder / shard).stat().st_mtime_ns > written for shard in shards):
-        return None  # a shard was written after its hash was
+        return None  # a shard was written after its hash
     return {shard: [hashes[shard], (folder / shard).stat().st_size] for shard in shards}
 
 
 def key(identity: str, task_digest: str, settings: dict[str, Any]) -> str:
-    """The name under which a pair's result is kept."""
+    """The file name of a pair's saved result."""
     libraries = {name: version(name) for name in ("lm_eval", "transformers")}
     return hashlib.sha256(json.dumps([identity, task_digest, settings, libraries], sort_keys=True).encode()).hexdigest()
 
 
 def read(out: Path | None, name: str, task: str) -> dict[str, Any] | None:
-    """A kept result of a task, or None; one that is not as `evaluate` writes it counts as none."""
+    """A task's saved result, or None; a file in another form than `evaluate` writes counts as None."""
     if out is None:
         return None
     try:
@@ -82,7 +82,7 @@ _ENTRY = {"samples": [_SAMPLE], "model_info": {}, "tokenizer_info": {}, "date": 
 
 
 def _is_entry(entry: Any, task: str) -> bool:
-    """Whether all is there that results and their files are made from."""
+    """Whether a saved result has everything that results and their files are made from."""
     of_task = {part: {task: object} for part in ("configs", "versions", "n-shot", "n-samples")}
     results = of_task | {"results": {task: {"sample_len": int}}, "higher_is_better": {task: {}}}
     routing = {"layers": [{"mri": float}]}
@@ -101,29 +101,29 @@ def _is_entry(entry: Any, task: str) -> bool:
 
 
 def is_stderr(key: str) -> bool:
-    """Whether lm-eval's key of a score, METRIC,FILTER, is that of a standard error; lm-eval may write "N/A" there."""
+    """Whether a key METRIC,FILTER of lm-eval is a standard error, whose value may be "N/A"."""
     return key.partition(",")[0].endswith("_stderr")
 
 
 def _kind(value: Any) -> Any:
-    """What a document's value of a metric is made of, the same for all documents; None: nothing that a metric has."""
+    """The structure of a document's metric value, equal for all documents; None if no metric has such a value."""
     if isinstance(value, list):
         kinds = tuple(map(_kind, value))
         return None if None in kinds or not kinds else kinds
     return "number" if fits(value, _NUMBER) else "text" if isinstance(value, str) else None
 
 
-_DATE = re.compile(r"[0-9T.-]{1,40}")  # a part of a file's name
+_DATE = re.compile(r"[0-9T.-]{1,40}")  # part of a file name
 
 
 def write(out: Path | None, name: str, entry: dict[str, Any]) -> None:
-    """Keep a result; a kill leaves the whole of it or nothing."""
+    """Save a result; a kill leaves all of it or nothing."""
     if out is not None:
         (out / FOLDER).mkdir(parents=True, exist_ok=True)
         write_json(out / FOLDER / f"{name}.json", entry)
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file that is there whole or not at all."""
+    """Write a JSON file atomically."""
     indent = 1 if path.name == "results.json" else None
     write_file(path, json.dumps(document, indent=indent, ensure_ascii=False, default=str).encode("utf-8", "replace"))

@@ -3,7 +3,7 @@
 N documents. A score is a function of all documents; its linearisation gives each document an
 influence u_i with sum(u) = 0, and the standard error of the score is sqrt(N / (N - 1) sum(u_i^2))
 (the delta method; for a mean it is the usual one). Both models see the same documents, so the
-difference of their scores has the influences u_i - v_i: what makes a document hard for both cancels.
+difference of their scores has the influences u_i - v_i: a document's difficulty for both models cancels.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lm_eval.api import metrics as lm
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Items = Sequence[Any]
 
-# Metrics without a closed form (F1, BLEU, a task's own aggregation) take a bootstrap; with many documents,
-# where each resample can take seconds, the spread over groups of them, which costs one pass.
+# Metrics without a closed form (F1, BLEU, a task's own aggregation) use a bootstrap. With many documents, where each
+# resample can take seconds, they use the spread over groups of documents, which costs one pass.
 BOOTSTRAP = 200
 MANY, GROUPS = 2000, 50
-NOISE = 2.0  # a difference counts when it is larger than this many standard errors
+NOISE = 2.0  # a difference counts if it is larger than this many standard errors
 
 
 def influences(aggregation: Callable[[Items], float], items: Items) -> Array | None:
@@ -30,11 +30,11 @@ def influences(aggregation: Callable[[Items], float], items: Items) -> Array | N
 
     Args:
         aggregation: lm-eval's aggregation of the metric.
-        items: one value a document, a number or (log-likelihood, weight).
+        items: one value per document, a number or (log-likelihood, weight).
     """
     try:
         values = np.asarray(items, dtype=np.float64) if aggregation in _NUMERIC else None
-    except ValueError:  # a kept result may hold anything
+    except ValueError:  # a saved result may hold anything
         values = None
     if values is None or values.shape[1:] != (() if aggregation in (lm.mean, lm.perplexity) else (2,)):
         return None
@@ -71,7 +71,7 @@ def paired_difference(
         baseline: document -> its value for the baseline.
 
     Returns:
-        score - baseline's score, and the standard error (None when there is no estimate).
+        score - baseline's score, and its standard error (None if there is no estimate).
     """
     common = [document for document in items if document in baseline]
     if not common:

@@ -34,8 +34,8 @@ class Harness(HFLM):
     Args:
         model: a causal language model, on its device.
         tokenizer: its tokenizer.
-        folder: where it was loaded from.
-        batch_size: a number, `auto` or `auto:N`, as lm-eval takes it.
+        folder: its checkpoint.
+        batch_size: a number, `auto` or `auto:N`, as in lm-eval.
         routing: count the routes of each task (Mixture of Experts only).
     """
 
@@ -56,7 +56,7 @@ class Harness(HFLM):
             raise EvaluationError(f"{num_documents} documents for {self.world_size} processes; launch fewer")
         self._progress, self._done, self._total = progress, 0, 0
         self.stats = None
-        # What lm-eval's simple_evaluate sets before it evaluates.
+        # The same settings as lm-eval's simple_evaluate.
         random.seed(0)
         np.random.seed(1234)
         set_torch_seed(1234)
@@ -70,7 +70,7 @@ class Harness(HFLM):
             self._progress = silent
             task._instances = None
 
-    # Progress: lm-eval's own bars are off; requests are counted where it notes their answers.
+    # Progress: lm-eval's own bars are off; requests are counted where it records their answers.
 
     def advance(self, count: int) -> None:
         """Count answered requests."""
@@ -90,13 +90,13 @@ class Harness(HFLM):
             answers = self._answer(super().loglikelihood_rolling, requests, 0)
         finally:
             self._counts_windows = False
-        if self._num_tokens == 0:  # nothing was predicted: the best of all scores
+        if self._num_tokens == 0:  # nothing was predicted: that would be the best possible score
             raise DataError("the tokenizer makes no token of any document; look at the checkpoint's tokenizer")
         return answers
 
     def _answer(self, method: Any, requests: Any, total: int) -> Any:
-        # With several processes lm-eval repeats the last request until all have as many, as FSDP needs.
-        # Every process has the whole model here: the repetitions are not run (nor counted).
+        # With several processes lm-eval repeats the last request until all have the same number, as FSDP requires.
+        # Here every process has the whole model, so the repetitions are not run or counted.
         last = requests[-1]
         same = next((n for n, request in enumerate(reversed(requests)) if request is not last), len(requests))
         extra = same - last.repeats if self.world_size > 1 else 0
@@ -154,7 +154,7 @@ class Harness(HFLM):
         return logits
 
     def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Any:
-        # Called once a row of the last batch, in order, with the row's length without padding.
+        # Called once per row of the last batch, in order, with the row's length without padding.
         if self.capture is not None:
             self._lengths.append(inplen)
             rows, columns = self._shape
@@ -191,9 +191,9 @@ class Harness(HFLM):
 
 
 class _GenerationMask:
-    """Which tokens of a generation step are text: not padding, not what follows a row's end.
+    """Marks the tokens of a generation step that are text: not padding, not after a row's end.
 
-    A batch goes on until its last row ends; the rows that ended before are fed tokens that a batch of
+    A batch continues until its last row ends. Rows that ended earlier receive tokens that a batch of
     one would never see.
     """
 
@@ -222,7 +222,7 @@ class _GenerationMask:
 
 
 class _Counter(CacheHook):
-    """lm-eval tells its cache of each answered request; moetool counts them."""
+    """lm-eval reports each answered request to its cache; moetool counts them."""
 
     def __init__(self, lm: Harness) -> None:
         super().__init__(None)

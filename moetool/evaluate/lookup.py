@@ -1,4 +1,4 @@
-"""Names of tasks: looked up among local YAML files and lm-eval's own tasks."""
+"""Task names, looked up in local YAML files and lm-eval's own tasks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find(requested: Mapping[str, int | None], include_path: Path | None) -> tupl
         raise EvaluationError(f"--include-path {include_path} is no folder; give the one that holds the tasks' YAML")
     if absent := [name for name in requested if name.endswith(".yaml") and not Path(name).is_file()]:
         raise EvaluationError(f"no task file {absent[0]}; give the path of a task's YAML")
-    # The index of lm-eval's own 14000 tasks takes seconds: left out where local tasks suffice.
+    # The index of lm-eval's own 14000 tasks takes seconds: skipped if local tasks suffice.
     for include_defaults in (False, True):
         manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
         matches = {name: [name] if name.endswith(".yaml") else manager.match_tasks([name]) for name in requested}
@@ -53,7 +53,7 @@ def _unreadable(folder: Path | None) -> Iterator[tuple[Path, str]]:
 
 
 def _children(entry: Entry) -> list[Any]:
-    """What a tag or group lists: names, or mappings that name a task or group and override settings."""
+    """The members of a tag or group: names, or mappings that name a task or group and override settings."""
     listed = (entry.cfg or {}).get("task")
     return sorted(entry.tags) if entry.kind is Kind.TAG else listed if isinstance(listed, list) else []
 
@@ -73,7 +73,7 @@ def members(index: Mapping[str, Entry], name: str) -> Iterator[str]:
 
 
 def _is_known(index: Mapping[str, Entry], name: str) -> bool:
-    """Whether the index has a task and all that a group refers to; a pattern may match more elsewhere."""
+    """Whether the index has a task and all members of a group; a pattern may match more elsewhere."""
     if name.endswith(".yaml"):
         try:
             return "group" not in load_yaml(name, resolve_func=False)
@@ -84,7 +84,7 @@ def _is_known(index: Mapping[str, Entry], name: str) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as the first line of its message that says something, with its type if it is not our own."""
+    """The first informative line of an exception's message, with its type if it is not our own."""
     if isinstance(error, MoetoolError):
         return str(error)
     if out_of_memory(error):

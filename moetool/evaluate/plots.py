@@ -1,4 +1,4 @@
-"""Scores over training: one PNG a task, from checkpoints that know how many tokens they have seen."""
+"""Scores over training: one PNG per task, from checkpoints that record their training tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moetool.routing.plots import plain_text, png
 
 
 def training_tokens(folder: Path) -> tuple[str, int] | None:
-    """The run that a checkpoint belongs to, and the tokens it had seen of it; None if no `cpt` made it.
+    """The run that a checkpoint belongs to and the tokens it had seen; None if `cpt` did not make it.
 
     Args:
         folder: RUN or RUN/checkpoints/step-NNNNNN, with the lineage that `moetool cpt` writes.
@@ -28,12 +28,12 @@ def training_tokens(folder: Path) -> tuple[str, int] | None:
 
 
 def write_plots(document: Mapping[str, Any], metrics: Mapping[str, str], folder: Path) -> list[str]:
-    """Draw each task's score over training tokens, a line a run, the baseline dashed.
+    """Draw each task's score over training tokens, one line per run, the baseline dashed.
 
     Args:
         document: from `build_document`.
-        metrics: task -> the metric to draw; the first of the task where it is not named.
-        folder: is made, if there is anything to draw: two checkpoints of one run.
+        metrics: task -> the metric to draw; by default the task's first.
+        folder: created if there is anything to draw: two checkpoints of one run.
 
     Returns:
         The files.

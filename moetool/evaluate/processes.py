@@ -1,4 +1,4 @@
-"""Several processes, as `accelerate launch` and `torchrun` start them; each takes a share of the documents."""
+"""Several processes, started by `accelerate launch` or `torchrun`; each takes a share of the documents."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moetool.errors import ConfigError
 
 @contextmanager
 def joined(device: str, device_map: str | None) -> Iterator[str]:
-    """Join the processes of the launch, if there are several; give this one's device.
+    """Join the processes of the launch, if there are several; return this one's device.
 
     Args:
-        device: such as `cuda`; each process takes the card of its local rank.
-        device_map: must be None with several processes, which would each spread over all cards.
+        device: such as `cuda`; each process takes the GPU of its local rank.
+        device_map: must be None with several processes, which would each spread over all GPUs.
 
     Raises:
-        ConfigError: --device-map with several processes, or more processes than cards.
+        ConfigError: --device-map with several processes, or more processes than GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
@@ -37,7 +37,7 @@ def joined(device: str, device_map: str | None) -> Iterator[str]:
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    # Shares differ in length by hours on long tasks: waiting is no error.
+    # On long tasks the shares differ by hours, so waiting is not an error.
     distributed.init_process_group(backend, timeout=timedelta(weeks=52))
     try:
         yield device
@@ -51,7 +51,7 @@ def is_first() -> bool:
 
 
 def from_first(value: Any) -> Any:
-    """The first process's value, in all of them."""
+    """The first process's value, in all processes."""
     if not distributed.is_initialized():
         return value
     values = [value]

@@ -1,4 +1,4 @@
-"""Silence: what the libraries print while they work does not reach the user's screen."""
+"""Keep the output of libraries off the user's screen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOUD = ("lm_eval", "transformers", "datasets", "huggingface_hub", "accelerate",
 
 
 class _Nowhere(io.TextIOBase):
-    """A stream that drops what is written; `rich` still finds the real one behind it."""
+    """A stream that drops its input; `rich` still finds the real stream behind it."""
 
     def __init__(self, real: object) -> None:
         # rich draws its progress bars on this attribute of sys.stderr, if there is one.
@@ -25,7 +25,7 @@ class _Nowhere(io.TextIOBase):
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Drop stdout, stderr, log lines and warnings of everything but moetool's own progress bars."""
+    """Drop stdout, stderr, log lines and warnings, except moetool's own progress bars."""
     loggers = [logging.getLogger(name) for name in _LOUD]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

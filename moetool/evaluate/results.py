@@ -1,4 +1,4 @@
-"""From single results to what is shown and written: one document, and lm-eval's own files."""
+"""From single results to output: one document, and lm-eval's own files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_document(
 
     Returns:
         `results`: model -> task or group -> metric (lm-eval's key, `metric,filter`) -> value, stderr,
-        higher_is_better, num_documents and, beside a baseline, difference {value, stderr,
+        higher_is_better, num_documents and, with a baseline, difference {value, stderr,
         outside_noise}. `averages`: suite -> model -> value, stderr, num_tasks, difference.
     """
     results = {
@@ -70,7 +70,7 @@ def write_results(
 ) -> None:
     """Write results.json (lm-eval's layout and, under `moetool`, the comparison) and the samples.
 
-    With one model all lies in `out`; with several, each has a folder of its own, and
+    With one model everything is in `out`. With several, each has its own folder, and
     `out`/results.json holds the comparison.
     """
     models = {name: Path(folder) for name, folder in document["models"].items()}
@@ -89,7 +89,7 @@ def write_results(
 
 @cache
 def _environment() -> dict[str, Any]:
-    """lm-eval's description of machine and libraries; asking the machine takes a second."""
+    """lm-eval's description of machine and libraries, which takes a second."""
     environment: dict[str, Any] = {}
     add_env_info(environment)
     return environment
@@ -125,7 +125,7 @@ def _scores(merged: dict[str, Any], entries: Mapping[str, Any], tasks: Tasks) ->
                 continue
             stderr = metrics.get(f"{metric}_stderr,{filter_name}")
             if not isinstance(stderr, float) and task in entries:
-                # lm-eval has none for bits per byte.
+                # lm-eval has no standard error for bits per byte.
                 influence = influences(
                     tasks.tasks[task].aggregation().get(metric), list(_items(entries[task], key).values())
                 )
@@ -140,7 +140,7 @@ def _scores(merged: dict[str, Any], entries: Mapping[str, Any], tasks: Tasks) ->
 
 
 def _take_out_nan(scores: dict[str, Any], model: str, tasks: Tasks) -> list[dict[str, str]]:
-    """Take out of a model's scores what is no finite number, and say so of each task."""
+    """Remove scores that are not finite from a model's results, and report each task."""
     failed = []
     for task in list(scores):
         bad = {key: score["value"] for key, score in scores[task].items() if not math.isfinite(score["value"])}
@@ -215,7 +215,7 @@ def _scaled(score: Mapping[str, Any], benchmark: Benchmark) -> tuple[float, floa
 def _lm_eval_layout(
     folder: Path, entries: Mapping[str, dict[str, Any]], tasks: Tasks, settings: Settings
 ) -> dict[str, Any]:
-    """What `lm_eval run --output_path` writes for one model."""
+    """The file that `lm_eval run --output_path` writes for one model."""
     first = next(iter(entries.values()))
     document = _merge(entries, tasks)
     model = str(folder)
@@ -254,7 +254,7 @@ def _lm_eval_layout(
 
 
 def _write_samples(place: Path, entries: Mapping[str, dict[str, Any]]) -> None:
-    """samples_TASK_DATE.jsonl, as lm-eval writes them; those of an earlier run of the task go."""
+    """samples_TASK_DATE.jsonl, as lm-eval writes them; those of an earlier run of the task are deleted."""
     for name, entry in entries.items():
         safe = name.replace("/", "__")
         lines = []

@@ -1,4 +1,4 @@
-"""The evaluation: models one after another, one in memory at a time, tasks one after another."""
+"""The evaluation: models in turn, one in memory at a time, and tasks in turn."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from moetool.routing.report import domain_entry
 
 @dataclass
 class Evaluation:
-    """What came out.
+    """The outcome.
 
     Attributes:
         entries: model -> task -> {results, samples, routing, model_info, tokenizer_info, date}, where
             results is lm-eval's document for that one task.
-        failed: one {model, task, reason} for each pair that could not be had.
+        failed: one {model, task, reason} per failed pair.
         num_kept: pairs answered from an earlier run.
     """
 
@@ -45,10 +45,10 @@ class Evaluation:
 
 
 def check_models(models: Mapping[str, Path]) -> None:
-    """Refuse what is not a whole checkpoint with a tokenizer, before anything runs.
+    """Refuse anything but a complete checkpoint with a tokenizer, before anything runs.
 
     Raises:
-        CheckpointError: no or a damaged configuration, shard or header.
+        CheckpointError: a configuration, shard or header is missing or damaged.
         DataError: no tokenizer.
     """
     for folder in models.values():
@@ -65,17 +65,17 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate every model on every task.
 
-    A pair that fails is recorded, and the others go on.
+    A pair that fails is recorded, and the others continue.
 
     Args:
         models: name -> checkpoint folder.
-        tasks: what to ask, from `load_tasks`.
-        settings: how to run the models.
-        out: where results are kept as they come, and found again; None keeps them in memory only.
-        progress: told the pairs done, and the requests of the pair at work.
+        tasks: from `load_tasks`.
+        settings: for running the models.
+        out: the folder where results are saved as they come, and found again; None keeps them only in memory.
+        progress: called with the finished pairs, and the requests of the current pair.
 
     Raises:
-        CheckpointError: a folder is not a whole checkpoint (before any is loaded).
+        CheckpointError: a folder is not a complete checkpoint (before any is loaded).
     """
     identities = {name: cache.checkpoint_identity(folder) for name, folder in models.items()}
     evaluation = Evaluation()
@@ -116,7 +116,7 @@ def evaluate(
                             raise EvaluationError(f"{name} on {model_name} failed: {one_line(error)}") from None
                         evaluation.failed.append({"model": model_name, "task": name, "reason": one_line(error)})
                         continue
-                    if results is None:  # only the first process has them
+                    if results is None:  # only the first process has results
                         continue
                     entries[name] = _entry(lm, name, results, configs[name], settings)
                     cache.write(out, keys[name], entries[name])
@@ -134,7 +134,7 @@ def _nothing() -> Iterator[Any]:
 
 @contextmanager
 def _loaded(folder: Path, settings: Settings) -> Iterator[Harness]:
-    """The model in memory, and out of it again."""
+    """Load the model, and free it afterwards."""
     tokenizer = load_tokenizer(folder)
     device = None if settings.device_map else settings.device
     model = load_model(folder, settings.dtype, device, settings.device_map)
@@ -150,8 +150,8 @@ def _loaded(folder: Path, settings: Settings) -> Iterator[Harness]:
 def _entry(lm: Harness, name: str, results: Any, config: dict[str, Any], settings: Settings) -> dict[str, Any]:
     samples = results.pop("samples")[name]
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
-    samples.sort(key=lambda sample: (filters.index(sample["filter"]), sample["doc_id"]))  # of several processes
-    if not settings.log_samples:  # what paired differences need
+    samples.sort(key=lambda sample: (filters.index(sample["filter"]), sample["doc_id"]))  # from several processes
+    if not settings.log_samples:  # paired differences need only this
         samples = [{k: s[k] for k in ("doc_id", "filter", "metrics", *s["metrics"])} for s in samples]
     results["configs"][name] = config
     tokenizer_info: dict[str, Any] = {}
@@ -164,6 +164,6 @@ def _entry(lm: Harness, name: str, results: Any, config: dict[str, Any], setting
         "tokenizer_info": tokenizer_info,
         "date": datetime.now().isoformat().replace(":", "-"),
     }
-    # Through JSON, so that a result is the same whether it was kept or just computed.
+    # Through JSON, so that a result is the same whether it was saved or just computed.
     plain: dict[str, Any] = json.loads(json.dumps(entry, default=handle_non_serializable))
     return plain

@@ -1,4 +1,4 @@
-"""The papers' benchmark lists as data: which lm-eval task stands for which benchmark."""
+"""The papers' benchmark lists as data: the lm-eval task for each benchmark."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class Benchmark:
     """One benchmark of a suite.
 
     Attributes:
-        name: the benchmark as the paper names it.
-        task: the lm-eval task or group that stands for it, None where lm-eval has none.
+        name: the paper's name of the benchmark.
+        task: the corresponding lm-eval task or group, None if lm-eval has none.
         shots: examples in the prompt.
-        metric: lm-eval's metric key, `metric,filter`: what the table shows and the average uses.
-        note: how the task differs from what the paper ran, or what is missing.
+        metric: lm-eval's metric key, `metric,filter`, used in the table and the average.
+        note: the task's difference from the paper's benchmark, or the missing part.
         best: the metric's best score, which is 1 in the average.
     """
 
@@ -28,7 +28,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Suite:
-    """A paper's list of benchmarks; `source` says which paper and where in it."""
+    """A paper's list of benchmarks; `source` names the paper and the place in it."""
 
     source: str
     benchmarks: tuple[Benchmark, ...]
@@ -76,7 +76,7 @@ DROP_UPCYCLING_ENGLISH = Suite(
         Benchmark("OpenBookQA", "openbookqa", 4, "acc,none"),
         Benchmark("TriviaQA", "triviaqa", 4, "exact_match,remove_whitespace"),
         Benchmark("HellaSwag", "hellaswag", 4, "acc,none"),
-        # lm-eval 0.4.13 fails on examples in the prompt of this task, whose class is older than they.
+        # lm-eval 0.4.13 fails on examples in this task's prompt: the task's class predates them.
         Benchmark("SQuAD2", "squadv2", 0, "exact,none", "0 shots: lm-eval cannot give it 4; 100 is best", best=100.0),
         Benchmark("XWINO-EN", "xwinograd_en", 4, "acc,none"),
         Benchmark("BBH", "bbh_cot_fewshot", 3, "exact_match,get-answer", "chain of thought"),

@@ -1,6 +1,6 @@
-"""What is asked of the models: lm-eval tasks and local text, loaded before any weight is.
+"""The questions for the models: lm-eval tasks and local text, loaded before any weights.
 
-Loading a task loads its data set, so whatever cannot be had is known first.
+Loading a task loads its data set, so missing data is known first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Tasks:
     Attributes:
         tasks: lm-eval's task objects by name, groups resolved to their members.
         groups: lm-eval's group objects by name.
-        failed: what could not be loaded for a reason other than its data -> why.
+        failed: tasks that could not be loaded for a reason other than missing data -> the reason.
         texts: names of local texts -> the path they were read from.
     """
 
@@ -62,12 +62,12 @@ def load_tasks(
         requested: name, pattern (`arc_*`) or YAML file of a task, group or tag -> shots, or None for
             the task's own number. As in lm-eval, a task whose number is 0 keeps it.
         include_path: a folder of YAML files that define more tasks.
-        allow_code_execution: accept tasks that run what the model writes.
-        progress: told the tasks loaded.
+        allow_code_execution: accept tasks that run code the model writes.
+        progress: called with the tasks loaded.
 
     Raises:
         EvaluationError: an unknown name (with suggestions), a task that runs code, a task in two
-            groups, or data sets that are not at hand (all of them, by name).
+            groups, or missing data sets (all of them, by name).
     """
     manager, names = find(requested, include_path)
     if not allow_code_execution and (unsafe := [n for n in names if _unsafe(manager.task_index, n)]):
@@ -153,7 +153,7 @@ def describe(task: Any, text_path: str | None = None) -> dict[str, Any]:
 
 
 def digest(task: Any, config: dict[str, Any], limit: float | None) -> str:
-    """SHA-256 of everything that a task asks and how it judges: requests, documents, configuration, code."""
+    """SHA-256 of everything that defines a task: requests, documents, configuration, code."""
     task.build_all_requests(limit=get_sample_size(task, limit))
     hasher = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for instance in task.instances:
@@ -205,7 +205,7 @@ def _data_is_absent(error: BaseException) -> bool:
 
 
 def _absent(manager: TaskManager, name: str) -> list[str]:
-    """Each task under a name whose data is absent, with its data set."""
+    """Each task under a name whose data is missing, with its data set."""
     leaves = _leaves(manager, name)
     absent = []
     for leaf in leaves:
@@ -236,24 +236,24 @@ def _config(manager: TaskManager, leaf: str) -> dict[str, Any]:
 
 
 def _of_the_hub(config: Mapping[str, Any]) -> bool:
-    """Whether a task's data may come from the hub: it is neither a folder nor files that it lists."""
+    """Whether a task's data may come from the hub: not a folder, and not files that the task lists."""
     path = str(config.get("dataset_path", ""))
     return path not in _PACKAGED_DATASETS_MODULES and not Path(path).is_dir()
 
 
 def _ask_the_hub() -> None:
-    """Go offline if the hub does not answer, where the libraries would try for half a minute a data set."""
+    """Go offline if the hub does not answer; otherwise the libraries try for half a minute per data set."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
-    except Exception:  # no network, no such host, a certificate: whatever the client says of them
+    except Exception:  # no network, no such host, a certificate: any error of the client
         _go_offline()
 
 
 @contextmanager
 def network(allowed: bool = True) -> Iterator[None]:
-    """Without permission, no library reaches for the network inside: data and models come from caches."""
+    """Without permission, libraries inside this block use only caches, not the network."""
     modules = (huggingface_hub.constants, datasets.config)
     before = [module.HF_HUB_OFFLINE for module in modules]
     if not allowed:
@@ -268,14 +268,14 @@ def network(allowed: bool = True) -> Iterator[None]:
 
 @contextmanager
 def code_execution(allowed: bool) -> Iterator[None]:
-    """With permission, `code_eval`, the hub's metric that runs what models write, does so inside."""
+    """With permission, the hub's metric `code_eval` runs code that models write inside this block."""
     with _set("HF_ALLOW_CODE_EVAL") if allowed else _set():
         yield
 
 
 @contextmanager
 def _set(*names: str) -> Iterator[None]:
-    """Environment variables are "1" inside."""
+    """Set environment variables to "1" inside this block."""
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
     try:
@@ -288,6 +288,6 @@ def _set(*names: str) -> Iterator[None]:
 
 
 def _go_offline() -> None:
-    # The environment was read when these were imported.
+    # These read the environment when they were imported.
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True

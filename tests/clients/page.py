@@ -55,15 +55,15 @@ def _lines(rows: Rows) -> Iterator[str]:
     yield f"The largest difference that counts as exact is {max(exact):.1e}."
     yield f"The smallest that counts as wrong is {min(wrong)}.\n"
     yield "## Summary\n"
-    yield "How many rows are exact, of those that could be made. In brackets are those that an engine takes without a"
-    yield "word and computes wrongly.\n"
+    yield "The number of exact rows, of those that could be made. In brackets: rows that an engine loads without an"
+    yield "error and computes wrongly.\n"
     yield f"| dense -> target | {' | '.join(CLIENTS)} |"
     yield "|---" * (1 + len(CLIENTS)) + "|"
     for dense, target in pairs:
         found = [row["clients"] for row in rows.values() if (row["dense"], row["target"]) == (dense, target)]
         yield f"| {dense} -> `{target}` | {' | '.join(_count([f[c] for f in found if c in f]) for c in CLIENTS)} |"
     yield "\n## One target for transformers 4, vLLM and llama.cpp\n"
-    yield "How many rows are exact in all three; which these are is below.\n"
+    yield "The number of rows that are exact in all three. The rows are listed below.\n"
     yield "| dense | targets |"
     yield "|---|---|"
     for dense in dict.fromkeys(row["dense"] for row in rows.values()):
@@ -77,14 +77,14 @@ def _lines(rows: Rows) -> Iterator[str]:
             if (row["dense"], row["target"]) == (dense, target):
                 yield f"| {row['trait']} | {_cells(row, notes)} |"
     yield "\n## mergekit\n"
-    yield "Half of each plain checkpoint and half of the same one, merged and loaded by transformers 5.24.\n"
+    yield "Half of each plain checkpoint merged with half of itself, loaded by transformers 5.24.\n"
     yield "| dense -> target | difference |"
     yield "|---|---|"
     for row in rows.values():
         if "mergekit" in row.get("clients", {}):
             told = _cell("mergekit", row["clients"]["mergekit"], notes)
             yield f"| {row['dense']} -> `{row['target']}` | {told} |"
-    yield "\n## What the engines say\n"
+    yield "\n## Messages of the engines\n"
     yield from (f"{number}. {line}" for line, number in notes.items())
 
 
@@ -118,7 +118,7 @@ def _cell(client: str, verdict: Mapping[str, Any] | None, notes: dict[str, int])
     figure = verdict["difference"]
     figure = figure if figure == "NaN" else f"{figure:.1e}" if figure else "0"
     if "greedy" in verdict:
-        figure += f", {verdict['greedy']} tokens alike"
+        figure += f", {verdict['greedy']} tokens equal"
     return figure if is_exact(verdict) else f"**wrong: {figure}**"
 
 

@@ -48,7 +48,7 @@ def upcycle(world: World, chance: Random) -> str:
         (disk / "filler").unlink()
         world.good("upcycle", world.folder / "large", out, *job)
         assert not refused(out)
-    return "one line; not loadable; after room was made the same command finished"
+    return "one line; not loadable; with space freed, the same command finished"
 
 
 def upcycle_small(world: World, chance: Random) -> str:
@@ -78,7 +78,7 @@ def cpt(world: World, chance: Random) -> str:
         (disk / "filler").unlink()
         world.good(*job)
         assert not refused(out)
-    return "one line; not loadable; after room was made the same command finished"
+    return "one line; not loadable; with space freed, the same command finished"
 
 
 def report(world: World, chance: Random) -> str:
@@ -99,14 +99,14 @@ def _replacing(world: World, chance: Random, command: str, change: list[object],
         _filled(disk, chance.randrange(room))
         done = world.run(*world.commands(out)[command], *change)
         if done.code == 0:
-            return "there was room enough"
+            return "there was enough room"
         _said(done)
         after = content(out)
         good = [name for name in before if name.endswith(("report.json", "report.html", "results.json", ".png"))]
         assert all(after[name] == before[name] for name in good), command
         (disk / "filler").unlink()
         world.good(*world.commands(out)[command], *change)
-    return "one line; the earlier files were as before; after room was made the same command finished"
+    return "one line; the earlier files were as before; with space freed, the same command finished"
 
 
 def tokenize(world: World, chance: Random) -> str:
@@ -116,12 +116,12 @@ def tokenize(world: World, chance: Random) -> str:
         _filled(disk, chance.randrange(20_000))
         done = world.run(*job)
         if done.code == 0:
-            return "there was room enough"
+            return "there was enough room"
         _said(done)
         assert [path.name for path in disk.iterdir()] == ["filler"]
         (disk / "filler").unlink()
         world.good(*job)
-    return "one line; nothing was left; after room was made the same command finished"
+    return "one line; nothing was left; with space freed, the same command finished"
 
 
 def temporary(world: World, chance: Random) -> str:
@@ -179,7 +179,7 @@ def turns_read_only(world: World, chance: Random) -> str:
         assert "read-only" in done.line(), done.err
         remount(disk, "rw")
         world.good(*job)
-    return "one line; once it could be written again the same command finished"
+    return "one line; once it was writable again, the same command finished"
 
 
 def vanished(world: World, chance: Random) -> str:
@@ -209,4 +209,4 @@ def vanished(world: World, chance: Random) -> str:
     shutil.rmtree(away, ignore_errors=True)
     world.good(*job)
     shutil.rmtree(out)
-    return "finished" if done.code == 0 else "one line; the same command then began anew"
+    return "finished" if done.code == 0 else "one line; the same command then started over"

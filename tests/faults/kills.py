@@ -102,7 +102,7 @@ def cpt(world: World, chance: Random) -> str:
     if finished:
         return "killed after the last file: whole"
     where = "from a step folder" if saved else "from the beginning"
-    return f"not loadable; the same command went on {where} to the same weights, bit for bit"
+    return f"not loadable; the same command continued {where} to the same weights, bit for bit"
 
 
 def report(world: World, chance: Random) -> str:
@@ -253,7 +253,7 @@ def one_of_two(world: World, chance: Random) -> str:
     shutil.rmtree(out)
     assert seconds < 120
     which = "the first" if rank == 0 else "the second"
-    return f"{which} killed: the other ended within two minutes, the run could be gone on with"
+    return f"{which} killed: the other ended within two minutes, the run could be continued"
 
 
 def stop_soon(_: str) -> None:

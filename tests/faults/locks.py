@@ -43,7 +43,7 @@ def two_writers(world: World, command: str) -> str:
     line = world.run(*job).line()
     assert f"is being written by another process (process {first.pid}, " in line, line
     assert ", since 20" in line, line
-    refused = "the second was refused with the first's number, command and start"
+    refused = "the second was refused with the first one's process number, command and start time"
     if command == "quickstart":  # it takes minutes: the lock alone is looked at
         first.send(signal.SIGKILL)
         first.send(signal.SIGCONT)
@@ -58,7 +58,7 @@ def two_writers(world: World, command: str) -> str:
         third.send(signal.SIGKILL)
         third.wait()
         shutil.rmtree(out)
-        return f"{refused}; once the first was killed, a third had the folder"
+        return f"{refused}; once the first was killed, a third got the folder"
     assert third.wait().code == 0
     shutil.rmtree(out)
     return f"{refused}; the first finished undisturbed"
@@ -93,4 +93,4 @@ def after_a_kill(world: World, chance: Random) -> str:
     world.good(*job)
     shutil.rmtree(out)
     assert not os.path.exists(out)
-    return "the same command went on at once"
+    return "the same command continued at once"

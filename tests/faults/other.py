@@ -36,7 +36,7 @@ def memory(world: World, chance: Random) -> str:
     done = world.run(*job, before=f"tests.faults.other:limit_memory:{chance.uniform(0, 60)}")
     if done.code == 0:
         shutil.rmtree(out, ignore_errors=True)
-        return "was enough"
+        return "the memory was enough"
     if done.code < 0 or done.code == 134:  # a library that ends the process when it gets none
         assert command in ("tokenize", "cpt", "analyze-routing", "eval"), done
     else:
@@ -47,7 +47,7 @@ def memory(world: World, chance: Random) -> str:
     world.good(*job)
     shutil.rmtree(out)
     how = "one line" if done.code == 1 else "a library ended the process"
-    return f"{how}; nothing loadable; with memory the same command finished"
+    return f"{how}; nothing loadable; with enough memory, the same command finished"
 
 
 def fail_worker(number: str) -> None:
@@ -114,7 +114,7 @@ def clock(world: World, chance: Random) -> str:
     if command == "eval":
         assert again["num_kept"] == 1, again
     shutil.rmtree(out)
-    return "the same result; times and speeds by the steady clock; what was kept is found again"
+    return "the same result; times and speeds by the steady clock; kept results are found again"
 
 
 def _timeless(value: object) -> object:

@@ -113,7 +113,7 @@ def flipped_source(world: World, chance: Random) -> str:
     shutil.rmtree(source)
     shutil.rmtree(out, ignore_errors=True)
     if done.code == 0:
-        return "not seen: safetensors has no checksum"
+        return "not detected: safetensors has no checksum"
     assert "NaN or infinity" in done.line()
     return "refused: it made NaN or infinity"
 
@@ -138,7 +138,7 @@ def flipped_hub(world: World, chance: Random) -> str:
     assert refused(out)
     shutil.rmtree(cache)
     shutil.rmtree(out, ignore_errors=True)
-    return "refused: its SHA-256 is not the one that it is named by"
+    return "refused: its SHA-256 does not match its name"
 
 
 def _swap(folder: Path, chance: Random) -> None:
@@ -219,7 +219,7 @@ def flipped_result(world: World, chance: Random) -> str:
     world.run("verify", folder, "--source", world.shards, "--level", "full").line()
     quick = world.run("verify", folder, "--source", world.shards, "--level", "quick").code
     shutil.rmtree(folder)
-    return f"found by verify --level full; {'found' if quick else 'not seen'} by --level quick, which looks at samples"
+    return f"found by verify --level full; {'found' if quick else 'missed'} by --level quick, which looks at samples"
 
 
 def flipped_step(world: World, chance: Random) -> str:
@@ -247,4 +247,4 @@ def flipped_step(world: World, chance: Random) -> str:
     if path.name == "state.json" and "going on from step" not in done.err:
         return "in state.json, where it changed nothing that is read: the same weights, bit for bit"
     assert "going on from step" in done.err.replace("\n", " "), (path, done.err)
-    return "found; went on from the step folder before it to the same weights, bit for bit"
+    return "found; continued from the step folder before it to the same weights, bit for bit"

@@ -80,7 +80,7 @@ def figures(name: str, place: Path) -> dict[str, str]:
         "step folder, GB": f"{14 * total / 1e9:.0f}",
         "upcycling, s": f"{7.04 * plan['num_bytes'] / 5.11e9:.0f}",
         "GPUs": str(gpus),
-        "GB a GPU": f"{each[gpus] / 1e9:.0f}",
+        "GB per GPU": f"{each[gpus] / 1e9:.0f}",
         "host, GB": f"{4 * total * min(8, gpus) / 1e9:.0f}",
         "GPU-hours": f"{operations * 1e9 / (0.3 * 989e12) / 3600:.0f}",
     }
