@@ -20,6 +20,8 @@ from moetool.outside import read_json
 
 # safetensors dtype -> bytes an element, for the dtypes that hold plain weights.
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# Those that models compute in -> torch's and config.json's names.
+FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_OPEN = 200  # files kept open at once; systems allow as few as 256
 MAX_DIMENSIONS = 16  # of a tensor; weights have up to five

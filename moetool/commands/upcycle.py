@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from moetool import registry
 from moetool.arch.clients import CLIENTS
-from moetool.commands.console import Console, size
+from moetool.commands.console import Console
 from moetool.commands.options import (
     ConfigFlag,
     Dtype,
@@ -25,16 +21,11 @@ from moetool.commands.options import (
     long_dtype,
     num_cores,
     one_of,
-    options_text,
     parse_size,
     typed,
 )
-from moetool.commands.upcycle_table import closing, describe, table, warnings
-
-if TYPE_CHECKING:
-    from moetool.checkpoint.reader import CheckpointReader
-    from moetool.upcycle.plan import Plan
-
+from moetool.commands.proof import carry_out, closing
+from moetool.commands.upcycle_table import describe, table, warnings
 
 MAX_EXPONENT = 1000  # the digits of a number beyond it, written out, could fill the memory
 
@@ -221,31 +212,15 @@ def upcycle(
         raise typer.BadParameter(f"--top-k {top_k} is more than --num-experts {num_experts}")
     max_bytes = parse_size(max_shard_size)
 
-    from moetool.checkpoint.folder import FolderLock
-    from moetool.checkpoint.hub import fetch_headers, resolve_model
-    from moetool.checkpoint.reader import CheckpointReader
-    from moetool.checkpoint.writer import prepare
-    from moetool.errors import CheckpointError
+    from moetool.checkpoint.reader import FLOAT_DTYPES
     from moetool.recipe import UpcycleRecipe
-    from moetool.upcycle.check import FLOAT_DTYPES
-    from moetool.upcycle.plan import build_plan, free_disk
+    from moetool.surgery.sources import open_sources
+    from moetool.upcycle.plan import plan_upcycling
 
     console = Console(context, json, quiet)
     started = time.perf_counter()
     names = [dense, *(donor or [] if method != "scratch" else [])]
-    stack = context.with_resource(ExitStack())
-    if plan:  # of a hub model the headers are enough
-        headers = Path(stack.enter_context(TemporaryDirectory()))
-        folders = [fetch_headers(name, headers) for name in names]
-    else:
-        folders = [resolve_model(name) for name in names]
-    real = Path(os.path.realpath(out))  # a loop of links is no error here
-    for folder in folders:
-        real_source = Path(os.path.realpath(folder))
-        if real_source in (real, *real.parents):
-            raise CheckpointError(
-                f"{out} is the source or inside it; a source is never modified: choose another folder"
-            )
+    sources = context.with_resource(open_sources(names, out, headers_only=plan))
     noise, drawn = method == "noise", method != "scratch"
     recipe = UpcycleRecipe(
         target=target,
@@ -267,67 +242,13 @@ def upcycle(
         dtype={long: short for short, long in FLOAT_DTYPES.items()}.get(dtype, "auto"),
     )
     workers = workers or num_cores()
-    readers = [stack.enter_context(CheckpointReader(folder)) for folder in folders]
-    planned = build_plan(readers, recipe, max_bytes, for_ or ())
-    document = describe(planned, out, workers)
+    upcycling = plan_upcycling(sources.readers, recipe, max_bytes, for_ or ())
+    document = describe(upcycling, out, workers)
     if plan:
         console.result(document, table(document))
         return document
-    for name, folder in zip(names[1:], folders[1:], strict=True):
-        if os.path.realpath(folder) == os.path.realpath(folders[0]):
-            console.warn(f"--donor {name} is DENSE itself, so its experts start like DENSE's own")
-    for warning in warnings(planned):
+    for warning in warnings(upcycling, sources.repeated()):
         console.warn(warning)
-    with FolderLock(out):
-        if not overwrite and _is_finished(planned, readers, out):
-            document["already_finished"] = True
-        else:
-            prepare(out, planned.identity(), overwrite)
-            need, free = planned.num_bytes, free_disk(out) + _written(out)
-            if need > free:
-                raise CheckpointError(
-                    f"{out}: {size(need)} to write, {size(free)} free; free some space or choose another disk"
-                )
-            from moetool.upcycle.run import run_plan
-
-            with console.progress() as progress:
-                files = {"moetool.yaml": options_text(context).encode()}
-                places = [
-                    str(Path(name).expanduser().absolute()) if at == Path(name).expanduser() else name
-                    for name, at in zip(names, folders, strict=True)
-                ]
-                run_plan(planned, readers, out, places, workers, files, progress)
-    document["seconds"] = round(time.perf_counter() - started, 2)
-    if verify != "none":
-        from moetool.upcycle.verify import verify as prove
-
-        with console.progress() as progress:
-            try:
-                document["proof"] = prove(planned, readers, out, verify, workers, progress).to_json()
-            except CheckpointError as error:
-                raise CheckpointError(f"{out} does not prove: {error}; --overwrite writes it again") from None
+    carry_out(upcycling.plan, sources, out, workers, verify, overwrite, started, document, context, console)
     console.result(document, table(document), closing(document))
     return document
-
-
-def _is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path) -> bool:
-    """Whether OUT is finished, with the same recipe, source and files (the proof then compares the weights)."""
-    from moetool.checkpoint.folder import PARTIAL
-    from moetool.checkpoint.reader import sha256_file
-    from moetool.recipe import read_lineage, recorded_sources
-
-    if not (out / "config.json").is_file() or (out / PARTIAL).exists():
-        return False
-    document = read_lineage(out) or {}
-    lineage = document.get("lineage", [])
-    if len(lineage) != 1 or lineage[0].get("recipe") != plan.recipe.to_json():
-        return False
-    shards = document.get("shards")
-    if not isinstance(shards, dict) or set(shards) != {shard.name for shard in plan.shards}:
-        return False
-    recorded = [source.get("sha256") for source in recorded_sources(lineage[0])]
-    return recorded == [{shard: sha256_file(reader.folder / shard) for shard in reader.shards} for reader in readers]
-
-
-def _written(out: Path) -> int:
-    return sum(path.stat().st_size for path in out.glob("model*.safetensors*"))
