@@ -366,9 +366,9 @@ def test_shards_that_another_run_finishes_meanwhile_are_never_taken_over(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Two recipes that differ by the seed have equal headers: only the lock keeps their shards apart.
-    from moetool.surgery import apply
+    from moetool.checkpoint import writer
 
-    real = apply.prepare
+    real = writer.prepare
 
     def slow(folder: Path, *arguments: object) -> None:
         real(folder, *arguments)  # type: ignore[arg-type]
@@ -376,7 +376,7 @@ def test_shards_that_another_run_finishes_meanwhile_are_never_taken_over(
         assert done.returncode == 1
         assert "another process" in done.stderr
 
-    monkeypatch.setattr(apply, "prepare", slow)
+    monkeypatch.setattr("moetool.surgery.apply.prepare", slow)
     assert tiny.in_process("upcycle", llama, tmp_path / "moe", "--verify", "full")[0] == 0
     assert json.loads((tmp_path / "moe" / "moetool.json").read_text())["lineage"][0]["recipe"]["seed"] == 0
 

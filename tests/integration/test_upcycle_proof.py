@@ -17,7 +17,7 @@ from moetool.checkpoint import writer
 from moetool.checkpoint.folder import write_file as write_file_of_folder
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
-from moetool.surgery import write
+from moetool.surgery import examine as examining
 from tests import tiny
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
@@ -115,7 +115,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, out = Path(shutil.copytree(llama, tmp_path / "m")), tmp_path / "moe"
-    real = write.examine
+    real = examining.examine
 
     def examine(*arguments: Any) -> Any:
         found = real(*arguments)
