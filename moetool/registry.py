@@ -35,7 +35,10 @@ REGISTRY: dict[str, dict[str, str]] = {
         "drop": "moetool.upcycle.init:drop",
         "copy": "moetool.upcycle.init:copy",
         "noise": "moetool.upcycle.init:noise",
-        "scratch": "moetool.upcycle.init:drop",
+        "scratch": "moetool.upcycle.init:scratch",
+    },
+    "operation": {
+        "upcycle": "moetool.upcycle.plan:OPERATION",
     },
     "router": {
         "normal": "moetool.upcycle.router:normal",

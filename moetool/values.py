@@ -11,7 +11,8 @@ from pathlib import Path
 from moetool.errors import ConfigError
 
 MAX_EXPONENT = 1000  # the digits of a number beyond it, written out, could fill the memory
-FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' name -> torch's
+# What models compute in: safetensors' name -> that of torch and of config.json.
+FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}

@@ -6,7 +6,7 @@ later in the same file: nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from moetool.arch.dense import EMBEDDING, LM_HEAD, DenseSpec, dims, shape
@@ -100,19 +100,3 @@ def _parts(name: str, info: TensorInfo, spec: DenseSpec, dense: Mapping[str, Any
         parts[whole] = TensorInfo(whole, info.dtype, (count, info.shape[1]), info.shard, start, size)
         start += size
     return parts
-
-
-def pieces(tensors: Iterable[TensorInfo], used: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
-    """A file's tensors, each as what is used of it where that is all of it, in order.
-
-    Args:
-        tensors: of the file, in order.
-        used: tensors, or parts of them, that lie in the file.
-    """
-    starting = {info.start: info for info in used if info.size}
-    for tensor in tensors:
-        inside, position, end = [], tensor.start, tensor.start + tensor.size
-        while position < end and position in starting:
-            inside.append(starting[position])
-            position += starting[position].size
-        yield from inside if inside and position == end else [tensor]

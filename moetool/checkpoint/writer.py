@@ -155,8 +155,9 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
     if not (folder / PARTIAL).is_file():
         what = "is not empty"
         if (folder / "config.json").is_file():
-            lineage = (read_lineage(folder) or {}).get("lineage") or [{}]
-            what = "is a finished checkpoint of something else" + _changes(lineage[0].get("recipe"), identity)
+            lineage = (read_lineage(folder) or {}).get("lineage") or []
+            recipes = [entry["recipe"] for entry in lineage if "recipe" in entry] or [None]
+            what = "is a finished checkpoint of something else" + _changes(recipes[-1], identity)
         raise CheckpointError(f"{folder} {what}; choose another folder, or replace a checkpoint with --overwrite")
     left = read_json(folder / PARTIAL)
     # Through JSON and back, so that both sides have the same types.

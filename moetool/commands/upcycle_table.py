@@ -1,7 +1,8 @@
-"""What `moetool upcycle` and `moetool verify` tell: the plan, warnings, the proof."""
+"""The plan and the warnings of `moetool upcycle`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,32 +11,36 @@ from moetool.commands.console import count, escape, size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moetool.upcycle.plan import Plan
+    from moetool.upcycle.plan import Upcycling
 
 
-def describe(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
+def describe(upcycling: Upcycling, out: Path, workers: int) -> dict[str, Any]:
     """The plan as `--json` gives it."""
-    from moetool.upcycle.plan import free_disk
+    from moetool.surgery.plan import free_disk
 
-    recipe = plan.recipe
+    recipe, plan = upcycling.recipe, upcycling.plan
     return {
         "out": str(out),
-        "dense_family": plan.dense["model_type"],
-        "text_model_of": plan.dense["text_model_of"],
-        "target": plan.spec.model_type,
-        "architecture": plan.spec.architecture,
+        "dense_family": upcycling.dense["model_type"],
+        "text_model_of": upcycling.dense["text_model_of"],
+        "target": upcycling.spec.model_type,
+        "architecture": upcycling.spec.architecture,
         "recipe": recipe.to_json(),
-        "num_layers": int(plan.dense["num_hidden_layers"]),
-        "moe_layers": list(plan.moe_layers),
-        "parameters": plan.parameters,
-        "flops_per_token": plan.flops_per_token,
-        "redrawn_units": {"per_expert": plan.num_redrawn, "of": plan.num_units, "common": plan.common_share},
+        "num_layers": int(upcycling.dense["num_hidden_layers"]),
+        "moe_layers": list(upcycling.moe_layers),
+        "parameters": upcycling.parameters,
+        "flops_per_token": upcycling.flops_per_token,
+        "redrawn_units": {
+            "per_expert": upcycling.num_redrawn,
+            "of": upcycling.num_units,
+            "common": upcycling.common_share,
+        },
         "num_bytes": plan.num_bytes,
         "num_shards": len(plan.shards),
         "free_disk_bytes": free_disk(out),
         "workers": workers,
         "peak_memory_bytes": plan.peak_memory(workers),
-        "clients": dict(plan.clients),
+        "clients": dict(upcycling.clients),
     }
 
 
@@ -98,44 +103,23 @@ def method_line(document: dict[str, Any]) -> str:
     )
 
 
-def proof_line(proof: dict[str, Any]) -> str:
-    """What a proof has shown, in one sentence."""
-    told = f"{proof['tensors']} tensors, {count(proof['copied'])} kept entries equal to the source"
-    if proof.get("redrawn_units"):
-        told += (
-            f", {proof['redrawn_units']} units changed, their statistics within"
-            f" {proof['worst_sigma']:.1f} standard errors of the plan"
-        )
-    if proof["files"]:
-        told += f", {proof['files']} files beside them as they were written"
-    else:
-        told += "; the files beside them were not compared, because moetool.json has no digests of them"
-    if proof["split_groups"]:
-        told += (
-            f"; router scores tie for {proof['split_groups']:.1%} of random tokens, which then miss a part of the dense"
-            " FFN: take another --router-std or a family whose router does not tie (docs/upcycle.md)"
-        )
-    return f"[green]verified[/green] ({proof['level']}): {told}"
+def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
+    """What a recipe means that its user may not want.
 
-
-def closing(document: dict[str, Any]) -> str:
-    """The last lines: what was proved, how long it took."""
-    lines = [proof_line(document["proof"])] if "proof" in document else []
-    done = "was finished already" if document.get("already_finished") else f"written in {document['seconds']:.1f} s"
-    return "\n".join([*lines, f"{escape(document['out'])} {done}"])
-
-
-def warnings(plan: Plan) -> list[str]:
-    """What a recipe means that its user may not want."""
-    told = []
-    if plan.recipe.top_k == plan.recipe.group_size:
-        what = "expert" if plan.recipe.top_k == 1 else "group of experts"
-        more = plan.recipe.group_size * 2
+    Args:
+        upcycling: the plan.
+        repeated: names of donors that are DENSE itself.
+    """
+    recipe = upcycling.recipe
+    told = [f"--donor {name} is DENSE itself, so its experts start like DENSE's own" for name in repeated]
+    if recipe.top_k == recipe.group_size:
+        what = "expert" if recipe.top_k == 1 else "group of experts"
+        more = recipe.group_size * 2
         told.append(
-            f"with --top-k {plan.recipe.top_k}, {plan.spec.model_type} gives every chosen {what} the same weight: the"
+            f"with --top-k {recipe.top_k}, {upcycling.spec.model_type} gives every chosen {what} the same weight: the"
             f" router gets no gradient from the language loss, only from a balance loss; use --top-k {more} to train it"
         )
-    if plan.recipe.router == "zeros":
+    if recipe.router == "zeros":
         told.append(
             "--router zeros sends every token to the same first experts of each layer until training moves them apart"
         )

@@ -12,7 +12,7 @@ import typer
 
 from moetool.commands.console import Console, escape
 from moetool.commands.options import Output, num_cores
-from moetool.commands.upcycle_table import proof_line
+from moetool.commands.proof import proof_line
 from moetool.option import option, workers_option
 
 
@@ -38,55 +38,36 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
     statistics of the weights they replaced, and that no file was changed, removed or added. (Hidden
     files, README.md and folders other than those of chat templates may be added.)
     """
-    from moetool.checkpoint.folder import PARTIAL
+    from moetool import registry
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.reader import CheckpointReader
     from moetool.errors import CheckpointError, MoetoolError
-    from moetool.recipe import UpcycleRecipe, read_lineage, recorded_sources
-    from moetool.upcycle.plan import build_plan
-    from moetool.upcycle.verify import check_source
-    from moetool.upcycle.verify import verify as prove
+    from moetool.recipe import recorded_sources
+    from moetool.surgery.lineage import provable_entry
+    from moetool.surgery.verify import check_source
+    from moetool.surgery.verify import verify as prove
 
     console = Console(context, output.json, output.quiet)
     folder = resolve_model(str(asked.path))
-    if (folder / PARTIAL).exists():
-        raise CheckpointError(f"{folder} is an unfinished conversion; run the command that began it again")
-    lineage = (read_lineage(folder) or {}).get("lineage", [])
-    if not lineage or lineage[0].get("command") != "upcycle":
-        raise CheckpointError(
-            f"{folder} has no moetool.json that says how it was upcycled; only such folders can be proved"
-        )
-    if len(lineage) > 1:
-        raise CheckpointError(
-            f"{folder} was changed after its upcycling ({', '.join(str(e.get('command')) for e in lineage[1:])});"
-            " verify the upcycled checkpoint that it came from"
-        )
-    recorded = recorded_sources(lineage[0])
-    if not all(isinstance(one.get("name"), str) for one in recorded):
-        raise CheckpointError(f"{folder}/moetool.json does not name what was upcycled; it was edited")
+    entry = provable_entry(folder)
+    operation, recorded = registry.load("operation", entry["command"]), recorded_sources(entry)
     names = [one["name"] for one in recorded]
     if asked.donor and len(asked.donor) != len(names) - 1:
         raise typer.BadParameter(
-            f"--donor is given {len(asked.donor)} times, {folder} has {len(names) - 1} other donors"
+            f"--donor is given {len(asked.donor)} times, but {folder} has {len(names) - 1} other donors"
         )
     names = [asked.source or names[0], *(asked.donor or names[1:])]
     try:
         folders = [resolve_model(name) for name in names]
     except MoetoolError as error:
-        raise CheckpointError(f"{error} (or say with --source and --donor where the dense models are now)") from None
+        raise CheckpointError(f"{error} (or say with --source and --donor where the sources are now)") from None
     with ExitStack() as stack:
         readers = [stack.enter_context(CheckpointReader(dense)) for dense in folders]
         progress = stack.enter_context(console.progress())
         if asked.level == "full":
             for reader, one in zip(readers, recorded, strict=True):
-                check_source(reader, one.get("sha256"), progress)
-        recipe = UpcycleRecipe.from_json(lineage[0].get("recipe", {}))
-        max_shard_size = lineage[0].get("max_shard_size")
-        if type(max_shard_size) is not int:
-            raise CheckpointError(f"{folder}/moetool.json: max_shard_size is {max_shard_size!r}, expected a number")
-        if recipe.num_donors != len(readers):
-            raise CheckpointError(f"{folder}/moetool.json tells of {recipe.num_donors} donors and names {len(readers)}")
-        plan = build_plan(readers, recipe, max_shard_size)
+                check_source(reader, one.get("sha256"), operation.done, progress)
+        plan = operation.replan(readers, entry, entry["max_shard_size"])
         proof = prove(plan, readers, folder, asked.level, asked.workers or num_cores(), progress).to_json()
     document = {"path": str(folder), "source": str(folders[0]), "proof": proof}
     console.result(document, proof_line(proof), escape(str(folder)))

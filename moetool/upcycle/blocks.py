@@ -1,179 +1,157 @@
-"""Blocks of the result: what is kept of the source, and what a method makes of it."""
+"""The kinds of content that only upcycling has: experts, the shared expert, routers, what begins from scratch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import lru_cache, partial
 
 import torch
 
 from moetool import registry
-from moetool.checkpoint.reader import CheckpointReader
-from moetool.recipe import UpcycleRecipe, generator, matrix_index, permutation, redrawn_units
-from moetool.upcycle.init import slice_moments
-from moetool.upcycle.layout import Fill
-from moetool.upcycle.plan import Plan
-from moetool.upcycle.source import TORCH_DTYPES, Source, gather_rows, read_rows
-
-# Rows of a source's tensor, and blocks made of them, while one block of a fill is written: the experts
-# of a layer share them. (donor, ...) -> tensor.
-Cache = dict[tuple[object, ...], torch.Tensor]
+from moetool.recipe import UpcycleRecipe, generator, permutation, redrawn_units
+from moetool.surgery.fill import Fill, Piece, Place
+from moetool.surgery.kinds import KINDS, Block, Drawn, Kind
+from moetool.surgery.moments import Sums
+from moetool.surgery.rows import gather_rows
+from moetool.upcycle.init import Slice, slice_moments
 
 
-def kept_block(
-    plan: Plan,
-    readers: Sequence[CheckpointReader],
-    fill: Fill,
-    number: int,
-    start: int,
-    stop: int,
-    cache: Cache | None = None,
-) -> torch.Tensor:
-    """Rows [start, stop) of one place as they are before a method changes units, in the target's dtype.
-
-    The source times the planned factor, rounded once; of several donors, the mean in fp32. A router's
-    drawn rows; a constant.
-
-    Args:
-        plan: the plan.
-        readers: the donors.
-        fill: what is written; not `normal`.
-        number: of the place, which is the expert.
-        start: first row.
-        stop: one past the last.
-        cache: of this block of this fill.
-    """
-    cache = {} if cache is None else cache
-    dtype = TORCH_DTYPES[fill.dtype]
-    if fill.kind == "constant":
-        return torch.full((stop - start, fill.row_length), fill.value, dtype=dtype)
-    if fill.kind == "router":
-        return router_rows(plan.recipe, fill)[start:stop].to(dtype)
-    if fill.kind == "carried":
-        return _mean(readers, fill, start, stop, cache).to(dtype)
-    if fill.kind == "shared":
-        return _scaled(_units(plan, readers, fill, None, 0, None, start, stop, cache), plan.factor(fill), dtype)
-    assert fill.layer is not None
-    donor, first = plan.donor(number), plan.first_unit(number)
-    order = permutation(plan.recipe, fill.layer, number, plan.num_units)
-    key = ("made", donor, first)
-    if order is None and key in cache:
-        return cache[key]
-    made = _scaled(_units(plan, readers, fill, donor, first, order, start, stop, cache), plan.factor(fill), dtype)
-    if order is None:
-        cache[key] = made
-    return made
+def kinds(recipe: UpcycleRecipe) -> Mapping[str, Kind]:
+    """How each kind of fill is made by a recipe."""
+    return {
+        **KINDS,
+        "expert": Kind(partial(_expert, recipe), partial(_draw_expert, recipe), partial(_redrawn, recipe)),
+        "shared": Kind(_shared),
+        "router": Kind(partial(_router, recipe)),
+        "normal": Kind(_zeros, partial(_draw_all, recipe), _all),
+    }
 
 
-def _scaled(block: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
-    return block.to(dtype) if factor == 1 else (block.float() * factor).to(dtype)
+def _shared(block: Block) -> torch.Tensor:
+    """The shared expert's matrix: the mean of the dense ones in fp32, times the planned factor, rounded once."""
+    whole = [_units(block, piece, 0, None) for piece in block.fill.sources]
+    mean = whole[0] if len(whole) == 1 else torch.stack([units.float() for units in whole]).mean(0)
+    return _scaled(block, mean)
 
 
-def _mean(readers: Sequence[CheckpointReader], fill: Fill, start: int, stop: int, cache: Cache) -> torch.Tensor:
-    """Rows of a source's tensor: its own where there is one donor, else the mean in fp32."""
-    rows = [_rows(readers, fill, donor, start, stop, cache) for donor in range(len(readers))]
-    if len(rows) == 1:
-        return rows[0]
-    total = rows[0].float().clone()
-    for other in rows[1:]:
-        total += other.float()
-    return total / len(rows)
+def _expert(recipe: UpcycleRecipe, block: Block) -> torch.Tensor:
+    """An expert's matrix before a method changes units: its donor's, times the planned factor, rounded once."""
+    fill, expert = block.fill, block.place.expert
+    units = fill.shape[fill.axis]
+    donor, first = recipe.donor(expert), recipe.first_unit(expert, units)
+    order = permutation(recipe, _layer(fill), expert, units)
+
+    def made() -> torch.Tensor:
+        return _scaled(block, _units(block, fill.sources[donor], first, order))
+
+    return block.cache.get("made", (donor, first), made) if order is None else made()
 
 
-def _rows(
-    readers: Sequence[CheckpointReader], fill: Fill, donor: int, start: int, stop: int, cache: Cache
-) -> torch.Tensor:
-    key = (donor, start, stop)
-    if key not in cache:
-        cache[key] = read_rows(readers[donor], fill.sources[donor], start, stop)
-    return cache[key]
+def _scaled(block: Block, rows: torch.Tensor) -> torch.Tensor:
+    factor = block.fill.factor
+    return rows.to(block.dtype) if factor == 1 else (rows.float() * factor).to(block.dtype)
 
 
-def _units(
-    plan: Plan,
-    readers: Sequence[CheckpointReader],
-    fill: Fill,
-    donor: int | None,
-    first: int,
-    order: torch.Tensor | None,
-    start: int,
-    stop: int,
-    cache: Cache,
-) -> torch.Tensor:
-    """Rows [start, stop) of an FFN matrix whose units are `order` (all, in order) counted from `first`.
+def _units(block: Block, piece: Piece, first: int, order: torch.Tensor | None) -> torch.Tensor:
+    """A block's rows of a dense FFN matrix whose units are `order` (all, in order) counted from `first`.
 
     Units past the dense FFN's last begin again at 0: a shared expert may hold copies of all of it.
-    Without a donor, the mean of all of them.
     """
-    whole = plan.intermediate_size
-    donors = range(len(readers)) if donor is None else [donor]
-    blocks = []
-    for d in donors:
-        if fill.projection == "down":
-            rows = _rows(readers, fill, d, start, stop, cache)
-            if order is not None:
-                rows = rows.index_select(1, first + order)
-            elif fill.shape[1] > whole:
-                rows = rows.repeat(1, fill.shape[1] // whole)
-            elif fill.shape[1] < whole:
-                rows = rows.narrow(1, first, fill.shape[1])
-        elif order is not None:
-            rows = gather_rows(readers[d], fill.sources[d], first + order[start:stop])
-        elif first + stop <= whole:
-            rows = _rows(readers, fill, d, first + start, first + stop, cache)
-        else:
-            rows = gather_rows(readers[d], fill.sources[d], (first + torch.arange(start, stop)) % whole)
-        blocks.append(rows)
-    if len(blocks) == 1:
-        return blocks[0]
-    return torch.stack([block.float() for block in blocks]).mean(0)
+    fill, start, stop = block.fill, block.start, block.stop
+    whole, units = piece.info.shape[fill.axis], fill.shape[fill.axis]
+    if fill.axis == 1:
+        rows = block.rows(piece, start, stop)
+        if order is not None:
+            return rows.index_select(1, first + order)
+        return rows.repeat(1, units // whole) if units > whole else rows.narrow(1, first, units)
+    if order is None and first + stop <= whole:
+        return block.rows(piece, first + start, first + stop)
+    wanted = first + (torch.arange(start, stop) if order is None else order[start:stop])
+    return gather_rows(block.readers[piece.source], piece.info, wanted % whole)
 
 
-def expert_moments(plan: Plan, source: Source, fill: Fill, expert: int) -> tuple[float, float]:
-    """Mean and standard deviation of what a method draws for one matrix of one expert."""
-    assert fill.layer is not None
-    assert fill.projection is not None
-    recipe, size, factor = plan.recipe, plan.num_units, plan.factor(fill)
-    if not plan.num_redrawn:
-        return 0.0, 0.0
-    if recipe.method == "noise" and recipe.noise_std is not None:
+def _redrawn(recipe: UpcycleRecipe, fill: Fill, place: Place) -> Drawn | None:
+    """The units of an expert's matrix that its method changes, with the moments that the proof expects."""
+    size = fill.shape[fill.axis]
+    if not recipe.num_redrawn(size):
+        return None
+    units = redrawn_units(recipe, _layer(fill), place.expert, _projection(fill), size)
+    if recipe.method == "noise":
+        return Drawn(units, partial(_noise, recipe), added=True)
+    return Drawn(units, _replaced)
+
+
+def _replaced(old: Sums, whole: Sums) -> tuple[float, float]:
+    return old.mean, old.std
+
+
+def _noise(recipe: UpcycleRecipe, old: Sums, whole: Sums) -> tuple[float, float]:
+    return 0.0, float(recipe.noise_scale) * whole.std if recipe.noise_std is None else float(recipe.noise_std)
+
+
+def _draw_expert(recipe: UpcycleRecipe, block: Block, kept: torch.Tensor) -> torch.Tensor:
+    drawn = _redrawn(recipe, block.fill, block.place)
+    if drawn is None:
+        return _apply(recipe, block, kept, torch.empty(0, dtype=torch.int64), "values", (0.0, 0.0))
+    return _apply(recipe, block, kept, drawn.units, "values", _moments(recipe, block, drawn.units))
+
+
+def _moments(recipe: UpcycleRecipe, block: Block, units: torch.Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of what is drawn for one matrix of one expert, from the sums of its donor's units."""
+    fill, expert = block.fill, block.place.expert
+    if recipe.noise_std is not None:
         return 0.0, float(recipe.noise_std)
+    size = fill.shape[fill.axis]
     if recipe.method == "noise":
         units = torch.arange(size)  # relative to the whole matrix
     else:
-        units = redrawn_units(recipe, fill.layer, expert, fill.projection, size)
-        order = permutation(recipe, fill.layer, expert, size)
+        order = permutation(recipe, _layer(fill), expert, size)
         units = units if order is None else order[units]
-    key = (plan.donor(expert), fill.layer, fill.projection)
-    width = fill.shape[0] if fill.projection == "down" else fill.row_length
-    mean, std = slice_moments(source.sums[key], source.squares[key], plan.first_unit(expert) + units, width)
+    width = fill.num_elements // size
+    sums = block.sums[fill.sources[recipe.donor(expert)]]
+    mean, std = slice_moments(*sums, recipe.first_unit(expert, size) + units, width)
     if recipe.method == "noise":
-        return 0.0, float(recipe.noise_scale) * std * factor
-    return mean * factor, std * factor
+        return 0.0, float(recipe.noise_scale) * std * fill.factor
+    return mean * fill.factor, std * fill.factor
 
 
-def expert_block(plan: Plan, source: Source, fill: Fill, expert: int, index: int, kept: torch.Tensor) -> torch.Tensor:
-    """One block of one expert's matrix, given what is kept of the source in the same rows."""
-    assert fill.layer is not None
-    assert fill.projection is not None
-    start, stop = fill.blocks[index]
-    units = redrawn_units(plan.recipe, fill.layer, expert, fill.projection, plan.num_units)
-    axis = 1 if fill.projection == "down" else 0
-    if axis == 0:
-        units = units[(units >= start) & (units < stop)] - start
-    place = matrix_index(plan.recipe, fill.layer, expert, fill.projection) * plan.draws_per_matrix + index
-    draws = generator(plan.recipe.seed, "values", place)
-    method = registry.load("method", plan.recipe.method)
-    return method(kept, units, axis, expert_moments(plan, source, fill, expert), draws)  # type: ignore[no-any-return]
+def _zeros(block: Block) -> torch.Tensor:
+    return torch.zeros((block.stop - block.start, block.fill.row_length), dtype=block.dtype)
 
 
-def normal_block(plan: Plan, fill: Fill, start: int, stop: int, draw: int) -> torch.Tensor:
-    """One block of a tensor that is drawn from scratch; `draw` numbers the blocks of the whole result."""
-    block = torch.empty((stop - start, fill.row_length), dtype=torch.float32)
-    block.normal_(0.0, fill.value, generator=generator(plan.recipe.seed, "scratch", draw))
-    if fill.zero_row is not None and start <= fill.zero_row < stop:
-        block[fill.zero_row - start] = 0
-    return block.to(TORCH_DTYPES[fill.dtype])
+def _all(fill: Fill, place: Place) -> Drawn:
+    """Every unit of a matrix that begins from scratch, except for the row that stays zero."""
+    units = torch.arange(fill.shape[fill.axis])
+    return Drawn(units[units != fill.zero_row] if fill.zero_row is not None else units, partial(_initial, fill.value))
+
+
+def _initial(std: float, old: Sums, whole: Sums) -> tuple[float, float]:
+    return 0.0, std
+
+
+def _draw_all(recipe: UpcycleRecipe, block: Block, kept: torch.Tensor) -> torch.Tensor:
+    return _apply(recipe, block, kept, _all(block.fill, block.place).units, "scratch", (0.0, block.fill.value))
+
+
+def _apply(
+    recipe: UpcycleRecipe,
+    block: Block,
+    kept: torch.Tensor,
+    units: torch.Tensor,
+    stream: str,
+    moments: tuple[float, float],
+) -> torch.Tensor:
+    """What the recipe's method makes of a block."""
+    fill, place = block.fill, block.place
+    if fill.axis == 0:
+        units = units[(units >= block.start) & (units < block.stop)] - block.start
+    draws = generator(recipe.seed, stream, place.draw + block.index)
+    block_of_units = Slice(kept, units, fill.axis, moments, draws, fill.layer, place.expert, fill.projection)
+    return registry.load("method", recipe.method)(block_of_units)  # type: ignore[no-any-return]
+
+
+def _router(recipe: UpcycleRecipe, block: Block) -> torch.Tensor:
+    return router_rows(recipe, block.fill)[block.start : block.stop].to(block.dtype)
 
 
 @lru_cache(maxsize=2)  # the blocks of a large router come one after another, and orthogonal rows are slow
@@ -191,3 +169,13 @@ def router_rows(recipe: UpcycleRecipe, fill: Fill) -> torch.Tensor:
         generator(recipe.seed, "router", fill.layer or 0),
     )
     return rows.repeat_interleave(recipe.group_size, dim=0)  # type: ignore[no-any-return]
+
+
+def _layer(fill: Fill) -> int:
+    assert fill.layer is not None
+    return fill.layer
+
+
+def _projection(fill: Fill) -> str:
+    assert fill.projection is not None
+    return fill.projection

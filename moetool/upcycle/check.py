@@ -14,8 +14,8 @@ from moetool.arch.spec import ArchSpec
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import UpcycleRecipe
+from moetool.values import FLOAT_DTYPES
 
-FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_STD = 1000  # far above any use; fp16 ends at 65504
 MAX_EXPERTS = 10_000  # a layer: a plan holds a line for each matrix
 # Left behind by old exporters, and models compute it; and what predicts several tokens at once, which no reader needs.

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import torch
 
+from moetool.arch.spec import ArchSpec
 from moetool.checkpoint.reader import BlockFile
-from moetool.recipe import generator
-from moetool.upcycle.layout import Fill
-from moetool.upcycle.plan import Plan
-from moetool.upcycle.run import place_info
-from moetool.upcycle.source import read_rows
+from moetool.recipe import UpcycleRecipe, generator
+from moetool.surgery.fill import Fill
+from moetool.surgery.plan import Plan
+from moetool.surgery.rows import read_rows
 
 NUM_TOKENS = 1024  # a layer
 NORMS = ("post_attention_layernorm", "input_layernorm", "ffn_norm")  # the one before the FFN, by which a family has
@@ -28,7 +28,7 @@ SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def split_share(plan: Plan, written: BlockFile) -> float:
+def split_share(recipe: UpcycleRecipe, spec: ArchSpec, plan: Plan, written: BlockFile) -> float:
     """Share of tokens for which the top-k takes only a part of some group, over all MoE layers.
 
     The experts of a group have the same row in the router, so whole groups are chosen, unless two
@@ -36,19 +36,19 @@ def split_share(plan: Plan, written: BlockFile) -> float:
     a logit above 17 is 1 in fp32. Tokens are normal random vectors times the weight of the norm
     before the FFN.
     """
-    group = plan.recipe.group_size
+    group = recipe.group_size
     routers = [fill for fill in plan.fills if fill.kind == "router"]
     if group == 1 or not routers:  # from scratch, a router is drawn like any matrix
         return 0.0
     split = 0
     for fill in routers:
-        rows_ED = read_rows(written, place_info(plan, fill, 0), 0, fill.shape[0])
-        draw = generator(plan.recipe.seed, "tokens", fill.layer or 0)
+        rows_ED = read_rows(written, plan.place_info(fill, fill.places[0]), 0, fill.shape[0])
+        draw = generator(recipe.seed, "tokens", fill.layer or 0)
         tokens_TD = torch.randn(NUM_TOKENS, fill.shape[1], generator=draw) * _norm_D(plan, written, fill)
-        dtype = torch.float32 if plan.spec.router_fp32 else rows_ED.dtype
+        dtype = torch.float32 if spec.router_fp32 else rows_ED.dtype
         logits_TE = torch.nn.functional.linear(tokens_TD.to(rows_ED.dtype).to(dtype), rows_ED.to(dtype))
-        chosen_TK = SCORES[plan.spec.ranked_by](logits_TE).topk(plan.recipe.top_k, dim=-1).indices // group
-        counts_TG = torch.zeros(NUM_TOKENS, plan.recipe.num_experts // group, dtype=torch.int32)
+        chosen_TK = SCORES[spec.ranked_by](logits_TE).topk(recipe.top_k, dim=-1).indices // group
+        counts_TG = torch.zeros(NUM_TOKENS, recipe.num_experts // group, dtype=torch.int32)
         counts_TG.scatter_add_(1, chosen_TK, torch.ones_like(chosen_TK, dtype=torch.int32))
         split += int(((counts_TG != 0) & (counts_TG != group)).any(-1).sum())
     return split / (NUM_TOKENS * len(routers))

@@ -1,53 +1,80 @@
-"""How an expert's block comes from the dense FFN's block: one pure function a method.
+"""How an expert's block comes from the dense FFN's block: one pure function per method.
 
-A method gets a block of rows of one matrix (already in the target's dtype), the intermediate units
-in it that are changed, the axis on which units lie (0 for gate and up, 1 for down), the mean and
-standard deviation of what is drawn, and a generator. It returns the expert's block and leaves its
-argument as it is.
+A method returns the block to write, in the dtype of what it is given, and leaves its argument as it is.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 
-def copy(
-    block: torch.Tensor, units: torch.Tensor, axis: int, moments: tuple[float, float], generator: torch.Generator
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Slice:
+    """A block of rows of one matrix, and what a method may know of it.
+
+    Attributes:
+        kept: the source's numbers, in the target's dtype.
+        units: positions in it that are changed, ascending.
+        axis: on which units lie: 0 for gate and up, 1 for down.
+        moments: mean and standard deviation of what is drawn.
+        generator: of this block's own.
+        layer: that it belongs to; None outside layers.
+        expert: that it belongs to.
+        projection: gate, up or down; None outside an FFN.
+    """
+
+    kept: torch.Tensor
+    units: torch.Tensor
+    axis: int
+    moments: tuple[float, float]
+    generator: torch.Generator
+    layer: int | None = None
+    expert: int = 0
+    projection: str | None = None
+
+
+def copy(block: Slice) -> torch.Tensor:
     """Naive upcycling: the dense block itself."""
-    return block
+    return block.kept
 
 
-def drop(
-    block: torch.Tensor, units: torch.Tensor, axis: int, moments: tuple[float, float], generator: torch.Generator
-) -> torch.Tensor:
+def drop(block: Slice) -> torch.Tensor:
     """Drop-Upcycling (Nakamura et al., ICLR 2025, section 3): redraw the units from a normal distribution.
 
     Mean and standard deviation are those of the dropped slice, not of the whole matrix. Values are
-    drawn in fp32 and rounded once. `scratch` is the same for every entry of every tensor, with mean 0
-    and the family's own initialisation range.
+    drawn in fp32 and rounded once.
     """
-    if not len(units):
-        return block
-    return block.index_copy(axis, units, _draw(block, len(units), axis, moments, generator).to(block.dtype))
+    if not len(block.units):
+        return block.kept
+    return block.kept.index_copy(block.axis, block.units, _draw(block, len(block.units)).to(block.kept.dtype))
 
 
-def noise(
-    block: torch.Tensor, units: torch.Tensor, axis: int, moments: tuple[float, float], generator: torch.Generator
-) -> torch.Tensor:
+def noise(block: Slice) -> torch.Tensor:
     """Noise upcycling (the baseline of Nakamura et al.): add normal noise to the units; rounded once."""
-    if not len(units):
-        return block
-    noisy = block.index_select(axis, units).float() + _draw(block, len(units), axis, moments, generator)
-    return block.index_copy(axis, units, noisy.to(block.dtype))
+    if not len(block.units):
+        return block.kept
+    noisy = block.kept.index_select(block.axis, block.units).float() + _draw(block, len(block.units))
+    return block.kept.index_copy(block.axis, block.units, noisy.to(block.kept.dtype))
 
 
-def _draw(
-    block: torch.Tensor, units: int, axis: int, moments: tuple[float, float], generator: torch.Generator
-) -> torch.Tensor:
-    shape = list(block.shape)
-    shape[axis] = units
-    return torch.empty(shape, dtype=torch.float32).normal_(*moments, generator=generator)
+def scratch(block: Slice) -> torch.Tensor:
+    """Training from scratch: the units from the family's own initialisation, a normal distribution.
+
+    All units of a block are drawn, whichever are used, so that a row that stays as it is moves no other.
+    """
+    size = block.kept.shape[block.axis]
+    drawn = _draw(block, size).to(block.kept.dtype)
+    if len(block.units) == size:
+        return drawn
+    return block.kept.index_copy(block.axis, block.units, drawn.index_select(block.axis, block.units))
+
+
+def _draw(block: Slice, units: int) -> torch.Tensor:
+    shape = list(block.kept.shape)
+    shape[block.axis] = units
+    return torch.empty(shape, dtype=torch.float32).normal_(*block.moments, generator=block.generator)
 
 
 def slice_moments(sums: torch.Tensor, squares: torch.Tensor, units: torch.Tensor, width: int) -> tuple[float, float]:
@@ -57,7 +84,7 @@ def slice_moments(sums: torch.Tensor, squares: torch.Tensor, units: torch.Tensor
         sums: sum of the entries of each unit, float64 (F,).
         squares: sum of their squares, float64 (F,).
         units: indices into them.
-        width: entries a unit has in this matrix.
+        width: entries per unit in this matrix.
     """
     n = len(units) * width
     if n < 2:

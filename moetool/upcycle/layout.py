@@ -1,91 +1,24 @@
-"""What a tensor of the result is made from: fills, and where in the tensors they go."""
+"""What a tensor of the result is made from: the fills of an upcycling."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from moetool.arch.dense import ATTENTION, BIASES, EMBEDDING, FFN, NORM
-from moetool.arch.spec import ArchSpec, dense_ffn
+from moetool.arch.spec import ArchSpec, dense_ffn, routed_factor, scales
 from moetool.checkpoint.reader import TensorInfo
 from moetool.checkpoint.writer import TensorLayout
-from moetool.recipe import PROJECTIONS, UpcycleRecipe
+from moetool.recipe import PROJECTIONS, UpcycleRecipe, matrix_index
+from moetool.surgery.fill import Fill, Piece, Place, natural
 
-# Tensors are read, drawn and written in blocks of whole rows of about this many elements. It is part
-# of the format: each block of drawn values has its own random stream. Larger ones are slower (they
-# leave the processor's cache) and keep hundreds of megabytes in the allocator.
-BLOCK_ELEMENTS = 1 << 18
 NO_SINK = -10000.0  # the logit of an attention sink: its share is 0 in every dtype
-
-
-@dataclass(frozen=True)
-class Place:
-    """A matrix in the result: a tensor, and the element of it at which the matrix begins."""
-
-    tensor: str
-    start: int = 0
-
-
-@dataclass(frozen=True)
-class Fill:
-    """One kind of content and the places that get it.
-
-    Attributes:
-        kind: `carried` (the source's tensor), `expert` and `shared` (a matrix of its FFN), `router`
-            (drawn), `normal` (drawn with mean 0 and standard deviation `value`) or `constant`
-            (`value` everywhere).
-        sources: the tensor in each donor; empty where nothing is read.
-        places: one an expert where `kind` is `expert`; else one.
-        dtype: of the result, as safetensors names it.
-        shape: of the matrix in each place.
-        layer: of a router or an FFN matrix.
-        projection: gate, up or down for an FFN matrix, else None.
-        value: see `kind`.
-        zero_row: a row of a `normal` matrix that is zero (the padding token's embedding).
-    """
-
-    kind: str
-    sources: tuple[TensorInfo, ...]
-    places: tuple[Place, ...]
-    dtype: str
-    shape: tuple[int, ...]
-    layer: int | None = None
-    projection: str | None = None
-    value: float = 0.0
-    zero_row: int | None = None
-
-    @property
-    def row_length(self) -> int:
-        """Elements in a row; a vector counts as rows of one."""
-        return math.prod(self.shape[1:])
-
-    @property
-    def num_elements(self) -> int:
-        """Of one place."""
-        return math.prod(self.shape)
-
-    @property
-    def blocks(self) -> list[tuple[int, int]]:
-        """First and one-past-last row of each block; a block of the source's rows is no larger."""
-        rows = self.shape[0] if self.shape else 1
-        longest = max([self.row_length, *(math.prod(info.shape[1:]) for info in self.sources)])
-        step = max(1, BLOCK_ELEMENTS // max(1, longest))
-        return [(start, min(start + step, rows)) for start in range(0, rows, step)] if self.row_length else []
-
-
-def natural(name: str) -> list[Any]:
-    """A sort key that puts layer 2 before layer 10, and the tensors outside layers around them."""
-    place = 0 if name.startswith("model.embed") else 1 if ".layers." in name else 2
-    return [place, *(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))]
-
-
 _FFN_NAME = re.compile(r"^model\.layers\.(\d+)\.(mlp\.\w+\.weight)$")
 
 
-def lay_out(
+def fills_of(
     donors: Sequence[Mapping[str, TensorInfo]],
     spec: ArchSpec,
     recipe: UpcycleRecipe,
@@ -111,8 +44,8 @@ def lay_out(
 
     hidden, units = dense["hidden_size"], dense["intermediate_size"] // recipe.granularity
     for name in sorted(donors[0], key=natural):
-        sources = tuple(donor[name] for donor in donors)
-        info = sources[0]
+        info = donors[0][name]
+        sources = tuple(Piece(number, donor[name]) for number, donor in enumerate(donors))
         dtype = info.dtype if recipe.dtype == "auto" else recipe.dtype
         match = _FFN_NAME.match(name)
         if not match or int(match[1]) not in moe:
@@ -135,7 +68,11 @@ def lay_out(
                 add(fill)
         shape = (hidden, units) if projection == "down" else (units, hidden)
         places, whole = _expert_places(spec, recipe, layer, projection, shape)
-        add(Fill("expert", sources, places, dtype, shape, layer, projection), whole)
+        # Only down-projections carry a factor: the FFN is linear in down (and in up), not in gate, because SiLU
+        # is not homogeneous.
+        factors = (scales(recipe, spec)[1], routed_factor(recipe, spec)) if projection == "down" else (1.0, 1.0)
+        summed = bool(recipe.num_redrawn(units))
+        add(Fill("expert", sources, places, dtype, shape, layer, projection, factors[1], summed=summed), whole)
         # Families that have one unless told otherwise write it at size zero as well.
         if spec.shared and (recipe.shared_experts or spec.shared.default):
             size = units * (recipe.shared_experts or 0)
@@ -143,10 +80,9 @@ def lay_out(
             together = [p for p in PROJECTIONS if spec.shared.tensors[p] == spec.shared.tensors[projection]]
             start = together.index(projection) * size * hidden
             place = Place(spec.shared.tensors[projection].format(layer=layer), start)
-            fill = Fill("shared", sources, (place,), dtype, shape, layer, projection)
+            fill = Fill("shared", sources, (place,), dtype, shape, layer, projection, factors[0])
             add(fill, (len(together) * shape[0], shape[1]))
-    if recipe.method == "scratch":
-        fills = [_from_scratch(fill, spec, dense) for fill in fills]
+    fills = _from_scratch(fills, spec, dense) if recipe.method == "scratch" else _numbered(fills, recipe, units)
     return fills, list(tensors.values())
 
 
@@ -178,7 +114,7 @@ def _expert_places(
 ) -> tuple[tuple[Place, ...], tuple[int, ...]]:
     """Where the experts' matrices go, and the shape of the tensor that they go to."""
     places = tuple(
-        Place(*spec.expert_place(projection, layer, expert, shape[0] * shape[1]))
+        Place(*spec.expert_place(projection, layer, expert, shape[0] * shape[1]), expert)
         for expert in range(recipe.num_experts)
     )
     if not spec.fused:
@@ -187,8 +123,42 @@ def _expert_places(
     return places, (recipe.num_experts, together * shape[0], shape[1])
 
 
-def _from_scratch(fill: Fill, spec: ArchSpec, dense: Mapping[str, Any]) -> Fill:
-    """The same tensor as transformers initialises it: norms 1, biases 0, all else normal."""
+def _numbered(fills: Sequence[Fill], recipe: UpcycleRecipe, units: int) -> list[Fill]:
+    """Give each matrix of each expert its own random streams, and put those side by side that read the same rows."""
+
+    def origin(place: Place) -> tuple[int, int]:
+        return recipe.donor(place.expert), recipe.first_unit(place.expert, units)
+
+    def numbered(fill: Fill, place: Place) -> Place:
+        assert fill.layer is not None
+        assert fill.projection is not None
+        return replace(place, draw=most * matrix_index(recipe, fill.layer, place.expert, fill.projection))
+
+    # Streams per matrix: the blocks of the one that has most.
+    most = max(len(fill.blocks) for fill in fills if fill.kind == "expert")
+    return [
+        replace(fill, places=tuple(numbered(fill, place) for place in sorted(fill.places, key=origin)))
+        if fill.kind == "expert"
+        else fill
+        for fill in fills
+    ]
+
+
+def _from_scratch(fills: Sequence[Fill], spec: ArchSpec, dense: Mapping[str, Any]) -> list[Fill]:
+    """The same tensors as transformers initialises them: norms 1, biases 0, all else normal."""
+    made, draw = [], 0
+    for fill in fills:
+        drawn = _begin(fill, spec, dense)
+        if drawn.kind == "normal":  # each block of the result has its own random stream
+            blocks = len(drawn.blocks)
+            places = (replace(place, draw=draw + n * blocks) for n, place in enumerate(drawn.places))
+            drawn = replace(drawn, places=tuple(places))
+            draw += len(drawn.places) * blocks
+        made.append(drawn)
+    return made
+
+
+def _begin(fill: Fill, spec: ArchSpec, dense: Mapping[str, Any]) -> Fill:
     name = fill.places[0].tensor
     if spec.selection_bias and name == spec.selection_bias[0].format(layer=fill.layer):
         return fill

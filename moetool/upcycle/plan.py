@@ -1,62 +1,50 @@
-"""What would be written: every tensor, its source, its place on disk. Checks everything, writes nothing."""
+"""A dense model's recipe as a plan: checks everything, writes nothing."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 from moetool.arch.dense import EMBEDDING, LM_HEAD
 from moetool.arch.dense_config import dense_config
-from moetool.arch.spec import ArchSpec, routed_factor, scales
+from moetool.arch.spec import ArchSpec, scales
 from moetool.checkpoint.folder import beside
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
-from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, layout_shards
+from moetool.checkpoint.reader import BlockFile, CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
-from moetool.recipe import UpcycleRecipe
-from moetool.upcycle.check import FLOAT_DTYPES, check_donor, check_tensors
-from moetool.upcycle.layout import BLOCK_ELEMENTS, Fill, lay_out
+from moetool.recipe import PROJECTIONS, UpcycleRecipe, units_digest
+from moetool.surgery.operation import Operation
+from moetool.surgery.plan import Plan, lay_out
+from moetool.upcycle.blocks import kinds
+from moetool.upcycle.check import check_donor, check_tensors
+from moetool.upcycle.groups import split_share
+from moetool.upcycle.layout import fills_of
 from moetool.upcycle.target import settle
+from moetool.values import FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that `run_plan` and `verify` need; see `build_plan`.
+class Upcycling:
+    """What a recipe makes of a dense model; see `plan_upcycling`.
 
     Attributes:
         recipe: with the family's name for `auto`, and a number of shared experts.
         spec: the family to write.
         dense: the filled dense config.
-        config: config.json of the result.
         moe_layers: layers with experts, ascending.
-        fills: what is written, in the order of the disk.
-        tensors: the tensors of the result, in that order.
-        shards: the files that they lie in.
-        companions: files beside the weights that are carried over.
-        fingerprint: of the sources.
-        max_shard_size: bytes of tensor data a file.
         num_dense_parameters: of DENSE.
         clients: client -> why it does not compute the result as transformers 5 does, None where it does.
+        plan: what is written.
     """
 
     recipe: UpcycleRecipe
     spec: ArchSpec
     dense: Mapping[str, Any]
-    config: Mapping[str, Any]
     moe_layers: tuple[int, ...]
-    fills: tuple[Fill, ...]
-    tensors: tuple[TensorLayout, ...]
-    shards: tuple[Shard, ...]
-    companions: tuple[str, ...]
-    fingerprint: str
-    max_shard_size: int
     num_dense_parameters: int
     clients: Mapping[str, str | None]
+    plan: Plan
 
     @property
     def intermediate_size(self) -> int:
@@ -73,42 +61,15 @@ class Plan:
         """Units changed in each expert (each matrix of it, with per-matrix indices)."""
         return self.recipe.num_redrawn(self.num_units)
 
-    def donor(self, expert: int) -> int:
-        """The dense model that an expert comes from."""
-        return self.recipe.donor(expert)
-
-    def first_unit(self, expert: int) -> int:
-        """The unit of the dense FFN that is an expert's first; the shared expert's is 0."""
-        return self.recipe.first_unit(expert, self.num_units)
-
-    @cached_property
-    def draws_per_matrix(self) -> int:
-        """Random streams set aside for each matrix of an expert: the blocks of the one that has most."""
-        return max(len(fill.blocks) for fill in self.fills if len(fill.places) > 1)
-
-    def factor(self, fill: Fill) -> float:
-        """What the source is multiplied with in a fill; only down-projections carry one.
-
-        The FFN is linear in down (and in up), not in gate: SiLU is not homogeneous.
-        """
-        if fill.projection != "down":
-            return 1.0
-        return scales(self.recipe, self.spec)[1] if fill.kind == "shared" else routed_factor(self.recipe, self.spec)
-
-    @cached_property
-    def num_bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.size for shard in self.shards)
-
     @cached_property
     def parameters(self) -> dict[str, int]:
         """Dense, total and active parameters (active: without the experts a token does not go to)."""
-        total = sum(fill.num_elements * len(fill.places) for fill in self.fills)
+        total = self.plan.num_parameters
         return {"dense": self.num_dense_parameters, "total": total, "active": total - self._idle}
 
     @property
     def _idle(self) -> int:
-        experts = sum(fill.num_elements for fill in self.fills if len(fill.places) > 1)
+        experts = sum(fill.num_elements for fill in self.plan.fills if len(fill.places) > 1)
         return experts * (self.recipe.num_experts - self.recipe.top_k)
 
     @property
@@ -121,24 +82,14 @@ class Plan:
         ffn = 3 * self.intermediate_size * self.dense["hidden_size"]
         carried = sum(
             fill.num_elements
-            for fill in self.fills
+            for fill in self.plan.fills
             if len(fill.shape) == 2 and fill.layer is None and fill.places[0].tensor not in (EMBEDDING, LM_HEAD)
         )
-        moe = sum(fill.num_elements * len(fill.places) for fill in self.fills if fill.layer is not None)
+        moe = sum(fill.num_elements * len(fill.places) for fill in self.plan.fills if fill.layer is not None)
         return {
             "dense": 2 * (carried + len(self.moe_layers) * ffn + head),
             "moe": 2 * (carried + moe - self._idle + head),
         }
-
-    def peak_memory(self, workers: int) -> int:
-        """Resident bytes that writing takes, about.
-
-        The interpreter with torch; a few blocks a worker: what is read, its fp32 and fp64 forms while it
-        is summed, what is drawn; sums of FFN units, and a digest of each block: 1 % of the model, or less.
-        """
-        blocks = sum(len(fill.blocks) * len(fill.places) for fill in self.fills)
-        sums = 2 * 8 * 3 * self.intermediate_size * len(self.moe_layers) * self.recipe.num_donors
-        return 270_000_000 + workers * 160 * BLOCK_ELEMENTS + 300 * blocks + sums * bool(self.num_redrawn)
 
     @property
     def common_share(self) -> float:
@@ -152,33 +103,10 @@ class Plan:
         kept = 1 - self.num_redrawn / self.num_units
         return kept ** (6 if self.recipe.drop_index == "per-matrix" else 2)
 
-    @cached_property
-    def written(self) -> dict[str, TensorInfo]:
-        """Where each tensor lies in the result."""
-        layouts = {layout.name: layout for layout in self.tensors}
-        return {
-            name: TensorInfo(name, layouts[name].dtype, layouts[name].shape, shard.name, start, layouts[name].size)
-            for shard in self.shards
-            for name, start in shard.starts.items()
-        }
 
-    def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run: the recipe, the source and the layout on disk."""
-        return {
-            "recipe": self.recipe.to_json(),
-            "source_fingerprint": self.fingerprint,
-            "shards": {shard.name: shard.size for shard in self.shards},
-        }
-
-
-def fingerprint(readers: Sequence[CheckpointReader]) -> str:
-    """A quick identity of the sources as they are on disk now."""
-    return hashlib.sha256("".join(reader.fingerprint() for reader in readers).encode()).hexdigest()
-
-
-def build_plan(
+def plan_upcycling(
     readers: Sequence[CheckpointReader], recipe: UpcycleRecipe, max_shard_size: int, clients: Sequence[str] = ()
-) -> Plan:
+) -> Upcycling:
     """Check sources and a recipe against each other and lay out the result.
 
     Args:
@@ -200,11 +128,6 @@ def build_plan(
     if dense["tie_word_embeddings"] and LM_HEAD in sources[0]:  # it has a head of its own, whatever it says
         settled = settle(recipe, dense | {"tie_word_embeddings": False}, clients, near)
     recipe, spec, moe, config = settled.recipe, settled.spec, settled.moe, settled.config
-    for key, value in config.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except ValueError:
-            raise CheckpointError(f"config.json: {key} is {str(value)[:60]}; JSON has no NaN and no infinity") from None
     for reader in readers[1:]:
         other_spec, other = dense_config(reader.config)
         if other_spec is not dense_spec:
@@ -220,32 +143,53 @@ def build_plan(
     num_dense_parameters = sum(info.num_elements for info in sources[0].values())
     if not spec.ties:
         sources = [{LM_HEAD: source[EMBEDDING]} | source for source in sources]
-    fills, tensors = lay_out(sources, spec, recipe, dense, moe)
+    fills, tensors = fills_of(sources, spec, recipe, dense, moe)
     if spec.scaling_key:
         config[spec.scaling_key] = scales(recipe, spec)[0]
     dtypes = {fill.dtype for fill in fills if fill.kind not in ("router", "constant")}
     if len(dtypes) == 1:
         config["dtype"] = config["torch_dtype"] = FLOAT_DTYPES[dtypes.pop()]
-    return Plan(
-        recipe=recipe,
-        spec=spec,
-        dense=dense,
-        config=config,
-        moe_layers=tuple(sorted(moe)),
-        fills=tuple(fills),
-        tensors=tuple(tensors),
-        shards=tuple(layout_shards(tensors, max_shard_size)),
-        companions=tuple(name for name in COMPANIONS if (readers[0].folder / name).is_file()),
-        fingerprint=fingerprint(readers),
-        max_shard_size=max_shard_size,
-        num_dense_parameters=num_dense_parameters,
-        clients=settled.clients,
-    )
+    layers = tuple(sorted(moe))
+    plan = lay_out(
+        "upcycle", recipe.to_json(), readers, config, fills, tensors, max_shard_size, kinds(recipe),
+        model_types=[dense["model_type"]] * len(readers),
+        recorded=partial(_recorded, recipe, dense["intermediate_size"] // recipe.granularity, layers),
+        also=partial(_also, recipe, spec),
+    )  # fmt: skip
+    return Upcycling(recipe, spec, dense, layers, num_dense_parameters, settled.clients, plan)
 
 
-def free_disk(folder: Path) -> int:
-    """Free bytes where a folder is or would be."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def _recorded(recipe: UpcycleRecipe, units: int, layers: Sequence[int]) -> dict[str, Any]:
+    """Checksums of the redrawn units: from the recipe the sets are rebuilt exactly, or these disagree."""
+    if not recipe.num_redrawn(units):
+        return {}
+    digests = [[units_digest(recipe, layer, expert, units) for expert in range(recipe.num_experts)] for layer in layers]
+    return {
+        "redrawn_units": {
+            "num_units": units,
+            "num_redrawn": recipe.num_redrawn(units),
+            "matrices": list(PROJECTIONS),
+            "layers": list(layers),
+            "digests": digests,
+        }
+    }
+
+
+def _also(recipe: UpcycleRecipe, spec: ArchSpec, plan: Plan, written: BlockFile) -> dict[str, Any]:
+    return {"split_groups": split_share(recipe, spec, plan, written)}
+
+
+def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_shard_size: int) -> Plan:
+    """The plan that a lineage entry tells of.
+
+    Raises:
+        CheckpointError: the entry is damaged.
+        ConfigError: see `plan_upcycling`.
+    """
+    recipe = UpcycleRecipe.from_json(entry.get("recipe", {}))
+    if recipe.num_donors != len(readers):
+        raise CheckpointError(f"moetool.json tells of {recipe.num_donors} donors and names {len(readers)}")
+    return plan_upcycling(readers, recipe, max_shard_size).plan
+
+
+OPERATION = Operation("upcycled", replan)

@@ -39,7 +39,7 @@ from pathlib import Path
 from tests.benchmarks.upcycle_folders import SIZES
 
 FOLDERS = [sys.executable, "-m", "tests.benchmarks.upcycle_folders"]
-IMPORTS = [sys.executable, "-c", "import moetool.cli, torch, moetool.upcycle.run, moetool.upcycle.verify"]
+IMPORTS = [sys.executable, "-c", "import moetool.cli, torch, moetool.surgery.apply, moetool.upcycle.plan"]
 EXPERTS = 8
 
 

@@ -54,9 +54,9 @@ def fail_worker(number: str) -> None:
     """Let the n-th block that an upcycling makes find no memory."""
     import threading
 
-    from moetool.upcycle import blocks, run
+    from moetool.surgery import kinds
 
-    real, left, lock = blocks.kept_block, int(number), threading.Lock()
+    real, left, lock = kinds.Kind.make, int(number), threading.Lock()
 
     def block(*arguments: Any) -> Any:
         nonlocal left
@@ -66,7 +66,7 @@ def fail_worker(number: str) -> None:
                 raise MemoryError
         return real(*arguments)
 
-    setattr(run, "kept_block", block)  # noqa: B010
+    setattr(kinds.Kind, "make", block)  # noqa: B010
 
 
 def worker(world: World, chance: Random) -> str:

@@ -24,8 +24,8 @@ from typing import Any
 
 TIMEOUT = 240.0
 PRELOAD = [
-    "moetool.upcycle.run",
-    "moetool.upcycle.verify",
+    "moetool.surgery.apply",
+    "moetool.upcycle.plan",
     "moetool.train.loop",
     "moetool.train.open",
     "moetool.evaluate.results",

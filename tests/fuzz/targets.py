@@ -133,7 +133,7 @@ def _config(dense: Callable[[str], Path], moe: Callable[[str], Path], llama: Pat
     from moetool.checkpoint.reader import CheckpointReader
     from moetool.commands.inspect import describe, render
     from moetool.recipe import UpcycleRecipe
-    from moetool.upcycle.plan import build_plan
+    from moetool.upcycle.plan import plan_upcycling
 
     def read(data: bytes) -> None:
         for fresh in (moe, dense):
@@ -145,7 +145,7 @@ def _config(dense: Callable[[str], Path], moe: Callable[[str], Path], llama: Pat
                 _shown(document)
                 check_config(path.parent)
                 if fresh is dense:
-                    plan = build_plan([reader], UpcycleRecipe("auto"), 10**9)
+                    plan = plan_upcycling([reader], UpcycleRecipe("auto"), 10**9).plan
                     json.dumps(plan.config, allow_nan=False)
                     assert plan.num_bytes < 10**8
 

@@ -296,7 +296,7 @@ def test_what_is_not_a_number_is_null_in_json(capsys: pytest.CaptureFixture[str]
 
 def test_a_permission_is_not_recorded() -> None:
     from moetool.commands.options import Output
-    from moetool.commands.upcycle import Writing
+    from moetool.commands.proof import Writing
     from moetool.evaluate.settings import Settings
     from moetool.option import options
     from moetool.train.config import TrainConfig

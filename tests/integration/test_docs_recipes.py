@@ -37,13 +37,13 @@ def skeleton(name: str, target: str) -> Iterator[Any]:
 
     from moetool.checkpoint.reader import CheckpointReader
     from moetool.recipe import UpcycleRecipe
-    from moetool.upcycle.plan import build_plan
+    from moetool.upcycle.plan import plan_upcycling
 
     with CheckpointReader(Path(name)) as reader:
         recipe = UpcycleRecipe(
             target=target, num_experts=8, top_k=2, method="drop", drop_ratio=Decimal("0.5"), seed=0, dtype="BF16"
         )
-        config = dict(build_plan([reader], recipe, 5 * 10**9).config)
+        config = dict(plan_upcycling([reader], recipe, 5 * 10**9).plan.config)
     with torch.device("meta"):
         yield AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(config))
 

@@ -151,7 +151,7 @@ def test_bytes_do_not_depend_on_workers_shards_or_resume(llama: Path, tmp_path: 
 
 def test_blocks_do_not_show(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The tiny model fits in one block; a small block size makes many, and verify must still agree.
-    monkeypatch.setattr("moetool.upcycle.plan.BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr("moetool.surgery.fill.BLOCK_ELEMENTS", 200)
     for index in ("shared", "per-matrix"):
         out = tmp_path / index
         assert upcycle(llama, out, "--drop-index", index, "--verify", "full")["proof"]["worst_sigma"] < 5

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moetool import recipe, registry
-from moetool.upcycle import blocks, layout
-from moetool.upcycle.moments import standard_errors
+from moetool.surgery import fill
+from moetool.surgery.moments import standard_errors
+from moetool.upcycle import blocks
 from tests import tiny
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -55,7 +56,7 @@ def change_weights(folder: Path, change: Any, marks: str = "mlp") -> Path:
 def test_no_two_blocks_of_experts_share_a_random_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # gate and up have 6 blocks here, down has 7: numbers counted by either would meet.
     dense = tiny.save_dense("llama", tmp_path / "dense", intermediate_size=48)
-    monkeypatch.setattr(layout, "BLOCK_ELEMENTS", 256)
+    monkeypatch.setattr(fill, "BLOCK_ELEMENTS", 256)
     drawn: list[int] = []
     real = recipe.generator
 
@@ -212,7 +213,7 @@ def test_a_list_of_shards_that_is_none_is_another_checkpoint(llama: Path, tmp_pa
 
 
 def test_a_router_of_many_blocks_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(fill, "BLOCK_ELEMENTS", 64)
     drawn: list[tuple[int, ...]] = []
     real = registry.load("router", "orthogonal")
 

@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_written(llama: Path, tmp_path: Path) -> None:
 def test_a_full_disk_is_said_before_anything_is_written(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moetool.upcycle.plan.free_disk", lambda folder: 1000)
+    monkeypatch.setattr("moetool.surgery.apply.free_disk", lambda folder: 1000)
     message = fails("upcycle", llama, tmp_path / "moe")
     assert "1.0 kB free" in message
     assert list((tmp_path / "moe").glob("*")) == []
@@ -376,7 +376,7 @@ def test_shards_that_another_run_finishes_meanwhile_are_never_taken_over(
         assert done.returncode == 1
         assert "another process" in done.stderr
 
-    monkeypatch.setattr(writer, "prepare", slow)
+    monkeypatch.setattr("moetool.surgery.apply.prepare", slow)
     assert tiny.in_process("upcycle", llama, tmp_path / "moe", "--verify", "full")[0] == 0
     assert json.loads((tmp_path / "moe" / "moetool.json").read_text())["lineage"][0]["recipe"]["seed"] == 0
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moetool import registry
 from moetool.recipe import UpcycleRecipe, permutation, redrawn_units
-from moetool.upcycle import layout, source
+from moetool.surgery import fill
 from tests import tiny
 
 P = ("gate", "up", "down")
@@ -113,8 +113,7 @@ COMBINATIONS = [
 def test_experts_are_the_source_where_unchanged(
     family: str, target: str, options: str, dtype: torch.dtype, block: int, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(layout, "BLOCK_ELEMENTS", block)  # blocks of a few rows: the seams must not show
-    monkeypatch.setattr(source, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(fill, "BLOCK_ELEMENTS", block)  # blocks of a few rows: the seams must not show
     dense = tiny.save_dense(family, tmp_path / "dense", dtype=dtype)
     document = upcycle(dense, tmp_path / "moe", "--target", target, *options.split(), "--verify", "full")
     check_experts(document, [dense], tmp_path / "moe")
@@ -125,7 +124,7 @@ def test_experts_are_the_source_where_unchanged(
 
 @pytest.mark.parametrize("family,target", [("llama", "mixtral"), ("llama", "granitemoe"), ("llama", "glm4_moe")])  # noqa: PT006
 def test_workers_and_shards_do_not_change_a_tensor(family: str, target: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(layout, "BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr(fill, "BLOCK_ELEMENTS", 300)
     dense = tiny.save_dense(family, tmp_path / "dense")
     donor = tiny.save_dense(family, tmp_path / "donor", seed=1)
     found = []

@@ -17,7 +17,7 @@ from moetool.checkpoint import writer
 from moetool.checkpoint.folder import write_file as write_file_of_folder
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
-from moetool.upcycle import source
+from moetool.surgery import examine as examining
 from tests import tiny
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
@@ -115,7 +115,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, out = Path(shutil.copytree(llama, tmp_path / "m")), tmp_path / "moe"
-    real = source.examine
+    real = examining.examine
 
     def examine(*arguments: Any) -> Any:
         found = real(*arguments)
@@ -124,7 +124,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(
         (folder / "model.safetensors").write_bytes(data)
         return found
 
-    monkeypatch.setattr("moetool.upcycle.run.examine", examine)
+    monkeypatch.setattr("moetool.surgery.write.examine", examine)
     code, _, err = tiny.in_process("upcycle", folder, out, "--verify", "none")
     assert code == 1
     assert "changed while it was being read" in err

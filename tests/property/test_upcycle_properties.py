@@ -17,7 +17,8 @@ from moetool.checkpoint.reader import read_header
 from moetool.checkpoint.writer import TensorLayout, layout_shards
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import UpcycleRecipe, generator, redrawn_units
-from moetool.upcycle.layout import Fill, Place
+from moetool.surgery.fill import Fill, Place
+from moetool.upcycle.init import Slice
 from moetool.values import parse_size
 
 ratios = st.decimals(0, 1, places=3)
@@ -34,14 +35,14 @@ def test_a_method_changes_the_units_at_most_and_draws_from_its_generator_only(na
     block = torch.randn(rows, columns).to(dtype)
     before = block.clone()
     method = registry.load("method", name)
-    made = method(block, units, axis, (0.5, 2.0), generator(0, "key"))
+    made = method(Slice(block, units, axis, (0.5, 2.0), generator(0, "key")))
     assert torch.equal(block, before)
     assert (made.dtype, made.shape) == (block.dtype, block.shape)
     kept = torch.ones(size, dtype=torch.bool)
     kept[units] = False
     assert torch.equal(made[kept] if axis == 0 else made[:, kept], block[kept] if axis == 0 else block[:, kept])
     torch.rand(1)  # the global generator plays no part
-    assert torch.equal(made, method(block, units, axis, (0.5, 2.0), generator(0, "key")))
+    assert torch.equal(made, method(Slice(block, units, axis, (0.5, 2.0), generator(0, "key"))))
 
 
 @pytest.mark.parametrize("name", registry.names("router"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from collections.abc import Collection
 from decimal import Decimal
@@ -12,13 +13,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from moetool.cli import app
+from moetool.cli import COMMANDS, app
 from moetool.commands.options import Output, options_text, typer_command
 from moetool.errors import ConfigError
 from moetool.option import as_read, option, options
 from moetool.recipe import UpcycleRecipe
 from moetool.train.config import TrainConfig, differences
 from moetool.values import decimal, named_numbers
+
+COMMANDS_FOLDER = Path(__file__).parents[2] / "moetool" / "commands"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,3 +103,15 @@ def test_every_option_of_training_is_declared() -> None:
     assert set(options(TrainConfig)) == {field.name for field in dataclasses.fields(TrainConfig)}
     names = {parameter.name for parameter in typer.main.get_command(app).commands["cpt"].params}  # type: ignore[attr-defined]
     assert names == set(options(TrainConfig)) | set(options(Output))
+
+
+def test_no_command_function_is_longer_than_60_lines() -> None:
+    names = {command.__name__ for command in COMMANDS.values()}
+    lengths = {
+        node.name: (node.end_lineno or 0) - node.lineno + 1
+        for path in COMMANDS_FOLDER.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name in names
+    }
+    assert set(lengths) == names
+    assert {name: length for name, length in lengths.items() if length > 60} == {}

@@ -9,7 +9,7 @@ import torch
 
 from moetool.errors import CheckpointError
 from moetool.recipe import PROJECTIONS, UpcycleRecipe, generator, matrix_index, permutation, redrawn_units, units_digest
-from moetool.upcycle.init import copy, drop, slice_moments
+from moetool.upcycle.init import Slice, copy, drop, slice_moments
 from moetool.upcycle.router import normal, uniform
 
 
@@ -25,7 +25,7 @@ def test_the_number_of_units_is_the_floor_of_the_typed_decimal(ratio: str, units
 def test_copy_redraws_nothing_whatever_the_ratio() -> None:
     assert UpcycleRecipe("mixtral", method="copy", drop_ratio=Decimal("0.5")).num_redrawn(64) == 0
     block = torch.randn(4, 3)
-    assert copy(block, torch.tensor([0]), 0, (0.0, 1.0), generator(0, "x")) is block
+    assert copy(Slice(block, torch.tensor([0]), 0, (0.0, 1.0), generator(0, "x"))) is block
 
 
 def test_slice_moments_are_those_of_the_dropped_slice() -> None:
@@ -42,12 +42,12 @@ def test_drop_redraws_the_units_and_nothing_else(axis: int) -> None:
     block = torch.arange(12.0).reshape(4, 3)
     before = block.clone()
     units = torch.tensor([0, 2])
-    made = drop(block, units, axis, (5.0, 0.1), generator(0, "x"))
+    made = drop(Slice(block, units, axis, (5.0, 0.1), generator(0, "x")))
     assert torch.equal(block, before)
     changed = (made != before).all(1 - axis)
     assert changed.nonzero().flatten().tolist() == [0, 2]
     assert (made.index_select(axis, units) - 5).abs().max() < 1
-    assert torch.equal(made, drop(block, units, axis, (5.0, 0.1), generator(0, "x")))
+    assert torch.equal(made, drop(Slice(block, units, axis, (5.0, 0.1), generator(0, "x"))))
 
 
 def test_sets_are_drawn_per_layer_and_expert_and_shared_by_the_projections() -> None:

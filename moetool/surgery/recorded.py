@@ -1,19 +1,18 @@
-"""A finished folder held against its own moetool.json and the plan: config.json, digests, units, foreign files."""
+"""A finished folder held against its own moetool.json and the plan: config.json, digests, facts, foreign files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moetool.checkpoint.reader import sha256_file
 from moetool.errors import CheckpointError
 from moetool.outside import read_json
-from moetool.recipe import LINEAGE, read_lineage, units_digest
-from moetool.upcycle.plan import Plan
-from moetool.upcycle.run import Digests, shard_digest, tensor_digest
+from moetool.recipe import LINEAGE, read_lineage
+from moetool.surgery.digests import Digests
+from moetool.surgery.lineage import last_entry
+from moetool.surgery.plan import Plan
 
 MAX_SHOWN = 60  # characters of a value in a message
 
@@ -41,7 +40,7 @@ def check_files(plan: Plan, out: Path) -> int:
         How many files were compared; 0 for a folder of a version that recorded no digests.
 
     Raises:
-        CheckpointError: names a file that is missing, has changed, or was not written by upcycle.
+        CheckpointError: names a file that is missing, has changed, or was not written by the plan's command.
     """
     recorded = (read_lineage(out) or {}).get("files", {})
     if not isinstance(recorded, dict):
@@ -50,33 +49,26 @@ def check_files(plan: Plan, out: Path) -> int:
         return 0
     for name, digest in recorded.items():
         if not (out / name).is_file():
-            raise CheckpointError(f"{out / name} is missing; upcycle wrote it, and moetool.json has its digest")
+            raise CheckpointError(f"{out / name} is missing; {plan.command} wrote it, and moetool.json has its digest")
         if sha256_file(out / name) != digest:
             raise CheckpointError(f"{out / name} has changed since it was written (its SHA-256 is not moetool.json's)")
     own = {*recorded, *(shard.name for shard in plan.shards), LINEAGE, "moetool.yaml", "README.md"}
     for path in sorted(out.iterdir()):
         loaded = path.is_file() or path.is_symlink() or path.name == "additional_chat_templates"
         if loaded and path.name not in own and not path.name.startswith("."):
-            raise CheckpointError(f"{path} was not written by upcycle; move it away if a program could load it")
+            raise CheckpointError(f"{path} was not written by {plan.command}; move it away if a program could load it")
     return len(recorded)
 
 
-def check_units(plan: Plan, out: Path) -> None:
-    """The units that the recipe changes on this machine are those that were changed.
+def check_recorded(plan: Plan, out: Path) -> None:
+    """What moetool.json records of what was drawn is what this machine would draw.
 
     Raises:
-        CheckpointError: they are not; says why, as far as moetool.json tells.
+        CheckpointError: it is not; says why, as far as moetool.json tells.
     """
-    lineage = read_lineage(out)
-    entry: Mapping[str, Any] = lineage["lineage"][0] if lineage and lineage["lineage"] else {}
-    if not plan.num_redrawn:
-        return
-    recorded = entry.get("redrawn_units", {}).get("digests")
-    rebuilt = [
-        [units_digest(plan.recipe, layer, expert, plan.num_units) for expert in range(plan.recipe.num_experts)]
-        for layer in plan.moe_layers
-    ]
-    if recorded == rebuilt:
+    entry = last_entry(out)
+    differing = [key for key, value in plan.recorded().items() if entry.get(key) != value]
+    if not differing:
         return
     versions = str(entry.get("torch")).split("+")[0], torch.__version__.split("+")[0]
     why = (
@@ -84,7 +76,8 @@ def check_units(plan: Plan, out: Path) -> None:
         if versions[0] == versions[1]
         else f"which was written with torch {versions[0]}, and this is {versions[1]}"
     )
-    raise CheckpointError(f"{out}: the redrawn units rebuilt from the recipe are not those in moetool.json, {why}")
+    what = differing[0].replace("_", " ")
+    raise CheckpointError(f"{out}: the {what} rebuilt from the recipe are not those in moetool.json, {why}")
 
 
 def check_shards(plan: Plan, out: Path, digests: Digests) -> None:
@@ -96,7 +89,7 @@ def check_shards(plan: Plan, out: Path, digests: Digests) -> None:
     recorded = (read_lineage(out) or {}).get("shards")
     recorded = recorded if isinstance(recorded, dict) else {}
     for shard in plan.shards:
-        if recorded.get(shard.name) != shard_digest((t, tensor_digest(digests.get(t, {}))) for t in shard.starts):
+        if recorded.get(shard.name) != digests.of(shard):
             raise CheckpointError(
                 f"{out / shard.name} has changed since it was written (its digest is not moetool.json's)"
             )

@@ -1,0 +1,39 @@
+"""Digests of what is written: XXH3-128 over blocks, so that blocks can be written and hashed in any order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+
+import xxhash
+
+from moetool.checkpoint.writer import Shard
+from moetool.surgery.fill import Place
+
+
+class Digests:
+    """Digests of blocks as they come, from any thread."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, dict[int, str]] = {}  # tensor -> first element of a block -> its digest
+        self._lock = threading.Lock()
+
+    def note(self, place: Place, element: int, raw: memoryview) -> None:
+        """Note the bytes of a block that lies `element` elements into a place."""
+        digest = xxhash.xxh3_128_hexdigest(raw)
+        with self._lock:
+            self._blocks.setdefault(place.tensor, {})[place.start + element] = digest
+
+    def of(self, shard: Shard) -> str:
+        """Of a shard all of whose blocks are noted: over its tensors' names and digests."""
+        return shard_digest((name, tensor_digest(self._blocks.get(name, {}))) for name in shard.starts)
+
+
+def tensor_digest(blocks: Mapping[int, str]) -> str:
+    """XXH3-128 over the digests of a tensor's blocks."""
+    return xxhash.xxh3_128_hexdigest("".join(blocks[element] for element in sorted(blocks)).encode())
+
+
+def shard_digest(tensors: Iterable[tuple[str, str]]) -> str:
+    """XXH3-128 over (name, digest) of a shard's tensors: what moetool.json records of each shard."""
+    return xxhash.xxh3_128_hexdigest("".join(f"{name}:{digest};" for name, digest in tensors).encode())
