@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from moetool import registry
-from moetool.commands.analyze_routing_checks import MEASURES, apply, check_asked_for, parse_check
+from moetool.commands.analyze_routing_checks import apply, check_asked_for, parse_check
 from moetool.commands.analyze_routing_table import summary, table
 from moetool.commands.console import Console, escape
 from moetool.commands.memory import estimated, tell_weights
@@ -58,9 +58,8 @@ def analyze_routing(
         typer.Option(
             "--fail-if",
             metavar="CHECK",
-            help="Exit with 3 if a layer has, say, 'mri>0.6'. Measures: "
-            f"{', '.join(name for kind in MEASURES for name in registry.names(kind))}.",
-            autocompletion=completing([name for kind in MEASURES for name in registry.names(kind)]),
+            help=f"Exit with 3 if a layer has, say, 'mri>0.6'. Metrics: {', '.join(registry.names('metric'))}.",
+            autocompletion=completing(registry.names("metric")),
             show_default=False,
         ),
     ] = None,
@@ -189,7 +188,7 @@ def analyze_routing(
     console = Console(context, json, quiet)
     with FolderLock(out), console.progress() as progress:
         if counts is not None:
-            from moetool.routing.counts import read_counts
+            from moetool.routing.counts_file import read_counts
             from moetool.routing.report import build_report
 
             report = build_report(counts.name, read_counts(counts, top_k or 1))

@@ -156,20 +156,20 @@ def evaluate(
     with console.progress() as progress, hushed():
         progress("start", 0, 1, "lm-eval")
         from moetool.checkpoint.model import pick_device
-        from moetool.evaluate import run
+        from moetool.evaluate import evaluation
         from moetool.evaluate.tasks import network
 
         hardware = pick_device(device)
         with network(allowed=not offline):
             folders = _distinct([baseline, *models] if baseline else models)
-            run.check_models(folders)
+            evaluation.check_models(folders)
     estimate = tell_weights(console, folders.values(), dtype, hardware, device_map)
     with ExitStack() as stack, console.progress() as progress, hushed(), estimated(estimate):
         from moetool.checkpoint.folder import FolderLock
         from moetool.data.text import TextSource
-        from moetool.evaluate.plots import write_plots
-        from moetool.evaluate.processes import is_first, joined
+        from moetool.evaluate.distributed import is_first, joined
         from moetool.evaluate.results import build_document, write_results
+        from moetool.evaluate.score_plots import write_plots
         from moetool.evaluate.tasks import code_execution, load_tasks, text_task
 
         with network(allowed=not offline), code_execution(allow_code_execution):
@@ -183,7 +183,7 @@ def evaluate(
                 stack.enter_context(FolderLock(out))
                 write_options(context, out)
             with joined(hardware, device_map) as place:
-                settings = run.Settings(
+                settings = evaluation.Settings(
                     limit=limit,
                     batch_size=batch_size,
                     device=place,
@@ -193,15 +193,15 @@ def evaluate(
                     log_samples=log_samples,
                     allow_code_execution=allow_code_execution,
                 )
-                evaluation = run.evaluate(folders, loaded, settings, out, progress)
+                evaluated = evaluation.evaluate(folders, loaded, settings, out, progress)
         if not is_first():
             return {}
         base = next(iter(folders)) if baseline else None
-        result = build_document(folders, loaded, evaluation, base, {suite: chosen} if suite and chosen else {})
+        result = build_document(folders, loaded, evaluated, base, {suite: chosen} if suite and chosen else {})
         if out is not None:
             shown = {b.task: b.metric for b in chosen.benchmarks if b.task} if chosen else {}
             result |= {"out": str(out), "plots": write_plots(result, shown, out / "plots")}
-            write_results(out, result, loaded, evaluation, settings)
+            write_results(out, result, loaded, evaluated, settings)
     _warn(console, result, chosen, routing)
     table = [score_table(result, chosen)] if any(result["results"].values()) else []
     console.result(result, *table, *_places(result))
