@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetool.arch.limits import Limit, rope, untied
-from moetool.arch.spec import ArchSpec, ffn
+from moetool.arch.spec import ArchSpec, SelectionBias, ffn
 from moetool.recipe import UpcycleRecipe
 
 
@@ -30,12 +30,10 @@ SPEC = ArchSpec(
     dense=("lfm2",),
     experts=ffn("feed_forward.experts.{expert}", "w1", "w3", "w2"),
     router="model.layers.{layer}.feed_forward.gate.weight",
-    num_experts_key="num_experts",
-    top_k_key="num_experts_per_tok",
-    units_key="moe_intermediate_size",
+    block="feed_forward",
     config_map=config_map,
     ranked_by="sigmoid",
-    selection_bias=("model.layers.{layer}.feed_forward.expert_bias", "E"),
+    selection_bias=SelectionBias("model.layers.{layer}.feed_forward.expert_bias"),
     head_dim=False,
     scratch=False,
     limits=(

@@ -167,7 +167,7 @@ def evaluate(
     with ExitStack() as stack, console.progress() as progress, hushed(), estimated(estimate):
         from moetool.checkpoint.folder import FolderLock
         from moetool.data.text import TextSource
-        from moetool.evaluate.distributed import is_first, joined
+        from moetool.evaluate.process_group import is_first, joined
         from moetool.evaluate.results import build_document, write_results
         from moetool.evaluate.score_plots import write_plots
         from moetool.evaluate.tasks import code_execution, load_tasks, text_task

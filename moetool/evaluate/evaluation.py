@@ -18,9 +18,9 @@ from lm_eval.utils import handle_non_serializable
 from moetool.checkpoint.model import load_model, load_tokenizer
 from moetool.errors import CheckpointError, DataError, EvaluationError
 from moetool.evaluate import cache
-from moetool.evaluate.distributed import from_first, is_first
 from moetool.evaluate.harness import Harness
 from moetool.evaluate.lookup import one_line
+from moetool.evaluate.process_group import from_first, is_first
 from moetool.evaluate.tasks import Tasks, describe, digest
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
