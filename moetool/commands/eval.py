@@ -169,7 +169,6 @@ def evaluate(
         from moetool.data.text import TextSource
         from moetool.evaluate.process_group import is_first, joined
         from moetool.evaluate.results import build_document, write_results
-        from moetool.evaluate.score_plots import write_plots
         from moetool.evaluate.tasks import code_execution, load_tasks, text_task
 
         with network(allowed=not offline), code_execution(allow_code_execution):
@@ -199,6 +198,8 @@ def evaluate(
         base = next(iter(folders)) if baseline else None
         result = build_document(folders, loaded, evaluated, base, {suite: chosen} if suite and chosen else {})
         if out is not None:
+            from moetool.evaluate.score_plots import write_plots  # matplotlib
+
             shown = {b.task: b.metric for b in chosen.benchmarks if b.task} if chosen else {}
             result |= {"out": str(out), "plots": write_plots(result, shown, out / "plots")}
             write_results(out, result, loaded, evaluated, settings)
