@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetool.arch.limits import Limit, rope
-from moetool.arch.spec import ArchSpec, SelectionBias, SharedExpert, ffn
+from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
 
 
@@ -53,7 +53,8 @@ SPEC = ArchSpec(
     config_map=config_map,
     router_fp32=True,
     router_dtype="F32",
-    selection_bias=SelectionBias(BIAS, matrix=True),
+    selection_bias=BIAS,
+    selection_bias_is_matrix=True,
     renamed={BIAS: "model.layers.{layer}.mlp.gate.moe_statics.e_score_correction_bias"},
     shared=SharedExpert(ffn("mlp.shared_experts")),
     moe_layers=moe_layers,

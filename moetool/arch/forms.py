@@ -93,30 +93,26 @@ def dense_tensors(
         CheckpointError: a fused tensor has not as many rows as its parts.
     """
     parts: dict[str, TensorInfo] = {}
+    sizes = dims(dense)
     for name, info in family_names(tensors, config).items():
         found = _IN_LAYER.match(name)
-        if found and found["inner"] in spec.fused:
-            parts |= _parts(name, info, found["layer"], spec.fused[found["inner"]], spec, dense)
-        else:
-            parts[name] = info
+        layer, inner = found.groups() if found else ("", name)
+        rows = {f"{layer}.{part}": shape(spec.shapes[part], sizes)[0] for part in spec.fused.get(inner, ())}
+        parts |= _parts(name, info, rows) if rows else {name: info}
     return parts
 
 
-_IN_LAYER = re.compile(r"(?P<layer>model\.layers\.\d+\.)(?P<inner>.+)")
+_IN_LAYER = re.compile(r"(model\.layers\.\d+)\.(.+)")
 
 
-def _parts(
-    name: str, info: TensorInfo, layer: str, names: tuple[str, ...], spec: DenseSpec, dense: Mapping[str, Any]
-) -> dict[str, TensorInfo]:
-    sizes, letters = dims(dense), spec.shapes
-    rows = [shape(letters[part], sizes)[0] for part in names]
-    if len(info.shape) != 2 or info.shape[0] != sum(rows):
-        raise CheckpointError(f"tensor {name} has shape {list(info.shape)}, config.json says {sum(rows)} rows")
-    row_bytes, parts, start = info.size // info.shape[0], {}, info.start
-    for part, count in zip(names, rows, strict=True):
-        whole = layer + part
-        size = count * row_bytes
-        parts[whole] = TensorInfo(whole, info.dtype, (count, info.shape[1]), info.shard, start, size)
+def _parts(name: str, info: TensorInfo, rows: Mapping[str, int]) -> dict[str, TensorInfo]:
+    total = sum(rows.values())
+    if len(info.shape) != 2 or info.shape[0] != total:
+        raise CheckpointError(f"tensor {name} has shape {list(info.shape)}, config.json says {total} rows")
+    parts, start = {}, info.start
+    for part, count in rows.items():
+        size = count * (info.size // total)
+        parts[part] = TensorInfo(part, info.dtype, (count, info.shape[1]), info.shard, start, size)
         start += size
     return parts
 

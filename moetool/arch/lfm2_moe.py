@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetool.arch.limits import Limit, rope, untied
-from moetool.arch.spec import ArchSpec, SelectionBias, ffn
+from moetool.arch.spec import ArchSpec, ffn
 from moetool.recipe import UpcycleRecipe
 
 
@@ -33,7 +33,7 @@ SPEC = ArchSpec(
     block="feed_forward",
     config_map=config_map,
     ranked_by="sigmoid",
-    selection_bias=SelectionBias("model.layers.{layer}.feed_forward.expert_bias"),
+    selection_bias="model.layers.{layer}.feed_forward.expert_bias",
     head_dim=False,
     scratch=False,
     limits=(

@@ -46,8 +46,8 @@ class MoESource:
 
     def selection_bias(self, layer: int) -> TensorInfo | None:
         """(num_experts,) or (1, num_experts); None where there is none."""
-        bias = self.spec.selection_bias
-        return self.tensors.get(bias.tensor.format(layer=layer)) if bias else None
+        name = self.spec.selection_bias
+        return self.tensors.get(name.format(layer=layer)) if name else None
 
     def expert(self, layer: int, expert: int, projection: str) -> TensorInfo:
         """A matrix of a routed expert: (units, hidden_size), of `down` (hidden_size, units).

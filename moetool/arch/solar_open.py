@@ -10,7 +10,7 @@ from typing import Any
 
 from moetool.arch.dense import QKV
 from moetool.arch.limits import Limit, none_of
-from moetool.arch.spec import ArchSpec, SelectionBias, SharedExpert, ffn
+from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
 
 
@@ -42,7 +42,7 @@ SPEC = ArchSpec(
     num_experts_key="n_routed_experts",
     router_fp32=True,
     ranked_by="sigmoid",
-    selection_bias=SelectionBias("model.layers.{layer}.mlp.gate.e_score_correction_bias"),
+    selection_bias="model.layers.{layer}.mlp.gate.e_score_correction_bias",
     shared=SharedExpert(ffn("mlp.shared_experts"), default=1),
     scaling_key="routed_scaling_factor",
     biases=QKV,

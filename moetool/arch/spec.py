@@ -22,23 +22,6 @@ def ffn(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "
 
 
 @dataclass(frozen=True)
-class SelectionBias:
-    """A bias that only chooses experts.
-
-    Attributes:
-        tensor: its name, with `{layer}`.
-        matrix: whether it is a matrix of one row.
-    """
-
-    tensor: str
-    matrix: bool = False
-
-    def shape(self, num_experts: int) -> tuple[int, ...]:
-        """On disk."""
-        return (1, num_experts) if self.matrix else (num_experts,)
-
-
-@dataclass(frozen=True)
 class SharedExpert:
     """The shared expert of a family: a dense FFN that every token goes through, beside the routed ones.
 
@@ -79,7 +62,8 @@ class ArchSpec:
         router_fp32: whether router logits are computed in fp32, whatever the model's dtype.
         ranked_by: the scores of which the largest are chosen: `softmax` over all experts, `sigmoid`, or `logits`.
         router_dtype: of the router on disk, where the family fixes it.
-        selection_bias: None where the family has none.
+        selection_bias: tensor name with `{layer}` of a bias that only chooses experts; None where there is none.
+        selection_bias_is_matrix: whether it is a matrix of one row, not a vector.
         shared: the shared expert, None where the family has none.
         scaling_key: the config key of a factor on the routed output, None where weights must carry it.
         moe_layers: which layers can be dense -> config keys; None where all are MoE. Gets the MoE
@@ -112,7 +96,8 @@ class ArchSpec:
     router_fp32: bool = False
     ranked_by: Literal["softmax", "sigmoid", "logits"] = "softmax"
     router_dtype: str | None = None
-    selection_bias: SelectionBias | None = None
+    selection_bias: str | None = None
+    selection_bias_is_matrix: bool = False
     shared: SharedExpert | None = None
     scaling_key: str | None = None
     moe_layers: Callable[[frozenset[int], int], dict[str, Any]] | None = None
@@ -136,14 +121,11 @@ class ArchSpec:
     def in_memory(self) -> ArchSpec:
         """The same with the names of transformers 5's modules, where two tensors hold all experts of a layer."""
         both, down = (f"model.layers.{{layer}}.{self.block}.experts.{name}" for name in ("gate_up_proj", "down_proj"))
-        bias = self.selection_bias and replace(
-            self.selection_bias, tensor=self.renamed.get(self.selection_bias.tensor, self.selection_bias.tensor)
-        )
         return replace(
             self,
             experts={"gate": both, "up": both, "down": down},
             router=self.renamed.get(self.router, self.router),
-            selection_bias=bias,
+            selection_bias=self.renamed.get(self.selection_bias or "", self.selection_bias),
         )
 
     def expert_place(self, projection: str, layer: int, expert: int, num_elements: int) -> tuple[str, int]:

@@ -85,16 +85,6 @@ class Route:
     indices_TK: Tensor
     scoring: str = "softmax"
 
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.logits_TE.shape[-1]
-
-    @property
-    def top_k(self) -> int:
-        """K."""
-        return self.indices_TK.shape[-1]
-
     def probabilities_TE(self) -> Tensor:
         """The router's probability of each expert, rows summing to 1, with its gradient.
 

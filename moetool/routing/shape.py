@@ -29,7 +29,7 @@ def probe(model: Any, capture: RouterCapture) -> RoutingStats:
         model.base_model(input_ids=ids, use_cache=False)
     if not routes:
         raise CheckpointError(f"{type(model).__name__}: none of its routers was asked for a token")
-    return RoutingStats(capture.layers, routes[0].num_experts, routes[0].top_k)
+    return RoutingStats(capture.layers, routes[0].logits_TE.shape[-1], routes[0].indices_TK.shape[-1])
 
 
 @torch.inference_mode()

@@ -60,7 +60,8 @@ class RoutingStats:
     @classmethod
     def like(cls, routes: list[Route]) -> RoutingStats:
         """Empty stats that fit the routes of one forward."""
-        return cls([route.layer for route in routes], routes[0].num_experts, routes[0].top_k)
+        first = routes[0]
+        return cls([route.layer for route in routes], first.logits_TE.shape[-1], first.indices_TK.shape[-1])
 
     @torch.no_grad()
     def update(self, routes: Iterable[Route], mask_T: Tensor | None = None) -> None:
@@ -74,7 +75,7 @@ class RoutingStats:
             CheckpointError: a layer has another number of experts or top-k than these stats.
         """
         for route in routes:
-            E, K = route.num_experts, route.top_k
+            E, K = route.logits_TE.shape[-1], route.indices_TK.shape[-1]
             if (self.num_experts, self.top_k) != (E, K):
                 raise CheckpointError(
                     f"layer {route.layer} routes to {K} of {E} experts, layer {self.layers[0]} to {self.top_k} of"

@@ -165,8 +165,8 @@ def _beside_experts(spec: ArchSpec, recipe: UpcycleRecipe, layer: int, hidden: i
     router = Place(spec.router.format(layer=layer))
     fills = [Fill("router", (), (router,), spec.router_dtype or dtype, (experts, hidden), layer)]
     if spec.selection_bias:
-        bias, shape = Place(spec.selection_bias.tensor.format(layer=layer)), spec.selection_bias.shape(experts)
-        fills.append(Fill("constant", (), (bias,), "F32", shape, layer))
+        shape = (1, experts) if spec.selection_bias_is_matrix else (experts,)
+        fills.append(Fill("constant", (), (Place(spec.selection_bias.format(layer=layer)),), "F32", shape, layer))
     if spec.shared and spec.shared.gate:
         fills.append(Fill("constant", (), (Place(spec.shared.gate.format(layer=layer)),), dtype, (1, hidden), layer))
     return fills
@@ -189,7 +189,7 @@ def _expert_places(
 def _from_scratch(fill: Fill, spec: ArchSpec, dense: Mapping[str, Any]) -> Fill:
     """The same tensor as transformers initialises it: norms 1, biases 0, all else normal."""
     name = fill.places[0].tensor
-    if spec.selection_bias and name == spec.selection_bias.tensor.format(layer=fill.layer):
+    if spec.selection_bias and name == spec.selection_bias.format(layer=fill.layer):
         return fill
     if name.endswith(".bias"):
         return replace(fill, kind="constant", sources=(), value=0.0)

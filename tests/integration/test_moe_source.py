@@ -54,7 +54,7 @@ def test_both_layouts_hold_what_the_model_has(layouts: tuple[Path, Path, Any]) -
                 bias = source.selection_bias(layer)
                 assert (bias is None) == (names.selection_bias is None)
                 if bias and names.selection_bias:
-                    held = modules[names.selection_bias.tensor.format(layer=layer)]
+                    held = modules[names.selection_bias.format(layer=layer)]
                     assert torch.equal(read(source, bias), held.double())
                 both = modules[names.experts["gate"].format(layer=layer)].double()
                 down = modules[names.experts["down"].format(layer=layer)].double()
