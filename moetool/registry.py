@@ -2,7 +2,8 @@
 
 This table is the map of the program: a new family, method, schedule, strategy or metric is a
 function (or a spec) in the file named here, and one line. Help texts and error messages are made
-from it. Nothing is imported until `load` is called.
+from it. Nothing is imported until `load` is called. Names that are also words of config.json or
+report.json (families, metrics) have `_`, the others `-`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,42 @@ import importlib
 from typing import Any
 
 from moetool.errors import ConfigError
+
+# What a metric of routing is measured on -> its names. Those of `load` are functions of RoutingStats, the others of a
+# finished report.
+METRICS: dict[str, dict[str, str]] = {
+    "load": {
+        "mri": "moetool.routing.load_metrics:mri",
+        "mri_normalized": "moetool.routing.load_metrics:mri_normalized",
+        "entropy": "moetool.routing.load_metrics:entropy",
+        "cv": "moetool.routing.load_metrics:cv",
+        "max_violation": "moetool.routing.load_metrics:max_violation",
+        "dead_experts": "moetool.routing.load_metrics:dead_experts",
+        "balance_loss": "moetool.routing.load_metrics:balance_loss",
+        "balance_loss_hf": "moetool.routing.load_metrics:balance_loss_hf",
+    },
+    "text": {
+        "coactivation_distance": "moetool.routing.report_metrics:coactivation_distance",
+        "domain_divergence": "moetool.routing.report_metrics:domain_divergence",
+        "vocabulary_specialization": "moetool.routing.report_metrics:vocabulary_specialization",
+        "next_token_specialization": "moetool.routing.report_metrics:next_token_specialization",
+    },
+    "comparison": {
+        "saturation": "moetool.routing.report_metrics:saturation",
+        "mri_change": "moetool.routing.report_metrics:mri_change",
+        "load_divergence": "moetool.routing.report_metrics:load_divergence",
+        "continual_specialization": "moetool.routing.report_metrics:continual_specialization",
+        "router_drift": "moetool.routing.report_metrics:router_drift",
+        "expert_drift": "moetool.routing.report_metrics:expert_drift",
+    },
+    "upcycling": {
+        "expert_similarity": "moetool.routing.report_metrics:expert_similarity",
+        "dense_similarity": "moetool.routing.report_metrics:dense_similarity",
+        "kept_similarity": "moetool.routing.report_metrics:kept_similarity",
+        "unit_use": "moetool.routing.report_metrics:unit_use",
+        "idle_units": "moetool.routing.report_metrics:idle_units",
+    },
+}
 
 REGISTRY: dict[str, dict[str, str]] = {
     "target": {
@@ -61,37 +98,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "loss-free": "moetool.train.selection:LossFree",
         "none": "moetool.train.balance:NONE",
     },
-    "metric": {
-        "mri": "moetool.routing.metrics:mri",
-        "mri_normalized": "moetool.routing.metrics:mri_normalized",
-        "entropy": "moetool.routing.metrics:entropy",
-        "cv": "moetool.routing.metrics:cv",
-        "max_violation": "moetool.routing.metrics:max_violation",
-        "dead_experts": "moetool.routing.metrics:dead_experts",
-        "balance_loss": "moetool.routing.metrics:balance_loss",
-        "balance_loss_hf": "moetool.routing.metrics:balance_loss_hf",
-    },
-    "text measure": {
-        "coactivation_distance": "moetool.routing.measures:coactivation_distance",
-        "domain_divergence": "moetool.routing.measures:domain_divergence",
-        "vocabulary_specialization": "moetool.routing.measures:vocabulary_specialization",
-        "next_token_specialization": "moetool.routing.measures:next_token_specialization",
-    },
-    "comparison measure": {
-        "saturation": "moetool.routing.measures:saturation",
-        "mri_change": "moetool.routing.measures:mri_change",
-        "load_divergence": "moetool.routing.measures:load_divergence",
-        "continual_specialization": "moetool.routing.measures:continual_specialization",
-        "router_drift": "moetool.routing.measures:router_drift",
-        "expert_drift": "moetool.routing.measures:expert_drift",
-    },
-    "upcycling measure": {
-        "expert_similarity": "moetool.routing.measures:expert_similarity",
-        "dense_similarity": "moetool.routing.measures:dense_similarity",
-        "kept_similarity": "moetool.routing.measures:kept_similarity",
-        "unit_use": "moetool.routing.measures:unit_use",
-        "idle_units": "moetool.routing.measures:idle_units",
-    },
+    "metric": {name: path for scope in METRICS.values() for name, path in scope.items()},
     "suite": {
         "cpt-english": "moetool.evaluate.suites:CPT_ENGLISH",
         "cpt-german": "moetool.evaluate.suites:CPT_GERMAN",

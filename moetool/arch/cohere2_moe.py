@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.dense import QKVO, Windows
 from moetool.arch.limits import Limit, no_windows, rope, some, untied, windowed
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
@@ -39,17 +40,13 @@ SPEC = ArchSpec(
     model_type="cohere2_moe",
     architecture="Cohere2MoeForCausalLM",
     dense=("cohere2",),
-    experts=ffn("mlp.experts.{expert}"),
-    router="model.layers.{layer}.mlp.gate.weight",
-    num_experts_key="num_experts",
-    top_k_key="num_experts_per_tok",
     units_key="intermediate_size",
     config_map=config_map,
     ranked_by="logits",
     shared=SharedExpert(ffn("mlp.shared_experts"), averaged=True),
     moe_layers=lambda moe, layers: {"mlp_layer_types": ["sparse" if i in moe else "dense" for i in range(layers)]},
-    biases="qkvo",
-    windows="layer_types",
+    biases=QKVO,
+    windows=Windows.BY_LAYER,
     limits=(
         Limit("transformers-4", "it does not know the family"),
         Limit("llama.cpp", "it stops where no layer has a sliding window", no_windows),

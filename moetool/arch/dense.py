@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, Literal
 
 # Letters in the shapes below: V vocabulary, D hidden, F intermediate, H head_dim, A query heads, Q query heads x
 # head_dim, KV key-value heads x head_dim; those of linear attention begin with L, of Mamba with M, of short
@@ -18,7 +19,10 @@ ATTENTION = {
     "self_attn.v_proj.weight": "KV D",
     "self_attn.o_proj.weight": "D Q",
 }
-BIASES = {
+Projection = Literal["q", "k", "v", "o"]
+QKV: tuple[Projection, ...] = ("q", "k", "v")
+QKVO: tuple[Projection, ...] = (*QKV, "o")
+BIASES: dict[Projection, tuple[str, str]] = {
     "q": ("self_attn.q_proj.bias", "Q"),
     "k": ("self_attn.k_proj.bias", "KV"),
     "v": ("self_attn.v_proj.bias", "KV"),
@@ -57,6 +61,14 @@ SHORT_CONVOLUTION = {"conv.in_proj.weight": "3D D", "conv.conv.weight": "D 1 CL"
 FFN = {"mlp.gate_proj.weight": "F D", "mlp.up_proj.weight": "F D", "mlp.down_proj.weight": "D F"}
 
 
+class Windows(Enum):
+    """Which layers may look back over `sliding_window` tokens only."""
+
+    NONE = "none"
+    ALL = "all, alike"
+    BY_LAYER = "those that layer_types names"
+
+
 @dataclass(frozen=True)
 class DenseSpec:
     """A dense family.
@@ -66,11 +78,10 @@ class DenseSpec:
         like: the family whose tensors and function it has, once it is read; None where it is its own.
         defaults: what transformers assumes where config.json is silent.
         layer: names within `model.layers.N.` (without FFN and biases) -> shapes.
-        biases: the projections of attention (of "qkvo") that always have a bias; where config.json
-            has `attention_bias`, that decides for all four.
+        biases: the projections of attention that always have a bias; where config.json has
+            `attention_bias`, that decides for all four.
         refuse: config keys that change the function in a way no target has -> the value that is fine.
-        windows: how config.json says which layers look back over `sliding_window` tokens only: never,
-            `all` of them, or by `layer_types`.
+        windows: how config.json says which layers have a sliding window.
         out_bias: the config key of a bias of attention's output, where it is another than for q, k and v.
         partial_rotary: whether positions may turn only a part of each head (`partial_rotary_factor`).
         mixers: where layers differ in what mixes their tokens, its layer type -> its tensors; `layer` is what all have.
@@ -83,9 +94,9 @@ class DenseSpec:
     model_type: str
     defaults: Mapping[str, Any]
     layer: Mapping[str, str] = field(default_factory=lambda: ATTENTION | PRE_NORM)
-    biases: str = ""
+    biases: tuple[Projection, ...] = ()
     refuse: Mapping[str, Any] = field(default_factory=dict)
-    windows: str | None = None
+    windows: Windows = Windows.NONE
     like: str | None = None
     out_bias: str = "attention_bias"
     partial_rotary: bool = False

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moetool.arch.dense import DenseSpec
+from moetool.arch.dense import QKV, DenseSpec, Windows
 from moetool.arch.dense_families import DENSE
 from moetool.arch.forms import dense_tensors, is_wrapped, text_config
 from moetool.arch.unfit import why_unfit
@@ -136,7 +136,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
     full |= spec.derive(full)
     full["biases"] = spec.biases
     if "attention_bias" in spec.defaults:
-        full["biases"] = "qkv" * full["attention_bias"] + "o" * full[spec.out_bias]
+        full["biases"] = QKV * full["attention_bias"] + ("o",) * full[spec.out_bias]
     if not spec.mixers:
         full["layer_types"] = _layer_types(spec, full)
     if "sliding_attention" not in full["layer_types"]:
@@ -155,10 +155,10 @@ def _layer_types(spec: DenseSpec, config: Mapping[str, Any]) -> list[str]:
     """`full_attention` or `sliding_attention` a layer, as transformers fills them in."""
     layers = config["num_hidden_layers"]
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if spec.windows is None or window is None:
+    if spec.windows is Windows.NONE or window is None:
         return ["full_attention"] * layers
     given = config.get("layer_types")  # a Mistral with them is a Ministral, in whatever form it says so
-    if spec.windows == "all" and given is None:
+    if spec.windows is Windows.ALL and given is None:
         return ["sliding_attention"] * layers
     if given is not None:
         if not isinstance(given, list) or len(given) != layers or not all(kind in LAYER_TYPES for kind in given):

@@ -14,9 +14,11 @@ from moetool.arch.dense import (
     MAMBA,
     POST_NORM,
     PRE_NORM,
+    QKV,
     SHORT_CONVOLUTION,
     SINKS,
     DenseSpec,
+    Windows,
 )
 
 _COMMON: dict[str, Any] = {
@@ -51,14 +53,14 @@ DENSE: dict[str, DenseSpec] = {
         DenseSpec(
             "mistral",
             _COMMON | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-            windows="all",
+            windows=Windows.ALL,
         ),
-        DenseSpec("qwen2", _QWEN, biases="qkv", windows="layer_types"),
+        DenseSpec("qwen2", _QWEN, biases=QKV, windows=Windows.BY_LAYER),
         DenseSpec(
             "qwen3",
             _QWEN | {"head_dim": 128, "attention_bias": False},
             layer=ATTENTION | HEAD_NORM | PRE_NORM,
-            windows="layer_types",
+            windows=Windows.BY_LAYER,
         ),
         DenseSpec(
             "olmo2",
@@ -88,7 +90,7 @@ DENSE: dict[str, DenseSpec] = {
             | {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001, "tie_word_embeddings": True}
             | {"attention_bias": False, "sliding_window": 4096, "sliding_window_pattern": 4},
             layer=ATTENTION | {"input_layernorm.weight": "D"},
-            windows="layer_types",
+            windows=Windows.BY_LAYER,
         ),
         DenseSpec(
             "qwen3_5_text",
@@ -115,7 +117,7 @@ DENSE: dict[str, DenseSpec] = {
             | {"sliding_window": 128},
             layer=ATTENTION | SINKS | PRE_NORM,
             refuse={"mlp_bias": False},
-            windows="layer_types",
+            windows=Windows.BY_LAYER,
             derive=derive.granite_swa,
         ),
         DenseSpec(
@@ -211,7 +213,7 @@ _ALIKE = (
         DENSE["mistral"],
         model_type="cwm",
         like="mistral",
-        windows="layer_types",
+        windows=Windows.BY_LAYER,
         derive=derive.fourths_full,
         defaults=_COMMON
         | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5}
@@ -240,7 +242,7 @@ _ALIKE = (
         | {"max_position_embeddings": 524288, "num_key_value_heads": 8, "head_dim": 128, "pad_token_id": 1}
         | {"bos_token_id": 0, "attention_bias": True, "attention_out_bias": False, "attention_dropout": 0.1},
         refuse={"mlp_bias": False},
-        windows=None,
+        windows=Windows.NONE,
         out_bias="attention_out_bias",
     ),
     replace(
@@ -273,7 +275,7 @@ _ALIKE = (
         model_type="qwen3_vl_text",
         like="qwen3",
         defaults=dict(DENSE["qwen3"].defaults) | {"max_position_embeddings": 128000, "rope_theta": 500000.0},
-        windows=None,
+        windows=Windows.NONE,
     ),
 )
 DENSE |= {spec.model_type: spec for spec in _ALIKE}

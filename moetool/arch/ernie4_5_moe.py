@@ -43,19 +43,19 @@ def not_leading(config: Mapping[str, Any]) -> bool:
     return config.get("moe_layer_interval", 1) != 1 or end not in (-1, config["num_hidden_layers"] - 1)
 
 
+BIAS = "model.layers.{layer}.mlp.moe_statics.e_score_correction_bias"
 SPEC = ArchSpec(
     model_type="ernie4_5_moe",
     architecture="Ernie4_5_MoeForCausalLM",
     dense=("ernie4_5",),
-    experts=ffn("mlp.experts.{expert}"),
-    router="model.layers.{layer}.mlp.gate.weight",
     num_experts_key="moe_num_experts",
     top_k_key="moe_k",
-    units_key="moe_intermediate_size",
     config_map=config_map,
     router_fp32=True,
     router_dtype="F32",
-    selection_bias=("model.layers.{layer}.mlp.moe_statics.e_score_correction_bias", "1 E"),
+    selection_bias=BIAS,
+    selection_bias_is_matrix=True,
+    renamed={BIAS: "model.layers.{layer}.mlp.gate.moe_statics.e_score_correction_bias"},
     shared=SharedExpert(ffn("mlp.shared_experts")),
     moe_layers=moe_layers,
     limits=(

@@ -6,6 +6,7 @@ later in the same file: nothing is copied.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +52,29 @@ def is_wrapped(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("text_config"), dict) or config.get("model_type") in FLAT
 
 
+def family_names(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors of a checkpoint under the names that its family has where it is saved with its head.
+
+    Args:
+        tensors: of the checkpoint.
+        config: config.json.
+
+    Returns:
+        Name -> where it lies. Of a multimodal model only what belongs to the text model.
+    """
+    embedding = EMBEDDING.removeprefix("model.")
+    prefix = next((prefix for prefix in PREFIXES if prefix + embedding in tensors), "model.")
+    wrapped, found = is_wrapped(config), {}
+    for name, info in tensors.items():
+        if name in HEADS:
+            found[LM_HEAD] = info
+        elif name.startswith(prefix) and not (wrapped and name.startswith("model.visual.")):
+            found["model." + name.removeprefix(prefix)] = info
+        elif not wrapped:
+            found[name] = info
+    return found
+
+
 def dense_tensors(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], spec: DenseSpec, dense: Mapping[str, Any]
 ) -> dict[str, TensorInfo]:
@@ -63,40 +87,31 @@ def dense_tensors(
         dense: the filled dense config.
 
     Returns:
-        Name -> where it lies. Of a multimodal model only what belongs to the text model.
+        Name -> where it lies.
 
     Raises:
         CheckpointError: a fused tensor has not as many rows as its parts.
     """
-    embedding = EMBEDDING.removeprefix("model.")
-    prefix = next((prefix for prefix in PREFIXES if prefix + embedding in tensors), "model.")
-    wrapped, found = is_wrapped(config), {}
-    for name, info in tensors.items():
-        if name in HEADS:
-            found[LM_HEAD] = info
-        elif name.startswith(prefix) and not (wrapped and name.startswith("model.visual.")):
-            found["model." + name.removeprefix(prefix)] = info
-        elif not wrapped:
-            found[name] = info
-    if not spec.fused:
-        return found
     parts: dict[str, TensorInfo] = {}
-    for name, info in found.items():
-        inner = ".".join(name.split(".")[3:])  # after model.layers.N.
-        parts |= _parts(name, info, spec, dense) if inner in spec.fused else {name: info}
+    sizes = dims(dense)
+    for name, info in family_names(tensors, config).items():
+        found = _IN_LAYER.match(name)
+        layer, inner = found.groups() if found else ("", name)
+        rows = {f"{layer}.{part}": shape(spec.shapes[part], sizes)[0] for part in spec.fused.get(inner, ())}
+        parts |= _parts(name, info, rows) if rows else {name: info}
     return parts
 
 
-def _parts(name: str, info: TensorInfo, spec: DenseSpec, dense: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    layer, inner = ".".join(name.split(".")[:3]), ".".join(name.split(".")[3:])
-    sizes, letters = dims(dense), spec.shapes
-    rows = [shape(letters[part], sizes)[0] for part in spec.fused[inner]]
-    if len(info.shape) != 2 or info.shape[0] != sum(rows):
-        raise CheckpointError(f"tensor {name} has shape {list(info.shape)}, config.json says {sum(rows)} rows")
-    row_bytes, parts, start = info.size // info.shape[0], {}, info.start
-    for part, count in zip(spec.fused[inner], rows, strict=True):
-        whole = f"{layer}.{part}"
-        size = count * row_bytes
-        parts[whole] = TensorInfo(whole, info.dtype, (count, info.shape[1]), info.shard, start, size)
+_IN_LAYER = re.compile(r"(model\.layers\.\d+)\.(.+)")
+
+
+def _parts(name: str, info: TensorInfo, rows: Mapping[str, int]) -> dict[str, TensorInfo]:
+    total = sum(rows.values())
+    if len(info.shape) != 2 or info.shape[0] != total:
+        raise CheckpointError(f"tensor {name} has shape {list(info.shape)}, config.json says {total} rows")
+    parts, start = {}, info.start
+    for part, count in rows.items():
+        size = count * (info.size // total)
+        parts[part] = TensorInfo(part, info.dtype, (count, info.shape[1]), info.shard, start, size)
         start += size
     return parts

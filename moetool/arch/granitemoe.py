@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.dense import QKVO
 from moetool.arch.limits import Limit, rope, some
 from moetool.arch.spec import ArchSpec
 from moetool.recipe import UpcycleRecipe
@@ -34,12 +35,13 @@ SPEC = ArchSpec(
         "down": f"{MOE}.output_linear.weight",
     },
     router=f"{MOE}.router.layer.weight",
+    block="block_sparse_moe",
+    renamed={f"{MOE}.router.layer.weight": f"{MOE}.router.weight"},
     num_experts_key="num_local_experts",
-    top_k_key="num_experts_per_tok",
     units_key="intermediate_size",
     config_map=config_map,
     ranked_by="logits",
-    biases="qkvo",
+    biases=QKVO,
     head_dim=False,
     limits=(
         Limit("llama.cpp", "it cannot scale positions as llama3 does in the family", rope("llama3")),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from moetool.arch import granitemoe, granitemoehybrid
+from moetool.arch.dense import Windows
 from moetool.arch.limits import Limit, no_windows, some
 from moetool.arch.spec import SharedExpert
 from moetool.recipe import UpcycleRecipe
@@ -23,21 +24,14 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
     }
 
 
-MOE = "model.layers.{layer}.block_sparse_moe"
 SPEC = replace(
-    granitemoe.SPEC,
+    granitemoe.SPEC.in_memory,
     model_type="granitemoe_swa",
     architecture="GraniteMoeSWAForCausalLM",
     dense=("smollm3", "granite_swa", "mistral"),
-    experts={
-        "gate": f"{MOE}.experts.gate_up_proj",
-        "up": f"{MOE}.experts.gate_up_proj",
-        "down": f"{MOE}.experts.down_proj",
-    },
-    router=f"{MOE}.router.weight",
     config_map=config_map,
     shared=SharedExpert(granitemoehybrid.SHARED_MLP),
-    windows="layer_types",
+    windows=Windows.BY_LAYER,
     sinks="self_attn.sinks",
     rotary_bases=True,
     scratch=False,

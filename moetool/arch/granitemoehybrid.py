@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moetool.arch import granitemoe
+from moetool.arch.dense import QKVO
 from moetool.arch.limits import Limit, none_of, rope
 from moetool.arch.spec import SharedExpert
 from moetool.recipe import UpcycleRecipe
@@ -56,7 +57,7 @@ SPEC = replace(
     dense=("qwen2", "granite", "llama", "granitemoehybrid"),
     config_map=config_map,
     shared=SharedExpert(SHARED_MLP, default=1),
-    zero_biases="qkvo",  # one switch for all four, and Qwen2 has three
+    zero_biases=QKVO,  # one switch for all four, and Qwen2 has three
     scratch=False,
     limits=(
         *(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.dense import QKVO
 from moetool.arch.limits import Limit
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn
 from moetool.recipe import UpcycleRecipe
@@ -27,16 +28,14 @@ SPEC = ArchSpec(
     model_type="hunyuan_v1_moe",
     architecture="HunYuanMoEV1ForCausalLM",
     dense=("hunyuan_v1_dense",),
-    experts=ffn("mlp.experts.{expert}"),
     router="model.layers.{layer}.mlp.gate.wg.weight",
-    num_experts_key="num_experts",
     top_k_key="moe_topk",
     units_key="intermediate_size",
     config_map=config_map,
     router_fp32=True,
     router_dtype="F32",
     shared=SharedExpert(ffn("mlp.shared_mlp"), default=1, sizes=(1,)),
-    biases="qkvo",
+    biases=QKVO,
     limits=(
         Limit("llama.cpp", "its converter reads only the tiktoken vocabulary of Hunyuan's own code"),
         Limit("mlx", "it does not read the family's current configuration"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.dense import QKV, Windows
 from moetool.arch.limits import Limit, none_of, windowed_in_some
 from moetool.arch.spec import ArchSpec, SharedExpert, ffn, listed_dense
 from moetool.recipe import UpcycleRecipe
@@ -27,17 +28,12 @@ SPEC = ArchSpec(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     dense=("qwen2", "llama", "mistral"),
-    experts=ffn("mlp.experts.{expert}"),
-    router="model.layers.{layer}.mlp.gate.weight",
-    num_experts_key="num_experts",
-    top_k_key="num_experts_per_tok",
-    units_key="moe_intermediate_size",
     config_map=config_map,
     shared=SharedExpert(ffn("mlp.shared_expert"), gate="model.layers.{layer}.mlp.shared_expert_gate.weight", default=1),
     moe_layers=listed_dense,
-    biases="qkv",
-    zero_biases="qkv",  # vLLM has them whatever qkv_bias says, and would leave them as the memory was
-    windows="layer_types",
+    biases=QKV,
+    zero_biases=QKV,  # vLLM has them whatever qkv_bias says, and would leave them as the memory was
+    windows=Windows.BY_LAYER,
     head_dim=False,
     limits=(
         Limit("llama.cpp", "it never makes the weights of the chosen experts sum to 1"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.arch.dense import QKVO, Windows
 from moetool.arch.limits import Limit, rope, some, windowed
-from moetool.arch.spec import ArchSpec, ffn, listed_dense
+from moetool.arch.spec import ArchSpec, listed_dense
 from moetool.recipe import UpcycleRecipe
 
 
@@ -26,15 +27,12 @@ SPEC = ArchSpec(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     dense=("qwen3",),
-    experts=ffn("mlp.experts.{expert}"),
-    router="model.layers.{layer}.mlp.gate.weight",
     num_experts_key="num_local_experts",
-    top_k_key="num_experts_per_tok",
-    units_key="moe_intermediate_size",
+    keys={"num_experts": "num_local_experts"},
     config_map=config_map,
     moe_layers=listed_dense,
-    biases="qkvo",
-    windows="all",
+    biases=QKVO,
+    windows=Windows.ALL,
     limits=(
         Limit("llama.cpp", "its converter knows no dense layers in the family", some("mlp_only_layers")),
         Limit("llama.cpp", "it ignores the sliding window", windowed),

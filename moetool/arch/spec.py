@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from moetool import registry
-from moetool.arch.dense import FFN
+from moetool.arch.dense import FFN, Projection, Windows
 from moetool.arch.limits import Limit, own_head_dim
 from moetool.errors import ConfigError
 from moetool.recipe import PROJECTIONS, UpcycleRecipe
+
+
+def ffn(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, str]:
+    """Names of the three matrices of an expert: projection -> tensor name."""
+    return {
+        projection: f"model.layers.{{layer}}.{prefix}.{name}.weight"
+        for projection, name in zip(PROJECTIONS, (gate, up, down), strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -41,23 +49,27 @@ class ArchSpec:
         model_type: in config.json.
         architecture: the transformers class of the causal language model.
         dense: the dense families whose attention and norms line up with it.
+        config_map: (filled dense config, recipe) -> what config.json has beyond the shared keys; pure.
         experts: projection (gate, up, down) -> tensor name with `{layer}` and `{expert}`; without
             `{expert}`, the tensor holds all experts, gate above up where they share a name.
         router: tensor name with `{layer}`.
+        block: the module of a layer that holds router and experts in transformers 5.
+        renamed: names of a router or selection bias -> those in transformers 5, where these are others.
         num_experts_key: the config key of the number of routed experts.
         top_k_key: the config key of the experts a token goes to.
         units_key: the config key of the units of one expert.
-        config_map: (filled dense config, recipe) -> what config.json has beyond the shared keys; pure.
+        keys: config keys that published checkpoints have -> those above.
         router_fp32: whether router logits are computed in fp32, whatever the model's dtype.
         ranked_by: the scores of which the largest are chosen: `softmax` over all experts, `sigmoid`, or `logits`.
         router_dtype: of the router on disk, where the family fixes it.
-        selection_bias: name and shape (letters, E experts) of a bias that only chooses experts.
+        selection_bias: tensor name with `{layer}` of a bias that only chooses experts; None where there is none.
+        selection_bias_is_matrix: whether it is a matrix of one row, not a vector.
         shared: the shared expert, None where the family has none.
         scaling_key: the config key of a factor on the routed output, None where weights must carry it.
         moe_layers: which layers can be dense -> config keys; None where all are MoE. Gets the MoE
             layers and the number of layers; raises ValueError with what it can express.
-        biases: which of the projections "qkvo" of attention may have a bias.
-        windows: whether layers may have a sliding window: None, `all` (alike), or by `layer_types`.
+        biases: which projections of attention may have a bias.
+        windows: which layers may have a sliding window.
         zero_biases: which of them are written as zeros where the dense model has none, because other
             readers always have them.
         rotary_bases: whether layers may differ in their rotary base, or have no positions.
@@ -72,22 +84,26 @@ class ArchSpec:
     model_type: str
     architecture: str
     dense: tuple[str, ...]
-    experts: Mapping[str, str]
-    router: str
-    num_experts_key: str
-    top_k_key: str
-    units_key: str
     config_map: Callable[[Mapping[str, Any], UpcycleRecipe], dict[str, Any]]
+    experts: Mapping[str, str] = field(default_factory=lambda: ffn("mlp.experts.{expert}"))
+    router: str = "model.layers.{layer}.mlp.gate.weight"
+    block: str = "mlp"
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    num_experts_key: str = "num_experts"
+    top_k_key: str = "num_experts_per_tok"
+    units_key: str = "moe_intermediate_size"
+    keys: Mapping[str, str] = field(default_factory=dict)
     router_fp32: bool = False
-    ranked_by: str = "softmax"
+    ranked_by: Literal["softmax", "sigmoid", "logits"] = "softmax"
     router_dtype: str | None = None
-    selection_bias: tuple[str, str] | None = None
+    selection_bias: str | None = None
+    selection_bias_is_matrix: bool = False
     shared: SharedExpert | None = None
     scaling_key: str | None = None
     moe_layers: Callable[[frozenset[int], int], dict[str, Any]] | None = None
-    biases: str = ""
-    windows: str | None = None
-    zero_biases: str = ""
+    biases: tuple[Projection, ...] = ()
+    windows: Windows = Windows.NONE
+    zero_biases: tuple[Projection, ...] = ()
     sinks: str | None = None
     rotary_bases: bool = False
     scratch: bool = True
@@ -100,6 +116,17 @@ class ArchSpec:
     def fused(self) -> bool:
         """Whether a tensor holds all experts of a layer."""
         return "{expert}" not in self.experts["gate"]
+
+    @property
+    def in_memory(self) -> ArchSpec:
+        """The same with the names of transformers 5's modules, where two tensors hold all experts of a layer."""
+        both, down = (f"model.layers.{{layer}}.{self.block}.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+        return replace(
+            self,
+            experts={"gate": both, "up": both, "down": down},
+            router=self.renamed.get(self.router, self.router),
+            selection_bias=self.renamed.get(self.selection_bias or "", self.selection_bias),
+        )
 
     def expert_place(self, projection: str, layer: int, expert: int, num_elements: int) -> tuple[str, int]:
         """The tensor of an expert's matrix, and the element of it at which the matrix begins.
@@ -156,14 +183,6 @@ def routed_factor(recipe: UpcycleRecipe, spec: ArchSpec) -> float:
     return 1.0 if spec.scaling_key else scales(recipe, spec)[0]
 
 
-def ffn(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, str]:
-    """Names of the three matrices of an expert: projection -> tensor name."""
-    return {
-        projection: f"model.layers.{{layer}}.{prefix}.{name}.weight"
-        for projection, name in zip(PROJECTIONS, (gate, up, down), strict=True)
-    }
-
-
 # The keys that every decoder of these families shares.
 SHARED_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -186,9 +205,9 @@ def _shared_config(spec: ArchSpec, dense: Mapping[str, Any]) -> dict[str, Any]:
     config["rope_parameters"] = rope
     config["rope_theta"] = rope["rope_theta"]
     config["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
-    if spec.windows:
+    if spec.windows is not Windows.NONE:
         config["sliding_window"] = dense["sliding_window"]
-    if spec.windows == "layer_types":
+    if spec.windows is Windows.BY_LAYER:
         config["layer_types"] = dense["layer_types"]
     # Never transformers' pooled balance loss: a saved `true` would also break generation in some versions.
     return config | {"output_router_logits": False}
@@ -197,7 +216,7 @@ def _shared_config(spec: ArchSpec, dense: Mapping[str, Any]) -> dict[str, Any]:
 def misfit(spec: ArchSpec, dense: Mapping[str, Any]) -> str | None:
     """Why a filled dense config has no place in a family that lists its model_type; None if it has."""
     if not set(dense["biases"]) <= set(spec.biases):
-        return f"its attention has biases ({dense['biases']})"
+        return f"its attention has biases ({''.join(dense['biases'])})"
     if not spec.head_dim and own_head_dim(dense):
         heads = f"{dense['hidden_size']} / {dense['num_attention_heads']}"
         return f"its heads have size {dense['head_dim']}, and only heads of size {heads} can be written in the family"
@@ -209,9 +228,9 @@ def misfit(spec: ArchSpec, dense: Mapping[str, Any]) -> str | None:
     windows = set(dense["layer_types"])
     if (dense["sliding_window"] or 0) >= dense["max_position_embeddings"]:
         windows = {"full_attention"}  # as good as none
-    if "sliding_attention" in windows and spec.windows is None:
+    if "sliding_attention" in windows and spec.windows is Windows.NONE:
         return "it has a sliding window"
-    if windows >= {"full_attention", "sliding_attention"} and spec.windows != "layer_types":
+    if windows >= {"full_attention", "sliding_attention"} and spec.windows is not Windows.BY_LAYER:
         return "only some of its layers have a sliding window"
     return None
 

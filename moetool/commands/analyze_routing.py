@@ -12,7 +12,7 @@ from typing import Any, Literal
 import typer
 
 from moetool import registry
-from moetool.commands.analyze_routing_checks import MEASURES, apply, check_asked_for, parse_check
+from moetool.commands.analyze_routing_checks import apply, check_asked_for, parse_check
 from moetool.commands.analyze_routing_table import summary, table
 from moetool.commands.console import Console, escape
 from moetool.commands.memory import estimated, tell_weights
@@ -21,8 +21,6 @@ from moetool.errors import ConfigError
 from moetool.option import document_option, option, text_field_option
 from moetool.routing.settings import COMPARE, Settings
 from moetool.values import named
-
-MEASURE_NAMES = [name for kind in MEASURES for name in registry.names(kind)]
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class AnalyzeOptions:
     out: Path | None = option("Folder for the report.", None, metavar="DIR")
     fail_if: Sequence[str] = option(
         "Exit with code 3 if a layer meets a condition such as 'mri>0.6' (repeatable)."
-        f" Metrics: {', '.join(MEASURE_NAMES)}.",
-        (), metavar="CHECK", completed=MEASURE_NAMES,
+        f" Metrics: {', '.join(registry.names('metric'))}.",
+        (), metavar="CHECK", completed=registry.names("metric"),
     )  # fmt: skip
     text_field: str = text_field_option()
     document: Literal["file", "line", "paragraph"] = document_option()
@@ -92,7 +90,7 @@ def analyze_routing(
     console = Console(context, output.json, output.quiet)
     with FolderLock(out), console.progress() as progress:
         if asked.counts is not None:
-            from moetool.routing.counts import read_counts
+            from moetool.routing.counts_file import read_counts
             from moetool.routing.report import build_report
 
             report = build_report(asked.counts.name, read_counts(asked.counts, asked.top_k or 1))

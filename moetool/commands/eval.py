@@ -79,18 +79,17 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
     with console.progress() as progress, hushed():
         progress("start", 0, 1, "lm-eval")
         from moetool.checkpoint.model import pick_device
-        from moetool.evaluate import run
+        from moetool.evaluate import evaluation
         from moetool.evaluate.tasks import network
 
         hardware = pick_device(settings.device)
         with network(allowed=not asked.offline):
             folders = _distinct([asked.baseline, *asked.models] if asked.baseline else asked.models)
-            run.check_models(folders)
+            evaluation.check_models(folders)
     estimate = tell_weights(console, folders.values(), settings.dtype, hardware, settings.device_map)
     with ExitStack() as stack, console.progress() as progress, hushed(), estimated(estimate):
         from moetool.checkpoint.folder import FolderLock
-        from moetool.evaluate.plots import write_plots
-        from moetool.evaluate.processes import is_first, joined
+        from moetool.evaluate.process_group import is_first, joined
         from moetool.evaluate.results import build_document, write_results
         from moetool.evaluate.tasks import code_execution
 
@@ -101,17 +100,18 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
                 write_options(context, out)
             with joined(hardware, settings.device_map) as place:
                 settings = replace(settings, device=place)
-                evaluation = run.evaluate(folders, loaded, settings, out, progress)
+                evaluated = evaluation.evaluate(folders, loaded, settings, out, progress)
         if not is_first():
             return {}
         base = next(iter(folders)) if asked.baseline else None
-        result = build_document(
-            folders, loaded, evaluation, base, {asked.suite: chosen} if asked.suite and chosen else {}
-        )
+        suites = {asked.suite: chosen} if asked.suite and chosen else {}
+        result = build_document(folders, loaded, evaluated, base, suites)
         if out is not None:
+            from moetool.evaluate.score_plots import write_plots  # matplotlib
+
             shown = {b.task: b.metric for b in chosen.benchmarks if b.task} if chosen else {}
             result |= {"out": str(out), "plots": write_plots(result, shown, out / "plots")}
-            write_results(out, result, loaded, evaluation, settings)
+            write_results(out, result, loaded, evaluated, settings)
     _warn(console, result, chosen, settings.routing)
     table = [score_table(result, chosen)] if any(result["results"].values()) else []
     console.result(result, *table, *_places(result))

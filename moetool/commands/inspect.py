@@ -10,7 +10,6 @@ import typer
 from moetool.commands.console import Console, count, escape, size
 from moetool.commands.options import Output
 from moetool.commands.upcycle_table import clients_line
-from moetool.errors import CheckpointError
 from moetool.option import option
 
 EXPERTS = ".experts."  # in the name of a routed expert's tensor, whatever the family
@@ -50,11 +49,11 @@ def describe(reader: Any) -> dict[str, Any]:
     """Family, parameters, experts and files of an opened checkpoint."""
     from moetool.arch.clients import obstacles
     from moetool.arch.forms import is_wrapped, text_config
-    from moetool.arch.spec import detect
+    from moetool.arch.moe_source import moe_source
     from moetool.checkpoint.folder import beside
 
     config = reader.config
-    spec, text = detect(config), text_config(config)
+    source, text = moe_source(reader), text_config(config)
     total = sum(info.num_elements for info in reader.tensors.values())
     architectures = config.get("architectures")
     document: dict[str, Any] = {
@@ -70,16 +69,12 @@ def describe(reader: Any) -> dict[str, Any]:
         "top_k": None,
         "has_text_model": is_wrapped(config),
     }
-    if spec is not None:
-        experts, top_k = (_positive(reader, key) for key in (spec.num_experts_key, spec.top_k_key))
-        # What stands before {expert} in the names of the experts' tensors, without the layer.
-        marks = {name.split("{layer}")[1].split("{expert}")[0] for name in spec.experts.values()}
-        marks.add(EXPERTS)  # as transformers 5 holds them and mergekit writes them
-        routed = sum(i.num_elements for n, i in reader.tensors.items() if any(mark in n for mark in marks))
-        document |= {"num_experts": experts, "top_k": top_k, "intermediate_size": config.get(spec.units_key)}
-        if spec.shared:
-            down = [i for n, i in reader.tensors.items() if n.endswith(spec.shared.tensors["down"].split("{layer}")[1])]
-            document["shared_intermediate_size"] = down[0].shape[-1] if down and down[0].shape else 0
+    if source is not None:
+        experts, top_k, routed = source.num_experts, source.top_k, source.num_routed
+        document |= {"num_experts": experts, "top_k": top_k, "intermediate_size": config.get(source.spec.units_key)}
+        if source.spec.shared:
+            shared = source.shared(source.layers[0], "down") if source.layers else None
+            document["shared_intermediate_size"] = shared.shape[-1] if shared else 0
         document["parameters"]["active"] = total - routed + routed * top_k // experts if routed else None
         document["clients"] = obstacles(config, beside(reader.folder))
     dtypes: dict[str, int] = {}
@@ -93,17 +88,6 @@ def describe(reader: Any) -> dict[str, Any]:
         "num_bytes": sum(files.values()),
         "num_tensors": len(reader.tensors),
     }
-
-
-def _positive(reader: Any, key: str) -> int:
-    value = reader.config.get(key)
-    if isinstance(value, list) and value and all(item == value[0] for item in value):
-        value = value[0]  # once per layer, all alike
-    if type(value) is not int or not 0 < value < 2**31:
-        raise CheckpointError(
-            f"{reader.folder}/config.json: {key} is {str(value)[:60]!r}, expected a positive whole number"
-        )
-    return value
 
 
 def render(document: dict[str, Any]) -> list[Any]:

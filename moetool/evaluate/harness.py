@@ -44,18 +44,25 @@ class Harness(HFLM):
         self.pretrained = str(folder.resolve())
         self.cache_hook = _Counter(self)
         self.capture = RouterCapture(model) if routing else None
-        self.stats: RoutingStats | None = None
+        self._stats: RoutingStats | None = None
         if distributed.is_initialized():
             self._rank, self._world_size = distributed.get_rank(), distributed.get_world_size()
         self._lengths: list[int | None] = []
 
-    def run(self, name: str, task: Any, limit: float | None, allow_code_execution: bool, progress: Progress) -> Any:
-        """Evaluate one task; return lm-eval's results with samples (None on processes other than the first)."""
+    def run(
+        self, name: str, task: Any, limit: float | None, allow_code_execution: bool, progress: Progress
+    ) -> tuple[Any, RoutingStats | None]:
+        """Evaluate one task.
+
+        Returns:
+            lm-eval's results with samples (None on processes other than the first), and the routes (None where
+            none were counted).
+        """
         num_documents = get_sample_size(task, limit) or len(task.eval_docs)
         if num_documents < self.world_size:
             raise EvaluationError(f"{num_documents} documents for {self.world_size} processes; launch fewer")
         self._progress, self._done, self._total = progress, 0, 0
-        self.stats = None
+        self._stats = None
         # The same settings as lm-eval's simple_evaluate.
         random.seed(0)
         np.random.seed(1234)
@@ -63,9 +70,8 @@ class Harness(HFLM):
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
         try:
             results = evaluate(self, {"tasks": {name: task}}, limit=limit, confirm_run_unsafe_code=allow_code_execution)
-            parts = [part for part in self.gather_object(self.stats) or [] if part is not None]
-            self.stats = sum(parts[1:], start=parts[0]) if parts else None
-            return results
+            parts = [part for part in self.gather_object(self._stats) or [] if part is not None]
+            return results, sum(parts[1:], start=parts[0]) if parts else None
         finally:
             self._progress = silent
             task._instances = None
@@ -141,9 +147,9 @@ class Harness(HFLM):
     # for generation; padding is not text and must not count.
 
     def _count(self, routes: list[Route], mask_T: Tensor) -> None:
-        if self.stats is None:
-            self.stats = RoutingStats.like(routes)
-        self.stats.update(routes, mask_T)
+        if self._stats is None:
+            self._stats = RoutingStats.like(routes)
+        self._stats.update(routes, mask_T)
 
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Any:
         if self.capture is None:

@@ -16,8 +16,8 @@ from lm_eval.utils import hash_string, sanitize_list, sanitize_model_name
 
 from moetool.checkpoint.folder import write_file
 from moetool.evaluate.cache import is_stderr, write_json
-from moetool.evaluate.compare import combine, influences, outside_noise, paired_difference, standard_error
-from moetool.evaluate.run import Evaluation
+from moetool.evaluate.evaluation import Evaluation
+from moetool.evaluate.paired_scores import combine, influences, outside_noise, paired_difference, standard_error
 from moetool.evaluate.settings import Settings
 from moetool.evaluate.suites import Benchmark, Suite
 from moetool.evaluate.tasks import Tasks

@@ -12,15 +12,16 @@ import torch
 from moetool.checkpoint.model import load_model, load_tokenizer, pick_device, skeleton
 from moetool.errors import CheckpointError, ConfigError
 from moetool.progress import Progress, silent
-from moetool.routing import metrics
+from moetool.routing import load_metrics
 from moetool.routing.capture import RouterCapture
 from moetool.routing.comparison import RouteFile, build_comparison, check_shapes
 from moetool.routing.drift import drift
-from moetool.routing.measure import Observer, Tokens, measure, outline, probe
 from moetool.routing.origin import Origin, first_entry, read_origin
 from moetool.routing.report import build_report
 from moetool.routing.settings import Settings
+from moetool.routing.shape import outline, probe
 from moetool.routing.stats import RoutingStats
+from moetool.routing.text_pass import Observer, Tokens, measure
 from moetool.routing.unit_use import UnitUse
 from moetool.routing.upcycling import build_upcycling
 from moetool.routing.vocabulary import TokenCounts, continual_specialization, distinct_tokens, table_size
@@ -105,7 +106,7 @@ def analyze(
     if tokens:
         together = sum(stats.values(), start=empty)
         rows = [empty.layers.index(layer) for layer in tokens.layers]
-        specialization = tokens.report(load_tokenizer(model[1]), metrics.load(together)[rows])
+        specialization = tokens.report(load_tokenizer(model[1]), load_metrics.load(together)[rows])
     return build_report(
         model[0],
         stats,

@@ -118,7 +118,7 @@ class RouterCapture:
         scoring: layer -> how it scores, as in Route, by its class.
 
     Raises:
-        CheckpointError: the model has no router, or two in one layer.
+        CheckpointError: the model has no router, two in one layer, or one whose choices cannot be read.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -129,6 +129,8 @@ class RouterCapture:
                 raise CheckpointError(
                     f"layer {layer} has two routers, the second is '{name}'; moetool reads one a layer"
                 )
+            if type(module).__name__ in _UNREADABLE:
+                raise _unreadable(type(module).__name__, layer)
             self.routers[layer] = module
         if not self.routers:
             raise CheckpointError(
@@ -218,13 +220,17 @@ def read_output(output: Any, class_name: str, layer: int) -> tuple[Tensor, Tenso
     Raises:
         CheckpointError: it returned something else.
     """
-    readable = isinstance(output, tuple) and len(output) >= 3 and class_name not in _UNREADABLE
-    if readable and all(isinstance(part, Tensor) for part in output[:3]):
+    if isinstance(output, tuple) and len(output) >= 3 and all(isinstance(part, Tensor) for part in output[:3]):
         logits, weights, indices = output[:3]
         if logits.ndim >= 2 and not indices.is_floating_point() and indices.shape == weights.shape:
             experts, top_k = logits.shape[-1], indices.shape[-1]
             return logits.float().reshape(-1, experts), weights.reshape(-1, top_k), indices.long().reshape(-1, top_k)
-    raise CheckpointError(
+    raise _unreadable(class_name, layer)
+
+
+def _unreadable(class_name: str, layer: int) -> CheckpointError:
+    """The refusal of a router whose choices cannot be read."""
+    return CheckpointError(
         f"layer {layer}: {class_name} does not return (logits, weights, chosen experts); its choices cannot be read"
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moetool.routing.metrics import Array
+from moetool.routing.load_metrics import Array
 from moetool.routing.stats import RoutingStats
 
 # Whole matrices are written for at most so many experts; the strongest pairs for any number.

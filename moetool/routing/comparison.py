@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from moetool.errors import ConfigError
-from moetool.routing import metrics
+from moetool.routing import load_metrics
 from moetool.routing.capture import Route
-from moetool.routing.measure import Batch, Tokens
 from moetool.routing.report import domain_entry
 from moetool.routing.stats import RoutingStats
+from moetool.routing.text_pass import Batch, Tokens
 
 
 class RouteFile:
@@ -108,7 +108,7 @@ def saturation_by_chance(one: RoutingStats, other: RoutingStats) -> list[float]:
 
     K / E where both are balanced.
     """
-    values = one.top_k * (metrics.load(one) * metrics.load(other)).sum(axis=1)
+    values = one.top_k * (load_metrics.load(one) * load_metrics.load(other)).sum(axis=1)
     return [float(value) for value in values]
 
 
@@ -138,8 +138,10 @@ def build_comparison(
         columns = {
             "saturation": routes.saturation(name, sums.num_tokens),
             "saturation_by_chance": saturation_by_chance(before[name], sums),
-            "mri_change": [new - old for new, old in zip(metrics.mri(sums), metrics.mri(before[name]), strict=True)],
-            "load_divergence": metrics.domain_divergence(before[name], sums),
+            "mri_change": [
+                new - old for new, old in zip(load_metrics.mri(sums), load_metrics.mri(before[name]), strict=True)
+            ],
+            "load_divergence": load_metrics.domain_divergence(before[name], sums),
         }
         for row, layer in enumerate(entry["layers"]):
             layer |= {key: values[row] for key, values in columns.items()}

@@ -102,7 +102,6 @@ def read_block(
 
 
 def _relative(squares: dict[tuple[int, int | None], Tensor], owner: tuple[int, int | None]) -> float | None:
-    if owner not in squares or not squares[owner][1]:
-        return None
-    value = math.sqrt(squares[owner][0] / squares[owner][1])
+    changed, before = squares[owner].tolist() if owner in squares else (0.0, 0.0)
+    value = math.sqrt(changed / before) if before else math.nan
     return value if math.isfinite(value) else None

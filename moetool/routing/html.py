@@ -15,7 +15,7 @@ from typing import Any
 
 from moetool import __version__
 from moetool.routing.coactivation import MATRIX_EXPERTS
-from moetool.routing.metrics import DEAD_LOAD
+from moetool.routing.load_metrics import DEAD_LOAD
 from moetool.routing.upcycling_page import beginning, changed_units, notes, similarity_series, tiles, use_series
 
 # The page shows the tokens of so many experts at most; report.json has all.

@@ -5,7 +5,6 @@ Shapes: F intermediate units of an expert.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from moetool import __version__, registry
 from moetool.arch.dense_config import dense_config, open_dense
-from moetool.arch.spec import ArchSpec, dense_ffn, detect, routed_factor
+from moetool.arch.moe_source import moe_source
+from moetool.arch.spec import ArchSpec, dense_ffn, routed_factor
 from moetool.checkpoint.hub import find_model
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, MoetoolError
@@ -30,8 +30,6 @@ from moetool.recipe import (
     units_digest,
 )
 
-_LAYER = re.compile(r"^model\.layers\.(\d{1,6})\.")
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -40,7 +38,7 @@ class Origin:
     Attributes:
         entry: the lineage entry.
         recipe: what was asked.
-        spec: the family on disk.
+        spec: the family.
         layers: the layers with experts, ascending.
         num_units: intermediate units of an expert (F).
         sources: the dense models as their user named them: DENSE, then the other donors.
@@ -93,44 +91,30 @@ def read_origin(folder: Path) -> Origin | None:
     if entry is None or entry.get("command") != "upcycle":
         return None
     with CheckpointReader(folder) as reader:
-        spec = detect(reader.config)
-        if spec is None:
-            return None
-        numbers = {int(found[1]) for name in reader.tensors if (found := _LAYER.match(name))}
-        layers = sorted(layer for layer in numbers if spec.router.format(layer=layer) in reader.tensors)
-        num_experts = reader.config.get(spec.num_experts_key)
-        num_units = _num_units(reader, spec, layers[0]) if layers else None
-    if num_units is None:
-        return None  # not in the layout that moetool writes
+        source = moe_source(reader)
+    if source is None or not source.layers:
+        return None
     path = folder / LINEAGE
     try:
         recipe = UpcycleRecipe.from_json(entry.get("recipe", {}))
         _check_recipe(recipe)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}; delete it to analyse the checkpoint without") from None
-    if recipe.num_experts != num_experts:
+    if recipe.num_experts != source.num_experts:
         raise CheckpointError(
-            f"{path} tells of {recipe.num_experts} experts, config.json of {num_experts!r}; delete it to analyse the"
-            " checkpoint without"
+            f"{path} tells of {recipe.num_experts} experts, config.json of {source.num_experts}; delete it to analyse"
+            " the checkpoint without"
         )
     sources = recorded_sources(entry)
     named = all(isinstance(source.get("name"), str) and isinstance(source.get("sha256"), dict) for source in sources)
     if not named or len(sources) != recipe.num_donors:
         raise CheckpointError(f"{path} does not name the dense source; delete it to analyse the checkpoint without")
     names = tuple(source["name"] for source in sources)
-    origin = Origin(entry, recipe, spec, tuple(layers), num_units, names)
+    num_units = source.expert(source.layers[0], 0, "gate").shape[0]
+    origin = Origin(entry, recipe, source.spec, source.layers, num_units, names)
     if origin.num_redrawn:
         _check_digests(origin, path)
     return origin
-
-
-def _num_units(reader: CheckpointReader, spec: ArchSpec, layer: int) -> int | None:
-    """Units of an expert, from the shape of its tensor; None where it has another shape than it should."""
-    info = reader.tensors.get(spec.experts["gate"].format(layer=layer, expert=0))
-    if info is None or len(info.shape) != (3 if spec.fused else 2):
-        return None
-    together = sum(name == spec.experts["gate"] for name in spec.experts.values()) if spec.fused else 1
-    return info.shape[-2] // together
 
 
 def _check_recipe(recipe: UpcycleRecipe) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moetool import registry
 from moetool.checkpoint.folder import write_files
-from moetool.routing import metrics
+from moetool.routing import load_metrics
 from moetool.routing.coactivation import coactivation
 from moetool.routing.stats import RoutingStats
 from moetool.routing.verdict import verdict
@@ -20,14 +20,14 @@ SCHEMA_VERSION = 1
 
 
 def domain_entry(stats: RoutingStats) -> dict[str, Any]:
-    """One domain: the number of tokens and every measure of every layer.
+    """One domain: the number of tokens and every metric of every layer's load.
 
-    A measure that needs what was not counted (router probabilities, with counts of another engine) is
+    A metric that needs what was not counted (router probabilities, with counts of another engine) is
     null.
     """
-    columns: dict[str, list[Any]] = {"load": metrics.load(stats).tolist()}
-    columns |= {name: registry.load("metric", name)(stats) for name in registry.names("metric")}
-    columns["mean_probability"] = metrics.mean_probability(stats).tolist()
+    columns: dict[str, list[Any]] = {"load": load_metrics.load(stats).tolist()}
+    columns |= {name: registry.load("metric", name)(stats) for name in registry.METRICS["load"]}
+    columns["mean_probability"] = load_metrics.mean_probability(stats).tolist()
     rows = [
         {"layer": layer} | {name: _finite(values[row]) for name, values in columns.items()}
         for row, layer in enumerate(stats.layers)
@@ -72,7 +72,7 @@ def build_report(
 
 def _divergence(stats: Mapping[str, RoutingStats]) -> list[dict[str, Any]]:
     return [
-        {"domains": [one, other], "layers": (jsd := metrics.domain_divergence(stats[one], stats[other])),
+        {"domains": [one, other], "layers": (jsd := load_metrics.domain_divergence(stats[one], stats[other])),
          "mean": sum(jsd) / len(jsd)}
         for one, other in combinations(stats, 2)
     ]  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moetool.arch.dense_config import open_dense
+from moetool.arch.moe_source import MoESource, moe_source
 from moetool.arch.spec import dense_ffn
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError
@@ -54,16 +55,18 @@ def similarity(
     """
     rows = []
     with ExitStack() as stack:
-        reader = stack.enter_context(CheckpointReader(folder))
+        moe = moe_source(stack.enter_context(CheckpointReader(folder)))
+        if moe is None or moe.layers != origin.layers:
+            raise CheckpointError("the files do not hold the experts of all layers")
         sources = [stack.enter_context(open_dense(path)) for path in dense or ()]
         for done, layer in enumerate(origin.layers):
             progress("similarity of experts", done, len(origin.layers))
-            rows.append({"layer": layer} | _layer(reader, sources, origin, layer))
+            rows.append({"layer": layer} | _layer(moe, sources, origin, layer))
     progress("similarity of experts", len(origin.layers), len(origin.layers))
     return rows
 
 
-def _layer(reader: CheckpointReader, sources: Sequence[CheckpointReader], origin: Origin, layer: int) -> dict[str, Any]:
+def _layer(moe: MoESource, sources: Sequence[CheckpointReader], origin: Origin, layer: int) -> dict[str, Any]:
     E = origin.recipe.num_experts
     between = {part: torch.full((E, E), math.nan, dtype=torch.float64) for part in PARTS}
     dense = {part: torch.full((E, 1), math.nan, dtype=torch.float64) for part in PARTS}
@@ -71,7 +74,7 @@ def _layer(reader: CheckpointReader, sources: Sequence[CheckpointReader], origin
         of = torch.tensor(experts)
         rows = torch.arange(len(experts))
         donors = torch.tensor([origin.recipe.donor(expert) for expert in experts]) if sources else rows
-        for part, cosine_MM in _cosines(reader, sources, origin, layer, experts).items():
+        for part, cosine_MM in _cosines(moe, sources, origin, layer, experts).items():
             between[part][of[:, None], of] = cosine_MM[: len(experts), : len(experts)]
             between[part][of, of] = math.nan
             if sources:
@@ -115,7 +118,7 @@ class Matrix:
 
 
 def _matrices(
-    reader: CheckpointReader,
+    moe: MoESource,
     sources: Sequence[CheckpointReader],
     origin: Origin,
     layer: int,
@@ -123,20 +126,17 @@ def _matrices(
     projection: str,
 ) -> tuple[list[Matrix], int]:
     """One projection of experts of one part, then of that part in each dense model; and its rows."""
-    gate = _plain(reader, origin.spec.expert_place("gate", layer, experts[0], 0)[0], layer)
-    F, hidden = origin.num_units, gate.shape[-1]
+    F, hidden = origin.num_units, moe.expert(layer, experts[0], "gate").shape[1]
     rows, columns = (hidden, F) if projection == "down" else (F, hidden)
-    fused = sum(name == origin.spec.experts[projection] for name in origin.spec.experts.values())
-    whole = (origin.recipe.num_experts, fused * rows, columns) if origin.spec.fused else (rows, columns)
     found = []
     for expert in experts:
-        name, start = origin.spec.expert_place(projection, layer, expert, rows * columns)
+        info = moe.expert(layer, expert, projection)
         order_F = permutation(origin.recipe, layer, expert, F)
         place_F = None if order_F is None else order_F.argsort()
-        found.append(Matrix(reader, _plain(reader, name, layer, whole), start, columns, columns, place_F))
+        found.append(Matrix(moe.reader, _plain(info, layer, (rows, columns)), 0, columns, columns, place_F))
     first, units = origin.recipe.first_unit(experts[0], F), F * origin.recipe.granularity
     for source in sources:
-        info = _plain(source, dense_ffn(layer)[projection], layer)
+        info = _plain(source.tensors[dense_ffn(layer)[projection]], layer)
         if projection == "down":
             found.append(Matrix(source, info, first, units, columns, factor=origin.factor))
         else:
@@ -144,15 +144,15 @@ def _matrices(
     return found, rows
 
 
-def _plain(reader: CheckpointReader, name: str, layer: int, shape: tuple[int, ...] | None = None) -> TensorInfo:
-    info = reader.tensors.get(name)
-    if info is None or info.dtype not in DTYPES or shape not in (None, info.shape):
-        raise CheckpointError(f"layer {layer}: the files hold no plain {name.rpartition('.layers.')[2]} of one shape")
+def _plain(info: TensorInfo, layer: int, shape: tuple[int, ...] | None = None) -> TensorInfo:
+    if info.dtype not in DTYPES or shape not in (None, info.shape):
+        name = info.name.rpartition(".layers.")[2]
+        raise CheckpointError(f"layer {layer}: the files hold no plain {name} of one shape")
     return info
 
 
 def _cosines(
-    reader: CheckpointReader, sources: Sequence[CheckpointReader], origin: Origin, layer: int, experts: Sequence[int]
+    moe: MoESource, sources: Sequence[CheckpointReader], origin: Origin, layer: int, experts: Sequence[int]
 ) -> dict[str, Tensor]:
     """Part -> cosine similarity (M, M); NaN where a part is empty."""
     M = len(experts) + len(sources)
@@ -160,7 +160,7 @@ def _cosines(
     # the latter.
     total_MM, kept_MM, norm_MM = (torch.zeros(M, M, dtype=torch.float64) for _ in range(3))
     for projection in PROJECTIONS:
-        matrices, R = _matrices(reader, sources, origin, layer, experts, projection)
+        matrices, R = _matrices(moe, sources, origin, layer, experts, projection)
         kept_MF = torch.ones(M, origin.num_units)
         for row, expert in enumerate(experts if origin.num_redrawn else ()):
             redrawn_F, place_F = origin.redrawn(layer, expert, projection), matrices[row].place_F

@@ -5,8 +5,8 @@ Shapes: T tokens, E experts, K top-k, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,19 @@ from torch import Tensor
 from moetool.errors import CheckpointError
 from moetool.routing.capture import Route
 
-# The sums of one layer, in this order: routes to each expert (E,), router probability of each expert
-# (E,), and tokens for which two experts were both chosen (E, E; the diagonal repeats the first).
-_SHAPES = (1, 1, 2)
-_DTYPES = (torch.int64, torch.float64, torch.int64)
+
+class _Sums(NamedTuple):
+    """Of one layer: routes to each expert, probability of each, tokens for which two were both chosen."""
+
+    counts_E: Tensor  # int64
+    probability_E: Tensor  # float64
+    coactivation_EE: Tensor  # int64; its diagonal is counts_E
+
+
+def _zeros(E: int) -> _Sums:
+    return _Sums(
+        torch.zeros(E, dtype=torch.int64), torch.zeros(E, dtype=torch.float64), torch.zeros(E, E, dtype=torch.int64)
+    )
 
 
 class RoutingStats:
@@ -34,17 +43,19 @@ class RoutingStats:
         num_tokens: tokens counted.
     """
 
-    def __init__(self, layers: Iterable[int], num_experts: int, top_k: int) -> None:
+    def __init__(
+        self,
+        layers: Iterable[int],
+        num_experts: int,
+        top_k: int,
+        num_tokens: int = 0,
+        sums: Mapping[int, _Sums] | None = None,
+    ) -> None:
         self.layers = list(layers)
         self.num_experts = num_experts
         self.top_k = top_k
-        self.num_tokens = 0
-        self._sums: dict[int, list[Tensor]] = {layer: self._zeros() for layer in self.layers}
-
-    def _zeros(self) -> list[Tensor]:
-        return [
-            torch.zeros((self.num_experts,) * rank, dtype=dtype) for rank, dtype in zip(_SHAPES, _DTYPES, strict=True)
-        ]
+        self.num_tokens = num_tokens
+        self._sums = dict(sums) if sums else {layer: _zeros(num_experts) for layer in self.layers}
 
     @classmethod
     def like(cls, routes: list[Route]) -> RoutingStats:
@@ -87,33 +98,33 @@ class RoutingStats:
             to = "cpu" if chosen_TE.device.type == "mps" else chosen_TE.device
             with torch.autocast(chosen_TE.device.type, enabled=False):  # bf16 would round the counts
                 together_EE = (chosen_TE.T @ chosen_TE).to(to)
-            sums = self._sums[route.layer] = [total.to(to) for total in self._sums[route.layer]]
-            sums[0] += together_EE.diagonal().long()
-            sums[1] += probabilities_TE.to(to).sum(dim=0, dtype=torch.float64)
-            sums[2] += together_EE.long()
+            sums = self._sums[route.layer] = _Sums(*(total.to(to) for total in self._sums[route.layer]))
+            sums.counts_E.add_(together_EE.diagonal().long())
+            sums.probability_E.add_(probabilities_TE.to(to).sum(dim=0, dtype=torch.float64))
+            sums.coactivation_EE.add_(together_EE.long())
 
-    def _stack(self, part: int) -> np.ndarray[Any, np.dtype[Any]]:
-        return np.stack([self._sums[layer][part].cpu().numpy() for layer in self.layers])
+    def _stack(self, part: Callable[[_Sums], Tensor]) -> np.ndarray[Any, np.dtype[Any]]:
+        return np.stack([part(self._sums[layer]).cpu().numpy() for layer in self.layers])
 
     @property
     def counts_LE(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Tokens routed to each expert; a layer's sum is num_tokens x top_k."""
-        return self._stack(0)
+        return self._stack(lambda sums: sums.counts_E)
 
     @property
     def probability_LE(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Sums over tokens of the router's probability of each expert; a layer's sum is num_tokens."""
-        return self._stack(1)
+        return self._stack(lambda sums: sums.probability_E)
 
     @property
     def coactivation_LEE(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Tokens for which both experts were chosen; the diagonal is `counts_LE`."""
-        return self._stack(2)
+        return self._stack(lambda sums: sums.coactivation_EE)
 
     @property
     def has_pairs(self) -> bool:
         """Whether pairs were counted; another engine's counts of routes have none."""
-        return any(bool(sums[2].any()) for sums in self._sums.values())
+        return any(bool(sums.coactivation_EE.any()) for sums in self._sums.values())
 
     def __add__(self, other: RoutingStats) -> RoutingStats:
         """The stats of both texts together.
@@ -124,12 +135,11 @@ class RoutingStats:
         ours, theirs = ((stats.layers, stats.num_experts, stats.top_k) for stats in (self, other))
         if ours != theirs:
             raise ValueError(f"stats of unlike models do not add up: {ours} and {theirs}")
-        total = RoutingStats(self.layers, self.num_experts, self.top_k)
-        total.num_tokens = self.num_tokens + other.num_tokens
-        for layer in self.layers:
-            pairs = zip(self._sums[layer], other._sums[layer], strict=True)
-            total._sums[layer] = [mine + its.to(mine.device) for mine, its in pairs]
-        return total
+        sums = {
+            layer: _Sums(*(mine + its.to(mine.device) for mine, its in zip(own, other._sums[layer], strict=True)))
+            for layer, own in self._sums.items()
+        }
+        return RoutingStats(*ours, self.num_tokens + other.num_tokens, sums)
 
     def arrays(self) -> dict[str, Tensor]:
         """All sums as CPU tensors that may be added up over processes: `num_tokens` (), `counts` (L, E),
@@ -144,9 +154,6 @@ class RoutingStats:
     @classmethod
     def from_arrays(cls, layers: Iterable[int], top_k: int, arrays: Mapping[str, Tensor]) -> RoutingStats:
         """The inverse of `arrays`."""
-        stats = cls([], arrays["counts"].shape[-1], top_k)
-        stats.layers, stats.num_tokens = list(layers), int(arrays["num_tokens"])
-        for row, layer in enumerate(stats.layers):
-            parts = (arrays["counts"][row], arrays["probability"][row], arrays["coactivation"][row])
-            stats._sums[layer] = [part.to(dtype) for part, dtype in zip(parts, _DTYPES, strict=True)]
-        return stats
+        parts = arrays["counts"].long(), arrays["probability"].double(), arrays["coactivation"].long()
+        sums = {layer: _Sums(*rows) for layer, rows in zip(layers, zip(*parts, strict=True), strict=True)}
+        return cls(sums, parts[0].shape[-1], top_k, int(arrays["num_tokens"]), sums)

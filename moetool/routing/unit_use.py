@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moetool.routing.capture import Route
-from moetool.routing.measure import Batch
 from moetool.routing.origin import Origin
+from moetool.routing.text_pass import Batch
 
 IDLE = 0.01  # of the kept units' median contribution
 _LAYER = re.compile(r"\.layers\.(\d+)\.")

@@ -79,12 +79,8 @@ def change(first: Measured, second: Measured | None, *keys: str, share: bool = F
         values = [value[key] for value in values]
     if values[0] is None:
         return None
-    shown = [_share(value) if share else f"{value:.2f}" for value in values if value is not None]
-    return " → ".join(text.replace("-0.00", "0.00") for text in shown)
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.0f} %"
+    shown = [f"{100 * value:.0f} %" if share else f"{value:z.2f}" for value in values if value is not None]
+    return " → ".join(shown)
 
 
 def tiles(first: Measured, second: Measured | None) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moetool.routing.metrics import DEAD_LOAD
+from moetool.routing.load_metrics import DEAD_LOAD
 
 COLLAPSED_SPREAD = 0.4
 BALANCED_SPREAD = 0.85

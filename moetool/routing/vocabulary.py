@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moetool.routing.capture import Route
-from moetool.routing.measure import Batch, Tokens
-from moetool.routing.metrics import Array
+from moetool.routing.load_metrics import Array
 from moetool.routing.stats import RoutingStats
+from moetool.routing.text_pass import Batch, Tokens
 
 NUM_TOKENS = 8  # shown for each expert
 MIN_OCCURRENCES = 10  # a token that is rarer is not shown: one visit would make it a speciality

@@ -9,7 +9,7 @@ import torch
 
 from moetool.checkpoint.memory import free_memory
 from moetool.routing.capture import RouterCapture, has_routers
-from moetool.routing.measure import outline
+from moetool.routing.shape import outline
 from moetool.train.config import TrainConfig
 from moetool.train.loss import CHUNK_ELEMENTS
 

@@ -12,7 +12,7 @@ import torch
 
 from moetool.checkpoint.folder import naming, write_file
 from moetool.outside import fits
-from moetool.routing.metrics import dead_experts, entropy, mri
+from moetool.routing.load_metrics import dead_experts, entropy, mri
 from moetool.routing.stats import RoutingStats
 
 # What a run that goes on relies on in a row, and in one of a training step.

@@ -88,7 +88,7 @@ def fills_of(
 
 def _missing_bias(name: str, tensors: Mapping[str, TensorInfo], spec: ArchSpec) -> str | None:
     """The bias of a weight, where the family always has one and the source has none."""
-    for projection, weight in zip("qkvo", ATTENTION, strict=True):
+    for projection, weight in zip(BIASES, ATTENTION, strict=True):
         if projection in spec.zero_biases and name.endswith(f".{weight}"):
             bias = name.removesuffix(weight) + BIASES[projection][0]
             return None if bias in tensors else bias
@@ -101,9 +101,8 @@ def _beside_experts(spec: ArchSpec, recipe: UpcycleRecipe, layer: int, hidden: i
     router = Place(spec.router.format(layer=layer))
     fills = [Fill("router", (), (router,), spec.router_dtype or dtype, (experts, hidden), layer)]
     if spec.selection_bias:
-        name, letters = spec.selection_bias
-        shape = tuple(experts if letter == "E" else int(letter) for letter in letters.split())
-        fills.append(Fill("constant", (), (Place(name.format(layer=layer)),), "F32", shape, layer))
+        shape = (1, experts) if spec.selection_bias_is_matrix else (experts,)
+        fills.append(Fill("constant", (), (Place(spec.selection_bias.format(layer=layer)),), "F32", shape, layer))
     if spec.shared and spec.shared.gate:
         fills.append(Fill("constant", (), (Place(spec.shared.gate.format(layer=layer)),), dtype, (1, hidden), layer))
     return fills
@@ -160,7 +159,7 @@ def _from_scratch(fills: Sequence[Fill], spec: ArchSpec, dense: Mapping[str, Any
 
 def _begin(fill: Fill, spec: ArchSpec, dense: Mapping[str, Any]) -> Fill:
     name = fill.places[0].tensor
-    if spec.selection_bias and name == spec.selection_bias[0].format(layer=fill.layer):
+    if spec.selection_bias and name == spec.selection_bias.format(layer=fill.layer):
         return fill
     if name.endswith(".bias"):
         return replace(fill, kind="constant", sources=(), value=0.0)

@@ -28,8 +28,9 @@ from moetool.checkpoint.model import load_model
 from moetool.cli import run as moetool
 from moetool.routing.capture import RouterCapture
 from moetool.routing.comparison import RouteFile
-from moetool.routing.measure import Batch, Observer, measure, probe
 from moetool.routing.origin import read_origin
+from moetool.routing.shape import probe
+from moetool.routing.text_pass import Batch, Observer, measure
 from moetool.routing.unit_use import SAMPLE, UnitUse
 from moetool.routing.vocabulary import TokenCounts
 

@@ -29,7 +29,7 @@ PRELOAD = [
     "moetool.train.loop",
     "moetool.train.open",
     "moetool.evaluate.results",
-    "moetool.evaluate.plots",
+    "moetool.evaluate.score_plots",
     "moetool.routing.analysis",
     "moetool.routing.plots",
     "transformers.models.llama.modeling_llama",

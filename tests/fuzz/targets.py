@@ -195,7 +195,7 @@ def _index(fresh: Callable[[str], Path], llama: Path) -> Target:
 
 def _lineage(fresh: Callable[[str], Path], upcycled: Path) -> Target:
     from moetool.commands.inspect import lineage_line
-    from moetool.evaluate.plots import training_tokens
+    from moetool.evaluate.score_plots import training_tokens
     from moetool.recipe import extend_lineage, read_lineage
     from moetool.routing.origin import find_dense, read_origin
 
@@ -239,7 +239,7 @@ overwrite: false
 
 
 def _counts(path: Path) -> Target:
-    from moetool.routing.counts import read_counts
+    from moetool.routing.counts_file import read_counts
     from moetool.routing.html import render
     from moetool.routing.report import build_report
 
@@ -376,8 +376,8 @@ def _state(run: Path, llama: Path) -> Target:
 
 def _kept(out: Path) -> Target:
     from moetool.evaluate import cache
+    from moetool.evaluate.evaluation import Evaluation
     from moetool.evaluate.results import build_document
-    from moetool.evaluate.run import Evaluation
     from moetool.evaluate.tasks import Tasks
 
     class Task:

@@ -218,7 +218,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("moetool.evaluate.run.load_model", refuse)
+    monkeypatch.setattr("moetool.evaluate.evaluation.load_model", refuse)
 
 
 @pytest.mark.usefixtures("no_weights")

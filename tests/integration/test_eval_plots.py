@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moetool.evaluate.plots import training_tokens
+from moetool.evaluate.score_plots import training_tokens
 from tests import tiny
 
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moetool.routing.capture import RouterCapture
 from moetool.routing.drift import drift
+from moetool.routing.shape import outline
 from tests import tiny
 
 SMALL: dict[str, Any] = {
@@ -165,6 +167,23 @@ def test_load_is_what_the_routers_return(family: str, jsonl: Path, tmp_path: Pat
         assert row["load"] == pytest.approx([count / 400 for count in expected[row["layer"]]])
         assert sum(row["mean_probability"]) == pytest.approx(1)
         assert len(set(row["load"])) > 1, "nothing to tell apart"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_and_top_k_are_known_without_weights(family: str) -> None:
+    config = AutoConfig.for_model(family, **(SMALL | FAMILIES[family][0]))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = outline(model, RouterCapture(model))
+    assert found is not None
+    assert (found.layers, found.num_experts, found.top_k) == (FAMILIES[family][1], 4, 2)
+
+
+def test_a_router_that_takes_token_numbers_is_not_known_without_weights() -> None:
+    config = AutoConfig.for_model("deepseek_v4", num_hidden_layers=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert outline(model, RouterCapture(model)) is None
 
 
 @pytest.mark.parametrize("family", BIASED)

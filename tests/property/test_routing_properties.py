@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetool.routing import metrics
+from moetool.routing import load_metrics
 from moetool.routing.capture import Route
 from moetool.routing.stats import RoutingStats
 
@@ -40,15 +40,15 @@ def test_ranges(batch: Any) -> None:
     E, K, *_ = batch
     stats = count(*batch)
     assert stats.counts_LE.sum() == stats.num_tokens * K
-    assert np.isclose(metrics.load(stats).sum(), 1)
-    assert K / E - 1e-9 <= metrics.mri(stats)[0] <= 1 + 1e-9
-    assert 1 - 1e-9 <= metrics.mri_normalized(stats)[0] <= E / K + 1e-9
-    assert np.log(K) / np.log(E) - 1e-9 <= metrics.entropy(stats)[0] <= 1
-    assert 0 <= metrics.cv(stats)[0] <= np.sqrt(E / K - 1) + 1e-6
-    assert np.isclose(metrics.max_violation(stats)[0], metrics.mri_normalized(stats)[0] - 1)
-    assert len(metrics.dead_experts(stats)[0]) <= E - K
-    assert 0 <= metrics.balance_loss(stats)[0] <= E + 1e-6
-    assert np.isclose(metrics.balance_loss_hf(stats)[0], K * metrics.balance_loss(stats)[0])
+    assert np.isclose(load_metrics.load(stats).sum(), 1)
+    assert K / E - 1e-9 <= load_metrics.mri(stats)[0] <= 1 + 1e-9
+    assert 1 - 1e-9 <= load_metrics.mri_normalized(stats)[0] <= E / K + 1e-9
+    assert np.log(K) / np.log(E) - 1e-9 <= load_metrics.entropy(stats)[0] <= 1
+    assert 0 <= load_metrics.cv(stats)[0] <= np.sqrt(E / K - 1) + 1e-6
+    assert np.isclose(load_metrics.max_violation(stats)[0], load_metrics.mri_normalized(stats)[0] - 1)
+    assert len(load_metrics.dead_experts(stats)[0]) <= E - K
+    assert 0 <= load_metrics.balance_loss(stats)[0] <= E + 1e-6
+    assert np.isclose(load_metrics.balance_loss_hf(stats)[0], K * load_metrics.balance_loss(stats)[0])
 
 
 @given(batches(), st.randoms(use_true_random=False))
@@ -61,9 +61,9 @@ def test_naming_experts_otherwise_changes_nothing(batch: Any, random: Any) -> No
     moved = count(E, K, logits[:, order.argsort()], order[indices], mask)
     stats = count(E, K, logits, indices, mask)
     for name in ("mri", "mri_normalized", "entropy", "cv", "max_violation", "balance_loss"):
-        measure = getattr(metrics, name)
+        measure = getattr(load_metrics, name)
         assert np.isclose(measure(moved), measure(stats), atol=1e-6).all(), name
-    assert metrics.dead_experts(moved)[0] == sorted(new_name[e] for e in metrics.dead_experts(stats)[0])
+    assert load_metrics.dead_experts(moved)[0] == sorted(new_name[e] for e in load_metrics.dead_experts(stats)[0])
 
 
 @given(batches(), st.integers(0, 40))

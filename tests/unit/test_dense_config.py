@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from moetool.arch.dense import dims, layer_tensors, shape
+from moetool.arch.dense import Windows, dims, layer_tensors, shape
 from moetool.arch.dense_config import dense_config
 from moetool.arch.dense_families import DENSE
 from moetool.arch.spec import candidates
@@ -46,7 +46,7 @@ def test_what_a_config_omits_is_what_transformers_fills_in(family: str) -> None:
     rope = config.rope_parameters or ours["rope_parameters"]
     for key in ("rope_theta", "partial_rotary_factor"):
         assert ours["rope_parameters"].get(key, 1.0) == rope.get(key, 1.0)
-    if DENSE[family].windows == "layer_types" and hasattr(config, "layer_types"):
+    if DENSE[family].windows is Windows.BY_LAYER and hasattr(config, "layer_types"):
         assert ours["layer_types"] == config.layer_types
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from moetool.errors import DataError
-from moetool.routing import metrics
+from moetool.routing import load_metrics
 from moetool.routing.capture import Route
 from moetool.routing.coactivation import coactivation, expected_pairs
-from moetool.routing.counts import read_counts
+from moetool.routing.counts_file import read_counts
 from moetool.routing.html import percent, render, safe_json, visible
 from moetool.routing.report import build_report, write_report
 from moetool.routing.stats import RoutingStats
@@ -69,10 +69,10 @@ def test_all_pairs_of_the_top_k_count() -> None:
 
 def test_divergence_by_hand() -> None:
     one, other = stats_of([[0], [1]], 4), stats_of([[2], [3]], 4)
-    assert metrics.domain_divergence(one, one) == [0]
-    assert metrics.domain_divergence(one, other) == pytest.approx([1])
+    assert load_metrics.domain_divergence(one, one) == [0]
+    assert load_metrics.domain_divergence(one, other) == pytest.approx([1])
     # Loads (1/2, 1/2, 0, 0) and (1/2, 0, 1/2, 0): mean (1/2, 1/4, 1/4, 0) has 1.5 bits, each has 1.
-    assert metrics.domain_divergence(one, stats_of([[0], [2]], 4)) == pytest.approx([0.5])
+    assert load_metrics.domain_divergence(one, stats_of([[0], [2]], 4)) == pytest.approx([0.5])
 
 
 def test_report_follows_the_schema() -> None:

@@ -1,4 +1,4 @@
-"""Measures of layers that are read from a report, each against a small report written by hand."""
+"""Metrics of layers that are read from a report, each against a small report written by hand."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from moetool import registry
-from moetool.commands.analyze_routing_checks import MEASURES
-from moetool.routing.measures import of_metric
+from moetool.routing.report_metrics import of_load
 
-READ = MEASURES[1:]
+READ = [scope for scope in registry.METRICS if scope != "load"]
 
 
 def similar(value: float | None) -> dict[str, Any]:
@@ -59,25 +58,25 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-def test_every_measure_has_a_value_here() -> None:
-    assert set(EXPECTED) == {name for kind in READ for name in registry.names(kind)}
+def test_every_metric_has_a_value_here() -> None:
+    assert set(EXPECTED) == {name for scope in READ for name in registry.METRICS[scope]}
 
 
-@pytest.mark.parametrize("kind", READ)
-def test_measures_of_a_full_report_and_of_an_empty_one(kind: str) -> None:
+@pytest.mark.parametrize("scope", READ)
+def test_metrics_of_a_full_report_and_of_an_empty_one(scope: str) -> None:
     empty = {**dict.fromkeys(REPORT), "domains": REPORT["domains"]}
-    for name in registry.names(kind):
-        assert registry.load(kind, name)(REPORT) == EXPECTED[name], name
-        assert registry.load(kind, name)(empty) is None, name
+    for name in registry.METRICS[scope]:
+        assert registry.load("metric", name)(REPORT) == EXPECTED[name], name
+        assert registry.load("metric", name)(empty) is None, name
 
 
 def test_what_was_not_measured_within_a_report() -> None:
     report = {**REPORT, "comparison": {**REPORT["comparison"], "vocabulary_specialization": None}}
-    assert registry.load("comparison measure", "continual_specialization")(report) is None
+    assert registry.load("metric", "continual_specialization")(report) is None
     report = {**REPORT, "upcycling": {"layers": None, "unit_use": None}}
-    assert all(registry.load("upcycling measure", n)(report) is None for n in registry.names("upcycling measure"))
+    assert all(registry.load("metric", name)(report) is None for name in registry.METRICS["upcycling"])
 
 
 def test_a_list_counts_as_its_length() -> None:
-    assert of_metric(REPORT, "dead_experts") == {"a": [(1, 2), (3, 0)], "b": [(1, 0), (3, 0)]}
-    assert of_metric(REPORT, "mri")["b"] == [(1, None), (3, 1)]
+    assert of_load(REPORT, "dead_experts") == {"a": [(1, 2), (3, 0)], "b": [(1, 0), (3, 0)]}
+    assert of_load(REPORT, "mri")["b"] == [(1, None), (3, 1)]

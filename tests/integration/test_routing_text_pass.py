@@ -20,9 +20,10 @@ from moetool.routing.analysis import analyze
 from moetool.routing.capture import RouterCapture
 from moetool.routing.comparison import RouteFile, saturation_by_chance
 from moetool.routing.drift import drift
-from moetool.routing.measure import measure, probe, read_batches
 from moetool.routing.settings import Settings
+from moetool.routing.shape import probe
 from moetool.routing.stats import RoutingStats
+from moetool.routing.text_pass import measure, read_batches
 from moetool.routing.vocabulary import TokenCounts, continual_specialization
 from tests import tiny
 

@@ -1,4 +1,4 @@
-"""Measures of routing: pure functions of `RoutingStats`, one value a layer.
+"""Metrics of each layer's load: pure functions of `RoutingStats`, one value per layer.
 
 Shapes: E experts, L layers. K is top_k, N the number of tokens, N_i the tokens routed to expert i,
 f_i = N_i / (N K) its load. A layer without routes counts as balanced.

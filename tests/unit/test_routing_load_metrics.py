@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from moetool.registry import load, names
-from moetool.routing import metrics
+from moetool.registry import METRICS, load
+from moetool.routing import load_metrics
 from moetool.routing.capture import Route
 from moetool.routing.stats import RoutingStats
 
@@ -33,54 +33,54 @@ def stats_of(counts_LE: list[list[int]], top_k: int, probability_LE: list[list[f
 def test_hand_computed() -> None:
     # 10 tokens, top-2 of 4: twenty routes, loads .5, .3, .15, .05.
     stats = stats_of([[10, 6, 3, 1]], 2, [[4.0, 3.0, 2.0, 1.0]])
-    assert metrics.load(stats).tolist() == [[0.5, 0.3, 0.15, 0.05]]
-    assert metrics.mri(stats) == [1.0]
-    assert metrics.mri_normalized(stats) == [2.0]
+    assert load_metrics.load(stats).tolist() == [[0.5, 0.3, 0.15, 0.05]]
+    assert load_metrics.mri(stats) == [1.0]
+    assert load_metrics.mri_normalized(stats) == [2.0]
     nats = -(0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.15 * math.log(0.15) + 0.05 * math.log(0.05))
-    assert metrics.entropy(stats) == pytest.approx([nats / math.log(4)])
+    assert load_metrics.entropy(stats) == pytest.approx([nats / math.log(4)])
     # Deviations .25, .05, -.1, -.2 from the mean .25: variance (.0625 + .0025 + .01 + .04) / 4.
-    assert metrics.cv(stats) == pytest.approx([math.sqrt(0.115 / 4) / 0.25])
-    assert metrics.max_violation(stats) == [1.0]
-    assert metrics.mean_probability(stats) == pytest.approx(np.array([[0.4, 0.3, 0.2, 0.1]]))
+    assert load_metrics.cv(stats) == pytest.approx([math.sqrt(0.115 / 4) / 0.25])
+    assert load_metrics.max_violation(stats) == [1.0]
+    assert load_metrics.mean_probability(stats) == pytest.approx(np.array([[0.4, 0.3, 0.2, 0.1]]))
     # 4 (.5*.4 + .3*.3 + .15*.2 + .05*.1) = 4 * .325
-    assert metrics.balance_loss(stats) == pytest.approx([1.3])
-    assert metrics.balance_loss_hf(stats) == pytest.approx([2.6])
+    assert load_metrics.balance_loss(stats) == pytest.approx([1.3])
+    assert load_metrics.balance_loss_hf(stats) == pytest.approx([2.6])
 
 
 def test_balanced_and_collapsed() -> None:
     stats = stats_of([[5] * 8, [20, 20, 0, 0, 0, 0, 0, 0]], 2, [[2.5] * 8, [10, 10, 0, 0, 0, 0, 0, 0]])
-    assert metrics.mri(stats) == [0.25, 1.0]
-    assert metrics.mri_normalized(stats) == [1.0, 4.0]
-    assert metrics.entropy(stats) == pytest.approx([1.0, math.log(2) / math.log(8)])
-    assert metrics.cv(stats) == pytest.approx([0.0, math.sqrt(3)])
-    assert metrics.max_violation(stats) == [0.0, 3.0]
-    assert metrics.dead_experts(stats) == [[], [2, 3, 4, 5, 6, 7]]
-    assert metrics.balance_loss(stats) == pytest.approx([1.0, 4.0])
-    assert metrics.balance_loss_hf(stats) == pytest.approx([2.0, 8.0])
+    assert load_metrics.mri(stats) == [0.25, 1.0]
+    assert load_metrics.mri_normalized(stats) == [1.0, 4.0]
+    assert load_metrics.entropy(stats) == pytest.approx([1.0, math.log(2) / math.log(8)])
+    assert load_metrics.cv(stats) == pytest.approx([0.0, math.sqrt(3)])
+    assert load_metrics.max_violation(stats) == [0.0, 3.0]
+    assert load_metrics.dead_experts(stats) == [[], [2, 3, 4, 5, 6, 7]]
+    assert load_metrics.balance_loss(stats) == pytest.approx([1.0, 4.0])
+    assert load_metrics.balance_loss_hf(stats) == pytest.approx([2.0, 8.0])
 
 
 def test_dead_means_below_one_percent_of_the_routes_of_eight_experts() -> None:
     alive, dead = [10] + [141] * 6 + [144], [9] + [141] * 6 + [145]
     assert sum(alive) == sum(dead) == 1000
-    assert metrics.dead_experts(stats_of([alive, dead], 2)) == [[], [0]]
+    assert load_metrics.dead_experts(stats_of([alive, dead], 2)) == [[], [0]]
 
 
 def test_counts_alone_say_nothing_of_probabilities() -> None:
     stats = stats_of([[4, 4]], 1)
-    assert math.isnan(metrics.balance_loss(stats)[0])
-    assert np.isnan(metrics.mean_probability(stats)).all()
+    assert math.isnan(load_metrics.balance_loss(stats)[0])
+    assert np.isnan(load_metrics.mean_probability(stats)).all()
 
 
 def test_one_expert_and_no_tokens_are_balanced() -> None:
-    assert metrics.entropy(stats_of([[7]], 1)) == [1.0]
+    assert load_metrics.entropy(stats_of([[7]], 1)) == [1.0]
     empty = stats_of([[0, 0, 0, 0]], 2)
-    assert metrics.mri(empty) == [0.5]
-    assert metrics.dead_experts(empty) == [[]]
+    assert load_metrics.mri(empty) == [0.5]
+    assert load_metrics.dead_experts(empty) == [[]]
 
 
 def test_every_registered_metric_gives_a_value_a_layer() -> None:
     stats = stats_of([[3, 1], [2, 2], [0, 4]], 1, [[2.0, 2.0]] * 3)
-    for name in names("metric"):
+    for name in METRICS["load"]:
         assert len(load("metric", name)(stats)) == 3, name
 
 

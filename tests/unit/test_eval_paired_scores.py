@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from lm_eval.api import metrics as lm
 
-from moetool.evaluate.compare import combine, influences, outside_noise, paired_difference, standard_error
+from moetool.evaluate.paired_scores import combine, influences, outside_noise, paired_difference, standard_error
 
 
 def test_mean_has_lm_evals_own_standard_error() -> None:

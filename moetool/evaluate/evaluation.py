@@ -20,12 +20,13 @@ from moetool.errors import CheckpointError, DataError, EvaluationError
 from moetool.evaluate import cache
 from moetool.evaluate.harness import Harness
 from moetool.evaluate.lookup import one_line
-from moetool.evaluate.processes import from_first, is_first
+from moetool.evaluate.process_group import from_first, is_first
 from moetool.evaluate.settings import Settings
 from moetool.evaluate.tasks import Tasks, describe, digest
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
 from moetool.routing.report import domain_entry
+from moetool.routing.stats import RoutingStats
 
 
 @dataclass
@@ -107,7 +108,7 @@ def evaluate(
                 for name in left:
                     progress("evaluate", number * len(keys) + len(entries), total, f"{model_name}: {name}")
                     try:
-                        results = lm.run(
+                        results, stats = lm.run(
                             name, tasks.tasks[name], settings.limit, settings.allow_code_execution, progress
                         )
                     except Exception as error:  # a task runs its authors' code
@@ -118,7 +119,7 @@ def evaluate(
                         continue
                     if results is None:  # only the first process has results
                         continue
-                    entries[name] = _entry(lm, name, results, configs[name], settings)
+                    entries[name] = _entry(lm, name, results, stats, configs[name], settings)
                     cache.write(out, keys[name], entries[name])
         except (CheckpointError, DataError) as error:
             evaluation.failed += [{"model": model_name, "task": name, "reason": str(error)} for name in left]
@@ -147,7 +148,9 @@ def _loaded(folder: Path, settings: Settings) -> Iterator[Harness]:
             torch.cuda.empty_cache()
 
 
-def _entry(lm: Harness, name: str, results: Any, config: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def _entry(
+    lm: Harness, name: str, results: Any, stats: RoutingStats | None, config: dict[str, Any], settings: Settings
+) -> dict[str, Any]:
     samples = results.pop("samples")[name]
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     samples.sort(key=lambda sample: (filters.index(sample["filter"]), sample["doc_id"]))  # from several processes
@@ -159,7 +162,7 @@ def _entry(lm: Harness, name: str, results: Any, config: dict[str, Any], setting
     entry = {
         "results": results,
         "samples": samples,
-        "routing": domain_entry(lm.stats) if lm.stats is not None else None,
+        "routing": domain_entry(stats) if stats is not None else None,
         "model_info": lm.get_model_info(),
         "tokenizer_info": tokenizer_info,
         "date": datetime.now().isoformat().replace(":", "-"),

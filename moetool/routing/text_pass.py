@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetool.errors import CheckpointError, DataError
+from moetool.errors import DataError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
+from moetool.routing.shape import probe
 from moetool.routing.stats import RoutingStats
 
 
@@ -68,55 +70,6 @@ def read_batches(text: Tokens, seq_len: int, batch_size: int, num_tokens: int) -
         yield Batch(start, tokens_N, next_N, torch.from_numpy(ids_T).reshape(B, S), mask_T)
 
 
-class _FirstRoute(Exception):
-    """Ends a forward at its first router."""
-
-    def __init__(self, route: Route) -> None:
-        self.route = route
-
-
-@torch.inference_mode()
-def probe(model: Any, capture: RouterCapture) -> RoutingStats:
-    """Empty stats of the model's shape.
-
-    Families call the number of experts and top-k by a dozen names: what the first router returns for
-    one token says both.
-    """
-    device = model.get_input_embeddings().weight.device
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    found = _first_route(capture, partial(model.base_model, input_ids=ids, use_cache=False))
-    if found is None:
-        raise CheckpointError(f"{type(model).__name__}: none of its routers was asked for a token")
-    return found
-
-
-@torch.inference_mode()
-def outline(model: Any, capture: RouterCapture) -> RoutingStats | None:
-    """The same of a model on torch's meta device, which cannot run as a whole: one block is given a token.
-
-    None for the few families whose block wants more than that.
-    """
-    router = capture.routers[capture.layers[0]]
-    name = next(name for name, module in model.named_modules() if module is router)
-    hidden = torch.zeros(1, 1, model.config.get_text_config().hidden_size, device="meta")
-    try:
-        return _first_route(capture, partial(model.get_submodule(name.rpartition(".")[0]), hidden))
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None
-
-
-def _first_route(capture: RouterCapture, run: Callable[[], Any]) -> RoutingStats | None:
-    def end(route: Route) -> None:
-        raise _FirstRoute(route)
-
-    try:
-        with capture.collect(end):
-            run()
-    except _FirstRoute as first:
-        return RoutingStats(capture.layers, first.route.logits_TE.shape[-1], first.route.indices_TK.shape[-1])
-    return None
-
-
 @torch.inference_mode()
 def measure(
     model: Any,
@@ -154,7 +107,7 @@ def measure(
         total = min(text.num_tokens, max_tokens)
         if total < 1:
             raise DataError(f"--data {name}: no tokens to route; give a text that is not empty")
-        stats[name] = sums = empty + empty
+        stats[name] = sums = deepcopy(empty)
         began, done = time.monotonic(), 0
         for batch in read_batches(text, seq_len, batch_size, total):
             if (unknown := int(batch.tokens_N.max())) >= vocabulary:

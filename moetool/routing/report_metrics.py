@@ -1,8 +1,8 @@
-"""Measures with one value a layer that are read from a finished report, for `--fail-if`.
+"""Metrics with one value per layer, read from a finished report, for `--fail-if`.
 
 Each function maps a report to {where: [(layer, value)]}: where is the domain, or the pair of them, or
 empty for what is not measured on text. A value that is not known is None; so is the whole answer where
-the report does not have the measure.
+the report does not have the metric.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def idle_units(report: Report) -> Values | None:
     return report["upcycling"] and _by_domain(report["upcycling"]["unit_use"], "idle")
 
 
-def of_metric(report: Report, name: str) -> Values:
-    """A measure of each domain's layers; of a list (the dead experts), how many."""
+def of_load(report: Report, name: str) -> Values:
+    """A metric of the load in each domain; of a list (the dead experts), its length."""
     return {
         domain: [
             (row["layer"], len(row[name]) if isinstance(row[name], list) else row[name]) for row in found["layers"]

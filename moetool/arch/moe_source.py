@@ -1,0 +1,122 @@
+"""A Mixture of Experts as a source: where its routers and the matrices of its experts lie in a checkpoint.
+
+A checkpoint has either the names under which its family is published, or those of transformers 5's modules, as
+`save_pretrained(save_original_format=False)` and mergekit write them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from moetool.arch.forms import family_names
+from moetool.arch.spec import ArchSpec, detect
+from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.errors import CheckpointError
+from moetool.recipe import PROJECTIONS
+
+_LAYER = re.compile(r"^model\.layers\.(\d{1,6})\.")
+
+
+@dataclass(frozen=True)
+class MoESource:
+    """The sparse layers of a checkpoint. A matrix that is part of a tensor begins later in its file.
+
+    Attributes:
+        reader: of the checkpoint.
+        spec: the family, with the names that the checkpoint has.
+        tensors: of the checkpoint, under those names.
+        layers: those with a router and experts, ascending; none where the experts have other names or are packed.
+        num_experts: routed experts per layer.
+        top_k: routed experts per token.
+    """
+
+    reader: CheckpointReader
+    spec: ArchSpec
+    tensors: Mapping[str, TensorInfo]
+    layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+
+    def router(self, layer: int) -> TensorInfo:
+        """(num_experts, hidden_size)."""
+        return self.tensors[self.spec.router.format(layer=layer)]
+
+    def selection_bias(self, layer: int) -> TensorInfo | None:
+        """(num_experts,) or (1, num_experts); None where there is none."""
+        name = self.spec.selection_bias
+        return self.tensors.get(name.format(layer=layer)) if name else None
+
+    def expert(self, layer: int, expert: int, projection: str) -> TensorInfo:
+        """A matrix of a routed expert: (units, hidden_size), of `down` (hidden_size, units).
+
+        Raises:
+            CheckpointError: it is not there, or its tensor has not as many dimensions or experts as it should.
+        """
+        names = self.spec.experts
+        info = self.tensors.get(names[projection].format(layer=layer, expert=expert))
+        first = (self.num_experts,) if self.spec.fused else ()
+        if info is None or len(info.shape) != len(first) + 2 or info.shape[: len(first)] != first:
+            name = names[projection].format(layer=layer, expert=expert).partition(".layers.")[2]
+            raise CheckpointError(f"layer {layer}: the files hold no plain {name} of one shape")
+        return _part(info, names, projection, *((expert, self.num_experts) if self.spec.fused else (0, 1)))
+
+    def shared(self, layer: int, projection: str) -> TensorInfo | None:
+        """The same of the shared expert; None where there is none."""
+        names = self.spec.shared.tensors if self.spec.shared else {}
+        info = self.tensors.get(names[projection].format(layer=layer)) if names else None
+        return _part(info, names, projection) if info and len(info.shape) == 2 else None
+
+    @property
+    def num_routed(self) -> int:
+        """Elements of the routed experts of all layers."""
+        experts = range(1 if self.spec.fused else min(self.num_experts, len(self.tensors)))
+        templates = set(self.spec.experts.values())
+        names = (t.format(layer=layer, expert=e) for layer in self.layers for e in experts for t in templates)
+        return sum(self.tensors[name].num_elements for name in names if name in self.tensors)
+
+
+def moe_source(reader: CheckpointReader) -> MoESource | None:
+    """The sparse layers of a checkpoint; None where moetool has no spec of its family.
+
+    Raises:
+        CheckpointError: config.json does not say how many experts there are, and how many a token goes to.
+    """
+    spec = detect(reader.config)
+    if spec is None:
+        return None
+    tensors = family_names(reader.tensors, reader.config)
+    numbers = sorted({int(found[1]) for name in tensors if (found := _LAYER.match(name))})
+    num_experts, top_k = (_number(reader, spec, key) for key in (spec.num_experts_key, spec.top_k_key))
+    for named in (spec, spec.in_memory):
+        if layers := tuple(layer for layer in numbers if _is_sparse(tensors, named, layer)):
+            return MoESource(reader, named, tensors, layers, num_experts, top_k)
+    return MoESource(reader, spec, tensors, (), num_experts, top_k)
+
+
+def _is_sparse(tensors: Mapping[str, TensorInfo], spec: ArchSpec, layer: int) -> bool:
+    gate = tensors.get(spec.experts["gate"].format(layer=layer, expert=0))
+    return spec.router.format(layer=layer) in tensors and gate is not None and len(gate.shape) == 2 + spec.fused
+
+
+def _part(info: TensorInfo, names: Mapping[str, str], projection: str, expert: int = 0, experts: int = 1) -> TensorInfo:
+    """The matrix of an expert in a tensor that may hold several experts, and several projections of each."""
+    together = [other for other in PROJECTIONS if names[other] == names[projection]]
+    parts = experts * len(together)
+    rows, size = math.prod(info.shape[:-1]) // parts, info.size // parts
+    start = info.start + (expert * len(together) + together.index(projection)) * size
+    return replace(info, shape=(rows, info.shape[-1]), start=start, size=size)
+
+
+def _number(reader: CheckpointReader, spec: ArchSpec, key: str) -> int:
+    names = [key, *(other for other, ours in spec.keys.items() if ours == key)]
+    value = next((reader.config[name] for name in names if reader.config.get(name) is not None), None)
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
+        value = value[0]  # once per layer, all alike
+    if type(value) is not int or not 0 < value < 2**31:
+        raise CheckpointError(
+            f"{reader.folder}/config.json: {key} is {str(value)[:60]!r}, expected a positive whole number"
+        )
+    return value

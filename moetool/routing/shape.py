@@ -1,0 +1,55 @@
+"""How many experts a model's routers choose from, and how many they choose: what a router returns for one token.
+
+Families call the two by a dozen names. Shapes: T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+
+from moetool.errors import CheckpointError
+from moetool.routing.capture import RouterCapture, read_output
+from moetool.routing.stats import RoutingStats
+
+BY_SEQUENCE = {"AfmoeTokenChoiceRouter"}  # routers that take hidden states as (batch, sequence, D), not as (T, D)
+
+
+@torch.inference_mode()
+def probe(model: Any, capture: RouterCapture) -> RoutingStats:
+    """Empty stats of the model's shape.
+
+    Raises:
+        CheckpointError: a router cannot be read, or none is asked.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    with capture.collect() as routes:
+        model.base_model(input_ids=ids, use_cache=False)
+    if not routes:
+        raise CheckpointError(f"{type(model).__name__}: none of its routers was asked for a token")
+    return RoutingStats(capture.layers, routes[0].logits_TE.shape[-1], routes[0].indices_TK.shape[-1])
+
+
+@torch.inference_mode()
+def outline(model: Any, capture: RouterCapture) -> RoutingStats | None:
+    """The same of a model on torch's meta device, which cannot run as a whole: its first router alone is asked.
+
+    Returns:
+        None where that router takes more than hidden states and the selection bias of its block: DeepSeek-V4's
+        chooses by the number of the token.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    layer, router = next(iter(capture.routers.items()))
+    kind = type(router).__name__
+    block = next(module for module in model.modules() if router in module.children())
+    _, *others = signature(router.forward).parameters
+    if not all(hasattr(block, other) for other in others):
+        return None
+    D = model.config.get_text_config().hidden_size
+    hidden = torch.zeros((1, 1, D) if kind in BY_SEQUENCE else (1, D), device="meta")
+    logits_TE, _, indices_TK = read_output(router(hidden, *(getattr(block, other) for other in others)), kind, layer)
+    return RoutingStats(capture.layers, logits_TE.shape[-1], indices_TK.shape[-1])
