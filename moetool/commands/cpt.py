@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
 from moetool import registry
 from moetool.commands.console import Console, count, escape, size
-from moetool.commands.memory import estimated
+from moetool.commands.memory_estimate import estimated
 from moetool.commands.options import (
     ConfigFlag,
     Dtype,
@@ -27,6 +27,11 @@ from moetool.commands.options import (
     write_options,
 )
 from moetool.errors import ConfigError
+from moetool.launch import is_first, num_processes
+
+if TYPE_CHECKING:
+    from moetool.train.config import TrainConfig
+    from moetool.train.run_plan import RunPlan
 
 
 def _balance(values: list[str] | None) -> list[str] | None:
@@ -263,23 +268,19 @@ def cpt(
         raise typer.BadParameter(f"--min-lr {min_lr:g} is above --lr {lr:g}; it is where the learning rate ends")
     try:
         micro = micro_batch_size or default_micro_batch(global_batch_size)
-        check_batches(global_batch_size, micro, int(os.environ.get("WORLD_SIZE", "1")))
+        check_batches(global_batch_size, micro, num_processes())
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
 
     from moetool.checkpoint.hub import resolve_model
     from moetool.train.balance import check_frozen, parse
-    from moetool.train.loop import Run
-    from moetool.train.open import open_run
-    from moetool.train.state import saved_steps
 
     try:
         strategies = parse(balance) if balance else None
         check_frozen(strategies or {}, freeze_router)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
-    main = os.environ.get("RANK", "0") == "0"
-    console = Console(context, json and main, quiet or not main)
+    console = Console(context, json and is_first(), quiet or not is_first())
     asked: dict[str, Any] = {  # None is TrainConfig's UNSET
         "model": resolve_model(model),
         "out": out,
@@ -327,39 +328,51 @@ def cpt(
         "log_with": log_with or [],
         "seed": seed,
     }
-    with ExitStack() as opened:
+    return _run(context, console, TrainConfig(**asked))
+
+
+def _run(context: typer.Context, console: Console, config: TrainConfig) -> dict[str, Any]:
+    """Train what is left to train; print what came of it."""
+    from moetool.train.open import open_run
+
+    with ExitStack() as stack:
         with console.progress() as progress:
-            run = opened.enter_context(open_run(TrainConfig(**asked), progress))
-        finished = not isinstance(run, Run)
-        if isinstance(run, Run):
-            console.say(_plan_text(run.plan))
-            opened.enter_context(estimated(_memory_text(run.plan)))
-            told = len(run.warnings)
-            for warning in run.warnings:
-                console.warn(warning)
+            opened = stack.enter_context(open_run(config, progress))
+        summary = opened.summary if opened.plan is None else _train(context, console, opened.plan)
+    document = {"out": str(config.out), "already_finished": opened.plan is None, **summary}
+    if opened.plan:
+        document["memory"] = opened.plan.values["memory"]
+    if is_first():
+        console.result(document, *_result_text(document))
+    return document
+
+
+def _train(context: typer.Context, console: Console, plan: RunPlan) -> dict[str, Any]:
+    """Tell the plan before the weights are loaded, then train; returns the summary."""
+    from moetool.train.build import build_run
+    from moetool.train.state import saved_steps
+
+    out = plan.config.out
+    console.say(_plan_text(plan.values))
+    for warning in plan.warnings:
+        console.warn(warning)
+    with estimated(_memory_text(plan.values)):
+        with console.progress() as progress:
+            progress("load the model", 0, 1)
+            run = build_run(plan)
+        for warning in run.warnings:
+            console.warn(warning)
+        run.claim()
+        if is_first():
+            write_options(context, out)
+        try:
             with console.progress() as progress:
-                progress("load the model", 0, 1)
-                run.load()
-            for warning in run.warnings[told:]:
-                console.warn(warning)
-            if main:
-                write_options(context, out)
-            try:
-                with console.progress() as progress:
-                    summary = run.train(progress)
-            except (KeyboardInterrupt, SystemExit):
-                saved = saved_steps(out)
-                where = f"the checkpoint of step {saved[-1]}" if saved else "the beginning: no checkpoint is saved yet"
-                console.warn(f"stopped after step {run.step}; the same command goes on from {where}")
-                raise
-        else:
-            summary = run
-    document_out = {"out": str(out), "already_finished": finished, **summary}
-    if isinstance(run, Run):
-        document_out["memory"] = run.plan["memory"]
-    if main:
-        console.result(document_out, *_result_text(document_out))
-    return document_out
+                return run.train(progress)
+        except (KeyboardInterrupt, SystemExit):
+            saved = saved_steps(out)
+            where = f"the checkpoint of step {saved[-1]}" if saved else "the beginning: no checkpoint is saved yet"
+            console.warn(f"stopped after step {run.step}; the same command goes on from {where}")
+            raise
 
 
 def _weights(values: list[str], kinds: list[dict[str, str]]) -> dict[str, float]:
@@ -380,7 +393,7 @@ def _weights(values: list[str], kinds: list[dict[str, str]]) -> dict[str, float]
     return weights
 
 
-def _plan_text(plan: dict[str, Any]) -> str:
+def _plan_text(plan: Mapping[str, Any]) -> str:
     active = plan["num_active_parameters"]
     sparse = f" ({count(active)} active)" if active != plan["num_parameters"] else ""
     balance = ", ".join(f"{name} {value:g}" if value else name for name, value in plan["balance"].items())
@@ -401,7 +414,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
     return "\n".join([*lines, f"  {_memory_text(plan)}"])
 
 
-def _memory_text(plan: dict[str, Any]) -> str:
+def _memory_text(plan: Mapping[str, Any]) -> str:
     need = plan["memory"]
     parts = ", ".join(f"{name} {size(need[name])}" for name in ("weights", "gradients", "optimizer", "activations"))
     each = " in each process" if plan["num_processes"] > 1 else ""

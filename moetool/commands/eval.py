@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +12,7 @@ import typer
 from moetool import registry
 from moetool.commands.console import Console, escape
 from moetool.commands.eval_table import score_table
-from moetool.commands.memory import estimated, tell_weights
+from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import (
     ConfigFlag,
     Dtype,
@@ -26,6 +25,7 @@ from moetool.commands.options import (
     write_options,
 )
 from moetool.errors import EvaluationError
+from moetool.launch import is_first
 
 
 def _batch_size(value: str) -> str:
@@ -152,7 +152,7 @@ def evaluate(
     from moetool.evaluate.quiet import hushed
 
     # Of several processes only the first is heard.
-    console = Console(context, json, quiet or os.environ.get("RANK", "0") != "0")
+    console = Console(context, json, quiet or not is_first())
     with console.progress() as progress, hushed():
         progress("start", 0, 1, "lm-eval")
         from moetool.checkpoint.model import pick_device
@@ -168,7 +168,7 @@ def evaluate(
         from moetool.checkpoint.folder import FolderLock
         from moetool.data.text import TextSource
         from moetool.evaluate.plots import write_plots
-        from moetool.evaluate.processes import is_first, joined
+        from moetool.evaluate.process_group import joined
         from moetool.evaluate.results import build_document, write_results
         from moetool.evaluate.tasks import code_execution, load_tasks, text_task
 

@@ -26,7 +26,7 @@ TIMEOUT = 240.0
 PRELOAD = [
     "moetool.upcycle.run",
     "moetool.upcycle.verify",
-    "moetool.train.loop",
+    "moetool.train.build",
     "moetool.train.open",
     "moetool.evaluate.results",
     "moetool.evaluate.plots",

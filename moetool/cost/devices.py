@@ -1,29 +1,44 @@
-"""Memory that loading a checkpoint takes, known from its headers, and memory that there is."""
+"""The memory that a device has, and the operations that it can do in a second."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moetool.checkpoint.reader import CheckpointReader
+if TYPE_CHECKING:
+    import torch
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Dense bf16 operations per second of tensor cores, from the vendors' data sheets (without sparsity).
+_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
 
 
-def weight_bytes(folder: Path, dtype: str = "auto") -> int:
-    """Bytes of a checkpoint's weights in memory.
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Operations per second that a device can do in bf16; None where it is not known."""
+    import torch
 
-    Args:
-        folder: a safetensors checkpoint.
-        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
 
-    Raises:
-        CheckpointError: it is no readable checkpoint.
-    """
-    with CheckpointReader(folder) as reader:
-        return sum(
-            info.size if dtype == "auto" else info.num_elements * _BYTES[dtype] for info in reader.tensors.values()
-        )
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory, or that the machine has free; None where that cannot be told."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return free_memory(device.type)
 
 
 def free_memory(device: str) -> int | None:
