@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from moetool import __version__
+from moetool import __version__, launch
 from moetool.commands.analyze_routing import analyze_routing
 from moetool.commands.cpt import cpt
 from moetool.commands.eval import evaluate
@@ -163,7 +163,7 @@ def run(arguments: list[str]) -> int:
             estimate = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
             advice = _LESS_MEMORY.get(next(iter(arguments), ""), "use a machine with more")
             return _fail(f"out of memory{reason and f' ({reason})'}{estimate}; {advice}", 1)
-        if os.environ.get("WORLD_SIZE", "1") != "1" and any(sign in str(error) for sign in _NO_PEER):
+        if launch.num_processes() > 1 and any(sign in str(error) for sign in _NO_PEER):
             return _fail("another process of this launch has ended; when it can run, give the same command again", 1)
         traceback.print_exc()
         print("moetool: this is a bug in moetool; please report it with the lines above", file=sys.stderr)

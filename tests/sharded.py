@@ -23,30 +23,31 @@ def _backend(*_: Any, **__: Any) -> tuple[str, DistributedType]:
 
 def _tell_shards() -> None:
     """Print what each process holds after `prepare`, as JSON, so that a test sees that it is a share."""
-    from moetool.train import loop
+    from moetool.train import build
 
-    load = loop.Run.load
+    original = build.build_run
 
-    def telling(run: Any) -> None:
-        load(run)
+    def telling(plan: Any) -> Any:
+        run = original(plan)
         shapes = {
             name: [list(parameter.shape), list(parameter.to_local().shape)]
-            for name, parameter in run._core.named_parameters()
+            for name, parameter in run.core.named_parameters()
             if isinstance(parameter, DTensor)
         }
         shapes |= {  # ZeRO-3
             name: [list(parameter.ds_shape), list(parameter.ds_tensor.shape)]
-            for name, parameter in run._core.named_parameters()
+            for name, parameter in run.core.named_parameters()
             if hasattr(parameter, "ds_shape")
         }
-        moments = sum(state["exp_avg"].numel() for state in run._raw_optimizer.state.values())
-        total = sum(1 for _ in run._core.parameters())
+        moments = sum(state["exp_avg"].numel() for state in run.optimizer.state.values())
+        total = sum(1 for _ in run.core.parameters())
         print(
             json.dumps({"rank": os.environ["RANK"], "parameters": total, "shards": shapes, "moments": moments}),
             file=sys.stderr,
         )
+        return run
 
-    setattr(loop.Run, "load", telling)  # noqa: B010 (mypy lets no method be replaced)
+    build.build_run = telling
 
 
 if __name__ == "__main__":

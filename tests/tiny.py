@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,16 @@ def save_jsonl(path: Path, documents: list[str] | None = None, repeat: int = 20)
     lines = [json.dumps({"text": f"{i}. {text}"}) for i in range(repeat) for text in (documents or TEXT)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def forward(routes: Sequence[Any], counts_LE: torch.Tensor, step_counts_LE: torch.Tensor | None = None) -> Any:
+    """What the balance losses read of a micro-batch's forward; by default of a step of one micro-batch."""
+    from moetool.train.batches import MicroBatch
+    from moetool.train.terms import Forward
+
+    nothing = torch.empty(0, 0)
+    step_counts_LE = counts_LE if step_counts_LE is None else step_counts_LE
+    return Forward(MicroBatch(nothing, nothing, None), nothing, routes, counts_LE, step_counts_LE, nothing)
 
 
 def cli(

@@ -15,7 +15,7 @@ from moetool import registry
 from moetool.commands.analyze_routing_checks import apply, check_asked_for, parse_check
 from moetool.commands.analyze_routing_table import summary, table
 from moetool.commands.console import Console, escape
-from moetool.commands.memory import estimated, tell_weights
+from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import Output, write_options
 from moetool.errors import ConfigError
 from moetool.option import document_option, option, text_field_option

@@ -1,19 +1,23 @@
-"""`moetool cpt`: go on with pretraining, of a dense model or a Mixture of Experts."""
+"""`moetool cpt`: continue the pretraining of a dense model or a Mixture of Experts."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 
 from moetool.commands.console import Console, count, escape, size
-from moetool.commands.memory import estimated
-from moetool.commands.options import Output, as_usage, write_options
-from moetool.train.config import TrainConfig, check_batches, default_micro_batch
+from moetool.commands.memory_estimate import estimated
+from moetool.commands.options import Output, write_options
+from moetool.launch import is_first
+from moetool.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from moetool.train.run_plan import RunPlan
 
 
 def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str, Any]:
@@ -23,54 +27,52 @@ def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str
     each domain. OUT becomes a standard Hugging Face checkpoint. After an interruption, the same command
     continues from the step folders in OUT/checkpoints; on a CPU, the result is the same bit for bit.
     """
-    with as_usage():
-        micro = config.micro_batch_size or default_micro_batch(config.global_batch_size)
-        check_batches(config.global_batch_size, micro, int(os.environ.get("WORLD_SIZE", "1")))
-
     from moetool.checkpoint.hub import resolve_model
-    from moetool.train.loop import Run
     from moetool.train.open import open_run
+
+    console = Console(context, output.json and is_first(), output.quiet or not is_first())
+    config = replace(config, model=resolve_model(str(config.model)))
+    with ExitStack() as stack:
+        with console.progress() as progress:
+            opened = stack.enter_context(open_run(config, progress))
+        summary = opened.summary if opened.plan is None else _train(context, console, opened.plan)
+    document = {"out": str(config.out), "already_finished": opened.plan is None, **summary}
+    if opened.plan:
+        document["memory"] = opened.plan.values["memory"]
+    if is_first():
+        console.result(document, *_result_text(document))
+    return document
+
+
+def _train(context: typer.Context, console: Console, plan: RunPlan) -> dict[str, Any]:
+    """Tell the plan before the weights are loaded, then train; returns the summary."""
+    from moetool.train.build import build_run
     from moetool.train.state import saved_steps
 
-    main = os.environ.get("RANK", "0") == "0"
-    console = Console(context, output.json and main, output.quiet or not main)
-    config = replace(config, model=resolve_model(str(config.model)))
-    with ExitStack() as opened:
+    out = plan.config.out
+    console.say(_plan_text(plan.values))
+    for warning in plan.warnings:
+        console.warn(warning)
+    with estimated(_memory_text(plan.values)):
         with console.progress() as progress:
-            run = opened.enter_context(open_run(config, progress))
-        finished = not isinstance(run, Run)
-        if isinstance(run, Run):
-            console.say(_plan_text(run.plan))
-            opened.enter_context(estimated(_memory_text(run.plan)))
-            told = len(run.warnings)
-            for warning in run.warnings:
-                console.warn(warning)
+            progress("load the model", 0, 1)
+            run = build_run(plan)
+        for warning in run.warnings:
+            console.warn(warning)
+        run.claim()
+        if is_first():
+            write_options(context, out)
+        try:
             with console.progress() as progress:
-                progress("load the model", 0, 1)
-                run.load()
-            for warning in run.warnings[told:]:
-                console.warn(warning)
-            if main:
-                write_options(context, config.out)
-            try:
-                with console.progress() as progress:
-                    summary = run.train(progress)
-            except (KeyboardInterrupt, SystemExit):
-                saved = saved_steps(config.out)
-                where = f"the checkpoint of step {saved[-1]}" if saved else "the beginning: no checkpoint is saved yet"
-                console.warn(f"stopped after step {run.step}; the same command goes on from {where}")
-                raise
-        else:
-            summary = run
-    document_out = {"out": str(config.out), "already_finished": finished, **summary}
-    if isinstance(run, Run):
-        document_out["memory"] = run.plan["memory"]
-    if main:
-        console.result(document_out, *_result_text(document_out))
-    return document_out
+                return run.train(progress)
+        except (KeyboardInterrupt, SystemExit):
+            saved = saved_steps(out)
+            where = f"the checkpoint of step {saved[-1]}" if saved else "the beginning: no checkpoint is saved yet"
+            console.warn(f"stopped after step {run.step}; the same command goes on from {where}")
+            raise
 
 
-def _plan_text(plan: dict[str, Any]) -> str:
+def _plan_text(plan: Mapping[str, Any]) -> str:
     active = plan["num_active_parameters"]
     sparse = f" ({count(active)} active)" if active != plan["num_parameters"] else ""
     balance = ", ".join(f"{name} {value:g}" if value else name for name, value in plan["balance"].items())
@@ -91,7 +93,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
     return "\n".join([*lines, f"  {_memory_text(plan)}"])
 
 
-def _memory_text(plan: dict[str, Any]) -> str:
+def _memory_text(plan: Mapping[str, Any]) -> str:
     need = plan["memory"]
     parts = ", ".join(f"{name} {size(need[name])}" for name in ("weights", "gradients", "optimizer", "activations"))
     each = " in each process" if plan["num_processes"] > 1 else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,10 +13,11 @@ import typer
 from moetool import registry
 from moetool.commands.console import Console, escape
 from moetool.commands.eval_table import score_table
-from moetool.commands.memory import estimated, tell_weights
+from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import Output, write_options
 from moetool.errors import ConfigError, EvaluationError
 from moetool.evaluate.settings import Settings
+from moetool.launch import is_first
 from moetool.option import document_option, option, text_field_option
 from moetool.progress import Progress
 from moetool.values import named
@@ -75,7 +75,7 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
     from moetool.evaluate.quiet import hushed
 
     # Of several processes only the first is heard.
-    console = Console(context, output.json, output.quiet or os.environ.get("RANK", "0") != "0")
+    console = Console(context, output.json, output.quiet or not is_first())
     with console.progress() as progress, hushed():
         progress("start", 0, 1, "lm-eval")
         from moetool.checkpoint.model import pick_device
@@ -89,7 +89,7 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
     estimate = tell_weights(console, folders.values(), settings.dtype, hardware, settings.device_map)
     with ExitStack() as stack, console.progress() as progress, hushed(), estimated(estimate):
         from moetool.checkpoint.folder import FolderLock
-        from moetool.evaluate.process_group import is_first, joined
+        from moetool.evaluate.process_group import joined
         from moetool.evaluate.results import build_document, write_results
         from moetool.evaluate.tasks import code_execution
 

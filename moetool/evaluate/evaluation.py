@@ -20,9 +20,10 @@ from moetool.errors import CheckpointError, DataError, EvaluationError
 from moetool.evaluate import cache
 from moetool.evaluate.harness import Harness
 from moetool.evaluate.lookup import one_line
-from moetool.evaluate.process_group import from_first, is_first
+from moetool.evaluate.process_group import from_first
 from moetool.evaluate.settings import Settings
 from moetool.evaluate.tasks import Tasks, describe, digest
+from moetool.launch import is_first
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
 from moetool.routing.report import domain_entry

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
+from moetool import launch
 from moetool.errors import ConfigError
 
 
@@ -25,13 +25,13 @@ def joined(device: str, device_map: str | None) -> Iterator[str]:
     Raises:
         ConfigError: --device-map with several processes, or more processes than GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launch.num_processes() == 1:
         yield device
         return
     if device_map is not None:
         raise ConfigError("--device-map spreads one process over all devices; launch one, or leave it out")
     if device == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = launch.local_rank()
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(f"more processes than the {torch.cuda.device_count()} cards; launch one a card")
         device = f"cuda:{local_rank}"
@@ -43,11 +43,6 @@ def joined(device: str, device_map: str | None) -> Iterator[str]:
         yield device
     finally:
         distributed.destroy_process_group()
-
-
-def is_first() -> bool:
-    """Whether this process writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def from_first(value: Any) -> Any:

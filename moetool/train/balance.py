@@ -14,7 +14,7 @@ Padding has no part in any of it: training batches have none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Protocol
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,36 +25,12 @@ from moetool.registry import names
 from moetool.routing.capture import Route, RouterCapture, has_routers
 from moetool.train.config import TrainConfig
 from moetool.train.selection import Selection
+from moetool.train.terms import Forward, Term
 
 DEFAULT = ("aux", "z-loss")
 
 
-class Loss(Protocol):
-    """A strategy that is a loss: a pure function of what the routers did.
-
-    Attributes:
-        coefficient: the factor of its loss where the user names none.
-        scope: which routes its counts are of: those of the micro-batch, or of all the step's
-            micro-batches so far on all processes.
-    """
-
-    coefficient: ClassVar[float]
-    scope: ClassVar[Literal["micro-batch", "step"]]
-
-    def losses(self, routes: Sequence[Route], counts_LE: Tensor) -> Tensor:
-        """Float32 losses, with gradient, of one micro-batch.
-
-        Args:
-            routes: of each layer.
-            counts_LE: int64, routes to each expert within the scope.
-
-        Returns:
-            One loss a layer, shape (L,); one for all, shape (1,), from a strategy that pools them.
-        """
-        ...
-
-
-class Aux:
+def aux(forward: Forward) -> Tensor:
     """Load-balancing loss of each layer: E * sum over experts of f_e * P_e.
 
     f_e is the share of the T * K routes that expert e received (no gradient) and P_e its mean router
@@ -64,54 +40,43 @@ class Aux:
     most E. transformers divides by T instead of T * K (and pools the layers), so its balanced value is
     K: coefficient c here is c / K there.
     """
-
-    coefficient: ClassVar[float] = 0.01
-    scope: ClassVar[Literal["micro-batch", "step"]] = "micro-batch"
-
-    def losses(self, routes: Sequence[Route], counts_LE: Tensor) -> Tensor:
-        return _switch(mean_probabilities(routes), counts_LE)
+    return _switch(mean_probabilities(forward.routes), forward.counts_LE)
 
 
-class GlobalAux(Aux):
-    """`Aux` with f_e of the whole step: counted over all processes and its micro-batches so far.
+def global_aux(forward: Forward) -> Tensor:
+    """`aux` with f_e of the whole step: counted over all processes and its micro-batches so far.
 
     A micro-batch is a handful of sequences, often of one domain; balance within each of them keeps
     experts from specialising. Qiu et al. 2025 (Demons in the Detail, arXiv 2501.11873), section 3, who
     call it the global-batch load-balancing loss. P_e stays that of the micro-batch, whose gradient it
-    carries. With one micro-batch and process a step it is `Aux`. The default coefficient is that of `Aux`.
+    carries. With one micro-batch and process per step it is `aux`. The default coefficient is that of `aux`.
     """
+    return _switch(mean_probabilities(forward.routes), forward.step_counts_LE)
 
-    scope: ClassVar[Literal["micro-batch", "step"]] = "step"
 
-
-class PooledAux:
-    """`Aux` of all layers as if they were one: f_e and P_e are means over the tokens of every layer.
+def pooled_aux(forward: Forward) -> Tensor:
+    """`aux` of all layers as if they were one: f_e and P_e are means over the tokens of every layer.
 
     The loss of the Drop-Upcycling runs (Nakamura et al. 2025, arXiv 2502.19261), which is transformers'
     `load_balancing_loss_func` divided by K: 1 when balanced, and coefficient c here is c / K there.
     Their 0.02 with K = 2 is the default, 0.04. Layers that collapse in opposite ways look balanced.
     """
-
-    coefficient: ClassVar[float] = 0.04
-    scope: ClassVar[Literal["micro-batch", "step"]] = "micro-batch"
-
-    def losses(self, routes: Sequence[Route], counts_LE: Tensor) -> Tensor:
-        return _switch(mean_probabilities(routes).mean(dim=0, keepdim=True), counts_LE.sum(dim=0, keepdim=True))
+    probability_1E = mean_probabilities(forward.routes).mean(dim=0, keepdim=True)
+    return _switch(probability_1E, forward.counts_LE.sum(dim=0, keepdim=True))
 
 
-class ZLoss:
+def z_loss(forward: Forward) -> Tensor:
     """Mean over tokens of logsumexp(router logits) squared, in each layer.
 
     Keeps router logits small: Zoph et al. 2022 (ST-MoE, arXiv 2202.08906), equation 5.
     """
-
-    coefficient: ClassVar[float] = 0.001
-    scope: ClassVar[Literal["micro-batch", "step"]] = "micro-batch"
-
-    def losses(self, routes: Sequence[Route], counts_LE: Tensor) -> Tensor:
-        return torch.stack([route.logits_TE.logsumexp(dim=-1).square().mean() for route in routes])
+    return torch.stack([route.logits_TE.logsumexp(dim=-1).square().mean() for route in forward.routes])
 
 
+AUX = Term(aux, 0.01)
+GLOBAL_AUX = Term(global_aux, 0.01, needs=("step counts",))
+POOLED_AUX = Term(pooled_aux, 0.04)
+Z_LOSS = Term(z_loss, 0.001)
 # `--balance none`: the language loss alone.
 NONE = None
 
@@ -171,9 +136,13 @@ def parse(values: Sequence[str]) -> dict[str, float]:
     return {name: coefficient for name, coefficient in chosen.items() if registry.load("balance", name) is not NONE}
 
 
-def build_losses(balance: Mapping[str, float]) -> dict[str, Loss]:
-    """The losses of a run by name."""
-    return {name: strategy() for name, strategy in _chosen(balance) if hasattr(strategy, "losses")}
+def build_terms(balance: Mapping[str, float]) -> dict[str, Term]:
+    """The strategies of a run that are losses, by name, with the run's coefficients."""
+    return {
+        name: replace(strategy, coefficient=balance[name])
+        for name, strategy in _chosen(balance).items()
+        if isinstance(strategy, Term)
+    }
 
 
 def build_selections(balance: Mapping[str, float], model: nn.Module, capture: RouterCapture) -> list[Selection]:
@@ -182,15 +151,12 @@ def build_selections(balance: Mapping[str, float], model: nn.Module, capture: Ro
     Raises:
         ConfigError: the model's family does not allow it.
     """
-    return [
-        strategy(model, capture, balance[name])
-        for name, strategy in _chosen(balance)
-        if not hasattr(strategy, "losses")
-    ]
+    chosen = _chosen(balance).items()
+    return [kind(model, capture, balance[name]) for name, kind in chosen if not isinstance(kind, Term)]
 
 
-def _chosen(balance: Mapping[str, float]) -> list[tuple[str, type]]:
-    return [(name, registry.load("balance", name)) for name in names("balance") if name in balance]
+def _chosen(balance: Mapping[str, float]) -> dict[str, Term | type[Selection]]:
+    return {name: registry.load("balance", name) for name in names("balance") if name in balance}
 
 
 def check(config: TrainConfig, model: nn.Module) -> None:
@@ -217,7 +183,7 @@ def check_frozen(balance: Mapping[str, float], freeze_router: bool) -> None:
     Raises:
         ConfigError: names them, and the strategies that may stay.
     """
-    learning = list(build_losses(balance))
+    learning = list(build_terms(balance))
     if freeze_router and learning:
         raise ConfigError(
             f"--freeze-router: a router that does not learn has no use for --balance {', '.join(learning)};"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from moetool import registry
 from moetool.errors import ConfigError
+from moetool.launch import num_processes
 from moetool.option import document_option, dtype_option, option, options, text_field_option, without_effect
 from moetool.train.schedules import parameters
 from moetool.values import named, named_numbers, parse_count
@@ -191,6 +192,8 @@ class TrainConfig:
         if "min_lr" in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
             raise ConfigError("--min-lr has no effect with --constant-end 1: nothing anneals to it")
         self._check_sources(typed)
+        micro_batch = self.micro_batch_size or default_micro_batch(self.global_batch_size)
+        check_batches(self.global_batch_size, micro_batch, num_processes())
         if self.balance and self.freeze_router:
             from moetool.train.balance import check_frozen
 

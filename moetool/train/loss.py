@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moetool.cost.memory import CHUNK_ELEMENTS
 from moetool.train.batches import IGNORED, MicroBatch
 
 LanguageLoss = Callable[[Any, MicroBatch, torch.device], Tensor]
 _Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-CHUNK_ELEMENTS = 2**28  # logits at a time: half a GiB in bf16
 
 
 def logits(model: Any, batch: MicroBatch, device: torch.device) -> Tensor:
@@ -30,8 +30,12 @@ def logits(model: Any, batch: MicroBatch, device: torch.device) -> Tensor:
 
 def whole_loss(model: Any, batch: MicroBatch, device: torch.device) -> Tensor:
     """Sum of the cross-entropy over the predicted tokens of a batch, from logits of all of them in fp32."""
-    logits_TV = logits(model, batch, device).flatten(0, 1).float()
-    labels_T = batch.labels.flatten().to(device, non_blocking=True)
+    return token_loss(logits(model, batch, device).flatten(0, 1).float(), batch)
+
+
+def token_loss(logits_TV: Tensor, batch: MicroBatch) -> Tensor:
+    """Sum of the cross-entropy over the predicted tokens of a batch, from its logits in fp32."""
+    labels_T = batch.labels.flatten().to(logits_TV.device, non_blocking=True)
     return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORED, reduction="sum")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +15,54 @@ from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
 from moetool.train import balance, optimizer, state, zero
+from moetool.train.accelerator import agreed, make_accelerator, sharing
 from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
 from moetool.train.execution import check_execution, executing
-from moetool.train.loop import Run
-from moetool.train.processes import agreed, is_sharded, make_accelerator, zero_stage
+from moetool.train.run_plan import RunPlan, plan_run
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run in an OUT that is held for it.
+
+    Attributes:
+        plan: of what is left to do; None if nothing is.
+        summary: of a run that is finished in OUT.
+    """
+
+    plan: RunPlan | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
-def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Run | dict[str, Any]]:
+def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Opened]:
     """Check everything and lock OUT; nothing is loaded yet, and nothing in OUT changed.
-
-    Yields:
-        The run, to be loaded, or the summary of the one that is finished in OUT.
 
     Raises:
         ConfigError: options contradict the model, the machine or the checkpoints in OUT.
         CheckpointError: MODEL or OUT cannot be used, or another process writes OUT.
         DataError: a source cannot be read.
     """
-    with executing(config), _opened(config, progress) as run:
-        yield run
+    with executing(config), _opened(config, progress) as opened:
+        yield opened
 
 
 @contextmanager
-def _opened(config: TrainConfig, progress: Progress) -> Iterator[Run | dict[str, Any]]:
+def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     accelerator = make_accelerator(config.log_with, config.out / state.TRACKERS)
-    main, out = accelerator.is_main_process, config.out
+    main, out, shares = accelerator.is_main_process, config.out, sharing(accelerator)
     state.check_folder(config.model, out, config.resume)
     state.check_start(config.model, config.keep_optimizer)
     model = skeleton(config.model)
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     default_balance = balance.parse([]) if has_routers(model) else {}
-    whole = not is_sharded(accelerator) and not zero_stage(accelerator)
-    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=whole)
+    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=shares.whole)
     check_batches(config.global_batch_size, config.micro_batch_size, accelerator.num_processes)
     balance.check(config, model)
     check_execution(config, model, accelerator.device)
-    optimizer.check(config, whole)
-    zero.check_options(config, zero_stage(accelerator))
+    optimizer.check(config, shares.whole)
+    zero.check_options(config, shares.zero_stage)
     accelerator.wait_for_everyone()
     with FolderLock(out) if main else nullcontext():
         with accelerator.main_process_first():
@@ -62,15 +72,15 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Run | dict[str,
         if found.identity is not None:
             _same(out, found.identity, identity)
         if found.summary is not None:
-            yield found.summary
+            yield Opened(summary=found.summary)
             return
-        run = Run(config, accelerator, model, corpus, identity, found.step)
-        run.warnings += [f"{reason}; going on from step {found.step}" for reason in found.damaged]
-        yield run
+        plan = plan_run(config, accelerator, model, corpus, identity, found.step)
+        damaged = [f"{reason}; going on from step {found.step}" for reason in found.damaged]
+        yield Opened(replace(plan, warnings=[*plan.warnings, *damaged]))
     accelerator.end_training()
 
 
-def _same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = differences(before, now)
     if changed:
         raise ConfigError(

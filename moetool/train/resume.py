@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from moetool.errors import CheckpointError
 from moetool.outside import fits, read_json
 from moetool.train import zero
+from moetool.train.accelerator import share, whole
 from moetool.train.optimizer import parts, state_from
-from moetool.train.processes import share, whole
 
 STATE = "training_state"
 _FORMAT = 1

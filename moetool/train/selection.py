@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moetool.errors import ConfigError
 from moetool.routing.capture import Route, RouterCapture, read_output
-from moetool.train.processes import share
+from moetool.train.accelerator import share
 
 # Half-steps of Sinkhorn's iteration come in pairs; after these the tokens' sums are even to a few
 # thousandths for logits of trained routers (the experts' are even by the last half-step itself).

@@ -14,11 +14,11 @@ from torch import Tensor
 from moetool.data.tokens import TokenStream
 from moetool.errors import ConfigError
 from moetool.routing.capture import Route, RouterCapture
+from moetool.train.accelerator import Accelerator, autocast, sum_dtype
 from moetool.train.batches import IGNORED, MicroBatch, validation_batches
 from moetool.train.config import TrainConfig
 from moetool.train.loss import LanguageLoss, logits
-from moetool.train.metrics import routing_row
-from moetool.train.processes import Accelerator, autocast, sum_dtype
+from moetool.train.metrics_log import routing_row
 
 
 @torch.no_grad()

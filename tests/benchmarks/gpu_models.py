@@ -106,7 +106,7 @@ def machine() -> dict[str, Any]:
     """The GPU's name, and the bf16 operations a second that moetool knows of it."""
     import torch
 
-    from moetool.train.memory import peak_flops
+    from moetool.cost.devices import peak_flops
 
     if not torch.cuda.is_available():
         return {"device": "CPU", "flops": None}

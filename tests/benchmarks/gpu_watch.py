@@ -62,7 +62,7 @@ class Watch:
     def update(self, run: Any, original: Any) -> Any:
         done = len(self.seen["step_seconds"])
         if done == 0:
-            self.seen |= {"first_step": time.time(), "plan": run.plan}
+            self.seen |= {"first_step": time.time(), "plan": dict(run.plan.values)}
         if done == self.settings.get("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         enough = self.settings.get("seconds") and sum(self.seen["step_seconds"]) > self.settings["seconds"]
@@ -82,7 +82,7 @@ class Watch:
         began = time.perf_counter()
         result = original(run)
         if self._first and self.settings.get("gradients"):
-            save_router_gradients(run._core, Path(self.settings["gradients"]))
+            save_router_gradients(run.core, Path(self.settings["gradients"]))
         self._first = False
         self._gradient_seconds = time.perf_counter() - began
         return result

@@ -26,7 +26,7 @@ TIMEOUT = 240.0
 PRELOAD = [
     "moetool.surgery.apply",
     "moetool.upcycle.plan",
-    "moetool.train.loop",
+    "moetool.train.build",
     "moetool.train.open",
     "moetool.evaluate.results",
     "moetool.evaluate.score_plots",

@@ -302,7 +302,7 @@ def _tokens(fresh: Callable[[str], Path], file: str, tokens: Path) -> Target:
 
 
 def _metrics(path: Path) -> Target:
-    from moetool.train.metrics import MetricsLog, summarize
+    from moetool.train.metrics_log import MetricsLog, summarize
 
     def read(data: bytes) -> None:
         path.write_bytes(data)

@@ -50,8 +50,9 @@ def skeleton(name: str, target: str) -> Iterator[Any]:
 
 def figures(name: str, place: Path) -> dict[str, str]:
     """The row of a model, from the page's own `--plan` command and the estimate of cpt; in the working folder."""
-    from moetool.train.config import TrainConfig
-    from moetool.train.memory import estimate, flops_per_token, parameters
+    from moetool.cost.memory import Sharing, Training, estimate
+    from moetool.cost.operations import flops_per_token
+    from moetool.cost.parameters import count_parameters
 
     folder = recipes.save_headers(name, place / name)
     assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 2e6  # holes take no disk
@@ -62,13 +63,10 @@ def figures(name: str, place: Path) -> dict[str, str]:
     plan = json.loads(out)
     assert plan["peak_memory_bytes"] < 0.5e9
     total = plan["parameters"]["total"]
-    config = TrainConfig(
-        model=place, out=place, train={"a": "a"}, max_steps=1, seq_len=4096, micro_batch_size=1,
-        precision="bf16", compile=True, gradient_checkpointing=True, balance={},
-    )  # fmt: skip
+    training = Training(4096, micro_batch_size=1, precision="bf16", gradient_checkpointing=True, compiled_loss=True)
     with skeleton(name, plan["target"]) as model:
-        assert parameters(model) == (total, plan["parameters"]["active"])
-        each = {n: estimate(model, config, n, sharded=n > 1)["total"] for n in GPUS}
+        assert count_parameters(model) == (total, plan["parameters"]["active"])
+        each = {n: estimate(model, training, Sharing(n, sharded=n > 1))["total"] for n in GPUS}
         operations = flops_per_token(model, 4096)
     gpus = next(n for n in GPUS if each[n] < 0.9 * GPU)
     billions = {what: f"{number / 1e9:.2f} B" for what, number in plan["parameters"].items()}

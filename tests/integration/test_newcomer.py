@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from moetool.checkpoint import memory
+from moetool.cost import devices, memory
 from tests import tiny
 
 
@@ -138,8 +138,7 @@ def test_what_is_needed_is_told_before_weights_are_read(
     layer = 32 * (32 + 16 + 16 + 32) + 2 * 32 + 4 * 32 + 4 * 3 * 32 * 64
     assert memory.weight_bytes(mixtral) == 4 * (2 * 300 * 32 + 2 * layer + 32)
     assert memory.weight_bytes(mixtral, "bfloat16") == memory.weight_bytes(mixtral) // 2
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    monkeypatch.setattr("moetool.train.memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 1000)
     for arguments in (
         ("eval", mixtral, "--text", f"code={jsonl}", "--limit", 2),
         ("analyze-routing", mixtral, "--data", f"code={jsonl}", "--out", tmp_path / "report"),
@@ -152,18 +151,18 @@ def test_what_is_needed_is_told_before_weights_are_read(
 
 
 def test_memory_that_is_free_is_the_least_of_what_limits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = memory.free_memory("cpu")
+    free = devices.free_memory("cpu")
     assert free is not None
     assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     (tmp_path / "memory.max").write_text("8000\n")
     (tmp_path / "memory.current").write_text("6000\n")
     (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 5000\n")
-    assert memory._container(tmp_path) == 7000
+    assert devices._container(tmp_path) == 7000
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._container(tmp_path) is None
+    assert devices._container(tmp_path) is None
     monkeypatch.setattr(resource, "getrlimit", lambda which: (10**15, 10**15))
-    assert 10**14 < (memory._limit() or 0) < 10**15
-    assert memory.free_memory("mps") is None
+    assert 10**14 < (devices._limit() or 0) < 10**15
+    assert devices.free_memory("mps") is None
 
 
 # --- terminals and pipes

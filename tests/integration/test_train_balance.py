@@ -15,17 +15,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from moetool import registry
 from moetool.checkpoint.model import load_model
 from moetool.data.text import TextSource
 from moetool.data.tokens import tokenized
 from moetool.routing.capture import RouterCapture
 from moetool.train import balance
-from moetool.train.balance import build_losses, build_selections, count_routes
+from moetool.train.balance import build_selections, build_terms, count_routes
 from moetool.train.config import TrainConfig
 from moetool.train.execution import apply_execution, executing
+from moetool.train.loss import logits
 from moetool.train.selection import selection_biases
+from moetool.train.terms import Forward, Term
 from tests import tiny
 
 SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3, "--json", "--quiet"]
@@ -84,10 +88,10 @@ def router_gradients(model_folder: Path, strategies: list[str], **how: Any) -> l
                 logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
             assert [route.layer for route in routes] == capture.layers
             seen.append(count_routes(routes))
-            counts = {"micro-batch": seen[-1], "step": torch.stack(seen).sum(dim=0)}
+            forward = tiny.forward(routes, seen[-1], torch.stack(seen).sum(dim=0))
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-            for strategy in build_losses(config.balance).values():
-                loss = loss + strategy.losses(routes, counts[strategy.scope]).mean()
+            for term in build_terms(config.balance).values():
+                loss = loss + term.values(forward).mean()
             (loss / 2).backward()
             assert len(routes) == len(capture.layers)  # nothing was collected in the recomputation
         gradients = [router.weight.grad for router in capture.routers.values()]
@@ -542,3 +546,37 @@ def test_sharded_weights_are_balanced_as_whole_ones(
         if name.endswith("e_score_correction_bias") or ("--freeze-router" in more and name.endswith("gate.weight")):
             assert torch.equal(one[name], two[name]), name
             assert one[name].abs().max() > 0
+
+
+TEACHER: dict[str, Any] = {}
+
+
+def forward_kl(forward: Forward) -> Tensor:
+    """Mean over tokens of KL(teacher || model): a term that is no balance loss, and brings a model of its own."""
+    with torch.no_grad():
+        teacher_TV = logits(TEACHER["model"], forward.batch, torch.device("cpu")).flatten(0, 1).float()
+    model_TV, teacher_TV = forward.logits_TV.log_softmax(-1), teacher_TV.log_softmax(-1)
+    return F.kl_div(model_TV, teacher_TV, log_target=True, reduction="batchmean")[None]
+
+
+KL = Term(forward_kl, 1.0, needs=("logits",))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_term_may_read_the_logits_and_ask_a_teacher(
+    tmp_path: Path, models: dict[str, Path], jsonl: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.REGISTRY["balance"], "kl", f"{__name__}:KL")
+    monkeypatch.setitem(TEACHER, "model", load_model(models["mixtral"], "float32").eval())
+    taught: dict[float, list[dict[str, Any]]] = {}
+    for coefficient in (1e-9, 100):
+        out = tmp_path / f"{coefficient}"
+        more = ["--balance", f"kl={coefficient}", "--balance", "aux", "--precision", precision, "--warmup-steps", 0]
+        assert cpt(models["mixtral"], out, jsonl, *more)[0] == 0
+        taught[coefficient] = [row for row in rows(out) if "loss" in row]
+    (first, second), (taught_first, taught_second) = taught[1e-9][:2], taught[100][:2]
+    near = 1e-6 if precision == "fp32" else 1e-3
+    assert first["balance"]["kl"] == pytest.approx(0, abs=near)  # the teacher is the model that training begins with
+    assert second["balance"]["kl"] > 10 * near
+    assert taught_first["loss"] == first["loss"]  # of the language loss alone
+    assert taught_second["grad_norm"] > 2 * second["grad_norm"]

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import load_model, skeleton
+from moetool.cost.operations import flops_per_token
 from moetool.errors import CheckpointError
 from moetool.train import resume
 from moetool.train.batches import mix, open_corpus
 from moetool.train.config import TrainConfig
-from moetool.train.memory import flops_per_token
 from tests import tiny
 
 SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3]
@@ -465,7 +465,7 @@ def test_memory_is_told_before_anything_is_loaded(
     def fail(*_: Any) -> None:
         raise CheckpointError("too large")
 
-    monkeypatch.setattr("moetool.train.loop.load_model", fail)
+    monkeypatch.setattr("moetool.train.build.load_model", fail)
     code, stdout, stderr = cpt(mixtral, tmp_path / "out", jsonl, steps=1)
     assert code == 1
     assert "memory about" in stdout
@@ -474,7 +474,7 @@ def test_memory_is_told_before_anything_is_loaded(
 
 
 def test_model_flop_utilisation(tmp_path: Path, llama: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moetool.train.memory.peak_flops", lambda device, precision: 1e9)
+    monkeypatch.setattr("moetool.cost.devices.peak_flops", lambda device, precision: 1e9)
     assert cpt(llama, tmp_path / "out", jsonl, steps=1)[0] == 0
     row = next(row for row in rows(tmp_path / "out") if "loss" in row)
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops_per_token(skeleton(llama), 16) / 1e9)

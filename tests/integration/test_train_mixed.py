@@ -14,7 +14,7 @@ from moetool.checkpoint.model import load_model
 from moetool.routing.capture import RouterCapture
 from moetool.train import loss as language
 from moetool.train import mixed
-from moetool.train.balance import Aux, ZLoss, count_routes
+from moetool.train.balance import aux, count_routes, z_loss
 from moetool.train.batches import IGNORED, MicroBatch
 from tests import tiny
 from tests.integration.test_upcycle_families import SPECS, make, upcycle
@@ -35,9 +35,9 @@ def gradients(folder: Path, half: bool, autocast: bool = False) -> tuple[float, 
         tokens = torch.randint(1, 300, (2, 17), generator=torch.Generator().manual_seed(micro))
         with capture.collect() as routes, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = language_loss(model, MicroBatch(tokens[:, :-1], tokens[:, 1:], None), CPU) / 64
-        counts_LE = count_routes(routes)
-        for strategy in (Aux(), ZLoss()):
-            loss = loss + strategy.losses(routes, counts_LE).mean() / 2
+        forward = tiny.forward(routes, count_routes(routes))
+        for term in (aux, z_loss):
+            loss = loss + term(forward).mean() / 2
         assert all(route.logits_TE.dtype == torch.float32 for route in routes)
         loss.backward()
         total += float(loss.detach())

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moetool.routing.capture import Route
-from moetool.train.balance import Aux, GlobalAux, PooledAux, ZLoss, count_routes
+from moetool.train.balance import aux, count_routes, global_aux, pooled_aux, z_loss
 from moetool.train.selection import sinkhorn
+from tests import tiny
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 60), st.integers(2, 9), st.integers(0, 2**31))
 scorings = st.sampled_from(["softmax", "sigmoid"])
@@ -66,8 +67,8 @@ def test_uniform_load_is_1(size: tuple[int, int, int, int], scoring: str) -> Non
     # Token t chooses expert t mod E and the next one: each expert has two of every E tokens.
     first = torch.arange(tokens * experts).expand(layers, -1)
     balanced = routes(logits, torch.stack([first, first + 1], dim=-1) % experts, scoring)
-    for strategy in (Aux(), GlobalAux(), PooledAux()):
-        losses = strategy.losses(balanced, count_routes(balanced))
+    for term in (aux, global_aux, pooled_aux):
+        losses = term(tiny.forward(balanced, count_routes(balanced)))
         torch.testing.assert_close(losses, torch.ones_like(losses), atol=1e-5, rtol=0)
 
 
@@ -76,8 +77,8 @@ def test_aux_lies_between_0_and_the_number_of_experts(size: tuple[int, int, int,
     made = top(size, scoring)
     counts_LE = count_routes(made)
     assert counts_LE.sum().item() == sum(route.indices_TK.numel() for route in made)
-    for strategy in (Aux(), PooledAux()):
-        losses = strategy.losses(made, counts_LE)
+    for term in (aux, pooled_aux):
+        losses = term(tiny.forward(made, counts_LE))
         assert (losses >= 0).all()
         assert (losses <= size[2] + 1e-4).all()
 
@@ -86,7 +87,7 @@ def test_aux_lies_between_0_and_the_number_of_experts(size: tuple[int, int, int,
 def test_global_aux_over_one_micro_batch_is_aux(size: tuple[int, int, int, int]) -> None:
     made = top(size)
     counts_LE = count_routes(made)
-    assert torch.equal(GlobalAux().losses(made, counts_LE), Aux().losses(made, counts_LE))
+    assert torch.equal(global_aux(tiny.forward(made, counts_LE)), aux(tiny.forward(made, counts_LE)))
 
 
 @given(size=sizes, parts=st.integers(1, 4))
@@ -98,15 +99,15 @@ def test_global_aux_over_parts_is_aux_of_the_whole(size: tuple[int, int, int, in
         [Route(r.layer, r.logits_TE[s], r.weights_TK[s], r.indices_TK[s], r.scoring) for r in whole]
         for s in (slice(i * tokens, (i + 1) * tokens) for i in range(parts))
     ]
-    mean = torch.stack([GlobalAux().losses(part, counts_LE) for part in split]).mean(dim=0)
-    torch.testing.assert_close(mean, Aux().losses(whole, counts_LE), atol=1e-5, rtol=1e-5)
+    mean = torch.stack([global_aux(tiny.forward(part, counts_LE)) for part in split]).mean(dim=0)
+    torch.testing.assert_close(mean, aux(tiny.forward(whole, counts_LE)), atol=1e-5, rtol=1e-5)
 
 
 @given(size=sizes)
 def test_pooled_aux_of_one_layer_is_aux(size: tuple[int, int, int, int]) -> None:
     made = top((1, *size[1:]))
     counts_LE = count_routes(made)
-    torch.testing.assert_close(PooledAux().losses(made, counts_LE), Aux().losses(made, counts_LE))
+    torch.testing.assert_close(pooled_aux(tiny.forward(made, counts_LE)), aux(tiny.forward(made, counts_LE)))
 
 
 @given(size=sizes, shift=st.floats(0.5, 20))
@@ -114,7 +115,8 @@ def test_z_loss_grows_with_the_logits(size: tuple[int, int, int, int], shift: fl
     logits = logits_LTE(size).abs()
     indices = logits.topk(1, dim=-1).indices
     small, large = (
-        ZLoss().losses(routes(rows, indices), torch.zeros(0, 0, dtype=torch.int64)) for rows in (logits, logits + shift)
+        z_loss(tiny.forward(routes(rows, indices), torch.zeros(0, 0, dtype=torch.int64)))
+        for rows in (logits, logits + shift)
     )
     assert (large > small).all()
     assert small.shape == (size[0],)

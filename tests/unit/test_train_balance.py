@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from moetool.checkpoint.model import load_model
 from moetool.errors import ConfigError
 from moetool.routing.capture import Route, RouterCapture
 from moetool.train import balance
-from moetool.train.balance import Aux, GlobalAux, Loss, PooledAux, ZLoss, count_routes
+from moetool.train.balance import aux, count_routes, global_aux, pooled_aux, z_loss
+from moetool.train.terms import Forward
+from tests import tiny
 
 
 def route(logits: list[list[float]], chosen: list[list[int]], layer: int = 0) -> Route:
@@ -22,9 +25,9 @@ def route(logits: list[list[float]], chosen: list[list[int]], layer: int = 0) ->
     return Route(layer, torch.tensor(logits, requires_grad=True), torch.ones(indices_TK.shape), indices_TK)
 
 
-def losses(strategy: Loss, routes: list[Route]) -> torch.Tensor:
+def losses(term: Callable[[Forward], torch.Tensor], routes: list[Route]) -> torch.Tensor:
     """Of a step of one micro-batch on one process."""
-    return strategy.losses(routes, count_routes(routes))
+    return term(tiny.forward(routes, count_routes(routes)))
 
 
 def collapsed() -> list[Route]:
@@ -36,36 +39,36 @@ def collapsed() -> list[Route]:
 def test_aux_by_hand() -> None:
     # softmax of (ln 3, 0) is (3/4, 1/4); of (0, 0) it is (1/2, 1/2). P = (5/8, 3/8); both tokens chose
     # expert 0: f = (1, 0). E * sum f P = 2 * 5/8.
-    (loss,) = losses(Aux(), [route([[math.log(3), 0.0], [0.0, 0.0]], [[0], [0]])])
+    (loss,) = losses(aux, [route([[math.log(3), 0.0], [0.0, 0.0]], [[0], [0]])])
     assert loss.item() == pytest.approx(1.25)
     # One token each way: f = (1/2, 1/2), so 2 * (5/8 + 3/8) / 2 = 1 whatever P is.
-    (loss,) = losses(Aux(), [route([[math.log(3), 0.0], [0.0, 0.0]], [[0], [1]])])
+    (loss,) = losses(aux, [route([[math.log(3), 0.0], [0.0, 0.0]], [[0], [1]])])
     assert loss.item() == pytest.approx(1.0)
 
 
 def test_aux_counts_all_k_routes_and_is_1_when_balanced() -> None:
     # 3 tokens, top-2 of 3: each expert has 2 of the 6 routes.
-    (loss,) = losses(Aux(), [route([[0.0] * 3] * 3, [[0, 1], [1, 2], [2, 0]])])
+    (loss,) = losses(aux, [route([[0.0] * 3] * 3, [[0, 1], [1, 2], [2, 0]])])
     assert loss.item() == pytest.approx(1.0)
     # P = (1/2, 1/4, 1/4), f = (1/2, 1/2, 0): 3 * (1/4 + 1/8).
-    (loss,) = losses(Aux(), [route([[math.log(2), 0.0, 0.0]] * 2, [[0, 1], [1, 0]])])
+    (loss,) = losses(aux, [route([[math.log(2), 0.0, 0.0]] * 2, [[0, 1], [1, 0]])])
     assert loss.item() == pytest.approx(9 / 8)
 
 
 def test_opposite_collapse_in_two_layers_is_not_balance() -> None:
-    losses_L = losses(Aux(), collapsed())
+    losses_L = losses(aux, collapsed())
     assert losses_L.tolist() == pytest.approx([2.0, 2.0])
 
 
 def test_opposite_collapse_is_balance_once_layers_are_pooled() -> None:
-    assert losses(PooledAux(), collapsed()).tolist() == pytest.approx([1.0])
+    assert losses(pooled_aux, collapsed()).tolist() == pytest.approx([1.0])
 
 
 def test_pooled_aux_by_hand() -> None:
     # Layer 0: P = (3/4, 1/4), both tokens to expert 0; layer 1: P = (1/2, 1/2), one each.
     # Pooled: P = (5/8, 3/8), f = (3/4, 1/4): 2 * (15/32 + 3/32).
     routes = [route([[math.log(3), 0.0]] * 2, [[0], [0]], 0), route([[0.0, 0.0]] * 2, [[0], [1]], 1)]
-    assert losses(PooledAux(), routes).tolist() == pytest.approx([9 / 8])
+    assert losses(pooled_aux, routes).tolist() == pytest.approx([9 / 8])
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -75,7 +78,7 @@ def test_transformers_loss_is_pooled_aux_times_k(top_k: int) -> None:
     logits = [torch.randn(50, 5, generator=torch.Generator().manual_seed(layer)) for layer in range(3)]
     routes = [route(rows.tolist(), rows.topk(top_k).indices.tolist(), i) for i, rows in enumerate(logits)]
     expected = load_balancing_loss_func(tuple(logits), 5, top_k)
-    assert top_k * losses(PooledAux(), routes).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert top_k * losses(pooled_aux, routes).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_global_aux_takes_its_load_from_the_step_and_its_probabilities_from_the_micro_batch() -> None:
@@ -83,33 +86,33 @@ def test_global_aux_takes_its_load_from_the_step_and_its_probabilities_from_the_
     # f = (1/2, 1/2), so the value is 1 and there is no gradient, where aux has 2 * 3/4 and one.
     routes = [route([[math.log(3), 0.0]] * 2, [[0], [0]])]
     step_counts_LE = count_routes(routes) + torch.tensor([[0, 2]])
-    (loss,) = GlobalAux().losses(routes, step_counts_LE)
+    (loss,) = global_aux(tiny.forward(routes, count_routes(routes), step_counts_LE))
     assert loss.item() == pytest.approx(1.0)
     loss.backward()
     gradient_TE = routes[0].logits_TE.grad
     assert gradient_TE is not None
     assert gradient_TE.abs().max().item() == pytest.approx(0.0, abs=1e-7)
-    assert losses(Aux(), routes).item() == pytest.approx(1.5)
+    assert losses(aux, routes).item() == pytest.approx(1.5)
     # Counts 6 to 2: f = (3/4, 1/4), P = (3/4, 1/4): 2 * 10/16.
-    assert GlobalAux().losses(routes, torch.tensor([[6, 2]])).item() == pytest.approx(1.25)
+    assert global_aux(tiny.forward(routes, count_routes(routes), torch.tensor([[6, 2]]))).item() == pytest.approx(1.25)
 
 
 def test_sigmoid_scores_are_normalised_over_all_experts() -> None:
     # sigmoid(0) = 1/2, sigmoid(-ln 3) = 1/4: P = (2/3, 1/3), both tokens chose expert 0: 2 * 2/3.
     sigmoid = replace(route([[0.0, -math.log(3)]] * 2, [[0], [0]]), scoring="sigmoid")
-    for strategy in (Aux(), GlobalAux(), PooledAux()):
-        assert losses(strategy, [sigmoid]).item() == pytest.approx(4 / 3)
+    for term in (aux, global_aux, pooled_aux):
+        assert losses(term, [sigmoid]).item() == pytest.approx(4 / 3)
 
 
 def test_z_loss_by_hand() -> None:
     # logsumexp(0, 0) = ln 2; logsumexp(ln 3, 0) = ln 4.
-    (loss,) = losses(ZLoss(), [route([[0.0, 0.0], [math.log(3), 0.0]], [[0], [0]])])
+    (loss,) = losses(z_loss, [route([[0.0, 0.0], [math.log(3), 0.0]], [[0], [0]])])
     assert loss.item() == pytest.approx((math.log(2) ** 2 + math.log(4) ** 2) / 2)
 
 
 def test_aux_gradient_pushes_away_from_the_overloaded_expert() -> None:
     overloaded = route([[1.0, 0.0, 0.0]] * 3, [[0], [0], [0]])
-    losses(Aux(), [overloaded]).sum().backward()
+    losses(aux, [overloaded]).sum().backward()
     gradient_TE = overloaded.logits_TE.grad
     assert gradient_TE is not None
     assert (gradient_TE[:, 0] > 0).all()
@@ -125,7 +128,7 @@ def test_balance_gradient_reaches_every_router_of_a_model(mixtral: Path, name: s
     capture = RouterCapture(model)
     with capture.collect() as routes:
         model(input_ids=torch.arange(40).reshape(2, 20), use_cache=False)
-    registry.load("balance", name)().losses(routes, count_routes(routes)).mean().backward()
+    losses(registry.load("balance", name).values, routes).mean().backward()
     for router in capture.routers.values():
         gradient = router.weight.grad
         assert isinstance(gradient, torch.Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig
 
 from moetool.checkpoint.model import skeleton
-from moetool.train import memory
+from moetool.cost import devices, memory
+from moetool.cost.memory import Sharing, Training
+from moetool.cost.operations import flops_per_token
+from moetool.cost.parameters import count_parameters, routing_size
 from moetool.train.config import TrainConfig
-from moetool.train.plan import memory_warnings, validation_warnings
+from moetool.train.run_plan import memory_warnings, validation_warnings
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 4,
@@ -25,59 +29,59 @@ MODELS = {
 }
 
 
-def config(**changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {"seq_len": 128, "global_batch_size": 2, "micro_batch_size": 2, "precision": "fp32"}
-    return TrainConfig(model=Path("m"), out=Path("o"), train={}, max_steps=1, **(values | changes))
+def training(**changes: Any) -> Training:
+    values: dict[str, Any] = {"seq_len": 128, "micro_batch_size": 2, "precision": "fp32"}
+    return Training(**(values | changes))
 
 
 def test_parameters_by_hand(mixtral: Path, llama: Path) -> None:
     # 2 layers: q and o 32x32, k and v 32x16, two norms of 32; ends 300x32 each and a norm.
     attention, ends = 2 * (2 * 1024 + 2 * 512 + 64), 2 * 9600 + 32
     expert = 3 * 32 * 64
-    assert memory.parameters(skeleton(llama)) == (attention + ends + 2 * expert,) * 2
+    assert count_parameters(skeleton(llama)) == (attention + ends + 2 * expert,) * 2
     moe = attention + ends + 2 * 4 * 32
-    assert memory.parameters(skeleton(mixtral)) == (moe + 2 * 4 * expert, moe + 2 * 2 * expert)
-    assert memory.routing_size(skeleton(mixtral)) == (4, 2)
+    assert count_parameters(skeleton(mixtral)) == (moe + 2 * 4 * expert, moe + 2 * 2 * expert)
+    assert routing_size(skeleton(mixtral)) == (4, 2)
     active = moe + 2 * 2 * expert
-    assert memory.flops_per_token(skeleton(mixtral), 16) == 6 * (active - 9600) + 12 * 2 * 32 * 16
+    assert flops_per_token(skeleton(mixtral), 16) == 6 * (active - 9600) + 12 * 2 * 32 * 16
 
 
 def test_weights_and_moments_are_16_bytes_a_parameter(mixtral: Path) -> None:
     model = skeleton(mixtral)
-    total, _ = memory.parameters(model)
-    need = memory.estimate(model, config(), 2, sharded=False)
+    total, _ = count_parameters(model)
+    need = memory.estimate(model, training(), Sharing(2, sharded=False))
     assert [need[name] for name in ("weights", "gradients", "optimizer")] == [4 * total, 4 * total, 8 * total]
     assert need["total"] == 16 * total + need["activations"]
-    shared = memory.estimate(model, config(), 2, sharded=True)
+    shared = memory.estimate(model, training(), Sharing(2, sharded=True))
     assert [shared[name] for name in ("weights", "gradients", "optimizer")] == [2 * total, 2 * total, 4 * total]
     assert shared["activations"] == need["activations"]
     # ZeRO: whole weights but in stage 3, and each process updates a copy of its half; gathered weights in stage 3.
     kinds = ("weights", "gradients", "optimizer")
-    zero = [memory.estimate(model, config(), 2, stage == 3, stage) for stage in (1, 2, 3)]
+    zero = [memory.estimate(model, training(), Sharing(2, stage == 3, stage)) for stage in (1, 2, 3)]
     assert [zero[0][kind] for kind in kinds] == [6 * total, 4 * total, 4 * total]
     assert [zero[1][kind] for kind in kinds] == [6 * total, 2 * total, 4 * total]
     assert [zero[2][kind] for kind in kinds] == [8 * total, 2 * total, 4 * total]
-    assert memory.estimate(model, config(precision="bf16"), 1, sharded=False)["weights"] == 6 * total
-    frozen = memory.estimate(model, config(freeze_router=True), 1, sharded=False)
+    assert memory.estimate(model, training(precision="bf16"), Sharing())["weights"] == 6 * total
+    frozen = memory.estimate(model, training(freeze_router=True), Sharing())
     assert need["gradients"] - frozen["gradients"] == 4 * 2 * 4 * 32
-    half = memory.estimate(model, config(micro_batch_size=1), 1, sharded=False)
+    half = memory.estimate(model, training(micro_batch_size=1), Sharing())
     assert need["activations"] == 2 * half["activations"]
-    less = memory.estimate(model, config(gradient_checkpointing=True), 1, sharded=False)
+    less = memory.estimate(model, training(gradient_checkpointing=True), Sharing())
     assert less["activations"] < need["activations"]
 
 
 def test_what_is_kept_of_weights_and_moments(mixtral: Path) -> None:
     model = skeleton(mixtral)
-    total, _ = memory.parameters(model)
+    total, _ = count_parameters(model)
     for moments, masters, weights, optimizer in (
         ("fp32", True, 6, 8), ("bf16", True, 6, 4), ("8bit", True, 6, 2 + 8 / 256), ("8bit", False, 2, 2 + 8 / 256),
     ):  # fmt: skip
-        run = config(precision="bf16", moments=moments, master_weights=masters)
-        need = memory.estimate(model, run, 1, sharded=False)
+        run = training(precision="bf16", moments=moments, master_weights=masters)
+        need = memory.estimate(model, run, Sharing())
         assert [need["weights"], need["gradients"]] == [weights * total, 4 * total]
         assert need["optimizer"] == int(optimizer * total)
-    run = config(precision="bf16", micro_batch_size=2)
-    every = memory.smaller(model, run, 10**12, 1, sharded=False)
+    run = training(precision="bf16", micro_batch_size=2)
+    every = memory.smaller(model, run, Sharing(), 10**12)
     assert [options for options, _ in every] == [
         "--gradient-checkpointing",
         "--gradient-checkpointing --micro-batch-size 1",
@@ -86,10 +90,10 @@ def test_what_is_kept_of_weights_and_moments(mixtral: Path) -> None:
         "--gradient-checkpointing --micro-batch-size 1 --moments 8bit --no-master-weights",
     ]
     assert [need for _, need in every] == sorted((need for _, need in every), reverse=True)
-    assert memory.smaller(model, run, every[-1][1], 1, sharded=False) == every[-1:]
-    eight = config(precision="bf16", micro_batch_size=1, gradient_checkpointing=True, moments="8bit")
-    assert [options for options, _ in memory.smaller(model, eight, 10**12, 1, sharded=False)] == ["--no-master-weights"]
-    assert [options for options, _ in memory.smaller(model, run, 10**12, 2, sharded=True)] == [
+    assert memory.smaller(model, run, Sharing(), every[-1][1]) == every[-1:]
+    eight = training(precision="bf16", micro_batch_size=1, gradient_checkpointing=True, moments="8bit")
+    assert [options for options, _ in memory.smaller(model, eight, Sharing(), 10**12)] == ["--no-master-weights"]
+    assert [options for options, _ in memory.smaller(model, run, Sharing(2, sharded=True), 10**12)] == [
         "--gradient-checkpointing",
         "--gradient-checkpointing --micro-batch-size 1",
     ]
@@ -103,7 +107,7 @@ def test_activations_are_near_what_autograd_keeps(family: str, precision: str) -
     with torch.device("meta"):
         empty = kind(settings)
     half = precision == "bf16"  # by autocast, where weights are shared out
-    estimated = memory.estimate(empty, config(precision=precision), 1, sharded=half)["activations"]
+    estimated = memory.estimate(empty, training(precision=precision), Sharing(sharded=half))["activations"]
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -132,23 +136,23 @@ def test_another_familys_router_is_read() -> None:
     from transformers import Qwen3MoeForCausalLM
 
     with torch.device("meta"):
-        assert memory.routing_size(Qwen3MoeForCausalLM(settings)) == (6, 3)
+        assert routing_size(Qwen3MoeForCausalLM(settings)) == (6, 3)
 
 
 def test_a_device_that_is_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moetool.train.plan.device_memory", lambda device: 80 * 10**9)
+    monkeypatch.setattr("moetool.cost.devices.device_memory", lambda device: 80 * 10**9)
     cuda = torch.device("cuda")
     assert memory_warnings({"total": 70 * 10**9}, cuda, lambda there: []) == []
     (warning,) = memory_warnings({"total": 120 * 10**9}, cuda, lambda there: [("--moments 8bit", there - 10**9)])
     assert "needs about 120 GB a process, cuda has 80 GB; it fits with --moments 8bit (79 GB); or shard" in warning
     (warning,) = memory_warnings({"total": 120 * 10**9}, cuda, lambda there: [])
     assert "no option makes it fit" in warning
-    assert memory.peak_flops(torch.device("cpu"), "bf16") is None
+    assert devices.peak_flops(torch.device("cpu"), "bf16") is None
 
 
 def test_validation_that_takes_longer_than_training_is_warned_of() -> None:
-    run = config(max_tokens=10**6, eval_every=1)  # one step: before it and after it
+    run = TrainConfig(Path("m"), Path("o"), train={}, max_steps=1, max_tokens=10**6, eval_every=1)
     assert validation_warnings({"a": 10**6, "b": 5 * 10**5}, run) == []
     (warning,) = validation_warnings({"a": 10**6, "b": 10**6}, run)
     assert "validating 2 times on 2.0e+06 tokens takes about 1.3 times as long as training" in warning
-    assert validation_warnings({"a": 9 * 10**5}, config(max_tokens=10**3, eval_every=1)) == []  # seconds
+    assert validation_warnings({"a": 9 * 10**5}, replace(run, max_tokens=10**3)) == []  # seconds

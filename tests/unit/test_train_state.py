@@ -17,11 +17,11 @@ from moetool.checkpoint.model import load_model
 from moetool.checkpoint.reader import content_fingerprint
 from moetool.errors import CheckpointError, ConfigError
 from moetool.train import resume, state
+from moetool.train.accelerator import whole
 from moetool.train.config import TrainConfig
 from moetool.train.export import save_checkpoint, source_dtype
-from moetool.train.metrics import MetricsLog, routing_row, summarize
+from moetool.train.metrics_log import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import adamw
-from moetool.train.processes import whole
 from tests import tiny
 
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from moetool import launch
+from moetool.cost.memory import Sharing
 from moetool.errors import ConfigError
 from moetool.train import zero
 from moetool.train.config import TrainConfig
@@ -58,7 +60,7 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     accelerator.gradient_accumulation_steps = 1
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launch.num_processes()
     if accelerator.num_processes != launched:
         found = "" if torch.cuda.is_available() else ", for there is no GPU"
         raise ConfigError(
@@ -116,6 +118,11 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return bool(accelerator.distributed_type == DistributedType.FSDP) or zero_stage(accelerator) == 3
 
 
+def sharing(accelerator: Accelerator) -> Sharing:
+    """What the processes share out among them."""
+    return Sharing(accelerator.num_processes, is_sharded(accelerator), zero_stage(accelerator))
+
+
 def agreed(accelerator: Accelerator, value: Value) -> Value:
     """The main process's value, in every process."""
     if accelerator.num_processes == 1:
@@ -154,7 +161,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 def is_mixed(accelerator: Accelerator, precision: str) -> bool:
     """Whether a process holds bf16 weights beside fp32 ones (mixed.py): bf16, and whole weights."""
-    return precision == "bf16" and not is_sharded(accelerator) and not zero_stage(accelerator)
+    return precision == "bf16" and sharing(accelerator).whole
 
 
 def autocast(accelerator: Accelerator, precision: str) -> torch.autocast:

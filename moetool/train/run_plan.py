@@ -1,48 +1,92 @@
-"""What a run is going to do, told before it does it."""
+"""What a run is going to do, said before its weights are read."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from moetool.cost import devices
+from moetool.cost.memory import Training, estimate, smaller
+from moetool.cost.operations import flops_per_token
+from moetool.cost.parameters import count_parameters
 from moetool.data.mixture import TokenMixture
 from moetool.routing.capture import RouterCapture
-from moetool.train.batches import Corpus
+from moetool.train import balance, schedules
+from moetool.train.accelerator import Accelerator, sharing
+from moetool.train.batches import Corpus, mix
 from moetool.train.config import TrainConfig
-from moetool.train.memory import device_memory, estimate, flops_per_token, parameters
+from moetool.train.export import source_dtype
+from moetool.train.terms import Term
 
 
-def describe(
-    config: TrainConfig,
-    model: Any,
-    mixture: TokenMixture,
-    corpus: Corpus,
-    num_processes: int,
-    sharded: bool,
-    zero_stage: int = 0,
-) -> dict[str, Any]:
-    """The plan of a run, as plain values.
+@dataclass(frozen=True)
+class RunPlan:
+    """All of a run that is known before its weights are read.
 
-    Args:
+    Attributes:
         config: resolved.
-        model: without weights, see `checkpoint.model.skeleton`.
-        mixture: of the sources.
-        corpus: what they and the validation sets are.
-        num_processes: of the run.
-        sharded: whether each process holds a share of the weights.
-        zero_stage: of DeepSpeed; 0 without it.
+        accelerator: of its processes.
+        corpus: its text.
+        mixture: of its sources.
+        identity: see TrainConfig.identity.
+        step: updates that were made before.
+        save_dtype: of its checkpoints.
+        schedule: step -> learning rate.
+        terms: losses beside the language loss, by name.
+        peak_flops: operations per second that each device can do; None where that is not known.
+        values: what is told of it, as plain values.
+        warnings: what the user should know before the weights are read.
     """
-    total, active = parameters(model)
-    ledger = mixture.ledger(config.max_steps * config.global_batch_size)
-    return {
+
+    config: TrainConfig
+    accelerator: Accelerator
+    corpus: Corpus
+    mixture: TokenMixture
+    identity: Mapping[str, Any]
+    step: int
+    save_dtype: str
+    schedule: Callable[[int], float]
+    terms: Mapping[str, Term]
+    peak_flops: float | None
+    values: Mapping[str, Any]
+    warnings: Sequence[str]
+
+
+def plan_run(
+    config: TrainConfig, accelerator: Accelerator, model: Any, corpus: Corpus, identity: Mapping[str, Any], step: int
+) -> RunPlan:
+    """Plan a run of a model without weights (see `checkpoint.model.skeleton`); the rest is as in RunPlan.
+
+    Raises:
+        CheckpointError: the model's weights cannot be read.
+        ConfigError: options about the text or the schedule contradict each other.
+        DataError: a source holds less than one sequence.
+    """
+    device, shares = accelerator.device, sharing(accelerator)
+    mixture = mix(corpus, config)
+    schedule = schedules.build(config.schedule, config.max_steps, vars(config))
+    save_dtype = source_dtype(config.model) if config.save_dtype == "auto" else config.save_dtype
+    training = Training(
+        seq_len=config.seq_len,
+        micro_batch_size=config.micro_batch_size,
+        precision=config.precision,
+        moments=config.moments,
+        master_weights=config.master_weights,
+        gradient_checkpointing=config.gradient_checkpointing,
+        freeze_router=config.freeze_router,
+        compiled_loss=config.compile or config.liger,
+    )
+    total, active = count_parameters(model)
+    values: dict[str, Any] = {
         "num_parameters": total,
         "num_active_parameters": active,
         "flops_per_token": flops_per_token(model, config.seq_len),
-        "memory": estimate(model, config, num_processes, sharded, zero_stage),
+        "memory": estimate(model, training, shares),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
         "seq_len": config.seq_len,
@@ -56,10 +100,20 @@ def describe(
                 "replay": name in config.replay,
                 "available_tokens": mixture.sources[name].stream.num_tokens,
             }
-            for name, entry in ledger.items()
+            for name, entry in mixture.ledger(config.max_steps * config.global_batch_size).items()
         },
         "val": {name: stream.num_tokens for name, stream in corpus.val.items()},
+        "step": step,
+        "save_dtype": save_dtype,
+        "device": str(device),
+        "num_processes": shares.num_processes,
     }
+    warnings = memory_warnings(values["memory"], device, lambda there: smaller(model, training, shares, there))
+    warnings += validation_warnings(values["val"], config)
+    terms, peak = balance.build_terms(config.balance), devices.peak_flops(device, config.precision)
+    return RunPlan(
+        config, accelerator, corpus, mixture, identity, step, save_dtype, schedule, terms, peak, values, warnings
+    )
 
 
 def memory_warnings(
@@ -72,7 +126,7 @@ def memory_warnings(
         device: of this process.
         fitting: the bytes of a device -> options and what the run would need with them.
     """
-    there = device_memory(device)
+    there = devices.device_memory(device)
     if there is None or memory["total"] <= there:
         return []
     ways = [f"{options} ({need / 1e9:.3g} GB)" for options, need in fitting(there)]

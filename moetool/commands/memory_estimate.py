@@ -22,7 +22,8 @@ def tell_weights(console: Console, folders: Iterable[Path], dtype: str, device: 
     Returns:
         The estimate, as it was said.
     """
-    from moetool.checkpoint.memory import free_memory, weight_bytes
+    from moetool.cost.devices import free_memory
+    from moetool.cost.memory import weight_bytes
 
     need = max(weight_bytes(folder, dtype) for folder in folders)
     free = None if device_map else free_memory(device)

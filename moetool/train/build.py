@@ -1,0 +1,73 @@
+"""Building a run: its weights and moments are read, and everything that trains them is put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetool.checkpoint.model import load_model
+from moetool.errors import CheckpointError
+from moetool.routing.capture import RouterCapture, has_routers
+from moetool.train import balance, mixed, resume, state
+from moetool.train.accelerator import is_mixed, is_sharded, prepare
+from moetool.train.execution import apply_execution
+from moetool.train.loop import Run
+from moetool.train.loss import chunked_loss, whole_loss
+from moetool.train.optimizer import adamw
+from moetool.train.run_plan import RunPlan, untrained_routers
+from moetool.train.selection import is_selection_bias
+from moetool.train.validate import check_documents_apart
+
+
+def build_run(plan: RunPlan) -> Run:
+    """Load the weights, and the optimizer's moments where there are some; OUT stays as it is.
+
+    Raises:
+        CheckpointError: they cannot be loaded.
+        ConfigError: the model cannot be trained like this.
+    """
+    config, accelerator, step = plan.config, plan.accelerator, plan.step
+    start = state.step_folder(config.out, step) if step else config.model
+    going_on, advice = bool(step or config.keep_optimizer), resume.ADVICE if step else resume.FRESH
+    try:
+        # A model that is going to be sharded may be too large for one device.
+        core = _load(start, torch.device("cpu") if is_sharded(accelerator) else accelerator.device)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {resume.ADVICE}" if step else str(error)) from None
+    capture = RouterCapture(core) if has_routers(core) else None
+    selections = balance.build_selections(config.balance, core, capture) if capture else []
+    warnings: list[str] = []
+    if capture and config.freeze_router:
+        balance.freeze_routers(capture)
+    elif capture:
+        warnings = untrained_routers(core, capture, list(plan.terms))
+    if not config.cross_document:
+        check_documents_apart(core)
+    if going_on:
+        resume.load_weights(start, core, advice)
+    half = is_mixed(accelerator, config.precision)
+    weights = mixed.cast(core, capture, config.master_weights) if half else None
+    language_loss = (chunked_loss(core, config.compile or config.liger) if half else None) or whole_loss
+    apply_execution(config, core)
+    optimizer = adamw(weights.values() if weights else core.parameters(), config)
+    model, updates = prepare(accelerator, core, optimizer, config)
+    weights = weights or dict(core.named_parameters())
+    if going_on:
+        resume.load_moments(start, weights, optimizer, advice, model)
+    return Run(plan, core, model, weights, optimizer, updates, capture, selections, language_loss, warnings, step)
+
+
+def _load(folder: Path, device: torch.device) -> Any:
+    from transformers import GenerationConfig
+
+    model = load_model(folder, "float32", str(device))
+    # Never Hugging Face's pooled balance loss. The source's generation settings are copied as they
+    # are; transformers refuses to save some that it loads.
+    model.config.output_router_logits = False
+    model.generation_config = GenerationConfig()
+    for name, parameter in model.named_parameters():
+        if is_selection_bias(name):  # no gradient reaches it, for which DDP would wait
+            parameter.requires_grad_(False)
+    return model
