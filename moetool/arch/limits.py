@@ -83,7 +83,8 @@ def grouped_queries(config: Config) -> bool:
 def own_head_dim(config: Config) -> bool:
     """A head has another size than hidden_size / num_attention_heads."""
     size = config.get("head_dim")
-    return size is not None and size * config["num_attention_heads"] != config["hidden_size"]
+    # Divided: a size times a text would be a text of that many repetitions.
+    return size is not None and bool(size != config["hidden_size"] / config["num_attention_heads"])
 
 
 def rope(*kinds: str) -> Callable[[Config], bool]:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from moetool.arch.forms import family_names
 from moetool.arch.spec import ArchSpec, detect
@@ -72,10 +73,10 @@ class MoESource:
     @property
     def num_routed(self) -> int:
         """Elements of the routed experts of all layers."""
-        experts = range(1 if self.spec.fused else min(self.num_experts, len(self.tensors)))
-        templates = set(self.spec.experts.values())
-        names = (t.format(layer=layer, expert=e) for layer in self.layers for e in experts for t in templates)
-        return sum(self.tensors[name].num_elements for name in names if name in self.tensors)
+        experts, templates = range(1 if self.spec.fused else self.num_experts), set(self.spec.experts.values())
+        named = ((t.format(layer=layer, expert=e) for e in experts) for layer in self.layers for t in templates)
+        # Up to the first that is missing: config.json may speak of any number of experts.
+        return sum(self.tensors[name].num_elements for names in named for name in takewhile(self.tensors.get, names))
 
 
 def moe_source(reader: CheckpointReader) -> MoESource | None:
