@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
     num_bytes: int
 
 
-def encode(documents: Iterable[str], encoder: Any, eos: int) -> Iterator[Encoded]:
+def encode(documents: Iterable[str], encoder: Any, eos: int) -> Generator[Encoded, None, None]:
     """Tokenize documents in their order, each without special tokens and ended by `eos`.
 
     The tokenizer works without Python's lock, so threads keep all cores busy while this one reads the

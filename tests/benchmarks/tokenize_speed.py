@@ -9,11 +9,11 @@ tokenizers are trained on the files, byte-level BPEs of 32,000 entries: one spli
 Llama 3's regular expression.
 
 The bare tokenizer gets documents that are in memory, in batches of 8 million characters, and its ids become a NumPy
-array: nothing is read, hashed or written. `moetool tokenize` is the whole command, after its imports, in the
-same process, which is pinned to the cores. Rounds are interleaved; ratios are medians of the
-rounds' ratios. "busy" is the share of its cores that a program would use on an idle machine: threads that run
-or wait for a core, counted every 10 ms and at most one per core. Other work on the machine changes seconds,
-and hardly that.
+array: nothing is read, hashed or written. moetool does all of the command that grows with the text: it hashes, reads,
+tokenizes, writes and fsyncs. Both run in one process, which is pinned to the cores. Rounds are interleaved;
+ratios are medians of the rounds' ratios. "busy" is the share of the cores in use on an idle machine: threads that
+run or wait for a core, counted every 10 ms and at most one per core. It and processor time vary less than
+seconds when other programs run.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ import sys
 import tempfile
 import time
 from array import array
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetool import cli
+from moetool.checkpoint.model import load_tokenizer
+from moetool.data.text import TextSource, content_sha256, read_documents
+from moetool.data.tokens import write_tokens
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -95,7 +99,6 @@ def write_text(folder: Path, texts: list[str], size: int) -> None:
             line = chance.choice(lines) + "\n"
             file.write(line)
             written += len(line.encode())
-    (folder / "short.jsonl").write_text('{"text": "A short document."}\n')
 
 
 def bare(encoder: Any, documents: list[str]) -> int:
@@ -113,27 +116,37 @@ def bare(encoder: Any, documents: list[str]) -> int:
     return tokens
 
 
-def moetool(folder: Path, tokenizer: str, text: str) -> int:
-    """The whole command, in this process."""
-    command = ["tokenize", str(folder / text), "--out", str(folder / "out"), "--tokenizer", str(folder / tokenizer)]
-    assert cli.run([*command, "--document", "line", "--overwrite", "--quiet"]) == 0
-    return int(json.loads((folder / "out" / "manifest.json").read_text())["num_tokens"])
+def moetool(folder: Path, tokenizer: Any, text: Path, begin: Callable[[], None]) -> int:
+    """All that the command does and that grows with the text: hash it, read it, tokenize it, write it."""
+    source = TextSource(str(text), document="line")
+
+    def documents() -> Iterator[str]:
+        begin()
+        content_sha256(source)
+        yield from read_documents(source)
+
+    return write_tokens(documents(), tokenizer, folder / "out", overwrite=True).num_tokens
 
 
 def work(folder: Path, tokenizer: str, text: str, rounds: int) -> None:
     """Run in a process of its own, on the cores to measure: prints a line of JSON per run."""
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_file(str(folder / tokenizer / "tokenizer.json"))
+    loaded = load_tokenizer(folder / tokenizer)
     rows = (folder / text).read_text().splitlines()
     documents = [str(json.loads(row)["text"]) if text.endswith(".jsonl") else row for row in rows]
     documents = [document for document in documents if document and not document.isspace()]
-    moetool(folder, tokenizer, "short.jsonl")  # the imports
-    sides = {"bare": lambda: bare(encoder, documents), "moetool": lambda: moetool(folder, tokenizer, text)}
+    began = processor = 0.0
+
+    def begin() -> None:
+        nonlocal began, processor
+        began, processor = time.monotonic(), time.process_time()
+
     for number in range(rounds):
-        for side in sorted(sides, reverse=number % 2 == 1):
-            began, processor = time.monotonic(), time.process_time()
-            tokens = sides[side]()
+        for side in ("bare", "moetool") if number % 2 == 0 else ("moetool", "bare"):
+            if side == "bare":
+                begin()
+                tokens = bare(loaded.backend_tokenizer, documents)
+            else:
+                tokens = moetool(folder, loaded, folder / text, begin)
             run = Run(side, began, time.monotonic(), time.process_time() - processor, tokens)
             print(json.dumps(run), flush=True)
 
@@ -199,9 +212,9 @@ def main() -> None:
         print(" processor time | bare busy | moetool busy |\n|---|---|---|---|---|---|---|---|")
         for tokenizer in TOKENIZERS:
             train(folder, tokenizer, texts)
-            for text in FORMATS:
-                for cores in arguments.cores or (1, 2):
-                    print(compare(folder, tokenizer, text, cores, arguments.rounds), flush=True)
+        for cores in arguments.cores or (1, 2):
+            for tokenizer, text in product(TOKENIZERS, FORMATS):
+                print(compare(folder, tokenizer, text, cores, arguments.rounds), flush=True)
         print("load average at the end:", *os.getloadavg())
 
 
