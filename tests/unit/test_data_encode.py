@@ -45,11 +45,11 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_short_documents_share_a_call() -> None:
     encoder = Encoder()
     encoded = list(encode(["x" * 64] * 10_000, encoder, EOS))
-    assert sorted(encoder.batches) == [784] + [1024] * 9  # 65536 / 64 in each but the last
+    assert sorted(encoder.batches) == [1808, 4096, 4096]  # 2**18 / 64 in each but the last
     assert sum(len(batch.ends) for batch in encoded) == 10_000
     assert encoded[0].tokens[:4].tolist() == [64, EOS, 64, EOS]
     assert encoded[0].ends[:2] == [2, 4]
-    assert encoded[0].num_bytes == 65536
+    assert encoded[0].num_bytes == 2**18
 
 
 def test_long_documents_are_tokenized_at_the_same_time() -> None:
@@ -62,7 +62,7 @@ def test_the_next_documents_are_read_while_the_tokenizer_works() -> None:
     read = threading.Event()
 
     def documents() -> Iterator[str]:
-        yield "x" * 10**5
+        yield "x" * 2**18
         read.set()
         yield "y"
 
@@ -71,7 +71,7 @@ def test_the_next_documents_are_read_while_the_tokenizer_works() -> None:
 
 
 def test_the_order_is_that_of_the_documents() -> None:
-    sizes = [10**5 + i for i in range(12)]
+    sizes = [2**18 + i for i in range(12)]
     encoder = Encoder(lambda batch: time.sleep(0.01 * (len(batch[0]) % 3)))
     encoded = encode(["x" * size for size in sizes], encoder, EOS)
     assert [int(token) for batch in encoded for token in batch.tokens] == [n for size in sizes for n in (size, EOS)]
