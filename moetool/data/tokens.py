@@ -12,8 +12,8 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -24,6 +24,7 @@ import numpy as np
 
 from moetool.checkpoint.folder import sync_folder
 from moetool.checkpoint.model import load_tokenizer
+from moetool.data.encode import encode
 from moetool.data.folder import durable, unfinished_beside
 from moetool.data.text import TextSource, content_sha256, read_documents
 from moetool.errors import ConfigError, DataError
@@ -33,9 +34,6 @@ from moetool.progress import Progress, silent
 FORMAT, FORMAT_VERSION = "moetool-tokens", 1
 MAX_TOKENIZER = 500_000_000  # bytes of tokenizer.json
 FILES = ("tokens.bin", "offsets.bin", "manifest.json", "moetool.yaml")
-
-# Documents go to the tokenizer's threads in batches of about this size, with about 110 bytes of memory per character.
-_BATCH_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -201,22 +199,16 @@ def write_tokens(
     gc.collect()  # a Ctrl-C while tokenizers works would be lost in a Python finalizer of this garbage
     digest = hashlib.sha256()
     num_documents = num_tokens = num_bytes = 0
-    with unfinished_beside(folder) as unfinished:
+    with unfinished_beside(folder) as unfinished, closing(encode(documents, encoder, eos)) as encoded:
         with durable(unfinished / "tokens.bin") as tokens_file, durable(unfinished / "offsets.bin") as offsets_file:
             offsets_file.write(np.zeros(1, "<i8").tobytes())
-            for batch in _batches(documents):
-                flat: list[int] = []
-                ends = []
-                for encoding in encoder.encode_batch_fast(batch, add_special_tokens=False):
-                    flat += encoding.ids
-                    flat.append(eos)
-                    ends.append(num_tokens + len(flat))
-                data = np.array(flat, "<u2" if dtype == "uint16" else "<u4").tobytes()
+            for tokens, ends, size in encoded:
+                data = tokens.astype("<u2" if dtype == "uint16" else "<u4").tobytes()
                 digest.update(data)
                 tokens_file.write(data)
-                offsets_file.write(np.array(ends, "<i8").tobytes())
-                num_tokens, num_documents = ends[-1], num_documents + len(batch)
-                num_bytes += sum(len(text.encode()) for text in batch)
+                offsets_file.write(np.add(ends, num_tokens).astype("<i8").tobytes())
+                num_tokens, num_documents = num_tokens + len(tokens), num_documents + len(ends)
+                num_bytes += size
         if not num_documents:
             raise DataError(f"{', '.join((about or {}).get('sources', ['the input']))}: no text in it")
         manifest = (about or {}) | {
@@ -378,19 +370,6 @@ def _hashes(count: int, seed: int) -> np.ndarray:
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from moetool.checkpoint.model import load_tokenizer
+from moetool.data import encode as encoding
 from moetool.data import tokens as module
 from moetool.data.text import TextSource
 from moetool.data.tokens import TokenStream, describe, open_tokens, split_validation, tokenized, write_tokens
@@ -64,7 +65,7 @@ def test_on_disk_are_little_endian_integers(stream: TokenStream, tmp_path: Path)
 def test_a_batch_boundary_changes_nothing(
     stream: TokenStream, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 1)
     other = write_tokens(DOCUMENTS, load_tokenizer(tokenizer_folder), tmp_path / "other")
     assert other.manifest == stream.manifest
     assert other.offsets.tolist() == stream.offsets.tolist()
@@ -131,7 +132,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, tokenizer_folder: Path, monkey
         yield "good"
         raise DataError("bad")
 
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 1)
     tokenizer = load_tokenizer(tokenizer_folder)
     with pytest.raises(DataError, match="bad"):
         write_tokens(fail(), tokenizer, tmp_path / "deep" / "tokens")
@@ -156,8 +157,8 @@ def test_a_killed_run_leaves_nothing_that_opens_and_the_next_one_clears_up(
 ) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from moetool.checkpoint.model import load_tokenizer; from moetool.data import tokens\n"
-        "tokens._BATCH_CHARACTERS = 1\n"
+        "from moetool.checkpoint.model import load_tokenizer; from moetool.data import encode, tokens\n"
+        "encode._BATCH_CHARACTERS = 1\n"
         "def texts():\n"
         "    yield 'a'; yield 'b'\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
