@@ -101,6 +101,17 @@ class ArchSpec:
         """Whether a tensor holds all experts of a layer."""
         return "{expert}" not in self.experts["gate"]
 
+    def fused_names(self, layer: int) -> dict[str, str]:
+        """projection -> the tensor that holds all experts of a layer where they are stored together.
+
+        transformers 5 reads it in every family that stores them one by one otherwise; the Granite
+        families have no other.
+        """
+        if self.fused:
+            return {projection: name.format(layer=layer) for projection, name in self.experts.items()}
+        prefix = self.experts["gate"].partition(".{expert}")[0].format(layer=layer)
+        return {"gate": f"{prefix}.gate_up_proj", "up": f"{prefix}.gate_up_proj", "down": f"{prefix}.down_proj"}
+
     def expert_place(self, projection: str, layer: int, expert: int, num_elements: int) -> tuple[str, int]:
         """The tensor of an expert's matrix, and the element of it at which the matrix begins.
 

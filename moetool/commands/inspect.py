@@ -80,7 +80,9 @@ def describe(reader: Any) -> dict[str, Any]:
             down = [i for n, i in reader.tensors.items() if n.endswith(spec.shared.tensors["down"].split("{layer}")[1])]
             document["shared_intermediate_size"] = down[0].shape[-1] if down and down[0].shape else 0
         document["parameters"]["active"] = total - routed + routed * top_k // experts if routed else None
-        document["clients"] = obstacles(config, beside(reader.folder))
+        # What other programs do with experts in one tensor has been measured for families that always store them so.
+        if spec.fused or not any(name.endswith(".experts.gate_up_proj") for name in reader.tensors):
+            document["clients"] = obstacles(config, beside(reader.folder))
     dtypes: dict[str, int] = {}
     files: dict[str, int] = {}
     for info in reader.tensors.values():
@@ -176,6 +178,12 @@ def lineage_line(entry: dict[str, Any]) -> str:
             f"upcycle of {names} ({source.get('model_type')}): {recipe.get('num_experts')} experts,"
             f" top-{recipe.get('top_k')}{parts}, method {recipe.get('method')}{redrawn}, seed {recipe.get('seed')}"
         )
+    if entry.get("command") == "convert":
+        recipe = entry.get("recipe", {})
+        base, *adapter = (str(source.get("name")) for source in recorded_sources(entry))
+        changes = [f"{key} {recipe[key]}" for key in ("dtype", "layout") if recipe.get(key, "auto") != "auto"]
+        changes += [f"with {name} merged" for name in adapter]
+        return ", ".join([f"convert of {base} ({entry.get('source', {}).get('model_type')})", *changes])
     if entry.get("command") == "cpt":
         return f"cpt: {entry.get('steps')} steps, {entry.get('tokens')} tokens, seed {entry.get('seed')}"
     return str(entry.get("command"))

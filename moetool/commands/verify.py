@@ -10,19 +10,20 @@ import typer
 
 from moetool.commands.console import Console, escape
 from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, num_cores
-from moetool.commands.proof import proof_line
+from moetool.commands.proof import UnpickleFlag, proof_line
 
 
 def verify(
     context: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder that moetool upcycle has written.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder that moetool upcycle or convert has written.")],
     source: Annotated[
-        str | None, typer.Option(help="The dense model.  \\[default: where moetool.json says it was]", metavar="DENSE")
+        str | None,
+        typer.Option(help="The model that was read.  \\[default: where moetool.json says it was]", metavar="MODEL"),
     ] = None,
     donor: Annotated[
         list[str] | None,
         typer.Option(
-            help="The other donors, in their order.  \\[default: where moetool.json says they were]",
+            help="The other donors, in their order, or the adapter.  \\[default: where moetool.json says they were]",
             metavar="MODEL",
             show_default=False,
         ),
@@ -30,6 +31,7 @@ def verify(
     level: Annotated[
         Literal["quick", "full"], typer.Option(help="A sample of each tensor, or every entry and every file's digest.")
     ] = "full",
+    unpickle: UnpickleFlag = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads.  \\[default: one a core]", show_default=False)
     ] = None,
@@ -37,7 +39,7 @@ def verify(
     quiet: QuietFlag = False,
     config: ConfigFlag = None,
 ) -> dict[str, Any]:
-    """Prove a finished upcycling against the dense model that it came from.
+    """Prove a finished folder of upcycle or convert against what it was made from.
 
     Kept entries equal the source bit for bit, redrawn units differ from it and have the statistics
     of what they replaced, and no file has changed, is missing, or was added since it was written
@@ -45,10 +47,10 @@ def verify(
     """
     from moetool import registry
     from moetool.checkpoint.hub import resolve_model
-    from moetool.checkpoint.reader import CheckpointReader
     from moetool.errors import CheckpointError, MoetoolError
     from moetool.recipe import recorded_sources
     from moetool.surgery.lineage import provable_entry
+    from moetool.surgery.sources import open_readers
     from moetool.surgery.verify import check_source
     from moetool.surgery.verify import verify as prove
 
@@ -61,11 +63,12 @@ def verify(
         raise typer.BadParameter(f"--donor is given {len(donor)} times, {folder} has {len(names) - 1} other donors")
     names = [source or names[0], *(donor or names[1:])]
     try:
-        folders = [resolve_model(name) for name in names]
+        folders = [resolve_model(name, unpickle=unpickle) for name in names]
     except MoetoolError as error:
         raise CheckpointError(f"{error} (or say with --source and --donor where the sources are now)") from None
     with ExitStack() as stack:
-        readers = [stack.enter_context(CheckpointReader(dense)) for dense in folders]
+        has_adapter = entry.get("recipe", {}).get("adapter") is True
+        readers = [stack.enter_context(reader) for reader in open_readers(folders, unpickle, has_adapter)]
         progress = stack.enter_context(console.progress())
         if level == "full":
             for reader, one in zip(readers, recorded, strict=True):
