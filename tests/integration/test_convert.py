@@ -185,15 +185,8 @@ def test_the_text_model_of_a_multimodal_model(family: str, tmp_path: Path) -> No
     assert entry["source"]["lineage"][0]["command"] == "convert"
 
 
-def pickled(source: Path, folder: Path, **changes: Any) -> Path:
-    """The weights of a checkpoint in pytorch_model.bin."""
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save({**weights(source), **changes}, folder / "pytorch_model.bin")
-    return folder
-
-
 def test_pickled_weights_are_read_only_when_it_is_asked_for(llama: Path, tmp_path: Path) -> None:
-    source = pickled(llama, tmp_path / "bin")
+    source = tiny.save_pickled(llama, tmp_path / "bin")
     assert "--unpickle" in fails(source, tmp_path / "a")
     code, _, err = tiny.in_process("upcycle", source, tmp_path / "a")
     assert code == 1
@@ -235,7 +228,7 @@ class Runs:
 
 def test_a_hostile_pickle_is_one_line(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = pickled(llama, tmp_path / "bin") / "pytorch_model.bin"
+    path = tiny.save_pickled(llama, tmp_path / "bin") / "pytorch_model.bin"
     whole = path.read_bytes()
 
     def tried(data: bytes | None = None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -106,15 +105,7 @@ def test_a_merge_into_tied_embeddings(peft: Any, tmp_path: Path) -> None:
     assert torch.allclose(ours["model.embed_tokens.weight"], theirs["model.embed_tokens.weight"], rtol=0, atol=2e-6)
 
 
-def hand_made(folder: Path, tensors: dict[str, Tensor], **settings: Any) -> Path:
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]} | settings
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-Q = "base_model.model.model.layers.0.self_attn.q_proj"
+Q = tiny.Q_PROJ
 
 
 def parts(module: str = Q, rank: int = 2, inputs: int = 32, outputs: int = 32) -> dict[str, Tensor]:
@@ -125,20 +116,20 @@ def parts(module: str = Q, rank: int = 2, inputs: int = 32, outputs: int = 32) -
 
 @pytest.mark.parametrize(("settings", "scaling"), [({}, 3.0), ({"use_rslora": True}, 6 / 2**0.5)])
 def test_a_merge_by_hand(settings: dict[str, Any], scaling: float, llama: Path, tmp_path: Path) -> None:
-    adapter = hand_made(tmp_path / "adapter", parts(), **settings)
+    adapter = tiny.save_adapter(tmp_path / "adapter", parts(), **settings)
     convert(llama, tmp_path / "a", "--adapter", adapter)
     name = "model.layers.0.self_attn.q_proj.weight"
     a, b = parts().values()
     wanted = weights(llama)[name].double() + scaling * (b.double() @ a.double())  # alpha / r, alpha / sqrt(r)
     assert torch.allclose(weights(tmp_path / "a")[name].double(), wanted, rtol=1e-6, atol=1e-6)
-    turned = hand_made(tmp_path / "turned", parts(), fan_in_fan_out=True)
+    turned = tiny.save_adapter(tmp_path / "turned", parts(), fan_in_fan_out=True)
     convert(llama, tmp_path / "b", "--adapter", turned)
     wanted = weights(llama)[name].double() + 3 * (b.double() @ a.double()).T
     assert torch.allclose(weights(tmp_path / "b")[name].double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_the_same_adapter_in_a_pickle(llama: Path, tmp_path: Path) -> None:
-    adapter = hand_made(tmp_path / "adapter", parts())
+    adapter = tiny.save_adapter(tmp_path / "adapter", parts())
     convert(llama, tmp_path / "a", "--adapter", adapter)
     torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
@@ -168,13 +159,13 @@ def test_the_same_adapter_in_a_pickle(llama: Path, tmp_path: Path) -> None:
 def test_an_adapter_that_cannot_be_merged_is_one_line(
     tensors: dict[str, Tensor], settings: dict[str, Any], message: str, llama: Path, tmp_path: Path
 ) -> None:
-    adapter = hand_made(tmp_path / "adapter", tensors, **settings)
+    adapter = tiny.save_adapter(tmp_path / "adapter", tensors, **settings)
     assert message.format(base=llama) in fails(llama, tmp_path / "a", "--adapter", adapter)
     assert not (tmp_path / "a").exists()
 
 
 def test_an_adapter_is_no_model(llama: Path, tmp_path: Path) -> None:
-    adapter = hand_made(tmp_path / "adapter", parts())
+    adapter = tiny.save_adapter(tmp_path / "adapter", parts())
     for command in ("convert", "upcycle"):
         code, _, err = tiny.in_process(command, adapter, tmp_path / "a")
         assert code == 1
