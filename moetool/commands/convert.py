@@ -10,12 +10,21 @@ import typer
 
 from moetool.commands.console import Console, count, escape, size
 from moetool.commands.options import ConfigFlag, Dtype, JsonFlag, QuietFlag, long_dtype, num_cores, parse_size
-from moetool.commands.proof import UnpickleFlag, carry_out, closing
+from moetool.commands.proof import carry_out, closing
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from moetool.convert.plan import Conversion
+
+UnpickleFlag = Annotated[
+    bool,
+    typer.Option(
+        "--unpickle",
+        help="Where there are no safetensors, read pickled weights (pytorch_model.bin) with torch's restricted"
+        " unpickler.",
+    ),
+]
 
 
 def convert(

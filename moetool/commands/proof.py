@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -14,15 +14,6 @@ from moetool.commands.options import options_text
 if TYPE_CHECKING:
     from moetool.surgery.plan import Plan
     from moetool.surgery.sources import Sources
-
-UnpickleFlag = Annotated[
-    bool,
-    typer.Option(
-        "--unpickle",
-        help="Where there are no safetensors, read pickled weights (pytorch_model.bin) with torch's restricted"
-        " unpickler.",
-    ),
-]
 
 
 def carry_out(

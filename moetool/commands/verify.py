@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from moetool.commands.console import Console, escape
+from moetool.commands.convert import UnpickleFlag
 from moetool.commands.options import ConfigFlag, JsonFlag, QuietFlag, num_cores
-from moetool.commands.proof import UnpickleFlag, proof_line
+from moetool.commands.proof import proof_line
 
 
 def verify(

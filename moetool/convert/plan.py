@@ -17,8 +17,7 @@ from moetool.convert.matrix import Matrix, as_they_are, check_layout, join_exper
 from moetool.convert.text import result_config
 from moetool.errors import CheckpointError, ConfigError
 from moetool.surgery.fill import Fill, Piece, natural
-from moetool.surgery.operation import Operation
-from moetool.surgery.plan import Plan, lay_out
+from moetool.surgery.plan import Operation, Plan, lay_out
 
 LAYOUTS = ("auto", "per-expert", "fused")
 # Biases that only choose experts move by steps below bf16's precision; models hold them in fp32.

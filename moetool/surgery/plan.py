@@ -102,6 +102,19 @@ class Plan:
         }
 
 
+@dataclass(frozen=True)
+class Operation:
+    """What `moetool verify` must know of a command that rewrites checkpoints; under `operation` in the registry.
+
+    Attributes:
+        done: what it does to its source, as messages say it: `upcycled`.
+        replan: (sources, lineage entry, max_shard_size) -> the plan that the entry tells of.
+    """
+
+    done: str
+    replan: Callable[[Sequence[CheckpointReader], Mapping[str, Any], int], Plan]
+
+
 def lay_out(
     command: str,
     recipe: Mapping[str, Any],

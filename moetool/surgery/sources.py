@@ -56,7 +56,7 @@ def open_sources(
         out: the folder to be written, which may not be one of them or lie inside one.
         headers_only: fetch no weights from the hub, only what a plan needs.
         unpickle: whether pickled weights are read where there are no safetensors.
-        adapter: the same of an adapter; the last source.
+        adapter: a LoRA folder or name, which becomes the last source.
 
     Raises:
         CheckpointError: one is not there or not readable, or OUT lies inside it.

@@ -22,11 +22,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from moetool import registry
+from moetool.arch.forms import FLAT
 from moetool.checkpoint.model import load_model
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.routing.origin import read_origin
 from tests import tiny
-from tests.integration.test_upcycle_forms import FLAT, MULTIMODAL
+from tests.integration.test_upcycle_forms import MULTIMODAL
 
 SOURCE_OF = {  # target family -> a dense one that fits it
     "mixtral": "llama", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3", "flex_olmo": "olmo2", "granitemoe": "granite",
@@ -205,7 +206,8 @@ def test_several_pickled_files_and_tied_weights(tmp_path: Path) -> None:
     source, tensors = tmp_path / "bin", weights(dense)
     shutil.copytree(dense, source, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # as torch.save keeps them: the same bytes
-    names, files = sorted(tensors), {}
+    names = sorted(tensors)
+    files: dict[str, str] = {}
     for number, part in enumerate((names[:9], names[9:])):
         file = f"pytorch_model-0000{number + 1}-of-00002.bin"
         files |= dict.fromkeys(part, file)
@@ -258,7 +260,7 @@ def test_a_hostile_pickle_is_one_line(llama: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_a_killed_conversion_is_finished_by_the_same_command(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 3000}
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 3000}
     source, out = tiny.save_llama(tmp_path / "source", **sizes), tmp_path / "out"
     command = ("convert", source, out, "--dtype", "bf16", "--max-shard-size", "1MB", "--verify", "none", "--workers", 1)
     convert(source, tmp_path / "whole", "--dtype", "bf16", "--max-shard-size", "1MB")
