@@ -31,7 +31,7 @@ docs: .venv/installed              ## regenerate docs/cli.md from --help
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@# Beside the other packages: transformers would import it in every command, which takes seconds.
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/optional torchao==0.18.0
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/optional torchao==0.18.0 peft==0.21.2
 	touch $@
 
 clean:

@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from moetool import __version__, launch
 from moetool.commands.analyze_routing import analyze_routing
+from moetool.commands.convert import convert
 from moetool.commands.cpt import cpt
 from moetool.commands.eval import evaluate
 from moetool.commands.inspect import inspect
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "upcycle": upcycle,
     "inspect": inspect,
     "verify": verify,
+    "convert": convert,
     "tokenize": tokenize,
     "cpt": cpt,
     "analyze-routing": analyze_routing,
@@ -107,6 +109,7 @@ _NO_PEER = ("by peer", "gloo/transport", "NCCL error", "remote process exited", 
 _LESS_MEMORY = {
     "upcycle": "use fewer --workers",
     "verify": "use fewer --workers",
+    "convert": "use fewer --workers",
     "cpt": "use a smaller --micro-batch-size or --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)",
     "analyze-routing": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "eval": "use a smaller --batch-size, --dtype bfloat16, or --device-map auto",

@@ -163,6 +163,14 @@ def workers_option() -> Any:
     return option("Worker threads.", None, min=1, shown="one per core")
 
 
+def unpickle_option() -> Any:
+    """Whether pickled weights may be read."""
+    return option(
+        "If there are no safetensors, read pickled weights (pytorch_model.bin) with torch's restricted unpickler.",
+        False, flag="--unpickle",
+    )  # fmt: skip
+
+
 def check_device(config: Any) -> None:
     """Refuse a device beside a map of devices.
 

@@ -16,7 +16,7 @@ from moetool import registry
 from moetool.errors import CheckpointError, ConfigError
 from moetool.option import as_read, dtype_option, option
 from moetool.outside import read_json
-from moetool.values import FLOAT_DTYPES, decimal, ratio
+from moetool.values import decimal, ratio, short_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 LINEAGE = "moetool.json"
 LINEAGE_FORMAT = 1
 PROJECTIONS = ("gate", "up", "down")
-
-
-def _short_dtype(name: str, flag: str) -> str:
-    return {long: short for short, long in FLOAT_DTYPES.items()}.get(name, "auto")
 
 
 def _read_by(*methods: str) -> tuple[str, Callable[[str], bool]]:
@@ -91,7 +87,7 @@ class UpcycleRecipe:
         Decimal("0.02"), parse=decimal, metavar="STD", needs=_read_by("drop", "copy", "noise"), unread=Decimal(0),
     )  # fmt: skip
     seed: int = option("Random seed.", 0, min=0)
-    dtype: str = dtype_option("Dtype of the written tensors; auto keeps the source's.", make=_short_dtype)
+    dtype: str = dtype_option("Dtype of the written tensors; auto keeps the source's.", make=short_dtype)
 
     def check(self, typed: Collection[str]) -> None:
         """Refuse options that contradict each other, whatever the source.

@@ -52,6 +52,11 @@ def long_dtype(text: str) -> str:
     return _LONG.get(text, text)
 
 
+def short_dtype(name: str, flag: str) -> str:
+    """safetensors' name of a dtype; `auto` stays."""
+    return next((short for short, long in FLOAT_DTYPES.items() if long == name), "auto")
+
+
 def parse_size(text: str) -> int:
     """`5GB`, `500MB` or a number of bytes, in decimal units.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -199,6 +200,34 @@ def save_glm4_moe(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float3
     torch.manual_seed(seed)
     Glm4MoeForCausalLM(Glm4MoeConfig(**(settings | changes))).to(dtype).save_pretrained(folder)
     save_tokenizer(folder)
+    return folder
+
+
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def save_adapter(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **settings: Any) -> Path:
+    """A LoRA adapter (rank 2, alpha 6) of the first query projection of `save_llama`, as peft saves it."""
+    from safetensors.torch import save_file
+
+    draw = torch.Generator().manual_seed(0)
+    random = {
+        f"{Q_PROJ}.lora_A.weight": torch.randn(2, 32, generator=draw),
+        f"{Q_PROJ}.lora_B.weight": torch.randn(32, 2, generator=draw),
+    }
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(random if tensors is None else tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def save_pickled(source: Path, folder: Path) -> Path:
+    """A checkpoint whose weights are in pytorch_model.bin."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(source / "model.safetensors"), folder / "pytorch_model.bin")
     return folder
 
 

@@ -7,7 +7,7 @@ later in the same file: nothing is copied.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moetool.arch.dense import EMBEDDING, LM_HEAD, DenseSpec, dims, shape
@@ -52,33 +52,36 @@ def is_wrapped(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("text_config"), dict) or config.get("model_type") in FLAT
 
 
-def family_names(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """The tensors of a checkpoint under the names that its family has where it is saved with its head.
+def text_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Names of tensors -> those of a language model on its own (`model.layers.0...`).
 
     Args:
-        tensors: of the checkpoint.
-        config: config.json.
-
-    Returns:
-        Name -> where it lies. Of a multimodal model only what belongs to the text model.
+        tensors: the names in a checkpoint.
+        config: config.json. Of a multimodal model only what belongs to the text model is in the result.
     """
+    tensors = list(tensors)
     embedding = EMBEDDING.removeprefix("model.")
     prefix = next((prefix for prefix in PREFIXES if prefix + embedding in tensors), "model.")
     wrapped, found = is_wrapped(config), {}
-    for name, info in tensors.items():
+    for name in tensors:
         if name in HEADS:
-            found[LM_HEAD] = info
+            found[name] = LM_HEAD
         elif name.startswith(prefix) and not (wrapped and name.startswith("model.visual.")):
-            found["model." + name.removeprefix(prefix)] = info
+            found[name] = "model." + name.removeprefix(prefix)
         elif not wrapped:
-            found[name] = info
+            found[name] = name
     return found
+
+
+def family_names(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors of a checkpoint under the names of a language model on its own (see `text_names`)."""
+    return {usual: tensors[name] for name, usual in text_names(tensors, config).items()}
 
 
 def dense_tensors(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], spec: DenseSpec, dense: Mapping[str, Any]
 ) -> dict[str, TensorInfo]:
-    """The tensors of a source under the names of its family, parts of fused ones apart.
+    """The tensors of a dense source under the names of its family, parts of fused ones apart.
 
     Args:
         tensors: of the checkpoint.

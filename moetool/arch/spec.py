@@ -128,6 +128,11 @@ class ArchSpec:
             selection_bias=self.renamed.get(self.selection_bias or "", self.selection_bias),
         )
 
+    @property
+    def together(self) -> ArchSpec:
+        """The same with the names where experts are stored together: its own, or those of transformers 5's modules."""
+        return self if self.fused else self.in_memory
+
     def expert_place(self, projection: str, layer: int, expert: int, num_elements: int) -> tuple[str, int]:
         """The tensor of an expert's matrix, and the element of it at which the matrix begins.
 

@@ -21,12 +21,13 @@ CONFIGURATION = ["*.json", "*.model", "tokenizer.model.*", "*.txt", "*.jinja", "
 SUBFOLDERS = ["*/*"]
 
 
-def resolve_model(model: str, weights: bool = True) -> Path:
+def resolve_model(model: str, weights: bool = True, unpickle: bool = False) -> Path:
     """Return the folder of a model, fetching it from the hub if it is not local.
 
     Args:
         model: a folder, or `owner/name[@revision]`.
         weights: whether to fetch the weights too, or only configuration and tokenizer.
+        unpickle: whether pickled weights may be fetched if there are no safetensors.
 
     Raises:
         CheckpointError: nothing is there; says whether the hub was tried, and its answer.
@@ -42,7 +43,7 @@ def resolve_model(model: str, weights: bool = True) -> Path:
             f"no folder {model}{_near(path)}; give a folder that holds config.json and the safetensors shards"
         )
     name, _, revision = model.partition("@")
-    return Path(_download(name, revision or None, model, weights))
+    return Path(_download(name, revision or None, model, weights, unpickle=unpickle))
 
 
 def find_model(model: str) -> Path | None:
@@ -83,8 +84,7 @@ def fetch_headers(model: str, into: Path) -> Path:
         metadata = get_safetensors_metadata(name, revision=revision or None)
     except NotASafetensorsRepoError:
         raise CheckpointError(
-            f"{model} holds no safetensors on the hub; convert it first: load with transformers in a place you trust"
-            " and save_pretrained"
+            f"{model} holds no safetensors on the hub; convert it first: moetool convert {model} OUT --unpickle"
         ) from None
     except Exception as error:
         cached = find_model(model)  # works without a network on files fetched before
@@ -150,7 +150,9 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
 
 
-def _download(name: str, revision: str | None, model: str, weights: bool, cached: bool = False) -> str:
+def _download(
+    name: str, revision: str | None, model: str, weights: bool, cached: bool = False, unpickle: bool = False
+) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -168,7 +170,7 @@ def _download(name: str, revision: str | None, model: str, weights: bool, cached
             return folder
         # Only files that transformers reads: repositories also hold other formats of the same weights. Fetch by the
         # commit, which is the folder's name, so that weights and index have one revision.
-        shards = [glob.escape(shard) for shard in named_shards(Path(folder))]
+        shards = [glob.escape(shard) for shard in named_shards(Path(folder), unpickle)]
         return snapshot_download(name, revision=Path(folder).name, allow_patterns=shards, local_files_only=cached)
     except CheckpointError:
         raise

@@ -27,6 +27,9 @@ SAMPLE = 4096  # bytes of each tensor in a content fingerprint
 GIT_LFS = b"version https://git-lfs"  # start of the pointer that git leaves where git-lfs did not fetch a file
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+ADAPTER_CONFIG, ADAPTER, PICKLED_ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,19 @@ class BlockFile:
                 os.close(opened)
         self._read(descriptor, info, offset, buffer)
 
+    def same(self, a: TensorInfo, b: TensorInfo) -> bool:
+        """Whether two tensors are equal, byte for byte."""
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        step = 1 << 20
+        for offset in range(0, a.size, step):
+            blocks = [bytearray(min(step, a.size - offset)) for _ in (a, b)]
+            for info, block in zip((a, b), blocks, strict=True):
+                self.read_into(info, offset, memoryview(block))
+            if blocks[0] != blocks[1]:
+                return False
+        return True
+
     def _read(self, descriptor: int, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         position = info.start + offset
         while buffer:
@@ -177,26 +193,34 @@ def check_entries(folder: Path) -> None:
             raise CheckpointError(f"{path} is no file but a pipe or a device; take it out of the checkpoint")
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """The index as tensor -> shard; None if there is no index."""
-    if not (folder / INDEX).exists():
+def _weight_map(folder: Path, index: str = INDEX) -> dict[str, str] | None:
+    """An index as tensor -> shard; None if there is none."""
+    if not (folder / index).exists():
         return None
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX} has no weight_map")
+        raise CheckpointError(f"{folder / index} has no weight_map")
+    ending = ".bin" if index == PICKLED_INDEX else ".safetensors"
     for file in weight_map.values():
-        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX} names {str(file)[:100]!r}, which is no shard's name")
+        if not isinstance(file, str) or file != Path(file).name or not file.endswith(ending):
+            raise CheckpointError(f"{folder / index} names {str(file)[:100]!r}, which is no shard's name")
     return weight_map
 
 
-def named_shards(folder: Path) -> list[str]:
+def named_shards(folder: Path, unpickle: bool = False) -> list[str]:
     """The names of the shards that a folder has or should have.
 
+    Args:
+        folder: config.json, or adapter_config.json, and the index are there.
+        unpickle: whether pickled weights may do for safetensors.
+
     Raises:
-        CheckpointError: the index is not a safetensors index.
+        CheckpointError: the index is not an index of weights.
     """
-    return sorted(set((_weight_map(folder) or {SINGLE: SINGLE}).values()))
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
+        return [ADAPTER, *[PICKLED_ADAPTER] * unpickle]
+    maps = _weight_map(folder) or (_weight_map(folder, PICKLED_INDEX) if unpickle else None)
+    return sorted(set(maps.values())) if maps else [SINGLE, *[PICKLED] * unpickle]
 
 
 def _unfinished_download(folder: Path) -> str:
@@ -215,63 +239,90 @@ class CheckpointReader(BlockFile):
         tensors: every tensor by name, in file order.
         shards: the file names, in order.
 
+    Args:
+        folder: the folder.
+        unpickle: whether pickled weights are read where there are no safetensors.
+
     Raises:
         CheckpointError: no config, no safetensors, an index that names absent files or tensors, a
-            damaged header, or pickled weights.
+            damaged header, or pickled weights without `unpickle`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    names = ("config.json", SINGLE, PICKLED)
+
+    def __init__(self, folder: Path, unpickle: bool = False) -> None:
         super().__init__(folder)
         check_entries(folder)
         if (folder / "moetool.partial.json").exists():
             raise CheckpointError(f"{folder} is an unfinished conversion; run the command that began it again")
-        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-            raise CheckpointError(f"{folder} is an adapter (LoRA), not a model; merge it into its base model first")
-        self.config = read_json(folder / "config.json")
-        self.shards = self._find_shards()
+        config, self._single, self._pickled = self.names
+        if (folder / ADAPTER_CONFIG).exists() and not (folder / config).exists():
+            raise CheckpointError(
+                f"{folder} is an adapter (LoRA), not a model; merge it into its base model first:"
+                f" moetool convert BASE OUT --adapter {folder}"
+            )
+        self.config = read_json(folder / config)
+        self.shards = self._find_shards(unpickle)
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
-            tensors, _ = read_header(folder / shard)
+            tensors = read_header(folder / shard)[0] if shard.endswith(".safetensors") else _unpickled(folder / shard)
             for name, info in tensors.items():
                 if name in self.tensors:
                     raise CheckpointError(f"{folder}: tensor {name} is in {self.tensors[name].shard} and in {shard}")
                 self.tensors[name] = info
         self._check_index()
 
-    def _find_shards(self) -> list[str]:
-        self._weight_map = _weight_map(self.folder)
+    def _find_shards(self, unpickle: bool) -> list[str]:
+        self._index, self._weight_map = INDEX, _weight_map(self.folder)
+        if not self._weight_map and unpickle and not (self.folder / self._single).is_file():
+            self._index, self._weight_map = PICKLED_INDEX, _weight_map(self.folder, PICKLED_INDEX)
         if self._weight_map:
             shards = sorted(set(self._weight_map.values()))
             for file in shards:
                 if not (self.folder / file).is_file():
-                    what = f"{self.folder / INDEX} names {file}, which is not there"
+                    what = f"{self.folder / self._index} names {file}, which is not there"
                     raise CheckpointError(f"{what}{_unfinished_download(self.folder)}; fetch it again")
             return shards
-        if (self.folder / SINGLE).is_file():
-            return [SINGLE]
+        for name in (self._single, *[self._pickled] * unpickle):
+            if (self.folder / name).is_file():
+                return [name]
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pth")):
+            only = f" (of names such as {self._pickled}, which is not there)" if unpickle else ""
             raise CheckpointError(
-                f"{self.folder} holds pickled weights (.bin), which can run code when loaded; convert them first:"
-                " load with transformers in a place you trust and save_pretrained"
+                f"{self.folder} holds pickled weights (.bin), which can run code when loaded; moetool convert"
+                f" --unpickle reads them with torch's restricted unpickler{only}"
             )
         unfinished = _unfinished_download(self.folder)
         again = "; fetch it again" if unfinished else ""
-        raise CheckpointError(f"{self.folder} holds no {SINGLE} and no {INDEX}{unfinished}{again}")
+        raise CheckpointError(f"{self.folder} holds no {self._single} and no {INDEX}{unfinished}{again}")
 
     def _check_index(self) -> None:
         for name, file in (self._weight_map or {}).items():
             if name not in self.tensors or self.tensors[name].shard != file:
-                raise CheckpointError(f"{self.folder / INDEX} places tensor {name[:100]} in {file}, which lacks it")
+                index = self.folder / self._index
+                raise CheckpointError(f"{index} places tensor {name[:100]} in {file}, which lacks it")
 
     def fingerprint(self) -> str:
         """A quick identity of the source: config, headers, sizes and times; it changes if a file does."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        digest = hashlib.sha256((self.folder / self.names[0]).read_bytes())
         for shard in self.shards:
             status = (self.folder / shard).stat()
             digest.update(f"{shard} {status.st_size} {status.st_mtime_ns}".encode())
         for info in self.tensors.values():
             digest.update(f"{info.name} {info.dtype} {info.shape} {info.shard} {info.start}".encode())
         return digest.hexdigest()
+
+
+class AdapterReader(CheckpointReader):
+    """A folder that peft has saved; `config` is adapter_config.json."""
+
+    names = (ADAPTER_CONFIG, ADAPTER, PICKLED_ADAPTER)
+
+
+def _unpickled(path: Path) -> dict[str, TensorInfo]:
+    from moetool.checkpoint.pickled import read_pickle  # loads torch
+
+    return read_pickle(path)
 
 
 def content_fingerprint(folder: Path) -> str:

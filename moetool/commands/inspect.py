@@ -50,6 +50,7 @@ def describe(reader: Any) -> dict[str, Any]:
     from moetool.arch.clients import obstacles
     from moetool.arch.forms import is_wrapped, text_config
     from moetool.arch.moe_source import moe_source
+    from moetool.arch.spec import detect
     from moetool.checkpoint.folder import beside
 
     config = reader.config
@@ -76,7 +77,9 @@ def describe(reader: Any) -> dict[str, Any]:
             shared = source.shared(source.layers[0], "down") if source.layers else None
             document["shared_intermediate_size"] = shared.shape[-1] if shared else 0
         document["parameters"]["active"] = total - routed + routed * top_k // experts if routed else None
-        document["clients"] = obstacles(config, beside(reader.folder))
+        # What other programs do with experts in one tensor is only measured for families that always store them so.
+        if source.spec.experts == detect(config).experts:  # type: ignore[union-attr]
+            document["clients"] = obstacles(config, beside(reader.folder))
     dtypes: dict[str, int] = {}
     files: dict[str, int] = {}
     for info in reader.tensors.values():
@@ -161,6 +164,12 @@ def lineage_line(entry: dict[str, Any]) -> str:
             f"upcycle of {names} ({source.get('model_type')}): {recipe.get('num_experts')} experts,"
             f" top-{recipe.get('top_k')}{parts}, method {recipe.get('method')}{redrawn}, seed {recipe.get('seed')}"
         )
+    if entry.get("command") == "convert":
+        recipe = entry.get("recipe", {})
+        base, *adapter = (str(source.get("name")) for source in recorded_sources(entry))
+        changes = [f"{key} {recipe[key]}" for key in ("dtype", "layout") if recipe.get(key, "auto") != "auto"]
+        changes += [f"with {name} merged" for name in adapter]
+        return ", ".join([f"convert of {base} ({entry.get('source', {}).get('model_type')})", *changes])
     if entry.get("command") == "cpt":
         return f"cpt: {entry.get('steps')} steps, {entry.get('tokens')} tokens, seed {entry.get('seed')}"
     return str(entry.get("command"))

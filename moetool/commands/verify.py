@@ -1,4 +1,4 @@
-"""`moetool verify`: the proof of an upcycling again, for a finished folder."""
+"""`moetool verify`: the checks of upcycle and convert again, for a finished folder."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ import typer
 from moetool.commands.console import Console, escape
 from moetool.commands.options import Output, num_cores
 from moetool.commands.proof import proof_line
-from moetool.option import option, workers_option
+from moetool.option import option, unpickle_option, workers_option
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
     """The options of `moetool verify`."""
 
-    path: Path = option("A folder written by moetool upcycle.", positional=True, metavar="PATH")
-    source: str | None = option("The dense model.", None, shown="where moetool.json says it was", metavar="DENSE")
+    path: Path = option("A folder written by moetool upcycle or convert.", positional=True, metavar="PATH")
+    source: str | None = option(
+        "The model it was made from.", None, shown="where moetool.json says it was", metavar="MODEL"
+    )
     donor: Sequence[str] = option(
-        "The other donors, in the same order.", (), shown="where moetool.json says they were", metavar="MODEL"
+        "The other donors, in the same order, or the adapter.",
+        (),
+        shown="where moetool.json says they were",
+        metavar="MODEL",
     )
     level: Literal["quick", "full"] = option(
         "Check a sample of each tensor, or every entry and the digest of every file.", "full"
     )
+    unpickle: bool = unpickle_option()
     workers: int | None = workers_option()
 
 
 def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict[str, Any]:
-    """Verify an upcycled checkpoint against its dense source.
+    """Verify a folder written by upcycle or convert against its sources.
 
     Checks that kept weights equal the source bit for bit, that redrawn units differ from it and have the
     statistics of the weights they replaced, and that no file was changed, removed or added. (Hidden
@@ -40,10 +46,10 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
     """
     from moetool import registry
     from moetool.checkpoint.hub import resolve_model
-    from moetool.checkpoint.reader import CheckpointReader
     from moetool.errors import CheckpointError, MoetoolError
     from moetool.recipe import recorded_sources
     from moetool.surgery.lineage import provable_entry
+    from moetool.surgery.sources import open_readers
     from moetool.surgery.verify import check_source
     from moetool.surgery.verify import verify as prove
 
@@ -58,11 +64,12 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
         )
     names = [asked.source or names[0], *(asked.donor or names[1:])]
     try:
-        folders = [resolve_model(name) for name in names]
+        folders = [resolve_model(name, unpickle=asked.unpickle) for name in names]
     except MoetoolError as error:
         raise CheckpointError(f"{error} (or say with --source and --donor where the sources are now)") from None
     with ExitStack() as stack:
-        readers = [stack.enter_context(CheckpointReader(dense)) for dense in folders]
+        has_adapter = entry.get("recipe", {}).get("adapter") is True and len(folders) > 1
+        readers = [stack.enter_context(reader) for reader in open_readers(folders, asked.unpickle, has_adapter)]
         progress = stack.enter_context(console.progress())
         if asked.level == "full":
             for reader, one in zip(readers, recorded, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from moetool.checkpoint.reader import TensorInfo
@@ -90,10 +91,10 @@ class Fill:
         """Of one place."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def blocks(self) -> list[tuple[int, int]]:
-        """First and one-past-last row of each block; a block of the source's rows is no larger."""
-        longest = max([self.row_length, *(math.prod(piece.info.shape[1:]) for piece in self.sources)])
+        """First and one-past-last row of each block; a block of the first source's rows is no larger."""
+        longest = max([self.row_length, *(math.prod(piece.info.shape[1:]) for piece in self.sources[:1])])
         return row_blocks(self.shape[0] if self.shape else 1, longest) if self.row_length else []
 
 

@@ -36,7 +36,8 @@ def lineage(
     """
     sources = [
         {"name": name, "model_type": model_type, "sha256": dict(sorted(hashes.items()))}
-        for name, model_type, hashes in zip(names, plan.model_types, sha256, strict=True)
+        | ({"lineage": own} if own else {})
+        for name, model_type, hashes, own in zip(names, plan.model_types, sha256, plan.lineages, strict=True)
     ]
     entry: dict[str, Any] = {
         "command": plan.command,
@@ -106,7 +107,7 @@ def is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path) -> b
         return False
     document = read_lineage(out) or {}
     *history, entry = document.get("lineage") or [{}]
-    if (history, entry.get("command"), entry.get("recipe")) != (list(plan.history), plan.command, plan.recipe):
+    if (history, entry.get("command"), entry.get("recipe")) != (plan.history, plan.command, plan.recipe):
         return False
     shards = document.get("shards")
     if not isinstance(shards, dict) or set(shards) != {shard.name for shard in plan.shards}:

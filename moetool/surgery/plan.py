@@ -14,6 +14,7 @@ from typing import Any
 from moetool.checkpoint.reader import ITEM_SIZE, BlockFile, CheckpointReader, TensorInfo
 from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, layout_shards
 from moetool.errors import CheckpointError
+from moetool.recipe import read_lineage
 from moetool.surgery.fill import BLOCK_ELEMENTS, Fill, Place
 from moetool.surgery.kinds import Kind
 
@@ -33,8 +34,9 @@ class Plan:
         kinds: how each kind of fill is made.
         companions: files beside the weights that are carried over.
         model_types: of the sources, for the lineage.
-        fingerprint: of the sources as they were when the plan was made.
+        lineages: of the sources, as the new one records them.
         history: lineage entries that the new one follows.
+        fingerprint: of the sources as they were when the plan was made.
         recorded: what the lineage records beyond that, so that a proof can tell whether it is rebuilt exactly.
         also: checks of the result that only this operation knows; what they found is added to the proof.
     """
@@ -49,8 +51,9 @@ class Plan:
     kinds: Mapping[str, Kind]
     companions: tuple[str, ...]
     model_types: tuple[str, ...]
+    lineages: tuple[list[dict[str, Any]], ...]
+    history: list[dict[str, Any]]
     fingerprint: str
-    history: tuple[dict[str, Any], ...] = ()
     recorded: Callable[[], dict[str, Any]] = dict
     also: Callable[[Plan, BlockFile], dict[str, Any]] = lambda plan, written: {}
 
@@ -99,6 +102,19 @@ class Plan:
         }
 
 
+@dataclass(frozen=True)
+class Operation:
+    """What `moetool verify` must know of a command that rewrites checkpoints; under `operation` in the registry.
+
+    Attributes:
+        done: what it does to its source, as messages say it: `upcycled`.
+        replan: (sources, lineage entry, max_shard_size) -> the plan that the entry tells of.
+    """
+
+    done: str
+    replan: Callable[[Sequence[CheckpointReader], Mapping[str, Any], int], Plan]
+
+
 def lay_out(
     command: str,
     recipe: Mapping[str, Any],
@@ -109,15 +125,21 @@ def lay_out(
     max_shard_size: int,
     kinds: Mapping[str, Kind],
     model_types: Sequence[str],
+    continues: bool = False,
     **more: Any,
 ) -> Plan:
-    """Lay fills out on disk; the arguments are `Plan`'s.
+    """Lay fills out on disk; the other arguments are `Plan`'s.
 
-    The companions are those of the first reader.
+    Args:
+        readers: the sources; companions are carried over from the first.
+        continues: whether the result is the first source, changed: its lineage then continues. Else a new one
+            begins, in whose first entry the sources' own are recorded.
 
     Raises:
-        CheckpointError: config.json holds a number that JSON does not have.
+        CheckpointError: config.json holds a number that JSON does not have, or a source's lineage is damaged.
     """
+    lineages = [(read_lineage(reader.folder) or {}).get("lineage", []) for reader in readers]
+    history = lineages[0] if continues else []
     for key, value in config.items():
         try:
             json.dumps(value, allow_nan=False)
@@ -134,6 +156,8 @@ def lay_out(
         kinds=kinds,
         companions=tuple(name for name in COMPANIONS if (readers[0].folder / name).is_file()),
         model_types=tuple(model_types),
+        lineages=tuple([] if number == 0 and continues else found for number, found in enumerate(lineages)),
+        history=history,
         fingerprint=fingerprint(readers),
         **more,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from moetool.checkpoint.hub import fetch_headers, resolve_model
-from moetool.checkpoint.reader import CheckpointReader
+from moetool.checkpoint.reader import AdapterReader, CheckpointReader
 from moetool.errors import CheckpointError
 
 
@@ -42,27 +42,48 @@ class Sources:
 
 
 @contextmanager
-def open_sources(names: Sequence[str], out: Path, headers_only: bool = False) -> Iterator[Sources]:
+def open_sources(
+    names: Sequence[str],
+    out: Path,
+    headers_only: bool = False,
+    unpickle: bool = False,
+    adapter: str | None = None,
+) -> Iterator[Sources]:
     """Find checkpoints, here or on the hub, and open them.
 
     Args:
         names: folders, or `owner/name[@revision]`.
         out: the folder to be written, which may not be one of them or lie inside one.
         headers_only: fetch no weights from the hub, only what a plan needs.
+        unpickle: whether pickled weights are read where there are no safetensors.
+        adapter: a LoRA folder or name, which becomes the last source.
 
     Raises:
         CheckpointError: one is not there or not readable, or OUT lies inside it.
     """
     with ExitStack() as stack:
-        if headers_only:
+        if headers_only and not unpickle:
             headers = Path(stack.enter_context(TemporaryDirectory()))
             folders = [fetch_headers(name, headers) for name in names]
         else:
-            folders = [resolve_model(name) for name in names]
+            folders = [resolve_model(name, unpickle=unpickle) for name in names]
+        if adapter is not None:
+            names = [*names, adapter]
+            folders.append(resolve_model(adapter, unpickle=unpickle))
         real = Path(os.path.realpath(out))  # a loop of links is no error here
         for folder in folders:
             if Path(os.path.realpath(folder)) in (real, *real.parents):
                 raise CheckpointError(
                     f"{out} is the source or inside it; a source is never modified: choose another folder"
                 )
-        yield Sources(tuple(names), tuple(stack.enter_context(CheckpointReader(folder)) for folder in folders))
+        readers = open_readers(folders, unpickle, adapter is not None)
+        yield Sources(tuple(names), tuple(stack.enter_context(reader) for reader in readers))
+
+
+def open_readers(folders: Sequence[Path], unpickle: bool, adapter: bool) -> list[CheckpointReader]:
+    """Open folders; `adapter` says whether the last one is an adapter."""
+    number = len(folders) - adapter
+    return [
+        *(CheckpointReader(folder, unpickle) for folder in folders[:number]),
+        *(AdapterReader(folder, unpickle) for folder in folders[number:]),
+    ]

@@ -201,25 +201,9 @@ def check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mappin
         raise CheckpointError(f"{reader.folder}: tensor {missing[0]}{more} is missing; fetch the checkpoint again")
     # A head saved beside tied embeddings is dropped only if it is the same tensor; transformers
     # unties them when it is not, and so do we.
-    if LM_HEAD in found and dense["tie_word_embeddings"] and _equal(reader, found[LM_HEAD], found[EMBEDDING]):
+    if LM_HEAD in found and dense["tie_word_embeddings"] and reader.same(found[LM_HEAD], found[EMBEDDING]):
         del found[LM_HEAD]
     return found
-
-
-def _equal(reader: CheckpointReader, a: TensorInfo, b: TensorInfo) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    step = 1 << 20
-    for offset in range(0, a.size, step):
-        length = min(step, a.size - offset)
-        blocks = []
-        for info in (a, b):
-            buffer = bytearray(length)
-            reader.read_into(info, offset, memoryview(buffer))
-            blocks.append(buffer)
-        if blocks[0] != blocks[1]:
-            return False
-    return True
 
 
 def check_donor(

@@ -14,8 +14,7 @@ from moetool.checkpoint.folder import beside
 from moetool.checkpoint.reader import BlockFile, CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import PROJECTIONS, UpcycleRecipe, units_digest
-from moetool.surgery.operation import Operation
-from moetool.surgery.plan import Plan, lay_out
+from moetool.surgery.plan import Operation, Plan, lay_out
 from moetool.upcycle.blocks import kinds
 from moetool.upcycle.check import check_donor, check_tensors
 from moetool.upcycle.groups import split_share

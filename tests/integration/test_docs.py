@@ -80,6 +80,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data" / "books").mkdir()
     for seed, name in enumerate(("llama", "llama-code", "llama-prose")):
         tiny.save_llama(root / "models" / name, seed)
+    tiny.save_adapter(root / "models" / "lora")
+    tiny.save_pickled(root / "models" / "llama", root / "models" / "pickled")
     for name in ("code", "prose"):
         tiny.save_jsonl(root / "data" / f"{name}.jsonl", repeat=60)
     (root / "data" / "src" / "a.py").write_text("def add(a, b):\n    return a + b\n" * 40)

@@ -1,0 +1,123 @@
+"""`moetool convert`: the same model in another form."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from moetool.commands.console import Console, count, escape, size
+from moetool.commands.options import Output
+from moetool.commands.proof import Writing, carry_out, closing
+from moetool.convert.recipe import ConvertRecipe
+from moetool.option import option
+from moetool.values import parse_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moetool.convert.plan import Conversion
+
+
+@dataclass(frozen=True)
+class Models:
+    """The model that is read, the adapter that is merged into it, and the folder that is written."""
+
+    source: str = option("The model: a folder, or owner/name\\[@revision].", positional=True, metavar="SRC")
+    out: Path = option("The folder to write.", positional=True, metavar="OUT")
+    adapter: str | None = option(
+        "LoRA adapter to merge into SRC, as saved by peft.", None, metavar="LORA", after="layout"
+    )
+
+
+def convert(
+    context: typer.Context, models: Models, asked: ConvertRecipe, writing: Writing, output: Output
+) -> dict[str, Any]:
+    """Write the same model in another form.
+
+    Changes the dtype, the size of the shards or the layout of the experts, merges a LoRA adapter, reads
+    pickled weights, or takes the text model out of a multimodal one. The result is a standard Hugging Face
+    checkpoint, written with bounded memory. A killed run leaves nothing that loads, and the same command
+    finishes it.
+    """
+    from moetool.convert.plan import plan_conversion
+    from moetool.surgery.sources import open_sources
+
+    console = Console(context, output.json, output.quiet)
+    started = time.perf_counter()
+    if asked.unpickle:
+        console.warn(
+            "pickled weights are read with torch's restricted unpickler, which only makes tensors and plain"
+            " containers; in other programs a pickle can run code, so keep the converted files instead"
+        )
+    sources = context.with_resource(
+        open_sources([models.source], models.out, writing.plan, asked.unpickle, models.adapter)
+    )
+    recipe = replace(asked, adapter=models.adapter is not None)
+    conversion = plan_conversion(sources.readers, recipe, parse_size(writing.max_shard_size))
+    document = describe(conversion, models.out, writing.num_workers)
+    if writing.plan:
+        console.result(document, table(document))
+        return document
+    if conversion.layouts == ("per-expert", "fused"):
+        console.warn("--layout fused is read by transformers 5; other programs may need one tensor per expert")
+    carry_out(conversion.plan, sources, models.out, writing, started, document, context, console)
+    console.result(document, table(document), closing(document))
+    return document
+
+
+def describe(conversion: Conversion, out: Path, workers: int) -> dict[str, Any]:
+    """The plan as `--json` gives it."""
+    from moetool.surgery.plan import free_disk
+
+    plan = conversion.plan
+    dtypes: dict[str, int] = {}
+    for fill in plan.fills:
+        dtypes[fill.dtype] = dtypes.get(fill.dtype, 0) + fill.num_elements
+    return {
+        "out": str(out),
+        "source_family": plan.model_types[0],
+        "text_model_of": conversion.text_model_of,
+        "family": plan.config.get("model_type"),
+        "recipe": dict(plan.recipe),
+        "layout": {"source": conversion.layouts[0], "result": conversion.layouts[1]},
+        "adapter": {"merged": conversion.num_merged, "replaced": conversion.num_replaced},
+        "parameters": plan.num_parameters,
+        "dtypes": dtypes,
+        "num_tensors": len(plan.tensors),
+        "num_bytes": plan.num_bytes,
+        "num_shards": len(plan.shards),
+        "free_disk_bytes": free_disk(out),
+        "workers": workers,
+        "peak_memory_bytes": plan.peak_memory(workers),
+    }
+
+
+def table(document: dict[str, Any]) -> Table:
+    """The plan for people."""
+    from rich.table import Table
+
+    inside = f" (the text model of a {document['text_model_of']})" if document["text_model_of"] else ""
+    before, after = document["layout"]["source"], document["layout"]["result"]
+    too_large = "; it does not fit" if document["num_bytes"] > document["free_disk_bytes"] else ""
+    rows = {"family": f"{document['family']}{inside}"}
+    if after:
+        rows["experts"] = f"{after}, as they were" if before == after else f"{before} -> {after}"
+    if document["recipe"]["adapter"]:
+        merged, replaced = document["adapter"]["merged"], document["adapter"]["replaced"]
+        rows["adapter"] = f"merged into {merged} tensors" + f", replaces {replaced}" * bool(replaced)
+    rows |= {
+        "weights": ", ".join(f"{dtype} ({count(number)})" for dtype, number in document["dtypes"].items()),
+        "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
+        f" ({size(document['free_disk_bytes'])} free{too_large})",
+        "memory": f"about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
+    }
+    made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    made.add_column(style="bold")
+    made.add_column(overflow="fold")
+    for label, value in rows.items():
+        made.add_row(label, escape(value))
+    return made

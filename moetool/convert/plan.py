@@ -1,0 +1,180 @@
+"""A conversion as a plan: checks everything, writes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from moetool.arch.dense import EMBEDDING, LM_HEAD
+from moetool.arch.forms import is_wrapped, text_names
+from moetool.arch.spec import ArchSpec, detect
+from moetool.checkpoint.reader import AdapterReader, CheckpointReader, TensorInfo
+from moetool.checkpoint.writer import TensorLayout
+from moetool.convert.adapter import KINDS_OF_CONVERT, Adapter, adapted, read_adapter
+from moetool.convert.matrix import Matrix, as_they_are, check_layout, join_experts, layout_of, split_experts
+from moetool.convert.recipe import ConvertRecipe
+from moetool.convert.text import result_config
+from moetool.errors import CheckpointError, ConfigError
+from moetool.surgery.fill import Fill, Piece, natural
+from moetool.surgery.plan import Operation, Plan, lay_out
+from moetool.values import FLOAT_DTYPES
+
+# Biases that only choose experts move by steps below bf16's precision; models hold them in fp32.
+_KEPT_DTYPE = re.compile(r"(e_score_correction_bias|expert_bias)$")
+_BESIDE_TEXT = re.compile(r"\.rotary_emb\.inv_freq$|^mtp\.|^model\.mtp\.")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a recipe makes of a checkpoint; see `plan_conversion`.
+
+    Attributes:
+        plan: what is written.
+        text_model_of: the multimodal family that it is taken out of, or None.
+        layouts: of experts, in the source and in the result; None where there are none.
+        num_merged: weights that the adapter is added to.
+        num_replaced: tensors that the adapter replaces.
+    """
+
+    plan: Plan
+    text_model_of: str | None
+    layouts: tuple[str | None, str | None]
+    num_merged: int
+    num_replaced: int
+
+
+def plan_conversion(readers: Sequence[CheckpointReader], recipe: ConvertRecipe, max_shard_size: int) -> Conversion:
+    """Check sources and a recipe against each other and lay out the result.
+
+    Args:
+        readers: the checkpoint, and the adapter where the recipe has one.
+        recipe: what to change.
+        max_shard_size: bytes of tensor data per file.
+
+    Raises:
+        ConfigError: the family does not have the layout, or the adapter is of a kind that is not merged here.
+        CheckpointError: a tensor is missing, unknown or of another shape.
+    """
+    source = readers[0]
+    config = result_config(source.config)
+    spec, wrapped = detect(config), is_wrapped(source.config)
+    tensors = _text_tensors(source, config)
+    matrices, layout = as_they_are(tensors), layout_of(tensors, spec)
+    after = layout
+    if recipe.layout != "auto" and recipe.layout != layout:
+        check_layout(recipe.layout, spec, str(config.get("model_type"))[:60])
+        if layout is None:
+            raise ConfigError(f"--layout {recipe.layout}: {source.folder} has no experts; leave --layout out")
+        assert spec is not None
+        change = join_experts if recipe.layout == "fused" else split_experts
+        matrices, after = change(matrices, spec, _num_experts(config, spec)), recipe.layout
+    adapter = _adapter(readers, matrices) if recipe.adapter else Adapter({}, {})
+    fills, layouts = _fills(matrices, recipe, spec, adapter, readers)
+    if recipe.dtype != "auto":
+        config["dtype"] = config["torch_dtype"] = FLOAT_DTYPES[recipe.dtype]
+    model_types = [str(source.config.get("model_type")), *["lora"] * recipe.adapter]
+    plan = lay_out(
+        "convert", asdict(recipe), readers, config, fills, layouts, max_shard_size, KINDS_OF_CONVERT, model_types,
+        continues=True,
+    )  # fmt: skip
+    text_model_of = str(source.config["model_type"])[:60] if wrapped else None
+    return Conversion(plan, text_model_of, (layout, after), len(adapter.deltas), len(adapter.replaced))
+
+
+def _text_tensors(source: CheckpointReader, config: dict[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors to carry under the names of a language model on its own; says in config whether its head is tied."""
+    wrapped = is_wrapped(source.config)
+    names = text_names(source.tensors, source.config) if wrapped else {name: name for name in source.tensors}
+    tensors = {
+        usual: source.tensors[name] for name, usual in names.items() if not (wrapped and _BESIDE_TEXT.search(usual))
+    }
+    if LM_HEAD in tensors and EMBEDDING in tensors and config.get("tie_word_embeddings"):
+        if source.same(tensors[LM_HEAD], tensors[EMBEDDING]):
+            del tensors[LM_HEAD]  # a copy of the embeddings: transformers saves none
+        else:
+            config["tie_word_embeddings"] = False  # transformers unties them when they differ
+    elif wrapped and LM_HEAD not in tensors and not config.get("tie_word_embeddings"):
+        raise CheckpointError(f"{source.folder} has no output head ({LM_HEAD}), and its embeddings are not tied")
+    return tensors
+
+
+def _num_experts(config: Mapping[str, Any], spec: ArchSpec) -> int:
+    number = config.get(spec.num_experts_key)
+    if type(number) is not int or not 0 < number < 100_000:
+        raise CheckpointError(f"config.json: {spec.num_experts_key} is {str(number)[:60]!r}, expected a number")
+    return number
+
+
+def _adapter(readers: Sequence[CheckpointReader], matrices: Mapping[str, Matrix]) -> Adapter:
+    reader = readers[1]
+    assert isinstance(reader, AdapterReader)
+    adapter = read_adapter(reader)
+    if not adapter.deltas and not adapter.replaced:
+        raise CheckpointError(f"--adapter {reader.folder} holds no tensors")
+    for name in (*adapter.deltas, *adapter.replaced):
+        if name not in matrices:
+            raise CheckpointError(
+                f"--adapter {reader.folder} changes {name[:100]}, which {readers[0].folder} does not have; give the"
+                " base that it was trained on"
+            )
+    for name, info in adapter.replaced.items():
+        if info.shape != matrices[name].whole:
+            raise CheckpointError(
+                f"--adapter {reader.folder} replaces {name[:100]} by one of shape {list(info.shape)}, the base's has"
+                f" {list(matrices[name].whole)}"
+            )
+    return adapter
+
+
+def _fills(
+    matrices: Mapping[str, Matrix],
+    recipe: ConvertRecipe,
+    spec: ArchSpec | None,
+    adapter: Adapter,
+    readers: Sequence[CheckpointReader],
+) -> tuple[list[Fill], list[TensorLayout]]:
+    dtypes: dict[str, set[str]] = {}
+    for name, matrix in matrices.items():
+        dtypes.setdefault(matrix.place.tensor, set()).add(_dtype(name, matrix.info.dtype, recipe, spec))
+    fills: list[Fill] = []
+    layouts: dict[str, TensorLayout] = {}
+    for name in sorted(matrices, key=lambda name: natural(matrices[name].place.tensor)):
+        matrix = matrices[name]
+        together = dtypes[matrix.place.tensor]  # experts that share a tensor have one dtype, which holds them all
+        dtype = next(iter(together)) if len(together) == 1 else "F32"
+        base = Piece(0, matrix.info)
+        if name in adapter.replaced:
+            base = Piece(1, replace(adapter.replaced[name], shape=matrix.info.shape))
+        fill = Fill("carried", (base,), (matrix.place,), dtype, matrix.info.shape)
+        if name in adapter.deltas:
+            delta, reader = adapter.deltas[name], readers[1]
+            assert isinstance(reader, AdapterReader)
+            kind, pieces = adapted(name, matrix.info, delta, reader)
+            fill = replace(fill, kind=kind, sources=(base, *pieces), value=delta.scaling)
+        fills.append(fill)
+        layouts.setdefault(matrix.place.tensor, TensorLayout(matrix.place.tensor, dtype, matrix.whole))
+    return fills, list(layouts.values())
+
+
+def _dtype(name: str, dtype: str, recipe: ConvertRecipe, spec: ArchSpec | None) -> str:
+    floating = dtype in FLOAT_DTYPES or dtype == "F64"
+    fixed = spec is not None and spec.router_dtype and re.fullmatch(spec.router.replace("{layer}", r"\d+"), name)
+    return dtype if recipe.dtype == "auto" or not floating or fixed or _KEPT_DTYPE.search(name) else recipe.dtype
+
+
+def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_shard_size: int) -> Plan:
+    """The plan that a lineage entry tells of.
+
+    Raises:
+        CheckpointError: the entry is damaged, or see `plan_conversion`.
+        ConfigError: see `plan_conversion`.
+    """
+    recipe = ConvertRecipe.from_json(entry.get("recipe", {}))
+    if len(readers) != 1 + recipe.adapter:
+        raise CheckpointError(f"moetool.json tells of {1 + recipe.adapter} sources and names {len(readers)}")
+    return plan_conversion(readers, recipe, max_shard_size).plan
+
+
+OPERATION = Operation("converted", replan)
