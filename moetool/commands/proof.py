@@ -34,7 +34,7 @@ def carry_out(
         plan: what to write.
         sources: it was made from.
         out: the folder.
-        workers: threads.
+        workers: processes.
         level: of the proof: quick, full or none.
         overwrite: whether a checkpoint in `out` goes first.
         started: when the command began (`time.perf_counter`).

@@ -183,7 +183,7 @@ def upcycle(
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, such as 5GB.")] = "5GB",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads.  \\[default: one a core]", show_default=False)
+        int | None, typer.Option(min=1, help="Processes.  \\[default: one a core]", show_default=False)
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be written and stop.")] = False,
     verify: Annotated[

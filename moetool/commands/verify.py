@@ -31,7 +31,7 @@ def verify(
         Literal["quick", "full"], typer.Option(help="A sample of each tensor, or every entry and every file's digest.")
     ] = "full",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads.  \\[default: one a core]", show_default=False)
+        int | None, typer.Option(min=1, help="Processes.  \\[default: one a core]", show_default=False)
     ] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -49,7 +49,7 @@ def verify(
     from moetool.errors import CheckpointError, MoetoolError
     from moetool.recipe import recorded_sources
     from moetool.surgery.lineage import provable_entry
-    from moetool.surgery.verify import check_source
+    from moetool.surgery.verify import check_sources
     from moetool.surgery.verify import verify as prove
 
     console = Console(context, json, quiet)
@@ -68,8 +68,8 @@ def verify(
         readers = [stack.enter_context(CheckpointReader(dense)) for dense in folders]
         progress = stack.enter_context(console.progress())
         if level == "full":
-            for reader, one in zip(readers, recorded, strict=True):
-                check_source(reader, one.get("sha256"), operation.done, progress)
+            hashes = [one.get("sha256") for one in recorded]
+            check_sources(readers, hashes, operation.done, workers or num_cores(), progress)
         plan = operation.replan(readers, entry, entry["max_shard_size"])
         proof = prove(plan, readers, folder, level, workers or num_cores(), progress).to_json()
     document = {"path": str(folder), "source": str(folders[0]), "proof": proof}
