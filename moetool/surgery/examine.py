@@ -45,9 +45,6 @@ class _Part:
     blocks: tuple[tuple[int, int], ...] = ()
 
 
-_Sums = tuple[np.ndarray, np.ndarray]  # as UnitSums, of the units in a part
-
-
 def examine(
     fills: Sequence[Fill], readers: Sequence[CheckpointReader], workers: int, progress: Progress = silent
 ) -> Examined:
@@ -69,18 +66,18 @@ def examine(
     ]
     done, total = 0, sum(part.size for part in parts)
 
-    def work(part: _Part) -> str | _Sums | None:
+    def work(part: _Part) -> str | np.ndarray | None:
         folder = readers[part.source].folder
         return _look(readers[part.source], part, uses[part.piece]) if part.piece else _hash(folder / part.shard)
 
-    def collect(part: _Part, result: str | _Sums | None) -> None:
+    def collect(part: _Part, result: str | np.ndarray | None) -> None:
         nonlocal done
         if isinstance(result, str):
             found.sha256[part.source][part.shard] = result
-        elif part.piece and result:
+        elif part.piece and result is not None:
             units = slice(part.blocks[0][0], part.blocks[-1][1]) if _axis(uses[part.piece]) == 0 else slice(None)
-            for whole, sums in zip(found.sums[part.piece], result, strict=True):
-                whole[units] = torch.from_numpy(sums)
+            for whole, sums in zip(found.sums[part.piece], torch.from_numpy(result), strict=True):
+                whole[units] = sums
         done += part.size
         progress("reading the source", done, total)
 
@@ -139,11 +136,17 @@ def _hash(path: Path) -> str:
     return sha256
 
 
-def _look(reader: CheckpointReader, part: _Part, fills: Sequence[Fill]) -> _Sums | None:
-    """Refuse numbers that are not finite, or that would not be in the dtype of what is made of them; sum units."""
+def _look(reader: CheckpointReader, part: _Part, fills: Sequence[Fill]) -> np.ndarray | None:
+    """Refuse numbers that are not finite, or that would not be in the dtype of what is made of them.
+
+    Returns:
+        As UnitSums, of the part's units: float64 (2, units); None where they are not summed.
+    """
     assert part.piece
     info, axis = part.piece.info, _axis(fills)
-    sums: list[tuple[torch.Tensor, torch.Tensor]] = []
+    first, last = part.blocks[0][0], part.blocks[-1][1]
+    num_units = 0 if axis is None else last - first if axis == 0 else info.shape[1]
+    sums = torch.zeros((2, num_units), dtype=torch.float64)
     for start, stop in part.blocks:
         rows = read_rows(reader, info, start, stop)
         if not is_finite(rows):
@@ -161,9 +164,7 @@ def _look(reader: CheckpointReader, part: _Part, fills: Sequence[Fill]) -> _Sums
                 )
         if axis is not None:
             wide = rows.double()
-            sums.append((wide.sum(1 - axis), wide.square_().sum(1 - axis)))
-    if not sums:
-        return None
-    if axis == 0:
-        return tuple(torch.cat(some).numpy() for some in zip(*sums, strict=True))  # type: ignore[return-value]
-    return tuple(sum(some).numpy() for some in zip(*sums, strict=True))  # type: ignore[union-attr]
+            units = slice(start - first, stop - first) if axis == 0 else slice(None)
+            sums[0, units] += wide.sum(1 - axis)
+            sums[1, units] += wide.square_().sum(1 - axis)
+    return None if axis is None else sums.numpy()
