@@ -9,8 +9,8 @@ import pickle
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import NoReturn, TypeVar
 
@@ -67,10 +67,18 @@ def _run_forked(
     children: dict[Connection, int] = {}  # pipe to a worker -> its process
     busy: dict[Connection, Job] = {}
 
+    @contextmanager
+    def awake(worker: Connection) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            raise _why_ended(children.pop(worker)) from None
+
     def give(worker: Connection) -> None:
         for job in pending:
             busy[worker] = job
-            worker.send_bytes(pickle.dumps(job))
+            with awake(worker):
+                worker.send_bytes(pickle.dumps(job))
             return
 
     # Ctrl-C and SIGTERM are held back while workers start and end, so that none is left behind.
@@ -78,20 +86,19 @@ def _run_forked(
     try:
         _fork(work, workers, children)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        try:
-            for worker in children:
-                give(worker)
-            while busy:
-                answered = wait([*busy])
-                for worker in [worker for worker in busy if worker in answered]:
-                    result, error, where = pickle.loads(worker.recv_bytes())
-                    if error is not None:
-                        raise error from _WorkerTraceback(where)
-                    job = busy.pop(worker)
-                    give(worker)  # before the result is dealt with, which takes time as well
-                    collect(job, result)
-        except (EOFError, ConnectionError):
-            raise _why_ended(children) from None
+        for worker in children:
+            give(worker)
+        while busy:
+            answered = wait([*busy])
+            for worker in [worker for worker in busy if worker in answered]:
+                with awake(worker):
+                    answer = worker.recv_bytes()
+                result, error, where = pickle.loads(answer)
+                if error is not None:
+                    raise error from _WorkerTraceback(where)
+                job = busy.pop(worker)
+                give(worker)  # before the result is dealt with, which takes time as well
+                collect(job, result)
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         for worker, child in children.items():
@@ -163,13 +170,11 @@ class _WorkerTraceback(Exception):
         return f"in a worker:\n{self.args[0]}"
 
 
-def _why_ended(children: dict[Connection, int]) -> Exception:
+def _why_ended(child: int) -> Exception:
     """The error of a worker that ended without an answer."""
-    for pipe, child in [*children.items()]:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            del children[pipe]
-            code = os.waitstatus_to_exitcode(status)
-            if code != -signal.SIGKILL:
-                return RuntimeError(f"a worker ended with {code}")
-    return MemoryError("the system has killed a worker")
+    code = -signal.SIGKILL
+    with suppress(ChildProcessError):
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == -signal.SIGKILL:
+        return MemoryError("the system has killed a worker")
+    return RuntimeError(f"a worker ended with {code}")

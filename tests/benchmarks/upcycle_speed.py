@@ -83,7 +83,7 @@ class Run:
 def memory_of(process: int) -> tuple[int, int]:
     """Bytes of anonymous memory of a process and its children (shared pages once), and of files that it has mapped."""
 
-    def sizes(number: int | str, file: str) -> dict[str, int]:
+    def sizes(number: str, file: str) -> dict[str, int]:
         try:
             lines = Path(f"/proc/{number}/{file}").read_text().splitlines()
         except (FileNotFoundError, ProcessLookupError):  # it has ended
@@ -94,8 +94,8 @@ def memory_of(process: int) -> tuple[int, int]:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except (FileNotFoundError, ProcessLookupError):
         children = []
-    anonymous = sum(sizes(number, "smaps_rollup").get("Pss_Anon", 0) for number in (process, *children))
-    return anonymous, sizes(process, "status").get("RssFile", 0)
+    anonymous = sum(sizes(number, "smaps_rollup").get("Pss_Anon", 0) for number in (str(process), *children))
+    return anonymous, sizes(str(process), "status").get("RssFile", 0)
 
 
 def measure(command: list[str]) -> Run:

@@ -24,8 +24,7 @@ from tests import tiny
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama whose result has 25 MB."""
     folder = tmp_path_factory.mktemp("dense")
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
-    return tiny.save_llama(folder / "dense", **sizes)
+    return tiny.save_llama(folder / "dense", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
 
 
 @pytest.fixture
