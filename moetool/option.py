@@ -159,8 +159,8 @@ def device_map_option(panel: str | None = None, **more: Any) -> Any:
 
 
 def workers_option() -> Any:
-    """How many threads work."""
-    return option("Worker threads.", None, min=1, shown="one per core")
+    """How many processes work."""
+    return option("Worker processes.", None, min=1, shown="one per core")
 
 
 def unpickle_option() -> Any:

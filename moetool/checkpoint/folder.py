@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -17,6 +18,8 @@ from moetool.outside import read_json
 
 PARTIAL = "moetool.partial.json"  # present while a checkpoint in the folder is unfinished
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
+
+PATIENCE = 2.0  # seconds in which the workers of a killed process end
 
 # Errors of file systems that have no such locks, or that lock only files open for writing (NFS).
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -112,6 +115,7 @@ class FolderLock:
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder} is a file; give a folder that does not exist yet")
         self._folder, self._made = folder, not folder.exists()
+        patient = time.monotonic() + PATIENCE
         while True:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(folder, os.O_RDONLY)
@@ -119,6 +123,9 @@ class FolderLock:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(self._descriptor)
+                if not _holders(folder) and time.monotonic() < patient:
+                    time.sleep(0.01)
+                    continue
                 raise CheckpointError(
                     f"{folder} is being written by another process{_holder(folder)};"
                     " wait for it or choose another folder"
@@ -149,17 +156,23 @@ class FolderLock:
 
 def _holder(folder: Path) -> str:
     """The holder of a folder, if this machine knows it. Nothing is stored, so nothing can be out of date."""
-    with suppress(OSError, ValueError, IndexError):
-        status = os.stat(folder)
-        for line in Path("/proc/locks").read_text().splitlines():
-            # 1: FLOCK  ADVISORY  WRITE 4711 fd:01:1311 0 EOF
-            words = line.split()
-            if words[1] == "FLOCK" and words[5].endswith(f":{status.st_ino}") and _has_open(words[4], status):
-                return f" ({_describe(words[4])})"
+    for process in _holders(folder):
+        return f" ({_describe(process)})"
     with suppress(OSError, ValueError, KeyError, TypeError):  # the holder is on another machine or in another container
         writer = json.loads((folder / PARTIAL).read_text())["writer"]
         return f" (process {int(writer['process'])} on {str(writer['host'])[:60]})"
     return ""
+
+
+def _holders(folder: Path) -> list[str]:
+    """Processes of this machine that have locked a folder and live; a lock outlives one whose workers have it too."""
+    with suppress(OSError, ValueError, IndexError):
+        status = os.stat(folder)
+        # 1: FLOCK  ADVISORY  WRITE 4711 fd:01:1311 0 EOF
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        held = [words[4] for words in locks if words[1] == "FLOCK" and words[5].endswith(f":{status.st_ino}")]
+        return [process for process in held if _has_open(process, status)]
+    return []
 
 
 def _has_open(process: str, status: os.stat_result) -> bool:

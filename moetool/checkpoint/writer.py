@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moetool.checkpoint.folder import PARTIAL, UNFINISHED, create, naming, sync_folder, write_file
-from moetool.checkpoint.reader import INDEX, ITEM_SIZE, SINGLE, read_header
+from moetool.checkpoint.reader import INDEX, ITEM_SIZE, MAX_OPEN, SINGLE, read_header
 from moetool.errors import CheckpointError
 from moetool.outside import read_json
 from moetool.recipe import read_lineage
@@ -225,8 +225,13 @@ class CheckpointWriter:
         _write_all(descriptor, memoryview(shard.header), 0, path)
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        """Write bytes of a tensor at `offset` within it; its shard must be open. Any thread."""
+        """Write bytes of a tensor at `offset` within it; its shard must be open. Any process."""
         shard = self._where[tensor]
+        if shard.name not in self._files:  # this is a worker, forked before the shard was opened
+            if len(self._files) >= MAX_OPEN:
+                os.close(self._files.pop(next(iter(self._files))))
+            path = self.folder / (shard.name + UNFINISHED)
+            self._files[shard.name] = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         _write_all(self._files[shard.name], data, shard.starts[tensor] + offset, self.folder / shard.name)
 
     def close(self, shard: Shard, digest: str) -> None:

@@ -50,7 +50,7 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
     from moetool.recipe import recorded_sources
     from moetool.surgery.lineage import provable_entry
     from moetool.surgery.sources import open_readers
-    from moetool.surgery.verify import check_source
+    from moetool.surgery.verify import check_sources
     from moetool.surgery.verify import verify as prove
 
     console = Console(context, output.json, output.quiet)
@@ -72,8 +72,8 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
         readers = [stack.enter_context(reader) for reader in open_readers(folders, asked.unpickle, has_adapter)]
         progress = stack.enter_context(console.progress())
         if asked.level == "full":
-            for reader, one in zip(readers, recorded, strict=True):
-                check_source(reader, one.get("sha256"), operation.done, progress)
+            hashes = [one.get("sha256") for one in recorded]
+            check_sources(readers, hashes, operation.done, asked.workers or num_cores(), progress)
         plan = operation.replan(readers, entry, entry["max_shard_size"])
         proof = prove(plan, readers, folder, asked.level, asked.workers or num_cores(), progress).to_json()
     document = {"path": str(folder), "source": str(folders[0]), "proof": proof}

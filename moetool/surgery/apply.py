@@ -32,7 +32,7 @@ def write_out(
         plan: what to write.
         sources: it was made from.
         out: the folder.
-        workers: threads.
+        workers: processes.
         files: small files to put beside the weights.
         overwrite: whether a checkpoint that is there goes first.
         progress: reports bytes read and blocks written.
@@ -45,7 +45,7 @@ def write_out(
             cannot be read or has changed.
     """
     with FolderLock(out):
-        if not overwrite and is_finished(plan, sources.readers, out):
+        if not overwrite and is_finished(plan, sources.readers, out, workers):
             return True
         prepare(out, plan.identity(), overwrite)
         written = sum(path.stat().st_size for path in out.glob("model*.safetensors*"))

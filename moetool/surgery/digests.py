@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import xxhash
 
@@ -11,18 +11,29 @@ from moetool.checkpoint.writer import Shard
 from moetool.surgery.fill import Place
 
 
+class BlockDigest(NamedTuple):
+    """The digest of a block of a tensor that begins with some element of it."""
+
+    tensor: str
+    element: int
+    digest: str
+
+
+def block_digest(place: Place, element: int, raw: memoryview) -> BlockDigest:
+    """Of the bytes of a block that lies `element` elements into a place."""
+    return BlockDigest(place.tensor, place.start + element, xxhash.xxh3_128_hexdigest(raw))
+
+
 class Digests:
-    """Digests of blocks as they come, from any thread."""
+    """Digests of blocks as they come."""
 
     def __init__(self) -> None:
         self._blocks: dict[str, dict[int, str]] = {}  # tensor -> first element of a block -> its digest
-        self._lock = threading.Lock()
 
-    def note(self, place: Place, element: int, raw: memoryview) -> None:
-        """Note the bytes of a block that lies `element` elements into a place."""
-        digest = xxhash.xxh3_128_hexdigest(raw)
-        with self._lock:
-            self._blocks.setdefault(place.tensor, {})[place.start + element] = digest
+    def add(self, blocks: Iterable[BlockDigest]) -> None:
+        """Note the digests of some blocks."""
+        for tensor, element, digest in blocks:
+            self._blocks.setdefault(tensor, {})[element] = digest
 
     def of(self, shard: Shard) -> str:
         """Of a shard all of whose blocks are noted: over its tensors' names and digests."""

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import threading
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.reader import CheckpointReader, sha256_file
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
 from moetool.surgery.fill import Fill, Piece, row_blocks
 from moetool.surgery.kinds import UnitSums
-from moetool.surgery.rows import TORCH_DTYPES, raw_bytes, read_rows
-from moetool.surgery.threads import in_threads
+from moetool.surgery.rows import TORCH_DTYPES, is_finite, read_rows
+from moetool.surgery.workers import run_jobs
 from moetool.values import FLOAT_DTYPES
 
-MAX_WAITING = 8  # stretches of a file that wait to be hashed
+BLOCKS_PER_JOB = 16
 
 
 @dataclass
@@ -39,42 +35,24 @@ class Examined:
     sums: dict[Piece, UnitSums] = field(default_factory=dict)
 
 
-class _Hash:
-    """SHA-256 of a file whose pieces one thread reads, in order, and any thread hashes."""
+@dataclass(frozen=True)
+class _Part:
+    """A job: a file to be hashed or, with a piece of it, rows of that to be looked at."""
 
-    def __init__(self) -> None:
-        self._sha256 = hashlib.sha256()
-        self._waiting: deque[memoryview] = deque()
-        self._busy = threading.Lock()
-
-    def feed(self, piece: memoryview) -> None:
-        """Add the next piece."""
-        self._waiting.append(piece)
-        if len(self._waiting) > MAX_WAITING:
-            self.work(wait=True)
-
-    def work(self, wait: bool) -> None:
-        """Hash what waits, unless another thread is at it and `wait` is false."""
-        if self._busy.acquire(blocking=wait):
-            try:
-                while self._waiting:
-                    self._sha256.update(self._waiting.popleft())
-            finally:
-                self._busy.release()
-
-    def hexdigest(self) -> str:
-        """Of all that was fed."""
-        self.work(wait=True)
-        return self._sha256.hexdigest()
+    source: int
+    shard: str
+    size: int
+    piece: Piece | None = None
+    blocks: tuple[tuple[int, int], ...] = ()
 
 
 def examine(
     fills: Sequence[Fill], readers: Sequence[CheckpointReader], workers: int, progress: Progress = silent
 ) -> Examined:
-    """Read the sources once: hash their files, sum their units where fills ask for it, and look for NaN and infinity.
+    """Read the sources: hash their files, sum their units where fills ask for it, and look for NaN and infinity.
 
-    A shard is read by one thread from its first byte to its last, because a hash and a sum of rows
-    depend on the order; where threads are left, others hash what those have read.
+    A hash needs a file from its first byte to its last, so one process makes it while others look at the file's
+    rows. Both read it at about the same time, so that the disk reads it once.
 
     Raises:
         CheckpointError: a weight is not finite, or would not be in the target's dtype; names the tensor.
@@ -84,41 +62,40 @@ def examine(
     for fill in fills:
         for piece in fill.sources:
             uses.setdefault(piece, []).append(fill)
-    hashes = {(n, shard): _Hash() for n, reader in enumerate(readers) for shard in reader.shards}
-    sizes = {(n, shard): (readers[n].folder / shard).stat().st_size for n, shard in hashes}
-    done, total, left, lock = 0, sum(sizes.values()), len(hashes), threading.Lock()
+    parts = [
+        part for n, reader in enumerate(readers) for shard in reader.shards for part in _parts(n, reader, shard, uses)
+    ]
+    done, total = 0, sum(part.size for part in parts)
 
-    def read_shard(source: int, shard: str) -> None:
-        nonlocal done, left
-        reader, sha256 = readers[source], hashes[source, shard]
-        pieces = [piece for piece in uses if (piece.source, piece.info.shard) == (source, shard)]
-        try:
-            for info, looked_at in _stretches(shard, sizes[source, shard], pieces):
-                rows = info.shape[0] if info.shape else 1
-                for start, stop in row_blocks(rows, info.num_elements // rows):
-                    block = read_rows(reader, info, start, stop)
-                    sha256.feed(raw_bytes(block))
-                    for piece in looked_at:
-                        _look(reader.folder, piece, uses[piece], block)
-                        if piece in found.sums:
-                            _add(found.sums[piece], block, uses[piece], start)
-                    with lock:
-                        done += block.nbytes
-                        progress("reading the source", done, total)
-            found.sha256[source][shard] = sha256.hexdigest()
-            _check_name(reader.folder / shard, found.sha256[source][shard])
-        finally:
-            with lock:
-                left -= 1
+    def work(part: _Part) -> str | np.ndarray | None:
+        folder = readers[part.source].folder
+        return _look(readers[part.source], part, uses[part.piece]) if part.piece else _hash(folder / part.shard)
 
-    def help_hashing() -> None:
-        while left:
-            for sha256 in hashes.values():
-                sha256.work(wait=False)
-            time.sleep(0.001)
+    def collect(part: _Part, result: str | np.ndarray | None) -> None:
+        nonlocal done
+        if isinstance(result, str):
+            found.sha256[part.source][part.shard] = result
+        elif part.piece and result is not None:
+            units = slice(part.blocks[0][0], part.blocks[-1][1]) if _axis(uses[part.piece]) == 0 else slice(None)
+            for whole, sums in zip(found.sums[part.piece], torch.from_numpy(result), strict=True):
+                whole[units] = sums
+        done += part.size
+        progress("reading the source", done, total)
 
-    helpers = min(len(hashes), max(0, workers - len(hashes)))
-    in_threads([*(partial(read_shard, *key) for key in hashes), *[help_hashing] * helpers], workers)
+    run_jobs(work, parts, workers, total, collect)
+    return found
+
+
+def hash_shards(readers: Sequence[CheckpointReader], workers: int, progress: Progress = silent) -> list[dict[str, str]]:
+    """SHA-256 of each shard, for each source."""
+    found: list[dict[str, str]] = [{} for _ in readers]
+    files = [(n, reader.folder / shard) for n, reader in enumerate(readers) for shard in reader.shards]
+
+    def collect(file: tuple[int, Path], sha256: str) -> None:
+        found[file[0]][file[1].name] = sha256
+        progress("hashing the source", sum(map(len, found)), len(files))
+
+    run_jobs(lambda file: sha256_file(file[1]), files, workers, sum(p.stat().st_size for _, p in files), collect)
     return found
 
 
@@ -130,65 +107,65 @@ def _empty_sums(fills: Iterable[Fill]) -> dict[Piece, UnitSums]:
     return {piece: UnitSums(*part) for piece, part in zip(sizes, parts, strict=True)}
 
 
-def _stretches(shard: str, size: int, pieces: Iterable[Piece]) -> Iterator[tuple[TensorInfo, list[Piece]]]:
-    """A file from its first byte to its last: pieces that are used, and bytes between them that are not.
-
-    Args:
-        shard: its name.
-        size: its bytes.
-        pieces: which are used. Two may have the same bytes (tied weights), but they do not overlap otherwise.
-    """
-    position = 0
-    by_start: dict[int, list[Piece]] = {}
-    for piece in pieces:
-        if piece.info.size:
-            by_start.setdefault(piece.info.start, []).append(piece)
-    for start, same in sorted(by_start.items()):
-        assert start >= position, f"{same[0].info.name} overlaps another piece of {shard}"
-        yield from _unused(shard, position, start)
-        yield same[0].info, same
-        position = start + same[0].info.size
-    yield from _unused(shard, position, size)
+def _parts(source: int, reader: CheckpointReader, shard: str, uses: Mapping[Piece, list[Fill]]) -> Iterator[_Part]:
+    """The jobs of one file, in its order."""
+    yield _Part(source, shard, (reader.folder / shard).stat().st_size)
+    pieces = [piece for piece in uses if (piece.source, piece.info.shard) == (source, shard) and piece.info.size]
+    for piece in sorted(pieces, key=lambda piece: piece.info.start):
+        rows = piece.info.shape[0] if piece.info.shape else 1
+        blocks = row_blocks(rows, piece.info.num_elements // rows)
+        # A sum over rows depends on their order: it is made in one job.
+        step = len(blocks) if _axis(uses[piece]) == 1 else BLOCKS_PER_JOB
+        for first in range(0, len(blocks), step):
+            some = tuple(blocks[first : first + step])
+            yield _Part(source, shard, piece.info.size // rows * (some[-1][1] - some[0][0]), piece, some)
 
 
-def _unused(shard: str, start: int, stop: int) -> Iterator[tuple[TensorInfo, list[Piece]]]:
-    if stop > start:
-        yield TensorInfo("", "U8", (stop - start,), shard, start, stop - start), []
+def _axis(fills: Iterable[Fill]) -> int | None:
+    """On which a piece's units are summed; None where they are not."""
+    return next((fill.axis for fill in fills if fill.summed), None)
 
 
-def _check_name(path: Path, sha256: str) -> None:
-    """The hub's cache names what it fetched by its SHA-256, and a snapshot links to it."""
-    name = path.resolve().name
+def _hash(path: Path) -> str:
+    """SHA-256 of a file. The hub's cache names what it fetched by its SHA-256, and a snapshot links to it."""
+    sha256, name = sha256_file(path), path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", name) and name != sha256:
         raise CheckpointError(
             f"{path} is not what was fetched: its SHA-256 is not {name}, by which the hub's cache names it; delete"
             f" {path.resolve()} and run the same command again"
         )
+    return sha256
 
 
-def _look(folder: Path, piece: Piece, fills: Iterable[Fill], rows: torch.Tensor) -> None:
-    """Refuse numbers that are not finite, or that would not be in the dtype of what is made of them."""
-    info, block = piece.info, rows.float()
-    # A sum is finite unless an entry is not (or the sum overflows: then look at each entry).
-    if not torch.isfinite(block.sum()) and not torch.isfinite(block).all():
-        raise CheckpointError(
-            f"{folder / info.shard}: tensor {info.name} holds NaN or infinity;"
-            " nothing was written: mend or fetch the source again"
-        )
-    for fill in fills:
-        largest = max(1.0, fill.factor)
-        overflows = fill.dtype in FLOAT_DTYPES and fill.dtype != "F32" and (fill.dtype != info.dtype or largest > 1)
-        if overflows and not torch.isfinite((block * largest).to(TORCH_DTYPES[fill.dtype])).all():
+def _look(reader: CheckpointReader, part: _Part, fills: Sequence[Fill]) -> np.ndarray | None:
+    """Refuse numbers that are not finite, or that would not be in the dtype of what is made of them.
+
+    Returns:
+        As UnitSums, of the part's units: float64 (2, units); None where they are not summed.
+    """
+    assert part.piece
+    info, axis = part.piece.info, _axis(fills)
+    first, last = part.blocks[0][0], part.blocks[-1][1]
+    num_units = 0 if axis is None else last - first if axis == 0 else info.shape[1]
+    sums = torch.zeros((2, num_units), dtype=torch.float64)
+    for start, stop in part.blocks:
+        rows = read_rows(reader, info, start, stop)
+        if not is_finite(rows):
             raise CheckpointError(
-                f"{folder / info.shard}: tensor {info.name} holds values that"
-                f" {FLOAT_DTYPES[fill.dtype]} cannot; nothing was written: choose another --dtype"
+                f"{reader.folder / info.shard}: tensor {info.name} holds NaN or infinity;"
+                " nothing was written: mend or fetch the source again"
             )
-
-
-def _add(units: UnitSums, rows: torch.Tensor, fills: Iterable[Fill], start: int) -> None:
-    """Add some rows of a piece, the first of which is row `start`, to the sums of its units."""
-    axis = next(fill.axis for fill in fills if fill.summed)
-    wide = rows.double()
-    part = slice(None) if axis == 1 else slice(start, start + len(wide))
-    units.sums[part] += wide.sum(1 - axis)
-    units.squares[part] += wide.square_().sum(1 - axis)
+        for fill in fills:
+            largest = max(1.0, fill.factor)
+            overflows = fill.dtype in FLOAT_DTYPES and fill.dtype != "F32" and (fill.dtype != info.dtype or largest > 1)
+            if overflows and not is_finite((rows.float() * largest).to(TORCH_DTYPES[fill.dtype])):
+                raise CheckpointError(
+                    f"{reader.folder / info.shard}: tensor {info.name} holds values that"
+                    f" {FLOAT_DTYPES[fill.dtype]} cannot; nothing was written: choose another --dtype"
+                )
+        if axis is not None:
+            wide = rows.double()
+            units = slice(start - first, stop - first) if axis == 0 else slice(None)
+            sums[0, units] += wide.sum(1 - axis)
+            sums[1, units] += wide.square_().sum(1 - axis)
+    return None if axis is None else sums.numpy()

@@ -79,7 +79,7 @@ class Drawn:
 
     Attributes:
         units: positions on the fill's axis, ascending.
-        moments: (units before, whole matrix before) -> mean and standard deviation of what is drawn.
+        moments: (units before, whole matrix before if `added`) -> mean and standard deviation of what is drawn.
         added: whether it is added to what was there; else it replaces that.
     """
 
@@ -90,7 +90,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of content is made. Functions of modules and partials of them, so that they can be pickled.
+    """How one kind of content is made.
 
     Attributes:
         kept: a block before anything in it is drawn, in the target's dtype. The proof makes it again and

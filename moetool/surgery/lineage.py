@@ -12,9 +12,10 @@ import torch
 
 from moetool import __version__, registry
 from moetool.checkpoint.folder import PARTIAL
-from moetool.checkpoint.reader import CheckpointReader, sha256_file
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
 from moetool.recipe import LINEAGE_FORMAT, read_lineage, recorded_sources
+from moetool.surgery.examine import hash_shards
 from moetool.surgery.plan import Plan
 
 
@@ -101,7 +102,7 @@ def provable_entry(folder: Path) -> dict[str, Any]:
     return entry  # type: ignore[no-any-return]
 
 
-def is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path) -> bool:
+def is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path, workers: int) -> bool:
     """Whether OUT is finished, with the same recipe, sources and files (the proof then compares the weights)."""
     if not (out / "config.json").is_file() or (out / PARTIAL).exists():
         return False
@@ -113,4 +114,4 @@ def is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path) -> b
     if not isinstance(shards, dict) or set(shards) != {shard.name for shard in plan.shards}:
         return False
     recorded = [source.get("sha256") for source in recorded_sources(entry)]
-    return recorded == [{shard: sha256_file(reader.folder / shard) for shard in reader.shards} for reader in readers]
+    return recorded == hash_shards(readers, workers)

@@ -60,7 +60,7 @@ class Sums:
         wide = block.double()
         self.n += wide.numel()
         self._sum += float(wide.sum())
-        self._squares += float(wide.square().sum())
+        self._squares += float(wide.square_().sum())
 
     @property
     def rms(self) -> float:

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo, sha256_file
+from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
 from moetool.checkpoint.writer import check_written
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
 from moetool.recipe import PROJECTIONS
-from moetool.surgery.digests import Digests
+from moetool.surgery.digests import BlockDigest, Digests, block_digest
+from moetool.surgery.examine import hash_shards
 from moetool.surgery.fill import Fill, Place
 from moetool.surgery.kinds import Block, Drawn, Kind
 from moetool.surgery.moments import FALSE_ALARMS, FAR, Sums, bound, resolution, standard_errors
 from moetool.surgery.plan import Plan
 from moetool.surgery.recorded import check_config, check_files, check_recorded, check_shards
-from moetool.surgery.rows import raw_bytes, read_rows
-from moetool.surgery.threads import in_threads
+from moetool.surgery.rows import is_finite, raw_bytes, read_rows, select
+from moetool.surgery.workers import run_jobs
 
 SAMPLE_ROWS = 16  # rows of each tensor that a quick check compares
+SAMPLE_BYTES = 200_000  # of a full check take as long as one sample
 
 
 @dataclass
@@ -53,7 +53,6 @@ class Proof:
     redrawn_units: int = 0
     worst_sigma: float = 0.0
     more: dict[str, Any] = field(default_factory=dict)
-    lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -88,26 +87,29 @@ def verify(
     check_written(out, plan.shards)
     proof.files = check_files(plan, out)
     check_recorded(plan, out)
-    done = 0
-    digests = Digests()
+    done, digests = 0, Digests()
     limit = bound(max(1, sum(len(fill.places) for fill in plan.fills if plan.kinds[fill.kind].drawn)))
+    jobs = [(number, place) for number, fill in enumerate(plan.fills) for place in range(len(fill.places))]
 
-    def check(fill: Fill) -> None:
+    def work(job: tuple[int, int]) -> _Checked:
+        fill, kind = plan.fills[job[0]], plan.kinds[plan.fills[job[0]].kind]
+        place = fill.places[job[1]]
+        drawn = kind.drawn(fill, place) if kind.drawn else None
+        matrix = _Matrix(kind, readers, written, fill, place, plan.place_info(fill, place), drawn, limit)
+        return _check_full(matrix) if level == "full" else _check_sample(matrix)
+
+    def collect(job: tuple[int, int], checked: _Checked) -> None:
         nonlocal done
-        for place in fill.places:
-            kind = plan.kinds[fill.kind]
-            drawn = kind.drawn(fill, place) if kind.drawn else None
-            matrix = _Matrix(kind, readers, written, fill, place, plan.place_info(fill, place), drawn, limit)
-            if level == "full":
-                _check_full(matrix, proof, digests)
-            else:
-                _check_sample(matrix, proof)
-        with proof.lock:
-            done += 1
-            progress("verifying", done, len(plan.fills))
+        proof.copied += checked.copied
+        proof.redrawn_units += checked.redrawn_units
+        proof.worst_sigma = max(proof.worst_sigma, checked.sigma)
+        digests.add(checked.blocks)
+        done += 1
+        progress("verifying", done, len(jobs))
 
+    size = plan.num_bytes if level == "full" else SAMPLE_BYTES * len(jobs)
     with BlockFile(out) as written:
-        in_threads([partial(check, fill) for fill in plan.fills], workers)
+        run_jobs(work, jobs, workers, size, collect)
         proof.more = plan.also(plan, written)
     proof.tensors = len(plan.tensors)
     if level == "full":
@@ -115,26 +117,32 @@ def verify(
     return proof
 
 
-def check_source(reader: CheckpointReader, recorded: Any, done_to_it: str, progress: Progress = silent) -> None:
-    """Compare a source's files with the hashes in moetool.json.
+def check_sources(
+    readers: Sequence[CheckpointReader],
+    recorded: Sequence[Any],
+    done_to_it: str,
+    workers: int,
+    progress: Progress = silent,
+) -> None:
+    """Compare the sources' files with the hashes in moetool.json.
 
     Args:
-        reader: the source.
-        recorded: shard -> SHA-256, if moetool.json is sound.
+        readers: the sources.
+        recorded: of each, shard -> SHA-256, if moetool.json is sound.
         done_to_it: what the operation did, such as `upcycled`.
+        workers: processes.
         progress: reports files.
 
     Raises:
         CheckpointError: a file is absent, or not the one that was read.
     """
-    recorded = recorded if isinstance(recorded, dict) else {}
-    for done, shard in enumerate(reader.shards):
-        progress("hashing the source", done, len(reader.shards))
-        if recorded.get(shard) != sha256_file(reader.folder / shard):
-            raise CheckpointError(
-                f"{reader.folder / shard} is not the file that was {done_to_it} (its SHA-256 differs)"
-            )
-    progress("hashing the source", len(reader.shards), len(reader.shards))
+    hashes = hash_shards(readers, workers, progress)
+    for reader, known, found in zip(readers, recorded, hashes, strict=True):
+        for shard in reader.shards:
+            if not isinstance(known, dict) or known.get(shard) != found[shard]:
+                raise CheckpointError(
+                    f"{reader.folder / shard} is not the file that was {done_to_it} (its SHA-256 differs)"
+                )
 
 
 @dataclass(frozen=True)
@@ -165,15 +173,16 @@ class _Matrix:
     def compare(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Check the kept entries of some rows; return (expected, found, positions of drawn units)."""
         found = read_rows(self.written, self.info, start, stop)
-        if not torch.isfinite(found).all():
+        if not is_finite(found):
             raise CheckpointError(f"tensor {self.info.name} ({self.info.shard}) holds NaN or infinity")
         expected = self.kind.kept(Block(self.fill, self.place, 0, start, stop, self.readers))
         units = self.changed(start, stop)
-        same = found.view(_INTEGERS[found.itemsize]) == expected.view(_INTEGERS[found.itemsize])
-        mask = torch.ones(expected.shape[self.fill.axis], dtype=torch.bool)
-        mask[units] = False
-        kept = same[mask] if self.fill.axis == 0 else same[:, mask]
-        if not kept.all():
+        differ = found.view(_INTEGERS[found.itemsize]) != expected.view(_INTEGERS[found.itemsize])
+        if len(units):
+            mask = torch.ones(expected.shape[self.fill.axis], dtype=torch.bool)
+            mask[units] = False
+            differ &= mask.unsqueeze(1 - self.fill.axis)
+        if differ.any():
             where = "holds kept units" if self.kind.drawn else "was to be copied"
             raise CheckpointError(
                 f"tensor {self.info.name} ({self.info.shard}) {where}, but rows {start}-{stop - 1} differ from the"
@@ -189,42 +198,50 @@ def _kept(expected: torch.Tensor, units: torch.Tensor, axis: int) -> int:
     return expected.numel() - len(units) * expected.shape[1 - axis]
 
 
-def _check_sample(matrix: _Matrix, proof: Proof) -> None:
+@dataclass
+class _Checked:
+    """What one place adds to a `Proof`, and the digests of its blocks."""
+
+    copied: int = 0
+    redrawn_units: int = 0
+    sigma: float = 0.0
+    blocks: list[BlockDigest] = field(default_factory=list)
+
+
+def _check_sample(matrix: _Matrix) -> _Checked:
     fill = matrix.fill
     rows = fill.shape[0] if fill.shape else 1
     if not fill.num_elements:
-        return
+        return _Checked()
     # Another place in each tensor, the same in each run.
     key = f"{matrix.info.name}{matrix.place.start or ''}"
     place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
     start = place % max(1, rows - SAMPLE_ROWS + 1)
     expected, _, units = matrix.compare(start, min(rows, start + SAMPLE_ROWS))
-    with proof.lock:
-        proof.copied += _kept(expected, units, fill.axis) if matrix.is_copy else 0
+    return _Checked(_kept(expected, units, fill.axis) if matrix.is_copy else 0)
 
 
-def _check_full(matrix: _Matrix, proof: Proof, digests: Digests) -> None:
-    fill, axis, drawn = matrix.fill, matrix.fill.axis, matrix.drawn
+def _check_full(matrix: _Matrix) -> _Checked:
+    fill, axis, drawn, checked = matrix.fill, matrix.fill.axis, matrix.drawn, _Checked()
     old, new, whole = Sums(), Sums(), Sums()
     changed = torch.zeros(fill.shape[axis] if drawn else 0, dtype=torch.bool)
     for start, stop in fill.blocks:
         expected, found, units = matrix.compare(start, stop)
-        digests.note(matrix.place, start * fill.row_length, raw_bytes(found))
+        checked.blocks.append(block_digest(matrix.place, start * fill.row_length, raw_bytes(found)))
         if matrix.is_copy:
-            with proof.lock:
-                proof.copied += _kept(expected, units, axis)
+            checked.copied += _kept(expected, units, axis)
         if drawn is None:
             continue
-        if matrix.is_copy:
+        if drawn.added:
             whole.add(expected)
         if len(units):
-            before, after = expected.index_select(axis, units), found.index_select(axis, units)
+            before, after = select(expected, axis, units), select(found, axis, units)
             if matrix.is_copy:
                 changed[units + (start if axis == 0 else 0)] |= (before != after).any(1 - axis)
             old.add(before)
             new.add(after.float() - before.float() if drawn.added else after)
     if drawn is None or not new.n:
-        return
+        return checked
     num = int(changed.sum())
     mean, std = drawn.moments(old, whole)
     grid = resolution(found.dtype, math.hypot(old.rms, std))
@@ -242,7 +259,7 @@ def _check_full(matrix: _Matrix, proof: Proof, digests: Digests) -> None:
             f"tensor {matrix.info.name}: the drawn entries have mean {new.mean:.6g} and std {new.std:.6g},"
             f" planned were {mean:.6g} and {std:.6g}: {sigma:.1f} standard errors apart"
         )
-    with proof.lock:
-        proof.worst_sigma = max(proof.worst_sigma, sigma)
-        if fill.projection == PROJECTIONS[0]:  # one of the three, so that each unit counts once
-            proof.redrawn_units += num
+    checked.sigma = sigma
+    if fill.projection == PROJECTIONS[0]:  # one of the three, so that each unit counts once
+        checked.redrawn_units = num
+    return checked

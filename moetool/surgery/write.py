@@ -1,12 +1,11 @@
-"""The one loop that reads, draws and writes: blocks of rows, in threads, in any order."""
+"""The one loop that reads, draws and writes: blocks of rows, in processes, in any order."""
 
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,14 +15,14 @@ from moetool.checkpoint.writer import CheckpointWriter, index_file
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
 from moetool.recipe import LINEAGE
-from moetool.surgery.digests import Digests
+from moetool.surgery.digests import BlockDigest, Digests, block_digest
 from moetool.surgery.examine import Examined, examine
 from moetool.surgery.fill import Fill, Place
 from moetool.surgery.kinds import Block, Cache
 from moetool.surgery.lineage import lineage
 from moetool.surgery.plan import Plan, fingerprint
-from moetool.surgery.rows import raw_bytes, read_rows
-from moetool.surgery.threads import in_threads
+from moetool.surgery.rows import is_finite, raw_bytes, read_rows
+from moetool.surgery.workers import run_jobs
 from moetool.values import FLOAT_DTYPES
 
 
@@ -45,7 +44,7 @@ def write(
         readers: the sources it was made from.
         out: a folder that is locked, and empty or holds the same plan, unfinished (`prepare`).
         names: of the sources as the user named them, for the lineage.
-        workers: threads.
+        workers: processes.
         files: small files to put beside the weights.
         progress: reports blocks.
     """
@@ -79,60 +78,72 @@ def _write_shards(
     """Fill the shards that are not complete; return a digest of each shard's bytes."""
     shard_of = {tensor: shard for shard in plan.shards for tensor in shard.starts}
     left = Counter(shard_of[place.tensor].name for fill in plan.fills for place in fill.places for _ in fill.blocks)
-    opened: set[str] = set()
     digests = Digests()
-    lock, done, total = threading.Lock(), 0, sum(len(fill.blocks) for fill in plan.fills)
+    done, total = 0, sum(len(fill.blocks) for fill in plan.fills)
 
     def is_complete(place: Place) -> bool:
         return shard_of[place.tensor].name in writer.complete
 
-    def write_block(place: Place, element: int, data: torch.Tensor) -> None:
-        shard = shard_of[place.tensor]
-        with lock:
-            if shard.name not in opened:
-                opened.add(shard.name)
-                writer.open(shard)
-        raw = raw_bytes(data)
-        digests.note(place, element, raw)
-        writer.write(place.tensor, (place.start + element) * data.itemsize, raw)
-        with lock:
-            left[shard.name] -= 1
-            last = left[shard.name] == 0
-        if last:
-            writer.close(shard, digests.of(shard))
-
-    def fill_block(fill: Fill, index: int) -> None:
-        nonlocal done
-        (start, stop), cache = fill.blocks[index], Cache()
+    def fill_block(fill: Fill, index: int) -> list[BlockDigest]:
+        (start, stop), cache, blocks = fill.blocks[index], Cache(), []
         for place in fill.places:
             if not is_complete(place):
                 block = Block(fill, place, index, start, stop, readers, examined.sums, cache)
                 data = plan.kinds[fill.kind].make(block)
                 _check_range(fill, place, data)
-                write_block(place, start * fill.row_length, data)
-        with lock:
-            done += 1
-            progress("writing", done, total)
+                element, raw = start * fill.row_length, raw_bytes(data)
+                writer.write(place.tensor, (place.start + element) * data.itemsize, raw)
+                blocks.append(block_digest(place, element, raw))
+        return blocks
 
-    def hash_complete(fill: Fill, place: Place) -> None:
+    def hash_complete(fill: Fill, place: Place) -> list[BlockDigest]:
         """A shard that a killed run left complete is not written again; its bytes are hashed from disk."""
         info = plan.place_info(fill, place)
-        for start, stop in fill.blocks:
-            digests.note(place, start * fill.row_length, raw_bytes(read_rows(written, info, start, stop)))
+        return [
+            block_digest(place, start * fill.row_length, raw_bytes(read_rows(written, info, start, stop)))
+            for start, stop in fill.blocks
+        ]
 
+    def jobs() -> Iterator[tuple[int, int, bool]]:
+        """A fill's number, that of a block of it to be written, or of a place of it (True) to be hashed."""
+        opened = set(writer.complete)
+        for number, fill in enumerate(plan.fills):
+            for index in range(len(fill.blocks)):
+                for shard in (shard_of[place.tensor] for place in fill.places):
+                    if shard.name not in opened:
+                        opened.add(shard.name)
+                        writer.open(shard)
+                yield number, index, False
+        for number, fill in enumerate(plan.fills):
+            yield from ((number, i, True) for i, place in enumerate(fill.places) if is_complete(place))
+
+    def work(job: tuple[int, int, bool]) -> list[BlockDigest]:
+        fill = plan.fills[job[0]]
+        return hash_complete(fill, fill.places[job[1]]) if job[2] else fill_block(fill, job[1])
+
+    def collect(job: tuple[int, int, bool], blocks: list[BlockDigest]) -> None:
+        nonlocal done
+        digests.add(blocks)
+        if not job[2]:
+            for shard in (shard_of[block.tensor] for block in blocks):
+                left[shard.name] -= 1
+                if not left[shard.name]:
+                    closed.append(closing.submit(writer.close, shard, digests.of(shard)))
+            done += 1
+            progress("writing", done, total)
+        for future in [future for future in closed if future.done()]:
+            future.result()
+            closed.remove(future)
+
+    # To wait for the disk is a thread's work: meanwhile workers get their jobs.
+    closing, closed = ThreadPoolExecutor(1), list[Future[None]]()
     with BlockFile(writer.folder) as written:
-        in_threads(
-            [
-                *(partial(fill_block, fill, index) for fill in plan.fills for index in range(len(fill.blocks))),
-                *(
-                    partial(hash_complete, fill, place)
-                    for fill in plan.fills
-                    for place in fill.places
-                    if is_complete(place)
-                ),
-            ],
-            workers,
-        )
+        try:
+            run_jobs(work, jobs(), workers, plan.num_bytes, collect)
+            for future in closed:
+                future.result()
+        finally:
+            closing.shutdown(cancel_futures=True)
     for shard in plan.shards:
         if writer.complete.get(shard.name) not in (None, digests.of(shard)):
             raise CheckpointError(
@@ -145,7 +156,7 @@ def _write_shards(
 def _check_range(fill: Fill, place: Place, data: torch.Tensor) -> None:
     """What is drawn or computed can leave the range of numbers; that of the source has been looked at."""
     checked = fill.kind != "carried" and (fill.dtype == "F16" or not fill.sources)
-    if checked and not torch.isfinite(data).all():
+    if checked and not is_finite(data):
         raise CheckpointError(
             f"tensor {place.tensor} would hold values that {FLOAT_DTYPES[fill.dtype]} cannot; choose another --dtype,"
             " or draw with a smaller standard deviation"

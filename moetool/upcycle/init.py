@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moetool.surgery.rows import replace, select
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -48,15 +50,15 @@ def drop(block: Slice) -> torch.Tensor:
     """
     if not len(block.units):
         return block.kept
-    return block.kept.index_copy(block.axis, block.units, _draw(block, len(block.units)).to(block.kept.dtype))
+    return replace(block.kept, block.axis, block.units, _draw(block, len(block.units)).to(block.kept.dtype))
 
 
 def noise(block: Slice) -> torch.Tensor:
     """Noise upcycling (the baseline of Nakamura et al.): add normal noise to the units; rounded once."""
     if not len(block.units):
         return block.kept
-    noisy = block.kept.index_select(block.axis, block.units).float() + _draw(block, len(block.units))
-    return block.kept.index_copy(block.axis, block.units, noisy.to(block.kept.dtype))
+    noisy = select(block.kept, block.axis, block.units).float() + _draw(block, len(block.units))
+    return replace(block.kept, block.axis, block.units, noisy.to(block.kept.dtype))
 
 
 def scratch(block: Slice) -> torch.Tensor:
@@ -68,7 +70,7 @@ def scratch(block: Slice) -> torch.Tensor:
     drawn = _draw(block, size).to(block.kept.dtype)
     if len(block.units) == size:
         return drawn
-    return block.kept.index_copy(block.axis, block.units, drawn.index_select(block.axis, block.units))
+    return replace(block.kept, block.axis, block.units, select(drawn, block.axis, block.units))
 
 
 def _draw(block: Slice, units: int) -> torch.Tensor:

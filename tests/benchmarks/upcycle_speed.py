@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.upcycle_speed [--rounds 5] [--folder DIR]
         [--mergekit PYTHON] [--authors PYTHON SCRIPT]
+    python -m tests.benchmarks.upcycle_speed --scaling [--rounds 5] [--folder DIR]
     python -m tests.benchmarks.upcycle_speed --memory [--rounds 1] [--folder DIR]
 
 A random Llama (hidden 1024, 24 layers, intermediate 4096, vocabulary 32000; 0.44 B parameters, bf16)
@@ -14,6 +15,10 @@ conversions/drop_upcycling.py (ratio 0.5), each with the interpreter of an envir
 needs; `--authors` may be given again with another environment. Neither fsyncs what it writes: the time that
 this takes is measured apart. What each program wrote in the first round is loaded, and the units of the
 dense model are searched in its experts.
+
+`--scaling` upcycles (ratio 0.5) and verifies (full) with 1, 2 and 16 workers: processor seconds per GB written, what
+the main process has of them (all else is done in workers, in parallel), and from these the seconds that 8 cores
+would need, beside those measured. On a machine that others use, trust the processor seconds.
 
 `--memory` shows the peak of resident memory at three shapes of source: that one, one of 112 narrow layers,
 and one with a tensor of 2.21 GB. It needs 20 GB of disk, and the speed 12 GB.
@@ -36,11 +41,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from moetool.checkpoint.reader import sha256_file
 from tests.benchmarks.upcycle_folders import SIZES
 
 FOLDERS = [sys.executable, "-m", "tests.benchmarks.upcycle_folders"]
 IMPORTS = [sys.executable, "-c", "import moetool.cli, torch, moetool.surgery.apply, moetool.upcycle.plan"]
 EXPERTS = 8
+WORKERS = (1, 2, 16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,41 +63,70 @@ class Program:
 
 @dataclass(frozen=True)
 class Run:
-    """A process that has ended: seconds, and peaks in MB of resident and of anonymous memory."""
+    """A process that has ended, with its workers.
+
+    Attributes:
+        seconds: by the clock.
+        cpu: processor seconds of all.
+        main: those of the process itself.
+        peak: MB of memory of all, pages that they share counted once.
+        anonymous: MB of it that are no files' pages.
+    """
 
     seconds: float
+    cpu: float
+    main: float
     peak: float
     anonymous: float
 
 
-def measure(command: list[str]) -> Run:
-    """Run a process; its anonymous memory, which the kernel keeps no peak of, is looked at every 20 ms."""
-    anonymous, ended = 0, threading.Event()
+def memory_of(process: int) -> tuple[int, int]:
+    """Bytes of anonymous memory of a process and its children (shared pages once), and of files that it has mapped."""
 
-    def sample(status: Path) -> None:
-        nonlocal anonymous
-        while not ended.wait(0.02):
-            # Between its end and our wait for it a process has no such line.
-            lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
-            anonymous = max([anonymous, *(int(line.split()[1]) for line in lines)])
+    def sizes(number: str, file: str) -> dict[str, int]:
+        try:
+            lines = Path(f"/proc/{number}/{file}").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            return {}
+        return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        children = []
+    anonymous = sum(sizes(number, "smaps_rollup").get("Pss_Anon", 0) for number in (str(process), *children))
+    return anonymous, sizes(str(process), "status").get("RssFile", 0)
+
+
+def measure(command: list[str]) -> Run:
+    """Run a process to its end; its memory is looked at every 50 ms."""
+    anonymous, peak, ended = 0, 0, threading.Event()
+
+    def sample(process: int) -> None:
+        nonlocal anonymous, peak
+        while not ended.wait(0.05):
+            found, files = memory_of(process)
+            anonymous, peak = max(anonymous, found), max(peak, found + files)
 
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-        sampler = threading.Thread(target=sample, args=(Path(f"/proc/{process.pid}/status"),))
+        sampler = threading.Thread(target=sample, args=(process.pid,))
         sampler.start()
         # Not reaped before the sampler has ended, so that its number stays its own.
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         seconds = time.perf_counter() - began
         ended.set()
         sampler.join()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        times = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+        own, own_system, workers, workers_system = (int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in times)
+        process.wait()
         if process.returncode:
             log.seek(0)
             end = log.read()[-2000:].decode(errors="replace")
             raise SystemExit(f"{' '.join(command)} failed ({process.returncode}):\n{end}")
-    return Run(seconds, usage.ru_maxrss * 1024 / 1e6, anonymous * 1024 / 1e6)
+    main = own + own_system
+    return Run(seconds, main + workers + workers_system, main, peak / 1e6, anonymous / 1e6)
 
 
 def flush(folder: Path) -> float:
@@ -257,9 +293,56 @@ def speed(folder: Path, rounds: int, mergekit_python: str | None, scripts: list[
         print(f"{program.name} ({program.versions}): {came[program]}")
 
 
+def scaling(folder: Path, rounds: int) -> None:
+    dense, out = source(folder, "small"), folder / "made"
+    starts: list[Run] = []
+    runs: dict[tuple[str, int], list[Run]] = defaultdict(list)
+    copies: list[float] = []
+    for number in range(rounds):
+        for workers in WORKERS:
+            settle(dense)
+            starts.append(measure(IMPORTS))
+            options = ["--drop-ratio", "0.5", "--verify", "none", "--quiet", "--workers", str(workers)]
+            command = [sys.executable, "-m", "moetool", "upcycle", str(dense), str(out), *options]
+            runs["upcycle, ratio 0.5", workers].append(measure(command))
+            gigabytes = size_of(out)
+            settle(out)
+            command = [sys.executable, "-m", "moetool", "verify", str(out), "--quiet", "--workers", str(workers)]
+            runs["verify, full", workers].append(measure(command))
+            if workers == WORKERS[0]:
+                copies.append(copy(out, folder / "copied"))
+                shutil.rmtree(folder / "copied")
+            shutil.rmtree(out)
+            print(f"round {number + 1}: {workers} workers", file=sys.stderr)
+    began = time.perf_counter()
+    sha256_file(dense / "model.safetensors")
+    hashed = time.perf_counter() - began
+    cp, start = statistics.median(copies), statistics.median(run.seconds for run in starts)
+    start_cpu = statistics.median(run.cpu for run in starts)
+    print(f"\nmedians of {rounds}, net of interpreter and imports ({start:.2f} s); {gigabytes:.2f} GB written")
+    print(f"cp and fsync: {cp:.2f} s; SHA-256 of the source, which one process makes: {hashed:.2f} s\n")
+    print(
+        "| | workers | seconds | / cp | processor s per GB | of it main process | 8 cores: seconds | / cp | peak MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (name, workers), some in runs.items():
+        seconds = statistics.median(run.seconds for run in some) - start
+        cpu = statistics.median(run.cpu for run in some) - start_cpu
+        main = statistics.median(run.main for run in some) - start_cpu
+        eight = max(hashed, main + (cpu - main) / 8)
+        print(
+            f"| {name} | {workers} | {seconds:.2f} | {seconds / cp:.2f} | {cpu / gigabytes:.2f} | {main / cpu:.1%}"
+            f" | {eight:.2f} | {eight / cp:.2f} | {max(run.peak for run in some):.0f} |"
+        )
+    print("\nall seconds, by round")
+    print(f"cp and fsync: {', '.join(f'{value:.2f}' for value in copies)}")
+    for (name, workers), some in runs.items():
+        print(f"{name}, {workers}: {', '.join(f'{run.seconds:.2f}' for run in some)}")
+
+
 def memory(folder: Path, rounds: int) -> None:
     start = measure(IMPORTS)
-    print(f"peaks of {rounds} runs each, medians of their seconds, {os.cpu_count()} threads, in MB = 10^6 bytes\n")
+    print(f"peaks of {rounds} runs each, medians of their seconds, {os.cpu_count()} workers, in MB = 10^6 bytes\n")
     print("| source GB | layers | largest tensor GB | ratio | written GB | seconds | peak MB | of it anonymous |")
     print("|---|---|---|---|---|---|---|---|")
     print(f"| imports only | | | | | {start.seconds:.2f} | {start.peak:.0f} | {start.anonymous:.0f} |")
@@ -288,14 +371,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure")
     parser.add_argument("--mergekit", metavar="PYTHON", help="of an environment with mergekit")
     parser.add_argument("--authors", nargs=2, action="append", default=[], metavar=("PYTHON", "SCRIPT"))
+    parser.add_argument("--scaling", action="store_true", help="1, 2 and 16 workers instead")
     parser.add_argument("--memory", action="store_true", help="peak memory at three shapes of source instead")
     given = parser.parse_args()
-    if given.memory and (given.mergekit or given.authors):
-        parser.error("--memory measures moetool only")
+    if (given.memory or given.scaling) and (given.mergekit or given.authors):
+        parser.error("--memory and --scaling measure moetool only")
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         print(machine(folder), flush=True)
-        if given.memory:
+        if given.scaling:
+            scaling(folder, given.rounds)
+        elif given.memory:
             memory(folder, given.rounds)
         else:
             speed(folder, given.rounds, given.mergekit, given.authors)

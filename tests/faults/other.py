@@ -26,7 +26,7 @@ def limit_memory(megabytes: str) -> None:
 
 
 def memory(world: World, chance: Random) -> str:
-    """The system refuses memory (RLIMIT_AS) to a command, its worker threads included."""
+    """The system refuses memory (RLIMIT_AS) to a command, its workers included."""
     command = chance.choice(["upcycle", "cpt", "tokenize", "analyze-routing", "eval"])
     out = world.new()
     job = world.commands(out)[command]
@@ -51,29 +51,26 @@ def memory(world: World, chance: Random) -> str:
 
 
 def fail_worker(number: str) -> None:
-    """Let the n-th block that an upcycling makes find no memory."""
-    import threading
-
+    """Let the n-th block that an upcycling makes (in each of its processes) find no memory."""
     from moetool.surgery import kinds
 
-    real, left, lock = kinds.Kind.make, int(number), threading.Lock()
+    real, left = kinds.Kind.make, int(number)
 
     def block(*arguments: Any) -> Any:
         nonlocal left
-        with lock:
-            left -= 1
-            if left == 0:
-                raise MemoryError
+        left -= 1
+        if left == 0:
+            raise MemoryError
         return real(*arguments)
 
     setattr(kinds.Kind, "make", block)  # noqa: B010
 
 
 def worker(world: World, chance: Random) -> str:
-    """One of the worker threads of an upcycling gets no memory for a block."""
+    """One of the workers of an upcycling gets no memory for a block."""
     out = world.new()
-    job: list[object] = ["upcycle", world.dense, out, "--max-shard-size", "200KB", "--workers", 4]
-    number = chance.randrange(1, 100)
+    job: list[object] = ["upcycle", world.folder / "large", out, "--max-shard-size", "10MB", "--workers", 4]
+    number = chance.randrange(1, 40)
     line = world.run(*job, before=f"tests.faults.other:fail_worker:{number}").line()
     assert "out of memory" in line, line
     assert "--workers" in line, line

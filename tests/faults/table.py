@@ -21,7 +21,7 @@ FAULTS: list[Fault] = [
     Fault(KILL, "tokenize", kills.tokenize, 10, slow=True),
     Fault(STOP, "inspect, upcycle, tokenize, analyze-routing", kills.told_to_stop, 30, slow=True),
     Fault("one of two processes is killed", "cpt", kills.one_of_two, 10, slow=True),
-    Fault("no memory for a block", "a worker thread of upcycle", other.worker, 20),
+    Fault("no memory for a block", "a worker of upcycle", other.worker, 20),
     Fault("no memory (RLIMIT_AS)", "each command that writes", other.memory, 20, slow=True),
     Fault(FULL, "upcycle", disks.upcycle, 10, mounts=True),
     Fault("a disk that is too small", "upcycle", disks.upcycle_small, 10, mounts=True),
