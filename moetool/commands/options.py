@@ -164,15 +164,19 @@ def typer_command(run: Callable[..., Any]) -> Callable[..., Any]:
         context.meta[RECORDED] = {f.name for f in fields if f.metadata["option"].recorded}
         return run(context, **built)
 
-    hints = {name: hint for group in groups.values() for name, hint in get_type_hints(group).items()}
-    fields = [field for group in groups.values() for field in dataclasses.fields(group) if "option" in field.metadata]
+    hints = {group: get_type_hints(group) for group in groups.values()}
+    declared = [
+        (field, hints[group][field.name])
+        for group in groups.values()
+        for field in dataclasses.fields(group)
+        if "option" in field.metadata
+    ]
+    fields = [field for field, _ in declared]
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("context", keyword, annotation=typer.Context)]
-    for field in _placed(fields):
+    for field, hint in _placed(declared):
         default = inspect.Parameter.empty if _required(field) else _given(field.default)
-        parameters.append(
-            inspect.Parameter(field.name, keyword, default=default, annotation=_annotation(field, hints[field.name]))
-        )
+        parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=_annotation(field, hint)))
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {}
     return call
@@ -204,12 +208,12 @@ def _build(group: Any, values: Mapping[str, Any]) -> Any:
     return group(**built)
 
 
-def _placed(fields: Sequence[Any], behind: str = "") -> Iterator[Any]:
-    """Fields in the order of --help."""
-    for field in fields:
+def _placed(declared: Sequence[tuple[Any, Any]], behind: str = "") -> Iterator[tuple[Any, Any]]:
+    """Fields, each with its type, in the order of --help."""
+    for field, hint in declared:
         if field.metadata["option"].after == behind:
-            yield field
-            yield from _placed(fields, field.name)
+            yield field, hint
+            yield from _placed(declared, field.name)
 
 
 def _required(field: Any) -> bool:

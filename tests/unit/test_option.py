@@ -34,16 +34,23 @@ class Fruit:
     worms: int = option("Only in apples.", 0, min=0, needs=("kind", "apple".__eq__), unread=-1, after="peeled")
     shares: Any = option("By person.", dict, typed=list[str], metavar="NAME=N", make=named_numbers)
 
+    colour: str = "red"  # no option
+
     def check(self, typed: Collection[str]) -> None:
         if "peeled" in typed and self.weight == 0:
             raise ConfigError("nothing to peel")
 
 
+@dataclasses.dataclass(frozen=True)
+class Basket:
+    colour: int | None = option("A field of this name in another group is no option.", None, after="shares")
+
+
 def run(*arguments: str) -> tuple[int, Any]:
     seen: list[Any] = []
 
-    def eat(context: typer.Context, fruit: Fruit, output: Output) -> None:
-        seen.extend([fruit, output, options_text(context)])
+    def eat(context: typer.Context, basket: Basket, fruit: Fruit, output: Output) -> None:
+        seen.extend([fruit, output, options_text(context), basket])
 
     one = typer.Typer()
     one.command()(typer_command(eat))
@@ -52,8 +59,11 @@ def run(*arguments: str) -> tuple[int, Any]:
 
 
 def test_a_field_is_an_option() -> None:
-    code, (fruit, output, text) = run("x", "--weight", "0.50", "--peeled", "--shares", "a=1", "--shares", "b=2.5")
+    code, (fruit, output, text, basket) = run(
+        "x", "--weight", "0.50", "--peeled", "--shares", "a=1", "--shares", "b=2.5", "--colour", "7"
+    )
     assert code == 0
+    assert basket == Basket(7)
     assert fruit == Fruit("x", weight=Decimal("0.5"), peeled=True, shares={"a": 1.0, "b": 2.5})
     assert output == Output()
     assert "weight: '0.5'" in text
