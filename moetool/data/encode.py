@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# A thread gets documents of about this many characters at once. A quarter of it costs a third more time for short ones.
+# A thread gets documents of about this many characters at once; a quarter of it takes a third longer for short ones.
 _BATCH_CHARACTERS = 2**18
 # Characters that wait or are worked on, per core. A tokenizer takes about 110 bytes of memory per character.
 _CHARACTERS_PER_CORE = 2**20
