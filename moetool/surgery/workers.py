@@ -129,7 +129,7 @@ def _fork(work: Callable[[Job], Result], workers: int, children: dict[Connection
                     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                     # Kept rather than given back: to get the pages of a block anew takes longer than to fill them.
                     libc.mallopt(M_MMAP_THRESHOLD, 2**25)
-                    libc.mallopt(M_TRIM_THRESHOLD, 2**26)
+                    libc.mallopt(M_TRIM_THRESHOLD, 2**23)
                     if os.getppid() == parent:  # it may have died before it was watched
                         _serve(work, theirs)
                 finally:
