@@ -186,7 +186,8 @@ def matrix_index(recipe: UpcycleRecipe, layer: int, expert: int, projection: str
     return (layer * recipe.num_experts + expert) * len(PROJECTIONS) + PROJECTIONS.index(projection)
 
 
-@lru_cache(maxsize=256)
+# The experts of a layer; more would lie between blocks in the allocator, and keep their pages from being used again.
+@lru_cache(maxsize=64)
 def redrawn_units(recipe: UpcycleRecipe, layer: int, expert: int, projection: str, units: int) -> torch.Tensor:
     """The intermediate units of one expert that are changed, sorted int64 of shape (num_redrawn,).
 
@@ -200,7 +201,7 @@ def redrawn_units(recipe: UpcycleRecipe, layer: int, expert: int, projection: st
     return torch.randperm(units, generator=draw)[: recipe.num_redrawn(units)].sort().values
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def permutation(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> torch.Tensor | None:
     """The order of one expert's units (int64, position -> dense unit); None where it is the dense order."""
     import torch

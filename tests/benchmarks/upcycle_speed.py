@@ -94,8 +94,10 @@ def memory_of(process: int) -> tuple[int, int]:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except (FileNotFoundError, ProcessLookupError):
         children = []
-    anonymous = sum(sizes(number, "smaps_rollup").get("Pss_Anon", 0) for number in (str(process), *children))
-    return anonymous, sizes(str(process), "status").get("RssFile", 0)
+    own = sizes(str(process), "status")
+    # What a worker shares it shares with this process; shares of pages (Pss) jump while workers end.
+    workers = sum(sizes(number, "smaps_rollup").get("Private_Dirty", 0) for number in children)
+    return own.get("RssAnon", 0) + workers, own.get("RssFile", 0)
 
 
 def measure(command: list[str]) -> Run:
