@@ -78,7 +78,7 @@ def test_a_finished_folder_of_another_recipe_tells_what_differs(llama: Path, tmp
     assert tiny.in_process("upcycle", llama, out)[0] == 0
     assert "(drop_ratio 0.5 -> 0.25, seed 0 -> 3)" in fails("upcycle", llama, out, "--drop-ratio", "0.25", "--seed", 3)
     other = tiny.save_llama(tmp_path / "other", seed=1)
-    assert "(the same recipe, of another source" in fails("upcycle", other, out)
+    assert "(same recipe, but another or changed source" in fails("upcycle", other, out)
 
 
 def test_one_positional_beside_a_file_goes_to_the_place_that_is_open(llama: Path, tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "json not utf-8": ("n.jsonl", b'{"text": "\xe9"}', r"n\.jsonl, line 1: not UTF-8 \(byte 0xe9\)"),
     "too deep": ("n.jsonl", b"[" * 200_000, r"n\.jsonl, line 1: not JSON"),
     "huge number": ("n.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"n\.jsonl, line 1: not JSON"),
-    "no gzip": ("n.jsonl.gz", "plain", r"n\.jsonl\.gz: not a sound gzip file"),
-    "cut gzip": ("n.txt.gz", gzip.compress(b"some text" * 99)[:-9], r"n\.txt\.gz: not a sound gzip file"),
+    "no gzip": ("n.jsonl.gz", "plain", r"n\.jsonl\.gz: not a valid gzip file"),
+    "cut gzip": ("n.txt.gz", gzip.compress(b"some text" * 99)[:-9], r"n\.txt\.gz: not a valid gzip file"),
     "other packing": ("n.jsonl.zst", b"(\xb5/\xfd", r"n\.jsonl\.zst: unpack it first"),
     "no parquet": ("n.parquet", "PAR1 but no more", r"n\.parquet: not a sound Parquet file"),
 }

@@ -285,7 +285,7 @@ def test_a_tokenised_folder_is_opened_as_it_is(tmp_path: Path, tokenizer_folder:
     assert tokenized(TextSource(str(folder)), resaved).num_documents == 2
     other = tmp_path / "other"
     tiny.save_tokenizer(other, vocab_size=290)
-    with pytest.raises(DataError, match=r"tokenised with another tokenizer than that of .*other"):
+    with pytest.raises(DataError, match=r"tokenized with another tokenizer, not that of .*other"):
         tokenized(TextSource(str(folder)), other)
 
 
