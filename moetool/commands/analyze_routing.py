@@ -104,8 +104,7 @@ def analyze_routing(
             models = [(name, resolve_model(name)) for name in (asked.model, asked.compare) if name]
             if asked.compare and len({tokenizer_sha256(folder) for _, folder in models}) > 1:
                 raise ConfigError(
-                    f"--compare: {asked.compare} and {asked.model} have different tokenizers; give two models with the"
-                    " same one"
+                    f"--compare: {asked.compare} and {asked.model} have different tokenizers; compare models with one"
                 )
             place = settings.dtype, pick_device(settings.device), settings.device_map
             estimate = tell_weights(console, [folder for _, folder in models], *place)

@@ -69,9 +69,9 @@ def _experts(report: dict[str, Any]) -> str:
     dense, kept = (change(first, second, "with_dense", part) for part in ("all", "kept"))
     use, idle = change(first, second, "use"), change(first, second, "idle", share=True)
     said = [
-        f"Similarity of two experts: {alike}" if alike else None,
-        f"of experts and the dense model: {dense}" if dense else None,
-        f"in the kept units: {kept}" if dense and kept and first["num_redrawn"] else None,
+        f"Similarity: {alike} between experts" if alike else None,
+        f"{dense} with the dense model" if dense else None,
+        f"{kept} in the kept units" if dense and kept and first["num_redrawn"] else None,
     ]
     sentences = [", ".join(part for part in said if part)] if alike else []
     if use:

@@ -98,9 +98,7 @@ def find_files(path: str) -> list[Path]:
         matches = [Path(match) for match in sorted(glob.glob(str(place), recursive=True))]
         files = [file for match in matches for file in (_walk(match) if match.is_dir() else [match])]
         if not files:
-            raise DataError(
-                f"no file matches {path}; check the pattern (quote it, so that no shell expands it)"
-            )
+            raise DataError(f"no file matches {path}; check the pattern (quote it, so that no shell expands it)")
         return sorted(set(files))
     raise DataError(_nothing_at(path, place))
 

@@ -55,7 +55,7 @@ def test_the_hub_without_a_network_says_how_to_bring_a_model(tmp_path: Path, mon
         (("--train", "data/code.jsonl"), "such as --train code=data/code.jsonl"),
         (("--train", "=data/code.jsonl"), "such as --train code=data/code.jsonl"),
         (("--train", "web="), "such as --train web=src.jsonl"),
-        (("--train", "a=x", "b=y"), "(b=y); an option that repeats takes one value each: --train a=A --train b=B"),
+        (("--train", "a=x", "b=y"), "(b=y); repeat the option for each value: --train a=A --train b=B"),
     ],
 )
 def test_text_without_its_name(typed: tuple[str, ...], told: str) -> None:
@@ -120,15 +120,15 @@ def test_a_gpu_that_is_too_small(
     text = f"code={jsonl}"
     told = fails("cpt", mixtral, tmp_path / "run", "--train", text, "--max-steps", 1, "--seq-len", 8)
     assert "out of memory" in told
-    assert "estimated before: memory about" in told
+    assert "the estimate was: memory about" in told
     assert "--micro-batch-size" in told
     told = fails("analyze-routing", mixtral, "--data", text, "--out", tmp_path / "report", "--max-tokens", 100)
-    assert "estimated before: memory about" in told
+    assert "the estimate was: memory about" in told
     assert "--batch-size" in told
     told = fails("eval", mixtral, "--text", text, "--limit", 2)
     assert "out of memory" in told
     assert "--batch-size" in told
-    assert where == "run" or "estimated before: memory about" in told
+    assert where == "run" or "the estimate was: memory about" in told
 
 
 def test_what_is_needed_is_told_before_weights_are_read(

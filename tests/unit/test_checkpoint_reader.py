@@ -87,7 +87,7 @@ def test_an_index_that_names_an_absent_file_or_tensor(llama: Path, tmp_path: Pat
     folder = copy(llama, tmp_path / "m")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"gone\.safetensors, which is not there"):
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors, which is missing"):
         CheckpointReader(folder)
     index.write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
     with pytest.raises(CheckpointError, match="which lacks it"):
