@@ -53,7 +53,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
 }
 for _name, _command in COMMANDS.items():
-    # A docstring's lines end where the source's do; its paragraphs are to be as wide as the terminal.
+    # Join the lines of each paragraph of a docstring, so that the help text is as wide as the terminal.
     _help = [" ".join(paragraph.split()) for paragraph in (_command.__doc__ or "").split("\n\n")]
     app.command(_name, cls=OpenPlaces, help="\n\n".join(_help))(typer_command(_command))
 
@@ -73,10 +73,10 @@ def root(
     """The options of `moetool` itself."""
 
 
-MAX_LINE = 2000  # characters of an error: what it quotes may be of any length
+MAX_LINE = 2000  # characters of an error, which may quote text of any length
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 70, 130, 143
 
-# What the machine refuses, as against a bug: reported in one line, like any error about a named file.
+# Failures of the machine, not bugs: reported in one line, like any error about a named file.
 _ENVIRONMENT = {
     errno.ENOSPC,
     errno.EROFS,
@@ -95,16 +95,16 @@ _ENVIRONMENT = {
 }
 _ADVICE = {
     errno.ENOMEM: "free some memory, then run the same command again",
-    errno.EMFILE: "raise the limit of open files (ulimit -n), then run the same command again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), then run the same command again",
     errno.ENOSPC: "free some space or choose another folder, then run the same command again",
     errno.EDQUOT: "free some space or choose another folder, then run the same command again",
-    errno.EROFS: "choose a folder that can be written",
+    errno.EROFS: "choose a writable folder",
     errno.EACCES: "check the permissions or choose another path",
     errno.EPERM: "check the permissions or choose another path",
 }
 
 
-# How gloo and NCCL say that another process is gone.
+# Parts of the messages with which gloo and NCCL report that another process has ended.
 _NO_PEER = ("by peer", "gloo/transport", "NCCL error", "remote process exited", "Broken pipe")
 _LESS_MEMORY = {
     "upcycle": "use fewer --workers",
@@ -117,7 +117,7 @@ _LESS_MEMORY = {
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one acts at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second signal ends the process at once
     raise SystemExit(EXIT_TERMINATED)
 
 
@@ -126,18 +126,18 @@ def _fail(message: str, code: int) -> int:
     line = line if len(line) <= MAX_LINE else line[:MAX_LINE] + "..."
     try:
         print(f"moetool: {line}", file=sys.stderr, flush=True)
-    except OSError:  # the exit code has to tell
+    except OSError:  # only the exit code is left to report it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return code
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line; return its exit code."""
-    for talkative in ("torchao", "torch.utils._pytree"):  # of kernels and types that moetool has no use for
+    for talkative in ("torchao", "torch.utils._pytree"):  # they report on kernels and types that moetool does not use
         logging.getLogger(talkative).setLevel(logging.ERROR)
     try:
         outcome = app(arguments, standalone_mode=False, prog_name="moetool")
-        if outcome == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C
+        if outcome == EXIT_INTERRUPTED:  # Typer returns this after Ctrl-C
             return _fail("interrupted", EXIT_INTERRUPTED)
         return outcome if isinstance(outcome, int) else 0
     except MoetoolError as error:
@@ -150,7 +150,7 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of a pipe has left (`| head`): not an error, and nothing more can be said.
+        # The reader has closed the pipe (`| head`): not an error, and nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -158,16 +158,16 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
             return EXIT_BUG
         where = f"{error.filename}: " if error.filename else ""
-        advice = _ADVICE.get(error.errno or 0, "mend it and run the same command again")
+        advice = _ADVICE.get(error.errno or 0, "fix this and run the same command again")
         return _fail(f"{where}{os.strerror(error.errno or 0).lower()}; {advice}", 1)
     except Exception as error:
         if out_of_memory(error):
             reason = " ".join(str(error).split())[:200]
             estimate = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
-            advice = _LESS_MEMORY.get(next(iter(arguments), ""), "use a machine with more")
+            advice = _LESS_MEMORY.get(next(iter(arguments), ""), "use a machine with more memory")
             return _fail(f"out of memory{reason and f' ({reason})'}{estimate}; {advice}", 1)
         if launch.num_processes() > 1 and any(sign in str(error) for sign in _NO_PEER):
-            return _fail("another process of this launch has ended; when it can run, give the same command again", 1)
+            return _fail("another process of this launch has ended; fix the cause, then run the same command again", 1)
         traceback.print_exc()
         print("moetool: this is a bug in moetool; please report it with the lines above", file=sys.stderr)
         return EXIT_BUG
@@ -176,7 +176,7 @@ def run(arguments: list[str]) -> int:
 def main() -> NoReturn:
     """Run the process's command line and exit."""
     signal.signal(signal.SIGTERM, _terminate)
-    # A shell's `>&-` leaves no stream at all, and a name that is not UTF-8 must not stop what tells about it.
+    # After a shell's `>&-` there is no stream at all, and a name that is not UTF-8 must not break the message about it.
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -187,34 +187,34 @@ def main() -> NoReturn:
     # made training four times slower; on free cores a short spin is as fast. Read when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # What libraries have to say of their own insides is none of a user's business, with --quiet or without.
+    # Messages of libraries about their internals do not concern the user, with or without --quiet.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     try:
         code = _flushed(run(sys.argv[1:]))
-        # Leaving takes a moment. What comes now comes too late where the work is done; else it ends it at once.
+        # Exiting takes a moment. A signal now is ignored if the work is done; otherwise it ends the process at once.
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_DFL if code else signal.SIG_IGN)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
-        if isinstance(leaving.__context__, BrokenPipeError):  # Typer's own, while it printed a --help
+        if isinstance(leaving.__context__, BrokenPipeError):  # raised by Typer while it printed --help
             code = 0
         if code == EXIT_TERMINATED:
             _fail("terminated", code)
-    except KeyboardInterrupt:  # while the last error was told
+    except KeyboardInterrupt:  # while the last error was printed
         code = _fail("interrupted", EXIT_INTERRUPTED)
     sys.exit(code)
 
 
 def _flushed(code: int) -> int:
-    """Hand standard output to its reader; what that has to say is worth an exit code of 1."""
+    """Flush standard output; if that fails, the exit code is 1."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if code == 0:  # else it has been said
+        if code == 0:  # otherwise an error has been printed
             code = _fail(f"standard output: {os.strerror(error.errno or 0).lower()}", 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

@@ -1,4 +1,4 @@
-"""The errors a user can mend.
+"""The errors that a user can fix.
 
 Each message is one line: what was found, where, and what to do. `cli.main` prints it without a
 traceback and exits with `exit_code`. Anything else that escapes is a bug and keeps its traceback.
@@ -6,7 +6,7 @@ traceback and exits with `exit_code`. Anything else that escapes is a bug and ke
 
 
 class MoetoolError(Exception):
-    """Base of all errors that the user can mend; never raised itself."""
+    """Base of all errors that the user can fix; never raised itself."""
 
     exit_code = 1
 
@@ -24,7 +24,7 @@ class DataError(MoetoolError):
 
 
 class EvaluationError(MoetoolError):
-    """A task is unknown, has no data at hand, or failed."""
+    """A task is unknown, its data is missing, or it failed."""
 
 
 class CheckFailed(MoetoolError):
@@ -33,7 +33,7 @@ class CheckFailed(MoetoolError):
     exit_code = 3
 
 
-# How torch, oneDNN, numpy, Python's threads and the loader of libraries say that there is no memory left.
+# Parts of the messages with which torch, oneDNN, numpy, Python's threads and the library loader run out of memory.
 _NO_MEMORY = (
     "can't allocate memory", "out of memory", "Unable to allocate", "annot allocate memory", "can't start new thread",
     "could not create a primitive", "failed to map segment",

@@ -1,4 +1,4 @@
-"""Documents and names from outside: read with a bound on everything, shown so that they cannot act."""
+"""Untrusted documents and names: read with a limit on everything, printed so that they cannot control a terminal."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 from moetool.errors import CheckpointError, MoetoolError
 
 MAX_JSON = 50_000_000  # bytes of a config.json, an index, a lineage
-MAX_DEPTH = 100  # of brackets in brackets; Python's own recursion ends at a few hundred, in places of its choice
+MAX_DEPTH = 100  # of nested brackets; Python's own recursion ends at a few hundred, at unpredictable places
 _ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, direction and half characters, line and paragraph breaks
 
 
 def printable(text: str) -> str:
-    r"""Text in which every character that could act on a terminal is written out: `\x1b`, `\u202e`, `\n`."""
+    r"""Text in which every character that could control a terminal is escaped: `\x1b`, `\u202e`, `\n`."""
     if text.isprintable():
         return text
     return "".join(_written_out(c) if unicodedata.category(c) in _ACTING else c for c in text)
@@ -33,7 +33,7 @@ _NOT_ASCII = re.compile(r"[^\x00-\x7e]")
 
 
 def printable_json(text: str) -> str:
-    """A JSON document, the same value, in which such characters are escapes."""
+    """A JSON document with the same value, in which such characters are escaped."""
     return _NOT_ASCII.sub(lambda m: json.dumps(m[0])[1:-1] if unicodedata.category(m[0]) in _ACTING else m[0], text)
 
 
@@ -45,26 +45,26 @@ def read_bytes(
     Args:
         path: followed if it is a link.
         limit: in bytes; no more is read.
-        error: what is raised.
-        pipe: whether it may be other than a regular file: what a user typed may be a pipe, what a
-            checkpoint holds may not (a pipe blocks, a device has no end).
+        error: the class of error to raise.
+        pipe: whether it may be something other than a regular file. A path that the user typed may be a
+            pipe; a file in a checkpoint may not (a pipe blocks, a device has no end).
 
     Raises:
-        MoetoolError: absent, unreadable, too large, or a pipe or device; of the kind that was asked for.
+        MoetoolError: absent, unreadable, too large, or a pipe or device; its class is `error`.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if pipe else os.O_NONBLOCK))
         with open(descriptor, "rb") as file:
             if not pipe and not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise error(f"{path} is no file; a pipe, device or folder in its place is not read")
+                raise error(f"{path} is a pipe, a device or a folder, not a file; put the file in its place")
             size = limit if pipe else min(limit, os.fstat(descriptor).st_size)
             data = file.read(size + 1)
     except OSError as failed:
         raise error(f"{path}: {os.strerror(failed.errno or errno.EIO).lower()}") from None
     except ValueError:  # a NUL or half a character in its name
-        raise error(f"{path} is no name that a file can have") from None
+        raise error(f"{path} is not a valid file name; check the path") from None
     if len(data) > limit:
-        raise error(f"{path} is larger than {limit} bytes; that is no {path.name}")
+        raise error(f"{path} is larger than {limit} bytes, the limit for such a file; check the path")
     return data
 
 
@@ -72,7 +72,7 @@ def parse_json(raw: bytes, where: str, error: type[MoetoolError] = CheckpointErr
     """Parse a JSON document.
 
     Raises:
-        MoetoolError: not UTF-8, not JSON, or nested deeper than MAX_DEPTH; of the kind that was asked for.
+        MoetoolError: not UTF-8, not JSON, or nested deeper than MAX_DEPTH; its class is `error`.
     """
     try:
         document = json.loads(raw.decode("utf-8"))
@@ -85,7 +85,7 @@ def parse_json(raw: bytes, where: str, error: type[MoetoolError] = CheckpointErr
             level = [o for values in inner for o in values if isinstance(o, (dict, list))]
             if not level:
                 return document
-        raise error(f"{where} is nested more than {MAX_DEPTH} levels deep; no program writes that")
+        raise error(f"{where} is nested more than {MAX_DEPTH} levels deep; check that it is the right file")
     return document
 
 
@@ -93,7 +93,7 @@ def read_json(path: Path, error: type[MoetoolError] = CheckpointError) -> dict[s
     """Read a JSON object from a regular file.
 
     Raises:
-        MoetoolError: see `read_bytes` and `parse_json`, or not an object; of the kind that was asked for.
+        MoetoolError: see `read_bytes` and `parse_json`, or not an object; its class is `error`.
     """
     document = parse_json(read_bytes(path, error=error), str(path), error)
     if not isinstance(document, dict):
@@ -105,10 +105,10 @@ def fits(value: Any, shape: Any) -> bool:
     """Whether a document has the parts that its reader relies on.
 
     Args:
-        value: of a JSON document.
-        shape: a type (object: anything; int and float: a number below 2^63, which True is not); a tuple of
-            shapes, one of which must fit; a list of one shape, that of every item, of which there is at least
-            one; a dict of the shapes of the keys that must be there, `"*"` for that of all keys.
+        value: a value of a JSON document.
+        shape: a type (object: anything; int and float: a number below 2^63, but not True); a tuple of
+            shapes, one of which must fit; a list of one shape, for a list of at least one item, all of that
+            shape; a dict of required keys and their shapes, where `"*"` stands for every key.
     """
     if isinstance(shape, dict):
         if not isinstance(value, dict):

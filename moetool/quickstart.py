@@ -1,8 +1,8 @@
 """The whole journey, small but real, on text that every machine has.
 
-Each step but the first is a moetool command: `journey` hands the argument lists to `run`, which
-executes them in this process and returns what the command's `--json` prints. So the command that a
-reader sees is the command that ran.
+Each step except the first is a moetool command. `journey` hands the argument lists to `run`, which
+executes them in this process and returns the document that the command prints with `--json`. So the
+command that a reader sees is the command that ran.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Run = Callable[[list[str]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Step:
-    """A command of the journey: what it is for, and its arguments."""
+    """A command of the journey: its purpose, and its arguments."""
 
     title: str
     arguments: list[str]
@@ -107,8 +107,8 @@ def save_random_llama(folder: Path, tokenizer: Any, seed: int) -> int:
 def write_task(folder: Path, documents: list[str]) -> None:
     """A multiple-choice task for lm-eval: which of four passages has its words in order?
 
-    The right one goes on from the context as the text does; in each of the others two neighbouring
-    words have changed places, so length and vocabulary tell nothing. Chance is 25 %.
+    The right one continues the context as in the text. In each of the others two neighbouring words
+    are swapped, so length and vocabulary give nothing away. Chance is 25 %.
     """
     rows: list[dict[str, Any]] = []
     for document in documents:
@@ -117,7 +117,7 @@ def write_task(folder: Path, documents: list[str]) -> None:
             context, passage = words[start : start + 20], words[start + 20 : start + 28]
             swaps = random.Random(" ".join(passage)).sample(range(7), 7)
             choices = {" ".join(passage): None}
-            for at in swaps:  # one word changes places with the next
+            for at in swaps:  # one word is swapped with the next
                 if len(choices) < 4:
                     swapped = [*passage[:at], passage[at + 1], passage[at], *passage[at + 2 :]]
                     choices[" ".join(swapped)] = None
@@ -173,19 +173,19 @@ def steps(folder: Path, seed: int) -> Iterator[Step]:
         ["upcycle", at("dense"), at("moe"), "--drop-ratio", "0.5", "--seed", str(seed)],
     )
     yield Step(
-        "Upcycle it with ratio 0: the experts are copies, the function is the dense one",
+        "Upcycle it with ratio 0: the experts are copies, so the outputs equal the dense model's",
         ["upcycle", at("dense"), at("moe-copy"), "--drop-ratio", "0", "--seed", str(seed)],
     )
     replay = ["--replay", prose_text, "--replay-ratio", "0.3"]
     rate = ["--lr", "1e-3", "--train", code_text, "--keep-checkpoints", "1"]
     yield Step(
-        "Go on with pretraining, on code with prose as replay", cpt("moe", "cpt-replay", CPT_STEPS, *rate, *replay)
+        "Continue pretraining on code, with prose as replay", cpt("moe", "cpt-replay", CPT_STEPS, *rate, *replay)
     )
     yield Step("The same without replay", cpt("moe", "cpt-no-replay", CPT_STEPS, *rate))
-    yield Step("One step from the copies, for the loss that they start at", cpt("moe-copy", "cpt-copy", 1, *rate))
+    yield Step("Train the copies for one step, to measure their starting loss", cpt("moe-copy", "cpt-copy", 1, *rate))
     domains = [f"--data={domain}={at(f'corpus/{domain}-val.jsonl')}" for domain in ("prose", "code")]
     yield Step(
-        "Look at the routers, before and after",
+        "Analyse the routers before and after training",
         [
             "analyze-routing",
             at("moe"),
@@ -210,7 +210,7 @@ def steps(folder: Path, seed: int) -> Iterator[Step]:
 
 
 def journey(folder: Path, seed: int, run: Run, tell: Callable[[Step], None]) -> dict[str, Any]:
-    """Run every step; return what they measured.
+    """Run every step; return their measurements.
 
     Args:
         folder: prepared by `prepare`.
@@ -229,8 +229,8 @@ def journey(folder: Path, seed: int, run: Run, tell: Callable[[Step], None]) -> 
 def summarize(results: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     """The numbers of the closing table, from the commands' own documents.
 
-    Forgetting is the loss on prose after continual pretraining less that of the dense model, which
-    had learned it; adaptation the same for code, where less than 0 is learning.
+    Forgetting is the loss on prose after continual pretraining minus the loss of the dense model, which
+    was trained on prose. Adaptation is the same difference for code; below 0 means learning.
     """
     runs = {name: results[name]["val"] for name in ("dense", "cpt-replay", "cpt-no-replay", "cpt-copy")}
     dense = {domain: loss["after"] for domain, loss in runs["dense"].items()}
@@ -257,7 +257,7 @@ def summarize(results: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any
 
 
 def routing_summary(report: dict[str, Any]) -> dict[str, Any]:
-    """Largest and mean mri over layers, a domain, before and after."""
+    """Largest and mean mri over layers, per domain, before and after training."""
     summary: dict[str, Any] = {"balanced": report["top_k"] / report["num_experts"], "domains": {}}
     for name, domain in report["domains"].items():
         compared = report["comparison"]["domains"][name]["layers"]

@@ -1,4 +1,4 @@
-"""Every name that a user may type, and where it leads.
+"""Every name that a user may type, and the code that it stands for.
 
 This table is the map of the program: a new family, method, schedule, strategy or metric is a
 function (or a spec) in the file named here, and one line. Help texts and error messages are made
@@ -124,7 +124,7 @@ def check(kind: str, name: str) -> str:
 
 
 def load(kind: str, name: str) -> Any:
-    """Import what stands behind a name.
+    """Import the object that a name stands for.
 
     Raises:
         ConfigError: the name is unknown; the message suggests the nearest.

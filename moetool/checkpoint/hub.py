@@ -93,7 +93,7 @@ def fetch_headers(model: str, into: Path) -> Path:
         raise _no_answer(model, error) from None
     for file, header in metadata.files_metadata.items():
         if file != Path(file).name or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{model}: its index names {file[:100]!r}, which is no shard's name")
+            raise CheckpointError(f"{model}: its index names {file[:100]!r}, which is not a valid shard name")
         entries = {
             name: {"dtype": str(info.dtype), "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
             for name, info in header.tensors.items()
@@ -131,18 +131,18 @@ def _no_answer(model: str, error: Exception) -> CheckpointError:
 
     name, _, revision = model.partition("@")
     if isinstance(error, GatedRepoError):
-        why = f"({name} is gated); accept its licence on its page, then `hf auth login`"
+        why = f"({name} is gated); accept its licence on its page, then run `hf auth login`"
     elif isinstance(error, RepositoryNotFoundError):
-        why = "(it has no such model, or a private one); check the spelling, or `hf auth login`"
+        why = "(the model does not exist, or is private); check the spelling, or run `hf auth login`"
     elif isinstance(error, (LocalEntryNotFoundError, ConnectionError)):
         fetch = f"hf download {name}{f' --revision {revision}' if revision else ''}"
         why = (
-            f"({_first_line(error.__cause__ or error)}); check the spelling, or the network; without one, run `{fetch}`"
-            " where there is one and give the folder that it prints"
+            f"({_first_line(error.__cause__ or error)}); check the spelling and the network; without a network, run"
+            f" `{fetch}` on a machine that has one, then give the folder that it prints"
         )
     else:
-        why = f"({_first_line(error)}); check the spelling, or the network and `hf auth login`"
-    return CheckpointError(f"no folder {model} here{_near(Path(name))}, and the hub did not give it {why}")
+        why = f"({_first_line(error)}); check the spelling and the network, or run `hf auth login`"
+    return CheckpointError(f"no folder {model} here{_near(Path(name))}, and the hub did not provide it {why}")
 
 
 def _first_line(error: BaseException) -> str:

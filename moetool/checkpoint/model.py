@@ -80,7 +80,7 @@ def load_model(
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise CheckpointError(
-                f"{folder}: {kind} tensors {', '.join(keys[:3])}{more}; the checkpoint does not fit its config.json"
+                f"{folder}: {kind} tensors {', '.join(keys[:3])}{more}; the checkpoint does not match its config.json"
             )
     # torch's grouped matrix product, the faster one, fails unless rows are multiples of 16 bytes. 8 elements are
     # enough in every dtype (training may compute in another dtype than the weights').
@@ -115,7 +115,7 @@ def skeleton(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
         if layers > num_tensors:  # each would be built before it turns out that it has no weights
-            raise ValueError(f"{layers} layers, and {num_tensors} tensors in its files")
+            raise ValueError(f"{layers} layers, but only {num_tensors} tensors in its files")
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a damaged or foreign config fails in many ways
@@ -165,7 +165,7 @@ def _check_size(folder: Path, model: Any) -> None:
     there = sum(info.num_elements for info in CheckpointReader(folder).tensors.values())
     if announced > 4 * there + 10**7:  # if fewer are missing, a later error names them
         raise CheckpointError(
-            f"{folder}: config.json describes {announced} parameters, the files hold {there}; fetch both again"
+            f"{folder}: config.json describes {announced} parameters, but the files hold {there}; fetch both again"
         )
 
 
@@ -196,7 +196,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        raise DataError(f"{folder} holds no tokenizer (tokenizer.json); copy it from the model that this one came from")
+        raise DataError(f"{folder} holds no tokenizer (tokenizer.json); copy it from the original model")
     _quiet()
     check_config(folder)
     try:

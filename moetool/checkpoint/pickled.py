@@ -1,4 +1,4 @@
-"""Where tensors lie in a file of `torch.save`: found by torch's restricted unpickler, and no weight is loaded.
+"""Find the tensors in a file of `torch.save` with torch's restricted unpickler, without loading any weights.
 
 Such a file is a zip archive that stores each tensor's bytes as they are, beside a pickle that says which is
 which. A pickle can run code; torch's unpickler with `weights_only` makes tensors and plain containers, and
@@ -29,12 +29,12 @@ def read_pickle(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file of `torch.save`, by name.
 
     Raises:
-        CheckpointError: it is no zip archive of stored tensors, its pickle asks for anything but tensors, or a
-            tensor lies outside the archive, overlaps another, or is no plain one.
+        CheckpointError: it is not a zip archive of stored tensors, its pickle asks for anything but tensors, or a
+            tensor lies outside the archive, overlaps another, or is not a plain one.
     """
 
     def bad(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {what}; load it with transformers in a place you trust, and save_pretrained")
+        return CheckpointError(f"{path}: {what}; load it with transformers in a safe place, then save_pretrained")
 
     records = _records(path, bad)
     try:
@@ -48,9 +48,9 @@ def read_pickle(path: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise bad(f"its entry {str(name)[:100]!r} is no tensor")
+            raise bad(f"its entry {str(name)[:100]!r} is not a tensor")
         if tensor.layout != torch.strided or tensor.dtype not in _NAMES or not tensor.is_contiguous():
-            raise bad(f"its tensor {name[:100]!r} is no plain one")
+            raise bad(f"its tensor {name[:100]!r} is not a plain tensor")
         dtype, base = _NAMES[tensor.dtype], getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         start = tensor.storage_offset() * ITEM_SIZE[dtype]
         size = tensor.numel() * ITEM_SIZE[dtype]
@@ -62,7 +62,7 @@ def read_pickle(path: Path) -> dict[str, TensorInfo]:
 
 
 def _records(path: Path, bad: Callable[[str], CheckpointError]) -> dict[int, int]:
-    """Where each file of the archive begins -> its bytes."""
+    """The start of each file in the archive -> its size in bytes."""
     records = {}
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -71,7 +71,7 @@ def _records(path: Path, bad: Callable[[str], CheckpointError]) -> dict[int, int
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise bad("its archive is compressed")
                 if name == "data.pkl" and entry.file_size > MAX_PICKLE:
-                    raise bad(f"its pickle has {entry.file_size} bytes, too many")
+                    raise bad(f"its pickle has {entry.file_size} bytes, more than {MAX_PICKLE}")
                 if name == "byteorder" and archive.read(entry) != b"little":
                     raise bad("its numbers are big-endian")
                 file.seek(entry.header_offset)
@@ -81,7 +81,7 @@ def _records(path: Path, bad: Callable[[str], CheckpointError]) -> dict[int, int
             end = os.fstat(file.fileno()).st_size
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise bad(f"it is no archive of torch 1.6 or newer ({reason})") from None
+        raise bad(f"it is not an archive of torch 1.6 or newer ({reason})") from None
     if any(start + size > end for start, size in records.items()):
         raise bad("it ends before its tensors do")
     return records

@@ -60,7 +60,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     """
 
     def bad(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {what}; the file is damaged or not safetensors, fetch or save it again")
+        return CheckpointError(f"{path}: {what}; the file is damaged or not safetensors: fetch or save it again")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
@@ -91,8 +91,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
             raise bad(f"the entry of tensor {name[:100]!r} is malformed")
         if dtype not in ITEM_SIZE:
             raise CheckpointError(
-                f"{path}: tensor {name[:100]!r} has dtype {dtype[:20]!r}, which holds no plain weights;"
-                " a quantised checkpoint must be dequantised first"
+                f"{path}: tensor {name[:100]!r} has dtype {dtype[:20]!r}, not a dtype of plain weights;"
+                " dequantise a quantised checkpoint first"
             )
         if end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
             raise bad(f"tensor {name[:100]!r} of {dtype}{shape} does not take {end - begin} bytes")
@@ -103,7 +103,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
             raise bad(f"tensor {info.name[:100]!r} starts at byte {info.start}, expected {position}")
         position += info.size
     if position != file_size:
-        raise bad(f"its tensors end at byte {position}, the file has {file_size}")
+        raise bad(f"its tensors end at byte {position}, but the file has {file_size}")
     return tensors, start
 
 
@@ -117,7 +117,7 @@ def _header_bytes(path: Path, bad: Callable[[str], CheckpointError]) -> tuple[by
                 raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` there")
             length = int.from_bytes(start, "little")
             if file_size < 8 or length > MAX_HEADER or 8 + length > file_size:
-                raise bad(f"the header claims {length} bytes, the file has {file_size}")
+                raise bad(f"the header claims {length} bytes, but the file has {file_size}")
             return file.read(length), file_size
     except OSError as error:
         raise CheckpointError(f"{path}: {os.strerror(error.errno or 0).lower()}") from None
@@ -177,7 +177,7 @@ class BlockFile:
         while buffer:
             count = os.preadv(descriptor, [buffer], position)
             if count == 0:
-                raise CheckpointError(f"{self.folder / info.shard} ends before tensor {info.name} does")
+                raise CheckpointError(f"{self.folder / info.shard} ends before tensor {info.name} does; fetch it again")
             position += count
             buffer = buffer[count:]
 
@@ -190,7 +190,7 @@ def check_entries(folder: Path) -> None:
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not (path.is_file() or path.is_dir() or not os.path.exists(path)):
-            raise CheckpointError(f"{path} is no file but a pipe or a device; take it out of the checkpoint")
+            raise CheckpointError(f"{path} is a pipe or a device, not a file; remove it from the checkpoint")
 
 
 def _weight_map(folder: Path, index: str = INDEX) -> dict[str, str] | None:
@@ -199,11 +199,11 @@ def _weight_map(folder: Path, index: str = INDEX) -> dict[str, str] | None:
         return None
     weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / index} has no weight_map")
+        raise CheckpointError(f"{folder / index} has no weight_map; fetch it again")
     ending = ".bin" if index == PICKLED_INDEX else ".safetensors"
     for file in weight_map.values():
         if not isinstance(file, str) or file != Path(file).name or not file.endswith(ending):
-            raise CheckpointError(f"{folder / index} names {str(file)[:100]!r}, which is no shard's name")
+            raise CheckpointError(f"{folder / index} names {str(file)[:100]!r}, which is not a valid shard name")
     return weight_map
 
 
@@ -212,7 +212,7 @@ def named_shards(folder: Path, unpickle: bool = False) -> list[str]:
 
     Args:
         folder: config.json, or adapter_config.json, and the index are there.
-        unpickle: whether pickled weights may do for safetensors.
+        unpickle: whether pickled weights may replace missing safetensors.
 
     Raises:
         CheckpointError: the index is not an index of weights.
@@ -254,7 +254,7 @@ class CheckpointReader(BlockFile):
         super().__init__(folder)
         check_entries(folder)
         if (folder / "moetool.partial.json").exists():
-            raise CheckpointError(f"{folder} is an unfinished conversion; run the command that began it again")
+            raise CheckpointError(f"{folder} is an unfinished conversion; run the command that started it again")
         config, self._single, self._pickled = self.names
         if (folder / ADAPTER_CONFIG).exists() and not (folder / config).exists():
             raise CheckpointError(
@@ -280,27 +280,27 @@ class CheckpointReader(BlockFile):
             shards = sorted(set(self._weight_map.values()))
             for file in shards:
                 if not (self.folder / file).is_file():
-                    what = f"{self.folder / self._index} names {file}, which is not there"
+                    what = f"{self.folder / self._index} names {file}, which is missing"
                     raise CheckpointError(f"{what}{_unfinished_download(self.folder)}; fetch it again")
             return shards
         for name in (self._single, *[self._pickled] * unpickle):
             if (self.folder / name).is_file():
                 return [name]
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pth")):
-            only = f" (of names such as {self._pickled}, which is not there)" if unpickle else ""
+            only = f" (but only files named like {self._pickled}, which is missing)" if unpickle else ""
             raise CheckpointError(
                 f"{self.folder} holds pickled weights (.bin), which can run code when loaded; moetool convert"
                 f" --unpickle reads them with torch's restricted unpickler{only}"
             )
         unfinished = _unfinished_download(self.folder)
         again = "; fetch it again" if unfinished else ""
-        raise CheckpointError(f"{self.folder} holds no {self._single} and no {INDEX}{unfinished}{again}")
+        raise CheckpointError(f"{self.folder} holds neither {self._single} nor {INDEX}{unfinished}{again}")
 
     def _check_index(self) -> None:
         for name, file in (self._weight_map or {}).items():
             if name not in self.tensors or self.tensors[name].shard != file:
                 index = self.folder / self._index
-                raise CheckpointError(f"{index} places tensor {name[:100]} in {file}, which lacks it")
+                raise CheckpointError(f"{index} places tensor {name[:100]} in {file}, which lacks it; fetch both again")
 
     def fingerprint(self) -> str:
         """A quick identity of the source: config, headers, sizes and times; it changes if a file does."""
@@ -314,7 +314,7 @@ class CheckpointReader(BlockFile):
 
 
 class AdapterReader(CheckpointReader):
-    """A folder that peft has saved; `config` is adapter_config.json."""
+    """A folder saved by peft; `config` is adapter_config.json."""
 
     names = (ADAPTER_CONFIG, ADAPTER, PICKLED_ADAPTER)
 

@@ -157,7 +157,7 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
         if (folder / "config.json").is_file():
             lineage = (read_lineage(folder) or {}).get("lineage") or []
             recipes = [entry["recipe"] for entry in lineage if "recipe" in entry] or [None]
-            what = "is a finished checkpoint of something else" + _changes(recipes[-1], identity)
+            what = "is a different finished checkpoint" + _changes(recipes[-1], identity)
         raise CheckpointError(f"{folder} {what}; choose another folder, or replace a checkpoint with --overwrite")
     left = read_json(folder / PARTIAL)
     # Through JSON and back, so that both sides have the same types.
@@ -167,7 +167,7 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
         how = _changes(left.get("recipe"), wanted) if "recipe" in differing else f" ({', '.join(differing)})"
         raise CheckpointError(
             f"{folder} holds an unfinished conversion that differs{how};"
-            " finish it with its own command, choose another folder, or give --overwrite"
+            " finish it with the command that started it, choose another folder, or give --overwrite"
         )
 
 
@@ -177,7 +177,7 @@ def _changes(old: Any, identity: Mapping[str, Any]) -> str:
     if not isinstance(old, dict) or not isinstance(new, dict):
         return ""
     changes = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
-    return f" ({', '.join(changes)})" if changes else " (the same recipe, of another source or changed since)"
+    return f" ({', '.join(changes)})" if changes else " (same recipe, but another or changed source)"
 
 
 class CheckpointWriter:

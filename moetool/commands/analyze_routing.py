@@ -1,4 +1,4 @@
-"""`moetool analyze-routing`: what the routers of a Mixture of Experts do with some texts."""
+"""`moetool analyze-routing`: how a Mixture of Experts routes given texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moetool.values import named
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """The options of `moetool analyze-routing` beside those of how the texts run."""
+    """The options of `moetool analyze-routing`, except those on how the texts are run."""
 
     model: str | None = option(
         "A Mixture of Experts: a folder, or owner/name\\[@revision].", None, positional=True, metavar="MODEL"
@@ -63,14 +63,14 @@ class AnalyzeOptions:
             raise ConfigError("give a folder for the report: --out DIR")
         if self.counts is not None:
             if self.model or self.data or self.compare:
-                raise ConfigError("--counts takes no MODEL, --data or --compare: it is all there is to know")
+                raise ConfigError("--counts replaces a MODEL and its texts; leave out MODEL, --data and --compare")
             if self.top_k is None:
-                raise ConfigError("--counts needs --top-k, the number of experts a token")
+                raise ConfigError("--counts needs --top-k, the number of experts per token")
         elif not self.model or not self.data:
             missing = "a MODEL" if not self.model else "a text: --data NAME=PATH"
             raise ConfigError(f"give {missing} (or --counts FILE)")
         elif self.top_k is not None:
-            raise ConfigError("--top-k belongs to --counts; a MODEL knows its own")
+            raise ConfigError("--top-k is only for --counts, because a MODEL has its own top-k; leave it out")
 
 
 def analyze_routing(
@@ -82,7 +82,7 @@ def analyze_routing(
     """
     checks = [parse_check(text) for text in asked.fail_if]
     check_asked_for(checks, bool(asked.compare), settings.unit_use)
-    out = asked.out or Path()  # `check` has seen that there is one
+    out = asked.out or Path()  # `check` has made sure that there is one
 
     from moetool.checkpoint.folder import FolderLock
 
@@ -104,7 +104,7 @@ def analyze_routing(
             models = [(name, resolve_model(name)) for name in (asked.model, asked.compare) if name]
             if asked.compare and len({tokenizer_sha256(folder) for _, folder in models}) > 1:
                 raise ConfigError(
-                    f"--compare: {asked.compare} has another tokenizer than {asked.model}; the tokens must be the same"
+                    f"--compare: {asked.compare} and {asked.model} have different tokenizers; compare models with one"
                 )
             place = settings.dtype, pick_device(settings.device), settings.device_map
             estimate = tell_weights(console, [folder for _, folder in models], *place)
@@ -133,7 +133,7 @@ def analyze_routing(
 
 
 def _check_writable(out: Path) -> None:
-    """Say before the work, not after it, that the report cannot be written."""
+    """Fail before the work, not after it, if the report cannot be written."""
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not place.is_dir():
         raise ConfigError(f"--out {out}: {place} is a file; choose a folder")

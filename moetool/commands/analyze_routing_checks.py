@@ -14,10 +14,10 @@ from moetool.errors import CheckFailed, ConfigError
 
 _CHECKS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 _WHY_UNKNOWN = {
-    "load": "it is not known from counts alone",
-    "text": "it was not measured: it needs a MODEL, and --vocabulary-layers, two domains or a top-k above 1",
-    "comparison": "it was not measured: it needs --vocabulary-layers, or weights that are not quantised",
-    "upcycling": "it is known of models that moetool upcycled, where there is something to measure",
+    "load": "it cannot be computed from counts alone",
+    "text": "it was not measured, because it needs a MODEL, and --vocabulary-layers, two domains or a top-k above 1",
+    "comparison": "it was not measured, because it needs --vocabulary-layers, or weights that are not quantised",
+    "upcycling": "it was not measured, because it needs a model upcycled by moetool, with something to measure",
 }
 
 
@@ -36,7 +36,7 @@ class Check:
 
 
 def parse_check(text: str) -> Check:
-    """A check as it was typed; raises BadParameter, with the nearest metric, where it is none."""
+    """Parse a check as typed; raises BadParameter, with the nearest metric, if it is not one."""
     match = re.fullmatch(r"\s*([A-Za-z_][\w-]*)\s*(>=|<=|>|<)\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*", text)
     if match is None:
         raise typer.BadParameter(f"--fail-if '{text}': write it as 'mri>0.6', with one of > >= < <=")
@@ -65,16 +65,16 @@ def apply(checks: list[Check], report: dict[str, Any]) -> None:
 
 
 def check_asked_for(checks: list[Check], compare: bool, unit_use: bool) -> None:
-    """Refuse a check of what the other options leave out, before anything runs."""
+    """Refuse, before anything runs, a check on a metric that the other options leave out."""
     for check in checks:
         if check.scope == "comparison" and not compare:
             raise typer.BadParameter(f"--fail-if {check.metric} needs --compare MODEL2")
         if check.metric in ("unit_use", "idle_units") and not unit_use:
-            raise typer.BadParameter(f"--fail-if {check.metric} excludes --no-unit-use")
+            raise typer.BadParameter(f"--fail-if {check.metric} cannot be used with --no-unit-use")
 
 
 def _values(check: Check, report: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    """Where -> (layer, value) of what is known; refuses a check that would pass because nothing was measured."""
+    """Place -> known (layer, value) pairs; refuses a check that would pass because nothing was measured."""
     from moetool.routing.report_metrics import of_load
 
     metric, scope = check.metric, check.scope

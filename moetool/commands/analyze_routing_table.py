@@ -1,4 +1,4 @@
-"""What analyze-routing prints: a table of layers, and the verdict."""
+"""The output of analyze-routing: a table of layers, and the verdict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TONE = {"balanced": "green", "skewed": "yellow", "collapsed": "red"}
 
 
 def table(report: dict[str, Any], width: int) -> Table:
-    """A row a layer, of the domain where its busiest expert is busiest; narrow terminals get fewer columns."""
+    """One row per layer, for the domain with its largest mri; narrow terminals get fewer columns."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "mri": lambda row: f"{row['mri']:.3f}",
         "x bal.": lambda row: f"{row['mri_normalized']:.2f}",
@@ -47,21 +47,21 @@ def table(report: dict[str, Any], width: int) -> Table:
 
 
 def summary(report: dict[str, Any], page: str) -> str:
-    """The verdict and what is known besides, in sentences, and where the page lies."""
+    """The verdict and other findings, in sentences, and the path of the report page."""
     verdict = report["verdict"]
     head, colon, rest = verdict["title"].partition(":")
     lines = [f"\n[bold {_TONE[verdict['level']]}]{head}[/]{colon}{escape(rest)}", *map(escape, verdict["findings"])]
     if report["comparison"]:
         rows = [row for domain in report["comparison"]["domains"].values() for row in domain["layers"]]
         kept = sum(row["saturation"] for row in rows) / len(rows)
-        lines.append(f"{kept:.0%} of the choices are the same in {escape(report['comparison']['model'])}.")
+        lines.append(f"{kept:.0%} of the expert choices are the same in {escape(report['comparison']['model'])}.")
     if report["upcycling"]:
         lines.append(escape(_experts(report)))
-    return "\n".join([*lines, f"The report is {escape(page)}"])
+    return "\n".join([*lines, f"The report is in {escape(page)}"])
 
 
 def _experts(report: dict[str, Any]) -> str:
-    """What is known of the experts of an upcycled model, in one or two sentences."""
+    """The measurements on the experts of an upcycled model, in one or two sentences."""
     from moetool.routing.upcycling_page import change, changed_units
 
     first, second = report["upcycling"], (report["comparison"] or {}).get("upcycling")
@@ -69,11 +69,11 @@ def _experts(report: dict[str, Any]) -> str:
     dense, kept = (change(first, second, "with_dense", part) for part in ("all", "kept"))
     use, idle = change(first, second, "use"), change(first, second, "idle", share=True)
     said = [
-        f"Experts are {alike} like each other" if alike else None,
-        f"{dense} like the dense model" if dense else None,
+        f"Similarity: {alike} between experts" if alike else None,
+        f"{dense} with the dense model" if dense else None,
         f"{kept} in the kept units" if dense and kept and first["num_redrawn"] else None,
     ]
     sentences = [", ".join(part for part in said if part)] if alike else []
     if use:
-        sentences.append(f"Use of the {changed_units(first)} (1: as the kept ones): {use}, {idle} of them nearly idle")
+        sentences.append(f"Use of the {changed_units(first)} (1: like the kept units): {use}; {idle} are nearly idle")
     return " ".join(f"{sentence}." for sentence in [*sentences, *([] if sentences else first["notes"])])

@@ -1,4 +1,4 @@
-"""What is printed: tables and messages for people, one JSON document for machines."""
+"""The printed output: tables and messages for people, one JSON document for machines."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ __all__ = ["Console", "count", "escape", "size"]
 
 
 def escape(text: str) -> str:
-    """Text from outside as rich markup: no markup in it counts, and no control character acts."""
+    """Untrusted text as rich markup: markup and control characters in it have no effect."""
     return escape_markup(printable(text))
 
 
-# For terminals that know no Unicode, as wide as what they stand for.
+# Replacements of the same width, for terminals without Unicode.
 _ASCII = str.maketrans({"±": "~", "↑": "^", "↓": "v", "█": "#", "→": ">", "…": "."})
 
 
 class _Rich(RichConsole):
-    """rich's console, but a reader that leaves a pipe is told to cli.run, not turned into exit code 1."""
+    """rich's console, except that cli.run hears of a closed pipe, instead of an exit with code 1."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -52,7 +52,7 @@ class _Rich(RichConsole):
 
 
 class Console:
-    """Where a command prints, given its `--json` and `--quiet`.
+    """The output of a command, given its `--json` and `--quiet`.
 
     Inside `moetool quickstart` (context.obj["step"] is set) a command shows progress but leaves the
     printing of its result to the quickstart.
@@ -64,20 +64,20 @@ class Console:
         self.quiet = quiet
         self._result_hidden = quiet or step
         self._messages = _Rich(stderr=json, highlight=False)
-        # A terminal gets lines broken between words; a file or a pipe gets them whole.
+        # On a terminal, lines wrap between words; in a file or a pipe, they do not wrap.
         self._messages.soft_wrap = not self._messages.is_terminal
         self._progress = _Rich(stderr=True)
         self._bars_shown = False
 
     def say(self, message: RenderableType, whole: bool = False) -> None:
-        """Print a message for people (rich markup; `escape` what comes from outside).
+        """Print a message for people (rich markup; `escape` untrusted text).
 
         Args:
             message: what to print.
-            whole: break no line, so that a command can be copied from the terminal.
+            whole: do not wrap lines, so that a command can be copied from the terminal.
         """
         if not self._result_hidden:
-            # Bars redraw their lines: between them, only what goes through their own console stays readable.
+            # Bars redraw their lines, so only output through their own console stays readable between them.
             console = self._progress if self._bars_shown and self._messages.is_terminal else self._messages
             with _unheard() if self.json else _naming_stdout():
                 console.print(message, soft_wrap=whole or None, highlight=False)
@@ -132,11 +132,11 @@ class Console:
 
 @contextmanager
 def _unheard() -> Iterator[None]:
-    """Go on where standard error takes no more: days of work must not end for a message that no one reads."""
+    """Continue if standard error cannot be written: days of work must not end for a message that no one reads."""
     try:
         yield
     except OSError:
-        # What is left in the stream must have somewhere to go, or Python ends with 120.
+        # The rest of the stream must have somewhere to go, or Python exits with code 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
@@ -152,7 +152,7 @@ def _naming_stdout() -> Iterator[None]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity; they become null."""
+    """JSON has no NaN and no infinity; they become null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

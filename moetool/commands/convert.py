@@ -105,7 +105,7 @@ def table(document: dict[str, Any]) -> Table:
     too_large = "; it does not fit" if document["num_bytes"] > document["free_disk_bytes"] else ""
     rows = {"family": f"{document['family']}{inside}"}
     if after:
-        rows["experts"] = f"{after}, as they were" if before == after else f"{before} -> {after}"
+        rows["experts"] = f"{after}, unchanged" if before == after else f"{before} -> {after}"
     if document["recipe"]["adapter"]:
         merged, replaced = document["adapter"]["merged"], document["adapter"]["replaced"]
         rows["adapter"] = f"merged into {merged} tensors" + f", replaces {replaced}" * bool(replaced)

@@ -45,7 +45,7 @@ def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str
 
 
 def _train(context: typer.Context, console: Console, plan: RunPlan) -> dict[str, Any]:
-    """Tell the plan before the weights are loaded, then train; returns the summary."""
+    """Print the plan before the weights are loaded, then train; returns the summary."""
     from moetool.train.build import build_run
     from moetool.train.state import saved_steps
 
@@ -67,8 +67,8 @@ def _train(context: typer.Context, console: Console, plan: RunPlan) -> dict[str,
                 return run.train(progress)
         except (KeyboardInterrupt, SystemExit):
             saved = saved_steps(out)
-            where = f"the checkpoint of step {saved[-1]}" if saved else "the beginning: no checkpoint is saved yet"
-            console.warn(f"stopped after step {run.step}; the same command goes on from {where}")
+            where = f"the checkpoint of step {saved[-1]}" if saved else "the beginning, because no checkpoint is saved"
+            console.warn(f"stopped after step {run.step}; the same command continues from {where}")
             raise
 
 
@@ -115,17 +115,17 @@ def _result_text(summary: dict[str, Any]) -> list[Any]:
                 cells += [f"{max(routed[name][when]):.2f}" for when in ("before", "after")]
             table.add_row(escape(name), *cells, "adaptation" if name in summary["adaptation"] else "forgetting")
         parts.append(table)
-    table = Table("source", title="text that was trained on", title_justify="left")
+    table = Table("source", title="training text", title_justify="left")
     for name in ("tokens", "epochs"):
         table.add_column(name, justify="right")
     for name, entry in summary["ledger"].items():
         table.add_row(escape(name), count(entry["tokens"]), f"{entry['epochs']:.2g}")
     parts.append(table)
-    done = "finished before, with the same options: " if summary["already_finished"] else ""
+    done = "already finished, with the same options: " if summary["already_finished"] else ""
     # Unknown where metrics.jsonl was deleted before the last step folder became the result.
     speed = f", {count(summary['tokens_per_second'])} tokens/s" if summary["tokens_per_second"] else ""
     parts.append(
         f"{done}{summary['steps']} steps, {count(summary['tokens'])} tokens{speed};"
-        f" the checkpoint is {escape(summary['out'])}"
+        f" the checkpoint is in {escape(summary['out'])}"
     )
     return parts

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """The options of `moetool eval` beside those of how the models run."""
+    """The options of `moetool eval`, except those on how the models are run."""
 
     models: Sequence[str] = option(
         "Checkpoints: folders, or owner/name\\[@revision].", positional=True, metavar="MODEL"
@@ -69,12 +69,12 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
     """
     out = asked.out
     if settings.log_samples and out is None:
-        raise typer.BadParameter("--log-samples writes files: give --out DIR")
+        raise typer.BadParameter("--log-samples needs a folder to write to: --out DIR")
     chosen = registry.load("suite", asked.suite) if asked.suite else None
 
     from moetool.evaluate.quiet import hushed
 
-    # Of several processes only the first is heard.
+    # With several processes, only the first prints.
     console = Console(context, output.json, output.quiet or not is_first())
     with console.progress() as progress, hushed():
         progress("start", 0, 1, "lm-eval")
@@ -132,7 +132,7 @@ def _load_tasks(asked: EvalOptions, settings: Settings, suite: Suite | None, pro
     loaded = load_tasks(shots, asked.include_path, settings.allow_code_execution, progress)
     for name, path in asked.text.items():
         if name in loaded.tasks:
-            raise typer.BadParameter(f"--text {name}: a task has this name too; choose another")
+            raise typer.BadParameter(f"--text {name}: a task has the same name; choose another name")
         source = TextSource(path, asked.text_field, asked.document)
         loaded.tasks[name] = text_task(name, source, settings.limit, progress)
         loaded.texts[name] = path
@@ -140,14 +140,14 @@ def _load_tasks(asked: EvalOptions, settings: Settings, suite: Suite | None, pro
 
 
 def _distinct(models: Sequence[str]) -> dict[str, Path]:
-    """A short name for each folder: its last part, and as many parts before it as tell it apart."""
+    """A short name for each folder: its last part, after as many parts as make it unique."""
     from moetool.checkpoint.hub import resolve_model
 
     found: dict[tuple[str, ...], Path] = {}
     for model in models:
         folder = resolve_model(model)
         if folder.resolve() not in {other.resolve() for other in found.values()}:
-            # A model of the hub lies in a cache folder: its name is what was typed.
+            # A hub model is in a cache folder, so it is named as it was typed.
             local = Path(model).expanduser().is_dir()
             found[folder.resolve().parts[1:] if local else tuple(model.split("/"))] = folder
     # RUN/checkpoints/step-000100 is RUN/step-000100 for short.
@@ -164,11 +164,11 @@ def _places(result: dict[str, Any]) -> list[str]:
     if "out" not in result:
         return []
     plots = (
-        f"; plots over training of {len(result['plots'])} task{'s' * (len(result['plots']) > 1)} in plots/"
+        f"; plots of {len(result['plots'])} task{'s' * (len(result['plots']) > 1)} over training in plots/"
         if result["plots"]
         else ""
     )
-    kept = f"; {result['num_kept']} scores are kept from an earlier run" if result["num_kept"] else ""
+    kept = f"; {result['num_kept']} scores kept from an earlier run" if result["num_kept"] else ""
     return [f"results: {escape(result['out'])}{plots}{kept}"]
 
 
@@ -186,4 +186,4 @@ def _warn(console: Console, result: dict[str, Any], suite: Any, routing: bool) -
             console.warn(f"{benchmark.name} is left out: {benchmark.note}")
     for name in result["models"]:
         if routing and not result["routing"].get(name):
-            console.warn(f"{name} has no router: nothing to count")
+            console.warn(f"{name} has no router, so --routing counts nothing for it")

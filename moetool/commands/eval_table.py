@@ -1,4 +1,4 @@
-"""The table of `moetool eval`: models side by side, or one below the other where they are many."""
+"""The table of `moetool eval`: models side by side, or one below the other if there are many."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def score_table(result: dict[str, Any], suite: Any) -> Table:
 
     Args:
         result: the document that `moetool eval` returns.
-        suite: whose metrics are shown of its tasks; None shows all metrics of all tasks.
+        suite: chooses the metric shown for each of its tasks; None shows all metrics of all tasks.
     """
     baseline, models = result["baseline"], list(result["models"])
     table = Table(show_edge=False, pad_edge=False)
@@ -40,8 +40,8 @@ def score_table(result: dict[str, Any], suite: Any) -> Table:
     if baseline is not None:
         where = "last column" if many else "second lines"
         table.caption = (
-            f"{where}: difference to {escape(baseline)}, paired over the same documents;"
-            " * larger than two standard errors"
+            f"{where}: difference from {escape(baseline)}, paired over the same documents;"
+            " *: larger than two standard errors"
         )
         table.caption_justify = "left"
     return table

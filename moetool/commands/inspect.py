@@ -1,4 +1,4 @@
-"""`moetool inspect`: what a checkpoint is, from its headers alone."""
+"""`moetool inspect`: describe a checkpoint from its headers alone."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def describe(reader: Any) -> dict[str, Any]:
             shared = source.shared(source.layers[0], "down") if source.layers else None
             document["shared_intermediate_size"] = shared.shape[-1] if shared else 0
         document["parameters"]["active"] = total - routed + routed * top_k // experts if routed else None
-        # What other programs do with experts in one tensor is only measured for families that always store them so.
+        # Whether other programs can run experts in one tensor was measured only for families that always store them so.
         if source.spec.experts == detect(config).experts:  # type: ignore[union-attr]
             document["clients"] = obstacles(config, beside(reader.folder))
     dtypes: dict[str, int] = {}
@@ -103,8 +103,8 @@ def render(document: dict[str, Any]) -> list[Any]:
         active = "active unknown" if parameters["active"] is None else f"{count(parameters['active'])} active"
         rows["parameters"] = f"{count(parameters['total'])} total, {active}"
         shared = document.get("shared_intermediate_size")
-        rows["experts"] = f"{document['num_experts']} a layer, top-{document['top_k']}" + (
-            f", and a shared one of {shared} units" if shared else ""
+        rows["experts"] = f"{document['num_experts']} per layer, top-{document['top_k']}" + (
+            f", and a shared expert of {shared} units" if shared else ""
         )
     else:
         unknown = " total, active unknown" if parameters["active"] is None else ""
@@ -138,7 +138,7 @@ def render(document: dict[str, Any]) -> list[Any]:
 
 
 def lineage_line(entry: dict[str, Any]) -> str:
-    """One step of a checkpoint's history, in a line."""
+    """One step of a checkpoint's history, in one line."""
     from moetool.recipe import recorded_sources
 
     if entry.get("command") == "upcycle":

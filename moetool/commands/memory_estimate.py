@@ -1,4 +1,4 @@
-"""What a command tells of memory before it loads a model, and again where it was not enough."""
+"""The memory estimate that is printed before a model is loaded, and again if memory runs out."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from moetool.commands.console import Console, escape, size
 
 
 def tell_weights(console: Console, folders: Iterable[Path], dtype: str, device: str, device_map: str | None) -> str:
-    """Say how much memory the weights of the largest model take, and warn where there is less.
+    """Print how much memory the weights of the largest model take, and warn if less is free.
 
     Args:
         console: of the command.
         folders: the models, of which one is in memory at a time.
         dtype: of the weights in memory; `auto`: as saved.
-        device: on which.
-        device_map: spreads a model over devices, of which no single one must hold it.
+        device: the device of the weights.
+        device_map: spreads a model over devices, so that no single one must hold it.
 
     Returns:
-        The estimate, as it was said.
+        The estimate, as printed.
     """
     from moetool.cost.devices import free_memory
     from moetool.cost.memory import weight_bytes
@@ -30,18 +30,18 @@ def tell_weights(console: Console, folders: Iterable[Path], dtype: str, device: 
     there = f", {size(free)} free" if free is not None else ""
     estimate = f"memory about {size(need)} for weights on {device_map or device}{there}"
     if not console.json:
-        console.say(f"[dim]{escape(estimate)}; activations come on top[/dim]")
+        console.say(f"[dim]{escape(estimate)}; activations need more[/dim]")
     if free is not None and need > free:
         smaller = "--dtype bfloat16" if dtype in ("auto", "float32") else "a smaller model"
-        console.warn(f"the weights need about {size(need)}, {device} has {size(free)} free; try {smaller}")
+        console.warn(f"the weights need about {size(need)}, but {device} has {size(free)} free; try {smaller}")
     return estimate
 
 
 @contextmanager
 def estimated(estimate: str) -> Iterator[None]:
-    """Where memory runs out, the estimate that was printed before is part of what is said (see cli.run)."""
+    """If memory runs out, the error repeats the estimate that was printed before (see cli.run)."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"estimated before: {estimate}")
+        error.add_note(f"the estimate was: {estimate}")
         raise

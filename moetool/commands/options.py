@@ -28,8 +28,8 @@ RECORDED = "moetool.recorded"  # where a call's context keeps the options that m
 def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:
     """Read a `--config` file: YAML, flag names without dashes (`_` for `-` accepted).
 
-    Scalars stay the text that was typed (`0.10` is not read as a float), so that a value means the
-    same in the file as on the command line.
+    Scalars stay text as typed (`0.10` is not read as a float), so that a value means the same in the
+    file as on the command line.
 
     Args:
         path: the file.
@@ -89,7 +89,7 @@ def _apply_config(context: typer.Context, value: Path | None) -> Path | None:
 
 
 class OpenPlaces(TyperCommand):
-    """A command whose typed positionals go to the places that `--config` leaves open."""
+    """A command whose typed positionals fill the places that `--config` leaves open."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         places = [p for p in self.params if p.param_type_name == "argument" and p.nargs == 1]
@@ -114,7 +114,7 @@ class OpenPlaces(TyperCommand):
             return super().parse_args(ctx, args)
         except TyperException as error:
             if "unexpected extra" in error.message and "=" in error.message.partition("(")[2]:
-                error.message += "; an option that repeats takes one value each: --train a=A --train b=B"
+                error.message += "; repeat the option for each value: --train a=A --train b=B"
             raise
 
 
@@ -129,7 +129,7 @@ def _takes_list(command: Any) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class Output:
-    """How a command talks; every command has these."""
+    """How a command prints; every command has these."""
 
     json: bool = option(
         "Print one JSON document on stdout; messages go to stderr.",
@@ -143,7 +143,7 @@ class Output:
 
 
 def typer_command(run: Callable[..., Any]) -> Callable[..., Any]:
-    """What Typer makes a command of: a function with a parameter for each option of `run`.
+    """The function that Typer turns into a command; it has a parameter for each option of `run`.
 
     Args:
         run: a command: takes the context, and dataclasses of options.
@@ -184,7 +184,7 @@ def typer_command(run: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def as_usage() -> Iterator[None]:
-    """What is wrong with options is an error of usage."""
+    """Turn a ConfigError about options into a usage error."""
     try:
         yield
     except ConfigError as error:
@@ -198,7 +198,7 @@ def was_typed(context: typer.Context, name: str) -> bool:
 
 
 def _build(group: Any, values: Mapping[str, Any]) -> Any:
-    """An options dataclass of what Typer gives; a list without values is the field's default."""
+    """Build an options dataclass from Typer's values; an empty list means the field's default."""
     built = {}
     for name, declared in options(group).items():
         value = values[name]
@@ -226,7 +226,7 @@ def _given(default: Any) -> Any:
 
 
 def _annotation(field: Any, hint: Any) -> Any:
-    """The type that Typer reads a value as, with what --help says of it."""
+    """The type that Typer reads a value as, with its text for --help."""
     declared: Option = field.metadata["option"]
     kind = declared.typed or hint
     if get_origin(kind) in (Mapping, Sequence):
@@ -269,7 +269,7 @@ def _reader(declared: Option) -> Callable[[Any], Any]:
 
 
 def _completing(names: Collection[str]) -> Callable[[str], list[str]]:
-    """What a shell offers for the value of an option."""
+    """The values of an option that a shell offers."""
 
     def offered(incomplete: str) -> list[str]:
         return list(names)

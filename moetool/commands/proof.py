@@ -1,4 +1,4 @@
-"""From a plan to a proven folder, for every command that rewrites checkpoints, and what a proof tells."""
+"""From a plan to a verified folder, for every command that rewrites checkpoints, and the result in words."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Writing:
 
     @property
     def num_workers(self) -> int:
-        """How many work: by default one per core."""
+        """How many workers: by default one per core."""
         return self.workers or num_cores()
 
     def check(self, typed: Collection[str]) -> None:
-        """Raise ConfigError if the size of a file cannot be read."""
+        """Raise ConfigError if --max-shard-size is not a size."""
         parse_size(self.max_shard_size)
 
 
@@ -77,27 +77,27 @@ def carry_out(
 
 
 def proof_line(proof: dict[str, Any]) -> str:
-    """What a proof has shown, in one sentence."""
+    """The result of a proof, in one sentence."""
     told = f"{proof['tensors']} tensors, {count(proof['copied'])} kept entries equal to the source"
     if proof.get("redrawn_units"):
         told += (
-            f", {proof['redrawn_units']} units changed, their statistics within"
+            f", {proof['redrawn_units']} changed units with statistics within"
             f" {proof['worst_sigma']:.1f} standard errors of the plan"
         )
     if proof["files"]:
-        told += f", {proof['files']} files beside them as they were written"
+        told += f", {proof['files']} other files unchanged since they were written"
     else:
-        told += "; the files beside them were not compared, because moetool.json has no digests of them"
+        told += "; the other files were not compared, because moetool.json has no digests of them"
     if proof.get("split_groups"):
         told += (
             f"; router scores tie for {proof['split_groups']:.1%} of random tokens, which then miss a part of the dense"
-            " FFN: take another --router-std or a family whose router does not tie (docs/upcycle.md)"
+            " FFN: use another --router-std or a family whose router does not tie (docs/upcycle.md)"
         )
     return f"[green]verified[/green] ({proof['level']}): {told}"
 
 
 def closing(document: dict[str, Any]) -> str:
-    """The last lines: what was proved, how long it took."""
+    """The last lines: the proof, and the time taken."""
     lines = [proof_line(document["proof"])] if "proof" in document else []
-    done = "was finished already" if document.get("already_finished") else f"written in {document['seconds']:.1f} s"
+    done = "was already finished" if document.get("already_finished") else f"written in {document['seconds']:.1f} s"
     return "\n".join([*lines, f"{escape(document['out'])} {done}"])

@@ -44,7 +44,7 @@ def quickstart(context: typer.Context, asked: QuickstartOptions, output: Output)
     root = context.find_root().command
     number = 1
 
-    console.say("[bold]1. Collect a corpus, train a tokenizer, make a random Llama[/bold]")
+    console.say("[bold]1. Collect a corpus, train a tokenizer, initialise a random Llama[/bold]")
     with console.progress() as progress:
         made = domain.prepare(folder, seed, progress)
     write_options(context, folder)
@@ -66,7 +66,7 @@ def quickstart(context: typer.Context, asked: QuickstartOptions, output: Output)
         quietly = ["--quiet"] if output.quiet else []
         result = root.main([*arguments, *quietly], standalone_mode=False, obj={"step": True})
         if not isinstance(result, dict):
-            raise KeyboardInterrupt  # what Typer makes of Ctrl-C within the step is an exit code
+            raise KeyboardInterrupt  # Typer turns Ctrl-C within the step into an exit code
         console.say(f"   {_outcome(arguments[0], result)} [dim]({time.perf_counter() - stepped:.0f} s)[/dim]")
         return result
 
@@ -85,7 +85,7 @@ def _claimed(folder: Path) -> FolderLock:
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours) if folder.exists() else []
     if foreign:
         raise ConfigError(
-            f"{folder} holds other things ({', '.join(foreign[:3])}); give a new folder for the quickstart"
+            f"{folder} holds other files ({', '.join(foreign[:3])}); give a new folder for the quickstart"
         )
     from moetool.checkpoint.folder import FolderLock
 
@@ -93,7 +93,7 @@ def _claimed(folder: Path) -> FolderLock:
 
 
 def _outcome(command: str, result: dict[str, Any]) -> str:
-    """What a step came to, in a line."""
+    """The outcome of a step, in one line."""
     if command == "upcycle":
         parameters, proof = result["parameters"], result.get("proof", {})
         return (
@@ -102,7 +102,7 @@ def _outcome(command: str, result: dict[str, Any]) -> str:
         )
     if command == "cpt":
         losses = ", ".join(f"{name} {v['before']:.3f} -> {v['after']:.3f}" for name, v in result["val"].items())
-        again = "finished before; " if result.get("already_finished") else ""
+        again = "already finished; " if result.get("already_finished") else ""
         return f"{again}validation loss: {escape(losses)}; {count(result['tokens'])} tokens"
     if command == "analyze-routing":
         return f"before: {escape(result['verdict']['title'])}"
@@ -116,12 +116,12 @@ def _closing(document: dict[str, Any]) -> list[Any]:
     rows = {
         "random": "random initialisation",
         "dense": "dense, trained on prose",
-        "moe-copy": "MoE, ratio 0: at its start",
-        "moe": "MoE, ratio 0.5: at its start",
+        "moe-copy": "MoE, ratio 0, before training",
+        "moe": "MoE, ratio 0.5, before training",
         "cpt-no-replay": "MoE, trained on code, no replay",
         "cpt-replay": "MoE, trained on code, 30 % replay",
     }
-    table = Table(title="\nValidation loss, nats a token", title_justify="left", title_style="bold")
+    table = Table(title="\nValidation loss, nats per token", title_justify="left", title_style="bold")
     table.add_column("checkpoint")
     for name in ("prose", "code", "forgetting", "accuracy"):
         table.add_column(name, justify="right")
@@ -137,7 +137,7 @@ def _closing(document: dict[str, Any]) -> list[Any]:
         )
     table.caption = (
         f"ln(vocabulary) = {document['ln_vocabulary']:.3f} is the loss of a uniform guess. Forgetting: loss on prose"
-        " above the dense model's. Accuracy: which of four passages has its words in order (chance 25 %)."
+        " minus the dense model's. Accuracy: finding which of four passages has its words in order (chance 25 %)."
     )
     table.caption_justify = "left"
     routing = document["routing"]
@@ -154,7 +154,7 @@ def _closing(document: dict[str, Any]) -> list[Any]:
     for name, domain in routing["domains"].items():
         shares = (f"{domain[when]['mean']:.2f} / {domain[when]['max']:.2f}" for when in ("before", "after"))
         routers.add_row(name, *shares, f"{domain['saturation']:.0%}")
-    paths = [f"the routing report       {document['report']}", f"the evaluation           {document['eval']}"]
+    paths = [f"routing report           {document['report']}", f"evaluation               {document['eval']}"]
     paths += [f"{'checkpoint ' + name:24} {path}" for name, path in document["checkpoints"].items()]
     told = "\n".join(escape(path) for path in paths)
     return [table, routers, f"\n{told}\n\nDone in {document['seconds']:.0f} s."]

@@ -72,8 +72,8 @@ def tokenize(context: typer.Context, asked: TokenizeOptions, output: Output) -> 
     console.result(
         result,
         f"{escape(str(out))} holds {count(stream.num_tokens)} tokens of {count(stream.num_documents)} documents"
-        f" ({size(manifest['num_bytes'])} of text, {result['bytes_per_token']:.2f} bytes a token,"
+        f" ({size(manifest['num_bytes'])} of text, {result['bytes_per_token']:.2f} bytes per token,"
         f" {manifest['dtype']}); "
-        + ("made before from the same text and tokenizer" if there else f"{result['seconds']:.1f} s"),
+        + ("already made from the same text and tokenizer" if there else f"{result['seconds']:.1f} s"),
     )
     return result

@@ -57,11 +57,12 @@ def table(document: dict[str, Any]) -> Table:
     parts = f", each 1/{recipe['granularity']} of the dense FFN" if recipe["granularity"] > 1 else ""
     rows = {
         "family": f"{document['dense_family']}{inside} -> {document['target']} ({document['architecture']})",
-        "experts": f"{recipe['num_experts']}{shared} a layer, top-{recipe['top_k']}, {layers}{of} layers{parts}",
+        "experts": f"{recipe['num_experts']}{shared} per layer, top-{recipe['top_k']}, {layers}{of} layers{parts}",
         "method": method_line(document),
         "parameters": f"{count(parameters['dense'])} dense -> {count(parameters['total'])} total,"
         f" {count(parameters['active'])} active",
-        "compute": f"{flops['moe'] / flops['dense']:.2f} times the dense model's, {count(flops['moe'])} FLOPs a token",
+        "compute": f"{flops['moe'] / flops['dense']:.2f} times the dense model's,"
+        f" {count(flops['moe'])} FLOPs per token",
         "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
         f" ({size(document['free_disk_bytes'])} free{too_large})",
         "memory": f"about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
@@ -85,11 +86,11 @@ def clients_line(clients: dict[str, str | None]) -> str:
 
 
 def method_line(document: dict[str, Any]) -> str:
-    """What is done to the experts, in words."""
+    """The changes to the experts, in words."""
     recipe, units = document["recipe"], document["redrawn_units"]
     donors = f"from {recipe['num_donors']} dense models, " if recipe["num_donors"] > 1 else ""
     if recipe["method"] == "scratch":
-        return "every tensor drawn anew, nothing of the dense model kept"
+        return "every tensor is drawn at random, nothing of the dense model is kept"
     if not units["per_expert"]:
         return f"{donors}{recipe['method']}: plain copies"
     where = "in gate, up and down alike" if recipe["drop_index"] == "shared" else "in each matrix, units permuted"
@@ -104,7 +105,7 @@ def method_line(document: dict[str, Any]) -> str:
 
 
 def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
-    """What a recipe means that its user may not want.
+    """Consequences of a recipe that its user may not want.
 
     Args:
         upcycling: the plan.

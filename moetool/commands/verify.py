@@ -1,4 +1,4 @@
-"""`moetool verify`: the checks of upcycle and convert again, for a finished folder."""
+"""`moetool verify`: repeat the checks of upcycle and convert on a finished folder."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
     names = [one["name"] for one in recorded]
     if asked.donor and len(asked.donor) != len(names) - 1:
         raise typer.BadParameter(
-            f"--donor is given {len(asked.donor)} times, but {folder} has {len(names) - 1} other donors"
+            f"--donor is given {len(asked.donor)} times, but {folder} was made from {len(names) - 1} other donors"
         )
     names = [asked.source or names[0], *(asked.donor or names[1:])]
     try:
         folders = [resolve_model(name, unpickle=asked.unpickle) for name in names]
     except MoetoolError as error:
-        raise CheckpointError(f"{error} (or say with --source and --donor where the sources are now)") from None
+        raise CheckpointError(f"{error} (or give the current sources with --source and --donor)") from None
     with ExitStack() as stack:
         has_adapter = entry.get("recipe", {}).get("adapter") is True and len(folders) > 1
         readers = [stack.enter_context(reader) for reader in open_readers(folders, asked.unpickle, has_adapter)]

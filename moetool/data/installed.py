@@ -151,5 +151,5 @@ def split(documents: list[str], share: float) -> tuple[list[str], list[str]]:
     order = sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
     held = max(1, round(share * len(order)))
     if len(order) < 2 * held:
-        raise DataError(f"found only {len(order)} documents in the installed Python; is its standard library there?")
+        raise DataError(f"only {len(order)} documents in the installed Python; install its whole standard library")
     return order[held:], order[:held]

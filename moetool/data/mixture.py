@@ -87,14 +87,14 @@ class TokenMixture:
         if len(self.sources) < len(sources):
             names = [source.name for source in sources]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"two sources are named '{twice}'; give each --train and --replay a name of its own")
+            raise ConfigError(f"two sources are named '{twice}'; give each --train and --replay its own name")
         if not 0 <= self.replay_ratio <= 1:
-            raise ConfigError(f"--replay-ratio {replay_ratio}: a share between 0 and 1 is needed")
+            raise ConfigError(f"--replay-ratio {replay_ratio}: give a share between 0 and 1")
         if self.replay_ratio > 0 and not replay:
-            raise ConfigError(f"--replay-ratio {replay_ratio} needs something to replay; add --replay NAME=PATH")
+            raise ConfigError(f"--replay-ratio {replay_ratio} needs text to replay; add --replay NAME=PATH")
         if self.replay_ratio == 0 and replay:
             raise ConfigError(
-                f"--replay {replay[0].name} would never be used with --replay-ratio 0; give a ratio or no --replay"
+                f"--replay {replay[0].name} is never used with --replay-ratio 0; raise the ratio or leave out --replay"
             )
         if not train:
             raise ConfigError("no training source; add --train NAME=PATH")
@@ -102,7 +102,7 @@ class TokenMixture:
         for name, windows in self.num_windows.items():
             if windows < 1:
                 raise DataError(
-                    f"source '{name}' holds {self.sources[name].stream.num_tokens} tokens, less than one window"
+                    f"source '{name}' holds {self.sources[name].stream.num_tokens} tokens, fewer than one window"
                     f" of {seq_len + 1}; give more text or a smaller --seq-len"
                 )
 
@@ -182,7 +182,7 @@ def permute(index: int, size: int, key: int) -> int:
 
 @lru_cache(maxsize=1024)
 def key(*parts: int | str) -> int:
-    """A 64-bit key of any values, the same in every process and version."""
+    """A 64-bit key from any values, the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
@@ -212,7 +212,7 @@ def _shares(group: list[Source]) -> list[Fraction]:
     weights = [exact_fraction(f"--weight {source.name}", source.weight) for source in group]
     for source, weight in zip(group, weights, strict=True):
         if weight <= 0:
-            raise ConfigError(f"--weight {source.name}={source.weight}: a weight above 0 is needed")
+            raise ConfigError(f"--weight {source.name}={source.weight}: give a weight above 0")
     return [weight / sum(weights[i:], Fraction(0)) for i, weight in enumerate(weights)]
 
 

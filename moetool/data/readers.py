@@ -46,7 +46,7 @@ def read_file(file: Path, field: str, document: str) -> Rows:
         DataError: it cannot be read; names the file and the line, row or byte.
     """
     if file.suffix.lower() in _NOT_READ:
-        raise DataError(f"{file}: unpack it first; of compressed files only .gz is read")
+        raise DataError(f"{file}: unpack it first; .gz is the only compression that can be read")
     reader = _READERS.get(format_of(file))
     return reader(file, field) if reader else _plain_text(file, document)
 
@@ -60,7 +60,7 @@ def _plain_text(file: Path, document: str) -> Rows:
         if len(data) > _LARGEST_DOCUMENT:
             raise DataError(
                 f"{file}: larger than {_LARGEST_DOCUMENT} bytes, too large for one document;"
-                " make each line or paragraph one (--document line)"
+                " make each line or paragraph a document (--document line)"
             )
         yield file.stat().st_size, _decode(data, file, 0).removeprefix("\ufeff")
         return
@@ -93,11 +93,11 @@ def _json_lines(file: Path, field: str) -> Rows:
                 f"{where}: not UTF-8 (byte 0x{line[error.start]:02x}); convert it, e.g. with iconv"
             ) from None
         except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too large a value"
-            raise DataError(f"{where}: not JSON ({reason}); expected one object a line") from None
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "a value is too deep or too large"
+            raise DataError(f"{where}: not JSON ({reason}); expected one object per line") from None
         if not isinstance(row, dict):
             raise DataError(
-                f'{where}: a {type(row).__name__}; expected one object a line, such as {{"{field}": "..."}}'
+                f'{where}: a {type(row).__name__}; expected one object per line, such as {{"{field}": "..."}}'
             )
         if field not in row:
             raise DataError(f"{where}: {_no_field(field, list(row))}")
@@ -135,7 +135,7 @@ def _sound(file: Path, what: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise DataError(f"{file}: not a sound {what} ({_one_line(error)})") from None
+        raise DataError(f"{file}: not a valid {what} ({_one_line(error)})") from None
 
 
 def _arrow_rows(batches: Iterator[Any], file: Path, field: str, num_rows: int | None) -> Rows:
@@ -164,7 +164,7 @@ def _open(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         try:
             yield (cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if file.suffix.lower() == ".gz" else raw), raw
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{file}: not a sound gzip file ({_one_line(error)})") from None
+            raise DataError(f"{file}: not a valid gzip file ({_one_line(error)})") from None
 
 
 def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -175,7 +175,7 @@ def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
             number += 1
             if len(line) == _LARGEST_DOCUMENT and not line.endswith(b"\n"):
                 raise DataError(
-                    f"{file}, line {number}: longer than {_LARGEST_DOCUMENT} bytes; break it into documents"
+                    f"{file}, line {number}: longer than {_LARGEST_DOCUMENT} bytes; split it into documents"
                 )
             yield number, raw.tell(), line
 
@@ -218,14 +218,14 @@ def _one_line(error: BaseException) -> str:
 def _hub_name(path: str) -> dict[str, str | None]:
     match = _HUB.fullmatch(path)
     if not match:
-        raise DataError(f"{path}: a dataset of the hub is written hf:owner/name[@revision][#config/split]")
+        raise DataError(f"{path}: write a hub dataset as hf:owner/name[@revision][#config/split]")
     return match.groupdict()
 
 
 def _hub_failed(path: str, error: Exception) -> DataError:
     return DataError(
-        f"{path}: the hub did not give it ({type(error).__name__}: {_one_line(error)});"
-        " check the spelling, or the network and `hf auth login`"
+        f"{path}: the hub did not provide it ({type(error).__name__}: {_one_line(error)});"
+        " check the spelling and the network, or run `hf auth login`"
     )
 
 

@@ -93,12 +93,12 @@ def find_files(path: str) -> list[Path]:
     if place.is_file():
         return [place]
     if place.exists():
-        raise DataError(f"{path} is neither a file nor a folder; save what it gives to a file")
+        raise DataError(f"{path} is neither a file nor a folder; save its output to a file")
     if glob.has_magic(path):
         matches = [Path(match) for match in sorted(glob.glob(str(place), recursive=True))]
         files = [file for match in matches for file in (_walk(match) if match.is_dir() else [match])]
         if not files:
-            raise DataError(f"no file matches {path}; check the pattern (quote it, so that the shell leaves it alone)")
+            raise DataError(f"no file matches {path}; check the pattern (quote it, so that no shell expands it)")
         return sorted(set(files))
     raise DataError(_nothing_at(path, place))
 
@@ -137,7 +137,7 @@ def _walk(folder: Path) -> list[Path]:
         if {"tokens.bin", "manifest.json"} <= set(names):
             raise DataError(f"{where} holds tokens (made by moetool tokenize), not text; give the text itself")
         if "dataset_dict.json" in names and len(folders) > 1:
-            raise DataError(f"{where} is a dataset of the splits {', '.join(sorted(folders))}; give one: {where}/SPLIT")
+            raise DataError(f"{where} is a dataset with splits {', '.join(sorted(folders))}; give one: {where}/SPLIT")
         saved = {"dataset_info.json", "state.json"} <= set(names)
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [
@@ -150,14 +150,14 @@ def _walk(folder: Path) -> list[Path]:
         ]
     for file in files:
         if file.exists() and not file.is_file():  # a pipe blocks, a device never ends
-            raise DataError(f"{file} is neither a file nor a folder; take it out of {folder}")
+            raise DataError(f"{file} is neither a file nor a folder; remove it from {folder}")
     return sorted(files)
 
 
 def _nothing_at(path: str, place: Path) -> str:
     parent = place.parent
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+|#.+)?", path) and not parent.is_dir():
-        return f"no file or folder {path}; a dataset of the hub is written hf:{path}"
+        return f"no file or folder {path}; write a hub dataset as hf:{path}"
     if not parent.is_dir():
         return f"no file or folder {path} (there is no folder {parent}); check the path"
     names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))

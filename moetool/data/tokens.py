@@ -78,8 +78,8 @@ class TokenStream:
         known = self.manifest.get("vocab_size", np.inf)
         if tokens.max(initial=0) >= known:  # a model would read beyond its embedding
             raise DataError(
-                f"tokens.bin of {self.manifest.get('sources')} holds token {tokens.max()}, its tokenizer has {known};"
-                " make the tokens anew with moetool tokenize --overwrite"
+                f"tokens.bin of {self.manifest.get('sources')} holds token {tokens.max()}, but its tokenizer has"
+                f" {known}; make the tokens again with moetool tokenize --overwrite"
             )
         return tokens
 
@@ -115,10 +115,10 @@ def open_tokens(folder: Path) -> TokenStream:
         raise DataError(f"{folder} holds no finished tokens (manifest.json); make them with moetool tokenize")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{folder}: tokens of format {manifest.get('format_version')}, this moetool reads {FORMAT_VERSION};"
-            " make them anew with moetool tokenize --overwrite"
+            f"{folder}: the tokens have format {manifest.get('format_version')}, but this moetool reads"
+            f" {FORMAT_VERSION}; make them again with moetool tokenize --overwrite"
         )
-    again = "make them anew with moetool tokenize --overwrite"
+    again = "make them again with moetool tokenize --overwrite"
     for key, kind in _MANIFEST.items():
         if not fits(manifest.get(key), kind) or (kind is int and manifest[key] < 1):
             raise DataError(f"{folder}: manifest.json is damaged ({key} is {str(manifest.get(key))[:60]!r}); {again}")
@@ -135,7 +135,7 @@ def open_tokens(folder: Path) -> TokenStream:
     memory = np.asarray(np.memmap(folder / "tokens.bin", dtype, "r"))
     offsets = np.asarray(np.memmap(folder / "offsets.bin", "<i8", "r"))
     if offsets[0] != 0 or offsets[-1] != num_tokens or not _ascending(offsets):
-        raise DataError(f"{folder}: offsets.bin does not fit tokens.bin; {again}")
+        raise DataError(f"{folder}: offsets.bin does not match tokens.bin; {again}")
     return TokenStream(manifest, offsets[:-1], offsets, memory)
 
 
@@ -183,7 +183,7 @@ def write_tokens(
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError(
-            f"the tokenizer {tokenizer.name_or_path} has no end-of-text token, which has to end each document;"
+            f"the tokenizer {tokenizer.name_or_path} has no end-of-text token, which must end each document;"
             " set eos_token in its tokenizer_config.json"
         )
     # The tokenizer's own encoder: the same as `tokenizer(text, add_special_tokens=False)`, a third faster.
@@ -193,7 +193,9 @@ def write_tokens(
     folder = Path(os.path.realpath(folder))  # a link stays a link; no folder can be renamed onto it
     _check_free(folder, overwrite)
     if folder.is_mount() or folder == Path.cwd():
-        raise DataError(f"{folder} cannot be replaced by a rename, by which tokens appear; give a folder inside it")
+        raise DataError(
+            f"{folder} is a mount point or the current folder, so it cannot be replaced; give one inside it"
+        )
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     gc.collect()  # a Ctrl-C while tokenizers works would be lost in a Python finalizer of this garbage
@@ -210,7 +212,7 @@ def write_tokens(
                 num_tokens, num_documents = num_tokens + len(tokens), num_documents + len(ends)
                 num_bytes += size
         if not num_documents:
-            raise DataError(f"{', '.join((about or {}).get('sources', ['the input']))}: no text in it")
+            raise DataError(f"no text in {', '.join((about or {}).get('sources', ['the input']))}; give other files")
         manifest = (about or {}) | {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -235,7 +237,7 @@ def write_tokens(
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            raise DataError(f"{folder}: another process has just filled it; run the same command again") from None
+            raise DataError(f"{folder}: another process has just written it; run the same command again") from None
         sync_folder(folder.parent)
     return open_tokens(folder)
 
@@ -261,8 +263,8 @@ def tokenized(source: TextSource, tokenizer_folder: Path, progress: Progress = s
         made_with = (stream.manifest.get("tokenizer_sha256"), stream.manifest.get("eos_token_id"))
         if made_with != (tokenizer_sha256(tokenizer_folder), tokenizer.eos_token_id):
             raise DataError(
-                f"{folder} was tokenised with another tokenizer than that of {tokenizer_folder}; give the text itself,"
-                f" or run moetool tokenize --tokenizer {tokenizer_folder} to a new folder"
+                f"{folder} was tokenized with another tokenizer, not that of {tokenizer_folder}; give the text itself,"
+                f" or tokenize it into a new folder with moetool tokenize --tokenizer {tokenizer_folder}"
             )
         return stream
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -315,7 +317,7 @@ def tokenizer_sha256(folder: Path) -> str:
         tokenizer = parse_json(read_bytes(path, MAX_TOKENIZER, DataError), str(path), DataError)
         parts = {name: tokenizer.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
     except (DataError, AttributeError):
-        raise DataError(f"{folder}/tokenizer.json is damaged; copy it anew from the model it came from") from None
+        raise DataError(f"{folder}/tokenizer.json is damaged; copy it again from the original model") from None
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -338,13 +340,13 @@ def split_validation(
     """
     share = exact_fraction("--val-fraction", fraction)
     if not 0 < share < 1:
-        raise ConfigError(f"--val-fraction {fraction}: a share above 0 and below 1 is needed")
+        raise ConfigError(f"--val-fraction {fraction}: give a share above 0 and below 1")
     total = stream.num_documents
     if total < 2:
         where = ", ".join(map(str, stream.manifest.get("sources") or ["the text"]))
         raise DataError(
-            f"{where}: {total} document, so none can be set aside for validation; make each line one"
-            " (--document line), give a validation text (--val NAME=PATH), or none (--val-fraction 0)"
+            f"{where}: {total} document, so none can be set aside for validation; make each line a document"
+            " (--document line), give a validation text (--val NAME=PATH), or skip validation (--val-fraction 0)"
         )
     chosen = np.zeros(total, bool)
     chosen[np.argsort(_hashes(total, seed), kind="stable")[: min(max(round(share * total), 1), total - 1)]] = True
@@ -377,10 +379,10 @@ def _check_free(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise DataError(f"{folder} is a file; give a folder that is new")
+        raise DataError(f"{folder} is a file; give a new folder")
     names = {entry.name for entry in folder.iterdir()}
     foreign = sorted(names - set(FILES))
     if foreign:
-        raise DataError(f"{folder} holds other files ({', '.join(foreign[:3])}); give a folder that is new")
+        raise DataError(f"{folder} holds other files ({', '.join(foreign[:3])}); give a new folder")
     if names and not overwrite:
         raise DataError(f"{folder} holds other tokens; give a new folder, or replace them with --overwrite")

@@ -60,7 +60,7 @@ class Harness(HFLM):
         """
         num_documents = get_sample_size(task, limit) or len(task.eval_docs)
         if num_documents < self.world_size:
-            raise EvaluationError(f"{num_documents} documents for {self.world_size} processes; launch fewer")
+            raise EvaluationError(f"{num_documents} documents for {self.world_size} processes; launch fewer processes")
         self._progress, self._done, self._total = progress, 0, 0
         self._stats = None
         # The same settings as lm-eval's simple_evaluate.
@@ -97,7 +97,7 @@ class Harness(HFLM):
         finally:
             self._counts_windows = False
         if self._num_tokens == 0:  # nothing was predicted: that would be the best possible score
-            raise DataError("the tokenizer makes no token of any document; look at the checkpoint's tokenizer")
+            raise DataError("the tokenizer makes no tokens from any document; check the checkpoint's tokenizer")
         return answers
 
     def _answer(self, method: Any, requests: Any, total: int) -> Any:

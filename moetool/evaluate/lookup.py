@@ -21,9 +21,9 @@ def find(requested: Mapping[str, int | None], include_path: Path | None) -> tupl
         EvaluationError: no such folder or file, or an unknown name; suggests the nearest.
     """
     if include_path is not None and not include_path.is_dir():
-        raise EvaluationError(f"--include-path {include_path} is no folder; give the one that holds the tasks' YAML")
+        raise EvaluationError(f"--include-path {include_path} is not a folder; give the one with the tasks' YAML files")
     if absent := [name for name in requested if name.endswith(".yaml") and not Path(name).is_file()]:
-        raise EvaluationError(f"no task file {absent[0]}; give the path of a task's YAML")
+        raise EvaluationError(f"no task file {absent[0]}; give the path of a task's YAML file")
     # The index of lm-eval's own 14000 tasks takes seconds: skipped if local tasks suffice.
     for include_defaults in (False, True):
         manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
@@ -39,8 +39,8 @@ def _unknown(name: str, manager: TaskManager, include_path: Path | None) -> str:
     near = difflib.get_close_matches(name, manager.all_tasks, n=3)
     hint = f", did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     broken = [f"{file.name} ({why})" for file, why in _unreadable(include_path)]
-    also = f"; not readable in {include_path}: {', '.join(broken)}" if broken else ""
-    where = "" if include_path else "; --include-path DIR adds local ones"
+    also = f"; unreadable files in {include_path}: {', '.join(broken)}" if broken else ""
+    where = "" if include_path else "; --include-path DIR adds local tasks"
     return f"unknown task '{name}'{hint}{also}{where}; `lm_eval ls tasks` lists lm-eval's own"
 
 

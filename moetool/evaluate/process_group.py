@@ -29,11 +29,11 @@ def joined(device: str, device_map: str | None) -> Iterator[str]:
         yield device
         return
     if device_map is not None:
-        raise ConfigError("--device-map spreads one process over all devices; launch one, or leave it out")
+        raise ConfigError("--device-map spreads one process over all devices; launch one process, or leave it out")
     if device == "cuda":
         local_rank = launch.local_rank()
         if local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"more processes than the {torch.cuda.device_count()} cards; launch one a card")
+            raise ConfigError(f"more processes than the {torch.cuda.device_count()} GPUs; launch one process per GPU")
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"

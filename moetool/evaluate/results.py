@@ -147,7 +147,7 @@ def _take_out_nan(scores: dict[str, Any], model: str, tasks: Tasks) -> list[dict
         scores[task] = {key: score for key, score in scores[task].items() if key not in bad}
         if bad and task not in tasks.groups:
             said = " and ".join(f"{key.removesuffix(',none')} is {value}" for key, value in bad.items())
-            reason = f"{said}; look for NaN in the weights, or take another --dtype"
+            reason = f"{said}; check the weights for NaN, or use another --dtype"
             failed.append({"model": model, "task": task, "reason": reason})
         if not scores[task]:
             del scores[task]

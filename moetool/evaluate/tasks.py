@@ -1,6 +1,6 @@
 """The questions for the models: lm-eval tasks and local text, loaded before any weights.
 
-Loading a task loads its data set, so missing data is known first.
+Loading a task loads its data set, so missing data is reported first.
 """
 
 from __future__ import annotations
@@ -91,15 +91,15 @@ def load_tasks(
                 continue
             for task_name, task in loaded["tasks"].items():
                 if task_name in found.tasks:
-                    raise EvaluationError(f"task {task_name} is asked for twice (also in '{name}'); leave one out")
+                    raise EvaluationError(f"task {task_name} is given twice (also in '{name}'); leave one out")
                 _configure(task, shots)
                 found.tasks[task_name] = task
             found.groups |= loaded.get("groups") or {}
         progress("load tasks", len(names), len(names))
     if absent:
         raise EvaluationError(
-            f"{len(absent)} data set{'s are' if len(absent) > 1 else ' is'} not at hand: {', '.join(absent)};"
-            " run once where there is a network and bring its Hugging Face cache (HF_HOME) along, or correct the path"
+            f"{len(absent)} data set{'s are' if len(absent) > 1 else ' is'} missing: {', '.join(absent)};"
+            " run once with a network and copy its Hugging Face cache (HF_HOME) to this machine, or correct the path"
         )
     if not allow_code_execution and (
         unsafe := [n for n, task in found.tasks.items() if getattr(task, "UNSAFE_CODE", False)]
@@ -186,8 +186,8 @@ def _unsafe(index: Mapping[str, Entry], name: str) -> bool:
 
 def _unsafe_message(names: list[str]) -> str:
     return (
-        f"{', '.join(names)} would run code that the model writes, on this machine;"
-        " in a container that you can lose, add --allow-code-execution"
+        f"{', '.join(names)} would run code that the model writes on this machine;"
+        " use a disposable container and add --allow-code-execution"
     )
 
 

@@ -200,7 +200,7 @@ def vanished(world: World, chance: Random) -> str:
     done = running.wait()
     if done.code != 0:
         line = done.line()
-        told = ("no such file", "was deleted", "which is not there", "not empty")
+        told = ("no such file", "was deleted", "which is missing", "not empty")
         assert any(words in line for words in told), line
     good = away if moved and away.exists() and any(away.iterdir()) else out
     if done.code == 0 and command == "analyze-routing":

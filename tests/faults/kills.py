@@ -249,7 +249,7 @@ def one_of_two(world: World, chance: Random) -> str:
         CheckpointReader(step)
     done = world.run(*world.commands(out)["cpt"], "--max-steps", 4000, "--json", before="tests.faults.kills:stop_soon:")
     assert done.code == 130, done.err  # it went on, and was stopped by us
-    assert "goes on from the checkpoint" in done.err.replace("\n", " "), done.err
+    assert "continues from the checkpoint" in done.err.replace("\n", " "), done.err
     shutil.rmtree(out)
     assert seconds < 120
     which = "the first" if rank == 0 else "the second"

@@ -87,7 +87,7 @@ def test_comparison(mixtral: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "o"
     code, printed, _ = in_process("analyze-routing", mixtral, "--data", f"b={text}", "--out", out, "--compare", mixtral)
     assert code == 0
-    assert "100% of the choices are the same" in " ".join(printed.split())
+    assert "100% of the expert choices are the same" in " ".join(printed.split())
     report = json.loads((out / "report.json").read_text())
     assert all(row["saturation"] == 1 for row in report["comparison"]["domains"]["b"]["layers"])
     assert (out / "plots" / "saturation.png").is_file()
@@ -142,7 +142,7 @@ def test_another_tokenizer_is_refused(mixtral: Path, text: Path, tmp_path: Path)
     out = ("--out", tmp_path / "o")
     code, _, errors = in_process("analyze-routing", mixtral, "--data", f"b={text}", *out, "--compare", other)
     assert code == 1
-    assert "another tokenizer" in errors
+    assert "different tokenizers" in errors
 
 
 def test_every_kind_of_text_gives_the_same_tokens(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_a_folder_of_tokens_is_made_and_then_found_again(tmp_path: Path, llama: 
 
     code, stdout, _ = in_process("tokenize", jsonl, "--out", out, "--tokenizer", llama)
     assert code == 0
-    assert "made before from the same text and tokenizer" in stdout
+    assert "already made from the same text and tokenizer" in stdout
 
 
 def test_the_recorded_options_are_a_configuration(tmp_path: Path, llama: Path, jsonl: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_ruined_model_has_no_score(llama: Path, mixtral: Path, tmp_path: Path)
             "--device", "cpu", "--json",
         )  # fmt: skip
         assert code == 1
-        assert "t on ruined failed: bits_per_byte is nan; look for NaN in the weights" in stderr.splitlines()[-1]
+        assert "t on ruined failed: bits_per_byte is nan; check the weights for NaN" in stderr.splitlines()[-1]
         document = json.loads(stdout)
         assert document["results"]["ruined"] == {}
         assert "difference" in document["results"]["mixtral"]["t"]["bits_per_byte,none"]
@@ -116,7 +116,7 @@ def test_a_tokenizer_that_drops_all_text_gives_no_score(tmp_path: Path) -> None:
         "eval", model, "--text", f"t={tiny.save_jsonl(tmp_path / 't.jsonl', repeat=1)}", "--device", "cpu"
     )
     assert code == 1
-    assert "t on model failed: the tokenizer makes no token of any document" in stderr
+    assert "t on model failed: the tokenizer makes no tokens from any document" in stderr
 
 
 def test_a_failed_tasks_line_says_something(llama: Path, tmp_path: Path) -> None:

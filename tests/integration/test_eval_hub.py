@@ -126,7 +126,7 @@ def test_offline_uses_what_an_earlier_run_brought(served: Served, silent: Path, 
     arguments = [silent, "--tasks", f"{ARC_EASY},{squad}", "--limit", 3]
     code, _, stderr = run(here, *arguments, "--offline")
     assert code == 1
-    assert "2 data sets are not at hand" in stderr
+    assert "2 data sets are missing" in stderr
     assert "arc_easy.yaml (allenai/ai2_arc)" in stderr
     code, online, stderr = run(here, *arguments)
     assert code == 0, stderr
@@ -139,7 +139,7 @@ def test_offline_uses_what_an_earlier_run_brought(served: Served, silent: Path, 
     assert len(asked) == before
     code, _, stderr = run(({**nowhere[0], "HF_HOME": str(tmp_path / "empty")}, asked), *arguments)
     assert code == 1
-    assert "2 data sets are not at hand" in stderr
+    assert "2 data sets are missing" in stderr
 
 
 @pytest.mark.slow

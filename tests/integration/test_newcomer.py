@@ -55,7 +55,7 @@ def test_the_hub_without_a_network_says_how_to_bring_a_model(tmp_path: Path, mon
         (("--train", "data/code.jsonl"), "such as --train code=data/code.jsonl"),
         (("--train", "=data/code.jsonl"), "such as --train code=data/code.jsonl"),
         (("--train", "web="), "such as --train web=src.jsonl"),
-        (("--train", "a=x", "b=y"), "(b=y); an option that repeats takes one value each: --train a=A --train b=B"),
+        (("--train", "a=x", "b=y"), "(b=y); repeat the option for each value: --train a=A --train b=B"),
     ],
 )
 def test_text_without_its_name(typed: tuple[str, ...], told: str) -> None:
@@ -78,7 +78,7 @@ def test_a_finished_folder_of_another_recipe_tells_what_differs(llama: Path, tmp
     assert tiny.in_process("upcycle", llama, out)[0] == 0
     assert "(drop_ratio 0.5 -> 0.25, seed 0 -> 3)" in fails("upcycle", llama, out, "--drop-ratio", "0.25", "--seed", 3)
     other = tiny.save_llama(tmp_path / "other", seed=1)
-    assert "(the same recipe, of another source" in fails("upcycle", other, out)
+    assert "(same recipe, but another or changed source" in fails("upcycle", other, out)
 
 
 def test_one_positional_beside_a_file_goes_to_the_place_that_is_open(llama: Path, tmp_path: Path) -> None:
@@ -120,15 +120,15 @@ def test_a_gpu_that_is_too_small(
     text = f"code={jsonl}"
     told = fails("cpt", mixtral, tmp_path / "run", "--train", text, "--max-steps", 1, "--seq-len", 8)
     assert "out of memory" in told
-    assert "estimated before: memory about" in told
+    assert "the estimate was: memory about" in told
     assert "--micro-batch-size" in told
     told = fails("analyze-routing", mixtral, "--data", text, "--out", tmp_path / "report", "--max-tokens", 100)
-    assert "estimated before: memory about" in told
+    assert "the estimate was: memory about" in told
     assert "--batch-size" in told
     told = fails("eval", mixtral, "--text", text, "--limit", 2)
     assert "out of memory" in told
     assert "--batch-size" in told
-    assert where == "run" or "estimated before: memory about" in told
+    assert where == "run" or "the estimate was: memory about" in told
 
 
 def test_what_is_needed_is_told_before_weights_are_read(

@@ -311,7 +311,7 @@ def test_the_command_before_and_after_training(llama: Path, jsonl: Path, tmp_pat
     assert code == 0, errors
     printed = " ".join(printed.split())
     assert "Use of the redrawn units" in printed
-    assert "like the dense model, 1.00 → " in printed
+    assert "with the dense model, 1.00 → " in printed
     written = json.loads((report / "report.json").read_text())
     before, after = written["upcycling"], written["comparison"]["upcycling"]
     assert before["mean"]["with_dense"]["kept"] == pytest.approx(1)

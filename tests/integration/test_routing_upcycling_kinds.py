@@ -299,7 +299,7 @@ def test_checks_of_the_upcycling(jsonl: Path, mixtral: Path, tmp_path: Path) -> 
     assert "--fail-if: expert_similarity>0.99 in layer 0 (1), layer 1 (1)" in errors
     assert run(folder, "dense_similarity<0.99")[0] == 0
     code, errors = run(folder, "unit_use<0.5")  # nothing was redrawn
-    assert (code, "known of models that moetool upcycled" in errors) == (1, True)
+    assert (code, "needs a model upcycled by moetool" in errors) == (1, True)
     assert run(mixtral, "kept_similarity<0.5")[0] == 1
     assert run(folder, "unit-use<0.5", "--no-unit-use")[0] == 2
     code, errors = run(folder, "saturation<1")

@@ -159,7 +159,7 @@ def test_options_that_define_the_run_may_not_change(tmp_path: Path, llama: Path,
 
     code, stdout, stderr = cpt(llama, out, jsonl, "--save-every", 1, "--eval-every", 3, "--keep-checkpoints", 1)
     assert code == 0
-    assert "finished before" in stdout
+    assert "already finished" in stdout
     assert all(torch.equal(value, before[name]) for name, value in weights(out).items())
 
     code, stdout, _ = cpt(llama, out, jsonl, "--lr", 5e-4, "--no-resume", "--json")
@@ -566,7 +566,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path) -> None:
     assert process.returncode == 130
     # The step under way was finished and saved, between two regular checkpoints.
     done = len([row for row in rows(out) if "loss" in row])
-    assert f"stopped after step {done}; the same command goes on from the checkpoint of step {done}" in (
+    assert f"stopped after step {done}; the same command continues from the checkpoint of step {done}" in (
         stderr.replace("\n", " ")
     )
     assert (out / "checkpoints" / f"step-{done:06d}").is_dir()
@@ -592,7 +592,7 @@ def test_sigterm_is_143_and_writes_a_checkpoint(tmp_path: Path, llama: Path, jso
     process.terminate()
     stderr = process.communicate()[1].replace("\n", " ")
     done = len([row for row in rows(out) if "loss" in row])
-    assert f"the same command goes on from the checkpoint of step {done}" in stderr
+    assert f"the same command continues from the checkpoint of step {done}" in stderr
     assert process.returncode == 143
 
 

@@ -209,7 +209,7 @@ def test_a_list_of_shards_that_is_none_is_another_checkpoint(llama: Path, tmp_pa
     assert upcycle(llama, out) == ""
     document = json.loads((out / "moetool.json").read_text()) | {"shards": 64}
     (out / "moetool.json").write_text(json.dumps(document))
-    assert "finished checkpoint of something else" in upcycle(llama, out)
+    assert "is a different finished checkpoint" in upcycle(llama, out)
 
 
 def test_a_router_of_many_blocks_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

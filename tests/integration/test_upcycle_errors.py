@@ -105,8 +105,8 @@ def test_a_finished_folder_is_proved_again_and_another_recipe_refused(llama: Pat
     assert tiny.in_process("upcycle", llama, out, "--quiet") == (0, "", "")
     code, text, _ = tiny.in_process("upcycle", llama, out)
     assert code == 0
-    assert "finished already" in text
-    assert "finished checkpoint of something else" in fails("upcycle", llama, out, "--seed", "1")
+    assert "already finished" in text
+    assert "is a different finished checkpoint" in fails("upcycle", llama, out, "--seed", "1")
     assert tiny.in_process("upcycle", llama, out, "--seed", "1", "--overwrite")[0] == 0
     tensors = load_file(out / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
@@ -357,8 +357,8 @@ def test_a_finished_folder_of_another_source_or_other_files_is_not_taken_for_it(
     out = tmp_path / "moe"
     assert tiny.in_process("upcycle", llama, out)[0] == 0
     other = tiny.save_llama(tmp_path / "other", seed=1)
-    assert "of something else" in fails("upcycle", other, out, "--verify", "none")
-    assert "of something else" in fails("upcycle", llama, out, "--max-shard-size", "40KB")
+    assert "is a different finished checkpoint" in fails("upcycle", other, out, "--verify", "none")
+    assert "is a different finished checkpoint" in fails("upcycle", llama, out, "--max-shard-size", "40KB")
     assert tiny.in_process("upcycle", llama, out, "--verify", "none")[0] == 0
 
 

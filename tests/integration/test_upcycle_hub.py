@@ -51,7 +51,7 @@ def test_a_hub_model_without_safetensors_or_that_is_not_there(tmp_path: Path) ->
         assert "holds no safetensors on the hub" in told.stderr
         told = tiny.cli("upcycle", "them/other", tmp_path / "moe", "--plan", env=env)
     assert told.returncode == 1
-    assert "the hub did not give it" in told.stderr
+    assert "the hub did not provide it" in told.stderr
     assert len(told.stderr.strip().splitlines()) == 1
 
 

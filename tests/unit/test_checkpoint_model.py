@@ -58,7 +58,7 @@ def test_a_model_without_tokenizer_says_so(mixtral: Path, tmp_path: Path) -> Non
 
 def test_a_name_of_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="someone/a-model here, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="someone/a-model here, and the hub did not provide it"):
         resolve_model("someone/a-model")
     (tmp_path / "someone" / "a-model").mkdir(parents=True)
     assert resolve_model("someone/a-model") == Path("someone/a-model")

@@ -117,15 +117,15 @@ def test_every_small_permutation_comes_up_about_equally_often() -> None:
 @pytest.mark.parametrize(
     ("sources", "ratio", "message"),
     [
-        ([("a", 50, 1, False)], "0.3", "--replay-ratio 0.3 needs something to replay"),
-        ([("a", 50, 1, False), ("b", 50, 1, True)], "0", "--replay b would never be used"),
+        ([("a", 50, 1, False)], "0.3", "--replay-ratio 0.3 needs text to replay"),
+        ([("a", 50, 1, False), ("b", 50, 1, True)], "0", "--replay b is never used"),
         ([("a", 50, 1, False), ("b", 50, 1, True)], "1.5", "share between 0 and 1"),
         ([("a", 50, 1, False), ("b", 50, 1, True)], "-0.1", "share between 0 and 1"),
         ([("a", 50, 1, False), ("b", 50, 1, True)], "much", "'much': not a number"),
         ([("a", 50, 1, False), ("b", 50, 1, True)], "nan", "'nan': not a number"),
         ([("b", 50, 1, True)], "0.5", "no training source"),
         ([("a", 50, 1, False), ("a", 50, 1, True)], "0.5", "two sources are named 'a'"),
-        ([("a", 50, 0, False)], "0", "--weight a=0: a weight above 0"),
+        ([("a", 50, 0, False)], "0", "--weight a=0: give a weight above 0"),
         ([("a", 50, "x", False)], "0", "--weight a 'x': not a number"),
     ],
 )
@@ -137,5 +137,5 @@ def test_contradictions_are_refused(sources: list[tuple], ratio: str, message: s
 
 def test_a_source_shorter_than_a_window_is_named() -> None:
     TokenMixture([Source("short", stream(5))], 4, 8, 0, 0)
-    with pytest.raises(DataError, match=r"'short' holds 4 tokens, less than one window of 5; .*--seq-len"):
+    with pytest.raises(DataError, match=r"'short' holds 4 tokens, fewer than one window of 5; .*--seq-len"):
         TokenMixture([Source("short", stream(4))], 4, 8, 0, 0)

@@ -104,15 +104,15 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
         r"notes\.jsonl, line 3: no field 'text'; fields are: body, id \(use --text-field\)",
     ),
     "not json": ("n.jsonl", '{"text": "a"}\n{"text": \n', r"n\.jsonl, line 2: not JSON \(.*\); expected one object"),
-    "an array": ("n.json", '["a", "b"]', r"n\.json, line 1: a list; expected one object a line"),
+    "an array": ("n.json", '["a", "b"]', r"n\.json, line 1: a list; expected one object per line"),
     "not text": ("n.jsonl", '{"text": ["a"]}', r"n\.jsonl, line 1: field 'text' holds a list, not text"),
     "json not utf-8": ("n.jsonl", b'{"text": "\xe9"}', r"n\.jsonl, line 1: not UTF-8 \(byte 0xe9\)"),
     "too deep": ("n.jsonl", b"[" * 200_000, r"n\.jsonl, line 1: not JSON"),
     "huge number": ("n.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"n\.jsonl, line 1: not JSON"),
-    "no gzip": ("n.jsonl.gz", "plain", r"n\.jsonl\.gz: not a sound gzip file"),
-    "cut gzip": ("n.txt.gz", gzip.compress(b"some text" * 99)[:-9], r"n\.txt\.gz: not a sound gzip file"),
+    "no gzip": ("n.jsonl.gz", "plain", r"n\.jsonl\.gz: not a valid gzip file"),
+    "cut gzip": ("n.txt.gz", gzip.compress(b"some text" * 99)[:-9], r"n\.txt\.gz: not a valid gzip file"),
     "other packing": ("n.jsonl.zst", b"(\xb5/\xfd", r"n\.jsonl\.zst: unpack it first"),
-    "no parquet": ("n.parquet", "PAR1 but no more", r"n\.parquet: not a sound Parquet file"),
+    "no parquet": ("n.parquet", "PAR1 but no more", r"n\.parquet: not a valid Parquet file"),
 }
 
 
@@ -166,7 +166,7 @@ def test_a_wrong_path_is_told_what_is_there(tmp_path: Path, place: str, message:
 
 
 def test_a_hub_name_without_prefix_is_told_the_form() -> None:
-    with pytest.raises(DataError, match=r"written hf:owner/name-of-data"):
+    with pytest.raises(DataError, match=r"write a hub dataset as hf:owner/name-of-data"):
         read("owner/name-of-data")
     with pytest.raises(DataError, match=r"hf:owner/name\[@revision\]"):
         read("hf:name")
@@ -174,7 +174,7 @@ def test_a_hub_name_without_prefix_is_told_the_form() -> None:
 
 def test_the_hub_without_a_network_is_one_line() -> None:
     for digest in (lambda source: list(read_documents(source)), content_sha256):
-        with pytest.raises(DataError, match=r"hf:owner/data: the hub did not give it") as caught:
+        with pytest.raises(DataError, match=r"hf:owner/data: the hub did not provide it") as caught:
             digest(TextSource("hf:owner/data"))
         assert "\n" not in str(caught.value)
 

@@ -137,7 +137,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, tokenizer_folder: Path, monkey
     with pytest.raises(DataError, match="bad"):
         write_tokens(fail(), tokenizer, tmp_path / "deep" / "tokens")
     assert list((tmp_path / "deep").iterdir()) == []
-    with pytest.raises(DataError, match="no text in it"):
+    with pytest.raises(DataError, match="no text in the input"):
         write_tokens([], tokenizer, tmp_path / "deep" / "tokens")
     assert list((tmp_path / "deep").iterdir()) == []
 
@@ -285,7 +285,7 @@ def test_a_tokenised_folder_is_opened_as_it_is(tmp_path: Path, tokenizer_folder:
     assert tokenized(TextSource(str(folder)), resaved).num_documents == 2
     other = tmp_path / "other"
     tiny.save_tokenizer(other, vocab_size=290)
-    with pytest.raises(DataError, match=r"tokenised with another tokenizer than that of .*other"):
+    with pytest.raises(DataError, match=r"tokenized with another tokenizer, not that of .*other"):
         tokenized(TextSource(str(folder)), other)
 
 
@@ -335,7 +335,7 @@ def test_a_link_to_a_folder_stays_a_link_and_overwriting_loses_nothing(tmp_path:
 
 def test_the_current_folder_is_refused(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="give a folder inside it"):
+    with pytest.raises(DataError, match="give one inside it"):
         write_tokens(["one"], load_tokenizer(llama), Path())
 
 
