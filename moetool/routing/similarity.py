@@ -147,7 +147,7 @@ def _matrices(
 def _plain(info: TensorInfo, layer: int, shape: tuple[int, ...] | None = None) -> TensorInfo:
     if info.dtype not in DTYPES or shape not in (None, info.shape):
         name = info.name.rpartition(".layers.")[2]
-        raise CheckpointError(f"layer {layer}: the files hold no plain {name} of one shape")
+        raise CheckpointError(f"layer {layer}: the files do not hold {name} as plain weights of one shape")
     return info
 
 

@@ -147,8 +147,8 @@ def _write_shards(
     for shard in plan.shards:
         if writer.complete.get(shard.name) not in (None, digests.of(shard)):
             raise CheckpointError(
-                f"{writer.folder / shard.name} has changed since the interrupted run wrote it; delete it, and the"
-                " same command writes it again"
+                f"{writer.folder / shard.name} has changed since the interrupted run wrote it; delete it and"
+                " run the same command again"
             )
     return {shard.name: digests.of(shard) for shard in plan.shards}
 
@@ -158,6 +158,6 @@ def _check_range(fill: Fill, place: Place, data: torch.Tensor) -> None:
     checked = fill.kind != "carried" and (fill.dtype == "F16" or not fill.sources)
     if checked and not is_finite(data):
         raise CheckpointError(
-            f"tensor {place.tensor} would hold values that {FLOAT_DTYPES[fill.dtype]} cannot; choose another --dtype,"
+            f"tensor {place.tensor} would hold values that {FLOAT_DTYPES[fill.dtype]} cannot represent; choose another --dtype,"
             " or draw with a smaller standard deviation"
         )
