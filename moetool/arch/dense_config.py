@@ -162,7 +162,9 @@ def _layer_types(spec: DenseSpec, config: Mapping[str, Any]) -> list[str]:
         return ["sliding_attention"] * layers
     if given is not None:
         if not isinstance(given, list) or len(given) != layers or not all(kind in LAYER_TYPES for kind in given):
-            raise CheckpointError(f"config.json: layer_types is not a list of {layers} entries, each {' or '.join(LAYER_TYPES)}")
+            raise CheckpointError(
+                f"config.json: layer_types is not a list of {layers} {' or '.join(LAYER_TYPES)} entries"
+            )
         return given
     for key in ("sliding_window_pattern", "max_window_layers"):
         if key in spec.defaults and (type(config[key]) is not int or config[key] < 0):
@@ -207,5 +209,5 @@ def _rope(spec: DenseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"config.json: rope {key} is {str(value)[:60]!r}, expected a number above 0")
     part = rope.get("partial_rotary_factor", 1)
     if type(part) not in (int, float) or not 0 < part <= 1:
-        raise CheckpointError(f"config.json: partial_rotary_factor is {str(part)[:60]!r}, expected a number above 0, up to 1")
+        raise CheckpointError(f"config.json: partial_rotary_factor is {str(part)[:60]!r}, expected a fraction up to 1")
     return rope

@@ -74,5 +74,7 @@ def _by_layer(config: Mapping[str, Any], key: str, usual: list[Any], kinds: tupl
     """What config.json says of each layer, or what it means where it says nothing."""
     given = config.get(key) or usual
     if not isinstance(given, list) or len(given) != len(usual) or not all(kind in kinds for kind in given):
-        raise CheckpointError(f"config.json: {key} is not a list of {len(usual)} entries, each {' or '.join(map(str, kinds))}")
+        raise CheckpointError(
+            f"config.json: {key} is not a list of {len(usual)} {' or '.join(map(str, kinds))} entries"
+        )
     return given

@@ -38,8 +38,8 @@ SPEC = ArchSpec(
     limits=(
         Limit("llama.cpp", "it never normalises the weights of the chosen experts to sum to 1"),
         Limit("mlx", "it never normalises the weights of the chosen experts to sum to 1"),
-        Limit("transformers-4", "it does not distinguish layers with and without a window in this family", windowed_in_some),
-        Limit("vllm", "it does not distinguish layers with and without a window in this family", windowed_in_some),
+        Limit("transformers-4", "it cannot mix layers with and without a window in this family", windowed_in_some),
+        Limit("vllm", "it cannot mix layers with and without a window in this family", windowed_in_some),
         Limit("vllm", "it requires a shared expert", none_of("shared_expert_intermediate_size")),
     ),
 )

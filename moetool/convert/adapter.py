@@ -97,7 +97,8 @@ def _delta(module: str, parts: Mapping[str, TensorInfo], reader: AdapterReader) 
         raise CheckpointError(f"{reader.folder} has only part of the LoRA of {module[:100]}; fetch it again")
     a, b = (parts[name] for name in names)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-        raise CheckpointError(f"{reader.folder}: {module[:100]} has parts of shapes {list(a.shape)} and {list(b.shape)}, which do not match")
+        shapes = f"{list(a.shape)} and {list(b.shape)}"
+        raise CheckpointError(f"{reader.folder}: {module[:100]} has parts of shapes {shapes}, which do not match")
     config, rank = reader.config, a.shape[0]
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     if type(alpha) not in (int, float) or not abs(alpha) < 2**63:
@@ -113,7 +114,7 @@ def _pattern(patterns: Any, module: str, default: Any) -> Any:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error:
-            raise CheckpointError(f"adapter_config.json: alpha_pattern {pattern[:60]!r} is not a valid pattern") from None
+            raise CheckpointError(f"adapter_config.json: alpha_pattern {pattern[:60]!r} is not valid") from None
     return default
 
 

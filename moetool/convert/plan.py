@@ -122,8 +122,8 @@ def _adapter(readers: Sequence[CheckpointReader], matrices: Mapping[str, Matrix]
     for name, info in adapter.replaced.items():
         if info.shape != matrices[name].whole:
             raise CheckpointError(
-                f"--adapter {reader.folder} replaces {name[:100]} with a tensor of shape {list(info.shape)}, but the base has"
-                f" {list(matrices[name].whole)}"
+                f"--adapter {reader.folder} replaces {name[:100]} with a tensor of shape {list(info.shape)}, but"
+                f" the base has {list(matrices[name].whole)}"
             )
     return adapter
 

@@ -112,8 +112,8 @@ def measure(
         for batch in read_batches(text, seq_len, batch_size, total):
             if (unknown := int(batch.tokens_N.max())) >= vocabulary:
                 raise DataError(
-                    f"--data {name}: token {unknown} is not among the model's {vocabulary} tokens; the text was tokenized for"
-                    " another model"
+                    f"--data {name}: token {unknown} is not among the model's {vocabulary} tokens; the text was"
+                    " tokenized for another model"
                 )
             # Filling lies behind the text, where a causal model does not see it: no attention mask.
             with capture.collect(partial(_count, sums, observers, name, batch)):

@@ -18,7 +18,7 @@ def beginning(first: Measured) -> list[str]:
     """How the experts began, in sentences."""
     recipe, names = first["recipe"], [first["source"], *first["donors"]]
     if recipe["method"] == "scratch":
-        return [f"moetool made this model in the shape of {names[0]} and drew every tensor at random: no weight comes from it."]
+        return [f"moetool made this model in the shape of {names[0]}, but drew every tensor: no weight comes from it."]
     several, parts = len(names) > 1, recipe["granularity"]
     whole = "the feed-forward network of one of them" if several else "its feed-forward network"
     what = whole if parts == 1 else f"one of {parts} parts of {whole}"
@@ -58,13 +58,13 @@ def notes(first: Measured) -> dict[str, str]:
         "dense": "Mean over experts. "
         + (
             "Kept units begin at 1; any drop below 1 is due to training. "
-            + ("Units given noise begin below 1." if noise else "Redrawn units begin near 0 and have no reason to return.")
+            + ("Units given noise begin below 1." if noise else "Redrawn units begin near 0, with no reason to return.")
             if some
             else "Copied experts begin at 1; any drop below 1 is due to training."
         ),
-        "use": "Their share of what all units add to an expert's output, divided by their share of the units: 1 means as"
-        " much as the kept units, 0 means nothing."
-        + ("" if noise else " Newly redrawn units do little; successful training raises this value."),
+        "use": "Their share of what all units add to an expert's output, divided by their share of the units: 1 means"
+        " as much as the kept units, 0 means nothing."
+        + ("" if noise else " Newly redrawn units do little; successful training raises this."),
     }
 
 

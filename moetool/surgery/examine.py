@@ -131,8 +131,8 @@ def _hash(path: Path) -> str:
     sha256, name = sha256_file(path), path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", name) and name != sha256:
         raise CheckpointError(
-            f"{path} is not the file that was fetched: its SHA-256 differs from its name in the hub's cache, {name}; delete"
-            f" {path.resolve()} and run the same command again"
+            f"{path} is not the file that was fetched: its SHA-256 differs from its name in the hub's cache, {name};"
+            f" delete {path.resolve()} and run the same command again"
         )
     return sha256
 

@@ -51,7 +51,9 @@ def check_files(plan: Plan, out: Path) -> int:
         if not (out / name).is_file():
             raise CheckpointError(f"{out / name} is missing; {plan.command} wrote it, and moetool.json has its digest")
         if sha256_file(out / name) != digest:
-            raise CheckpointError(f"{out / name} has changed since it was written (its SHA-256 is not the one in moetool.json)")
+            raise CheckpointError(
+                f"{out / name} has changed since it was written (its SHA-256 in moetool.json differs)"
+            )
     own = {*recorded, *(shard.name for shard in plan.shards), LINEAGE, "moetool.yaml", "README.md"}
     for path in sorted(out.iterdir()):
         loaded = path.is_file() or path.is_symlink() or path.name == "additional_chat_templates"
@@ -91,5 +93,5 @@ def check_shards(plan: Plan, out: Path, digests: Digests) -> None:
     for shard in plan.shards:
         if recorded.get(shard.name) != digests.of(shard):
             raise CheckpointError(
-                f"{out / shard.name} has changed since it was written (its digest is not the one in moetool.json)"
+                f"{out / shard.name} has changed since it was written (its digest in moetool.json differs)"
             )

@@ -64,8 +64,8 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
     if accelerator.num_processes != launched:
         found = "" if torch.cuda.is_available() else " because there is no GPU"
         raise ConfigError(
-            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}{found}; on a CPU launch"
-            " with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m moetool cpt ..."
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}{found}; on a CPU"
+            " launch with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m moetool cpt ..."
         )
     if deepspeed:
         if not zero_stage(accelerator):

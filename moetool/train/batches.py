@@ -94,8 +94,8 @@ def _check_apart(config: TrainConfig, fingerprints: Mapping[str, Mapping[str, st
         for other, text in (sets if name in split else {**sets, **split}).items():
             if text == digest:
                 raise DataError(
-                    f"source '{name}' has the same text as {other}, which is used for validation and must not be trained on;"
-                    " leave one of them out (without --val, documents are held out of a source)"
+                    f"source '{name}' has the same text as {other}, which is used for validation and must not be"
+                    " trained on; leave one of them out (without --val, documents are held out of a source)"
                 )
 
 

@@ -188,7 +188,7 @@ class TrainConfig:
         if not 0 < self.lr < float("inf"):
             raise ConfigError(f"--lr {self.lr:g}: give a number above 0")
         if self.min_lr is not None and self.min_lr > self.lr:
-            raise ConfigError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}, but the learning rate falls to it; give a lower one")
+            raise ConfigError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the learning rate must fall to it")
         if "min_lr" in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
             raise ConfigError("--min-lr has no effect with --constant-end 1: nothing anneals to it")
         self._check_sources(typed)

@@ -132,8 +132,8 @@ def memory_warnings(
     ways = [f"{options} ({need / 1e9:.3g} GB)" for options, need in fitting(there)]
     advice = f"it fits with {'; or with '.join(ways)}" if ways else "no option makes it fit"
     return [
-        f"this run needs about {memory['total'] / 1e9:.3g} GB per process, but {device} has {there / 1e9:.3g} GB; {advice};"
-        " or shard the weights (docs/multi-gpu.md)"
+        f"this run needs about {memory['total'] / 1e9:.3g} GB per process, but {device} has {there / 1e9:.3g} GB;"
+        f" {advice}; or shard the weights (docs/multi-gpu.md)"
     ]
 
 

@@ -56,7 +56,7 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
     _check_shared(recipe, spec)
     if recipe.method == "scratch":
         if not spec.scratch:
-            raise ConfigError(f"--method scratch does not know how {spec.model_type} is initialised; use another --method")
+            raise ConfigError(f"--method scratch does not know how to initialise {spec.model_type}; use another one")
         return
     group, donors, shared = recipe.group_size, recipe.num_donors, recipe.shared_experts or 0
     together = f"{group} experts together make up one dense FFN"
@@ -72,8 +72,8 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
         )
     if recipe.top_k % group:
         raise ConfigError(
-            f"--top-k {recipe.top_k} is no multiple of {group} ({together}: the"
-            f" start would not be the dense model); choose from {_few(range(group, recipe.num_experts + 1, group))}"
+            f"--top-k {recipe.top_k} is not a multiple of {group}, so the start would not match the dense model"
+            f" ({together}); choose from {_few(range(group, recipe.num_experts + 1, group))}"
         )
     if group > 1 and (recipe.router == "zeros" or recipe.router_std == 0):
         others = ", ".join(name for name in registry.names("router") if name != "zeros")
@@ -224,15 +224,16 @@ def check_donor(
     if differing:
         key = differing[0]
         raise ConfigError(
-            f"--donor {donor.folder}: {key} is {theirs.get(key)!r}, in {first.folder} it is {ours.get(key)!r}; donors"
-            " are trained from one dense model and differ in weights only"
+            f"--donor {donor.folder}: {key} is {theirs.get(key)!r}, but {ours.get(key)!r} in {first.folder}; donors"
+            " must be trained from the same dense model and differ only in weights"
         )
     # tokenizer.json says all; what lies beside it is what it was made from, which not everybody keeps.
     whole = all((reader.folder / TOKENIZER_FILES[0]).is_file() for reader in (first, donor))
     for name in TOKENIZER_FILES[:1] if whole else TOKENIZER_FILES:
         if _content(first, name) != _content(donor, name):
             raise ConfigError(
-                f"--donor {donor.folder}: its {name} differs from that of {first.folder}; all donors must have the same tokenizer"
+                f"--donor {donor.folder}: its {name} differs from that of {first.folder};"
+                " all donors must have the same tokenizer"
             )
 
 
