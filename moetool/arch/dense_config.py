@@ -206,7 +206,7 @@ def _rope(spec: DenseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("rope_theta", *ROPE_NEEDS[kind]):
         value = rope.get(key)
         if type(value) not in (int, float) or not _is_size(value, key):  # type: ignore[arg-type]
-            raise CheckpointError(f"config.json: rope {key} is {str(value)[:60]!r}, expected a number above 0")
+            raise CheckpointError(f"config.json: position setting {key} is {str(value)[:60]!r}, not a number above 0")
     part = rope.get("partial_rotary_factor", 1)
     if type(part) not in (int, float) or not 0 < part <= 1:
         raise CheckpointError(f"config.json: partial_rotary_factor is {str(part)[:60]!r}, expected a fraction up to 1")

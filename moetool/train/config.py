@@ -186,7 +186,7 @@ class TrainConfig:
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             raise ConfigError("give --warmup-ratio or --warmup-steps, not both")
         if not 0 < self.lr < float("inf"):
-            raise ConfigError(f"--lr {self.lr:g}: give a number above 0")
+            raise ConfigError(f"--lr {self.lr:g}: a number above 0 is needed")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ConfigError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the learning rate must fall to it")
         if "min_lr" in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
