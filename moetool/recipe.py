@@ -182,7 +182,7 @@ def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
 
 
 def matrix_index(recipe: UpcycleRecipe, layer: int, expert: int, projection: str) -> int:
-    """A number of its own for each matrix of each expert."""
+    """A different number for each matrix of each expert."""
     return (layer * recipe.num_experts + expert) * len(PROJECTIONS) + PROJECTIONS.index(projection)
 
 

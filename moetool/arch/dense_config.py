@@ -152,7 +152,7 @@ def open_dense(folder: Path) -> CheckpointReader:
 
 
 def _layer_types(spec: DenseSpec, config: Mapping[str, Any]) -> list[str]:
-    """`full_attention` or `sliding_attention` a layer, as transformers fills them in."""
+    """`full_attention` or `sliding_attention` per layer, as transformers fills them in."""
     layers = config["num_hidden_layers"]
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if spec.windows is Windows.NONE or window is None:

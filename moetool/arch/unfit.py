@@ -27,11 +27,11 @@ UNFIT: dict[str, tuple[str, ...]] = {
         "bamba", "falcon_h1", "falcon_mamba", "mamba", "mamba2", "olmo_hybrid", "recurrent_gemma", "rwkv",
         "xlstm", "zamba", "zamba2",
     ),
-    "the weights of its own experts never sum to 1, so copies would not compute the dense model": ("jamba",),
+    "the weights of its own experts never sum to 1, so copies would not reproduce the dense model": ("jamba",),
     "it scales embeddings and its norms multiply by 1 + weight, and no stock MoE family does both": (
         "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "vaultgemma",
     ),
-    "its family norms experts and the dense FFN separately, so copies would not compute the dense model": (
+    "its family norms experts and the dense FFN separately, so copies would not reproduce the dense model": (
         "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text",
     ),
     "it is a draft model that shares another model's keys and values": (

@@ -52,7 +52,7 @@ class Sharing:
         return not self.sharded and not self.zero_stage
 
     def parts(self, stage: int) -> int:
-        """Of how many parts a process has one, of what is shared out from a stage of ZeRO on."""
+        """The number of parts into which ZeRO shards something from a stage on; each process has one."""
         return self.num_processes if self.sharded or self.zero_stage >= stage else 1
 
 

@@ -140,7 +140,7 @@ def evaluating(config: TrainConfig) -> AbstractContextManager[Any]:
 
 @contextmanager
 def executing(config: TrainConfig) -> Iterator[None]:
-    """Deterministic kernels if asked for; failures that come of how a run is computed become one line.
+    """Deterministic kernels if asked for; failures caused by how a run is computed become one line.
 
     Raises:
         ConfigError: an operation has no deterministic form, or torch cannot compile the model here.

@@ -37,7 +37,7 @@ class Selection(Protocol):
     coefficient: ClassVar[float]
 
     def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float) -> None:
-        """Raises ConfigError where the model's family does not allow it; the weights may be on torch's meta device."""
+        """Raise ConfigError where the model's family does not allow it; the weights may be on torch's meta device."""
         ...
 
     def update(self, counts_LE: Tensor) -> None:

@@ -126,7 +126,7 @@ class Steps:
         self.engine = engine
 
     def backward(self, loss: Tensor, **_: Any) -> None:
-        """Add to the gradient; the engine reduces it where it was told that this is the step's last."""
+        """Add to the gradient; the engine reduces it on the step's last call."""
         self.engine.backward(loss)
 
     def get_global_grad_norm(self) -> Tensor:

@@ -73,7 +73,7 @@ class Upcycling:
 
     @property
     def flops_per_token(self) -> dict[str, int]:
-        """Of a forward, 2 for each weight that a token is multiplied with, of the dense model and of this.
+        """Operations of a forward, 2 per weight that a token is multiplied with, of the dense model and of this.
 
         Attention's products of queries, keys and values are left out: they are the same in both.
         """
