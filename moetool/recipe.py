@@ -99,7 +99,7 @@ class UpcycleRecipe:
             ConfigError: names them.
         """
         if "noise_scale" in typed and self.noise_std is not None:
-            raise ConfigError("--noise-scale and --noise-std exclude each other")
+            raise ConfigError("give --noise-scale or --noise-std, not both")
         if self.top_k > self.num_experts:
             raise ConfigError(f"--top-k {self.top_k} is more than --num-experts {self.num_experts}")
 
@@ -182,7 +182,7 @@ def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
 
 
 def matrix_index(recipe: UpcycleRecipe, layer: int, expert: int, projection: str) -> int:
-    """A number of its own for each matrix of each expert."""
+    """A different number for each matrix of each expert."""
     return (layer * recipe.num_experts + expert) * len(PROJECTIONS) + PROJECTIONS.index(projection)
 
 
@@ -235,7 +235,7 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     document = read_json(path)
     entries = document.get("lineage")
     if not isinstance(entries, list) or not all(_well_formed(entry) for entry in entries):
-        raise CheckpointError(f"{path} has no lineage, or a damaged one; delete it to use the checkpoint without")
+        raise CheckpointError(f"{path} has no lineage or a damaged one; delete it to use the checkpoint without it")
     return document
 
 

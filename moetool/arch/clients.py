@@ -41,7 +41,7 @@ UNMEASURED = (
         Limit(client, "this way of scaling positions is not known to be exact there", _unmeasured_rope(client))
         for client in SCALED
     ),
-    Limit("mlx", "it computes sliding windows otherwise", windowed),
+    Limit("mlx", "it computes sliding windows differently", windowed),
 )
 
 
@@ -56,7 +56,7 @@ def obstacles(config: Mapping[str, Any], beside: Collection[str] = ()) -> dict[s
         The client's name -> the first reason, None where it was measured to be exact.
 
     Raises:
-        LookupError: moetool knows nothing of the family.
+        LookupError: moetool does not know the family.
     """
     spec = detect(config)
     if spec is None:

@@ -113,7 +113,7 @@ class DenseSpec:
 
     @property
     def shapes(self) -> dict[str, str]:
-        """Names within a layer, FFN included, biases not -> shapes."""
+        """Names within a layer, with the FFN but without biases -> shapes."""
         return {**self.layer, **FFN}
 
 

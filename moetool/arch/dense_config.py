@@ -78,7 +78,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
 
     Raises:
         ConfigError: the family cannot be upcycled, is an MoE already, or is quantised.
-        CheckpointError: a size is missing or no positive whole number.
+        CheckpointError: a size is missing or is not a positive whole number.
     """
     outer, given = config.get("model_type"), config
     config = text_config(config)
@@ -91,10 +91,10 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
     if not isinstance(model_type, str) or model_type not in DENSE or moe:
         inside = f" (the text model in a {str(outer)[:60]})" if outer != model_type else ""
         named = f"model_type {str(model_type)[:60]!r}{inside}"
-        why = "it is a Mixture of Experts already" if moe else why_unfit(model_type)
+        why = "it is already a Mixture of Experts" if moe else why_unfit(model_type)
         if why:
             raise ConfigError(f"{named} cannot be upcycled, because {why} (docs/models.md)")
-        raise ConfigError(f"{named} is no family that can be upcycled; the dense families are {', '.join(DENSE)}")
+        raise ConfigError(f"{named} is not a family that can be upcycled; the dense families are {', '.join(DENSE)}")
     spec = DENSE[model_type]
     config = {**config, **{usual: config[key] for key, usual in spec.keys.items() if config.get(key) is not None}}
     for key in REQUIRED:
@@ -122,7 +122,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[DenseSpec, dict[str, Any]]:
         tokens = full.get(key)
         several = tokens if isinstance(tokens, list) and key == "eos_token_id" else [tokens]
         if not all(token is None or type(token) is int for token in several):
-            raise CheckpointError(f"config.json: {key} is {str(tokens)[:60]!r}, expected a token's number")
+            raise CheckpointError(f"config.json: {key} is {str(tokens)[:60]!r}, expected a token id")
     full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     full["head_dim"] = full["head_dim"] or full["hidden_size"] // full["num_attention_heads"]
     if not full["head_dim"]:
@@ -152,7 +152,7 @@ def open_dense(folder: Path) -> CheckpointReader:
 
 
 def _layer_types(spec: DenseSpec, config: Mapping[str, Any]) -> list[str]:
-    """`full_attention` or `sliding_attention` a layer, as transformers fills them in."""
+    """`full_attention` or `sliding_attention` per layer, as transformers fills them in."""
     layers = config["num_hidden_layers"]
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if spec.windows is Windows.NONE or window is None:
@@ -162,7 +162,9 @@ def _layer_types(spec: DenseSpec, config: Mapping[str, Any]) -> list[str]:
         return ["sliding_attention"] * layers
     if given is not None:
         if not isinstance(given, list) or len(given) != layers or not all(kind in LAYER_TYPES for kind in given):
-            raise CheckpointError(f"config.json: layer_types is no list of {layers} times {' or '.join(LAYER_TYPES)}")
+            raise CheckpointError(
+                f"config.json: layer_types is not a list of {layers} {' or '.join(LAYER_TYPES)} entries"
+            )
         return given
     for key in ("sliding_window_pattern", "max_window_layers"):
         if key in spec.defaults and (type(config[key]) is not int or config[key] < 0):
@@ -204,8 +206,8 @@ def _rope(spec: DenseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("rope_theta", *ROPE_NEEDS[kind]):
         value = rope.get(key)
         if type(value) not in (int, float) or not _is_size(value, key):  # type: ignore[arg-type]
-            raise CheckpointError(f"config.json: {key} of positions is {str(value)[:60]!r}, expected a number above 0")
+            raise CheckpointError(f"config.json: position setting {key} is {str(value)[:60]!r}, not a number above 0")
     part = rope.get("partial_rotary_factor", 1)
     if type(part) not in (int, float) or not 0 < part <= 1:
-        raise CheckpointError(f"config.json: partial_rotary_factor is {str(part)[:60]!r}, expected a share up to 1")
+        raise CheckpointError(f"config.json: partial_rotary_factor is {str(part)[:60]!r}, expected a fraction up to 1")
     return rope

@@ -54,7 +54,7 @@ def granite_swa(config: Mapping[str, Any]) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
     bases = config.get("layer_rope_theta") or config["rotary_bases"]
     if not isinstance(bases, list) or len(bases) != layers or not all(map(_is_base, bases)):
-        raise CheckpointError(f"config.json: layer_rope_theta is no list of {layers} numbers of 0 or more")
+        raise CheckpointError(f"config.json: layer_rope_theta is not a list of {layers} numbers, each 0 or more")
     return {**fourths_full(config), "rotary_bases": bases}
 
 
@@ -74,5 +74,7 @@ def _by_layer(config: Mapping[str, Any], key: str, usual: list[Any], kinds: tupl
     """What config.json says of each layer, or what it means where it says nothing."""
     given = config.get(key) or usual
     if not isinstance(given, list) or len(given) != len(usual) or not all(kind in kinds for kind in given):
-        raise CheckpointError(f"config.json: {key} is no list of {len(usual)} times {' or '.join(map(str, kinds))}")
+        raise CheckpointError(
+            f"config.json: {key} is not a list of {len(usual)} {' or '.join(map(str, kinds))} entries"
+        )
     return given

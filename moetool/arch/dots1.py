@@ -33,9 +33,9 @@ SPEC = replace(
     biases=QKVO,
     windows=Windows.BY_LAYER,
     limits=(
-        Limit("llama.cpp", "it knows only as many key-value heads as heads in the family", grouped_queries),
-        Limit("llama.cpp", "it knows no tied embeddings in the family", tied),
-        Limit("mlx", "it has no biases of attention in the family", some("attention_bias")),
+        Limit("llama.cpp", "it supports only one key-value head per attention head in this family", grouped_queries),
+        Limit("llama.cpp", "it does not support tied embeddings in this family", tied),
+        Limit("mlx", "it has no attention biases in this family", some("attention_bias")),
         *solar_open.always_shared("vllm", "llama.cpp", "mlx"),
     ),
 )

@@ -30,7 +30,7 @@ def moe_layers(moe: frozenset[int], layers: int) -> dict[str, Any]:
 
 
 def other_shared_size(config: Mapping[str, Any]) -> bool:
-    """The shared expert has not the size that llama.cpp takes for granted."""
+    """The shared expert does not have the size that llama.cpp assumes."""
     number = config.get("moe_num_shared_experts") or 0
     return bool(number) and number * config["moe_intermediate_size"] != (
         config["intermediate_size"] // config["num_key_value_heads"]
@@ -60,9 +60,9 @@ SPEC = ArchSpec(
     moe_layers=moe_layers,
     limits=(
         Limit("llama.cpp", "its converter needs tokenizer.model", unless="tokenizer.model"),
-        Limit("llama.cpp", "it expects shared experts of another size", other_shared_size),
-        Limit("llama.cpp", "it knows only leading dense layers in the family", not_leading),
-        Limit("llama.cpp", "it ignores llama3's scaling of positions in the family", rope("llama3")),
-        Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
+        Limit("llama.cpp", "it expects shared experts of a different size", other_shared_size),
+        Limit("llama.cpp", "it supports dense layers only at the start in this family", not_leading),
+        Limit("llama.cpp", "it ignores llama3 position scaling in this family", rope("llama3")),
+        Limit("mlx", "it ignores llama3 position scaling in this family", rope("llama3")),
     ),
 )

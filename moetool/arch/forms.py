@@ -93,7 +93,7 @@ def dense_tensors(
         Name -> where it lies.
 
     Raises:
-        CheckpointError: a fused tensor has not as many rows as its parts.
+        CheckpointError: a fused tensor does not have as many rows as its parts.
     """
     parts: dict[str, TensorInfo] = {}
     sizes = dims(dense)

@@ -36,8 +36,8 @@ SPEC = replace(
     ties=False,  # vLLM and mlx-lm never tie, and would compute with a head that nobody wrote
     limits=(
         Limit("llama.cpp", "its converter needs GLM's special token [gMASK] in the tokenizer", unless="[gMASK]"),
-        Limit("llama.cpp", "it ignores llama3's scaling of positions in the family", rope("llama3")),
+        Limit("llama.cpp", "it ignores llama3 position scaling in this family", rope("llama3")),
         *solar_open.always_shared("vllm", "llama.cpp", "mlx"),
-        Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
+        Limit("mlx", "it ignores llama3 position scaling in this family", rope("llama3")),
     ),
 )

@@ -44,7 +44,7 @@ SPEC = ArchSpec(
     biases=QKVO,
     head_dim=False,
     limits=(
-        Limit("llama.cpp", "it cannot scale positions as llama3 does in the family", rope("llama3")),
-        Limit("vllm", "it leaves out the biases of attention in the family", some("attention_bias")),
+        Limit("llama.cpp", "it does not support llama3 position scaling in this family", rope("llama3")),
+        Limit("vllm", "it leaves out the attention biases in this family", some("attention_bias")),
     ),
 )

@@ -37,9 +37,9 @@ SPEC = replace(
     scratch=False,
     limits=(
         Limit("transformers-4", "it does not know the family"),
-        Limit("llama.cpp", "it stops where no layer has a sliding window", no_windows),
-        Limit("llama.cpp", "it gives the same positions to all layers", lambda c: len(set(c["layer_rope_theta"])) > 1),
-        Limit("vllm", "it leaves out the biases of attention in the family", some("attention_bias")),
+        Limit("llama.cpp", "it fails if no layer has a sliding window", no_windows),
+        Limit("llama.cpp", "it uses the same positions in all layers", lambda c: len(set(c["layer_rope_theta"])) > 1),
+        Limit("vllm", "it leaves out the attention biases in this family", some("attention_bias")),
         Limit("mlx", "it does not know the family"),
     ),
 )

@@ -61,11 +61,11 @@ SPEC = replace(
     scratch=False,
     limits=(
         *(
-            Limit(client, "it cannot be without a shared expert", none_of("shared_intermediate_size"))
+            Limit(client, "it requires a shared expert", none_of("shared_intermediate_size"))
             for client in ("vllm", "llama.cpp", "mlx")
         ),
-        Limit("llama.cpp", "it cannot scale positions as llama3 does in the family", rope("llama3")),
-        Limit("mlx", "it computes another Mamba", lambda config: "mamba" in config.get("layer_types", ())),
-        Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
+        Limit("llama.cpp", "it does not support llama3 position scaling in this family", rope("llama3")),
+        Limit("mlx", "it computes Mamba differently", lambda config: "mamba" in config.get("layer_types", ())),
+        Limit("mlx", "it ignores llama3 position scaling in this family", rope("llama3")),
     ),
 )

@@ -38,10 +38,10 @@ SPEC = ArchSpec(
     scratch=False,
     limits=(
         Limit("transformers-4", "it does not know the family"),
-        Limit("llama.cpp", "its converter knows no output head of its own in the family", untied),
-        Limit("llama.cpp", "it ignores llama3's scaling of positions in the family", rope("llama3")),
-        Limit("vllm", "its short convolutions differ on a CPU, in the dense model as well"),
-        Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
-        Limit("mlx", "it knows no output head of its own in the family", untied),
+        Limit("llama.cpp", "its converter does not support an untied output head in this family", untied),
+        Limit("llama.cpp", "it ignores llama3 position scaling in this family", rope("llama3")),
+        Limit("vllm", "it computes short convolutions differently on a CPU, in the dense model as well"),
+        Limit("mlx", "it ignores llama3 position scaling in this family", rope("llama3")),
+        Limit("mlx", "it does not support an untied output head in this family", untied),
     ),
 )

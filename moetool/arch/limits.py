@@ -65,7 +65,7 @@ def not_silu(config: Config) -> bool:
 
 
 def untied(config: Config) -> bool:
-    """The output head is a tensor of its own."""
+    """The output head is a separate tensor."""
     return not tied(config)
 
 

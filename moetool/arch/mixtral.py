@@ -21,7 +21,7 @@ SPEC = ArchSpec(
     limits=(
         Limit("llama.cpp", "it ignores the sliding window", windowed),
         Limit("llama.cpp", "it computes SiLU whatever hidden_act says", not_silu),
-        Limit("mlx", "it has no head_dim", own_head_dim),
-        Limit("mlx", "it ignores the scaling of positions in the family", rope("llama3", "yarn")),
+        Limit("mlx", "it does not support head_dim", own_head_dim),
+        Limit("mlx", "it ignores position scaling in this family", rope("llama3", "yarn")),
     ),
 )

@@ -54,14 +54,14 @@ class MoESource:
         """A matrix of a routed expert: (units, hidden_size), of `down` (hidden_size, units).
 
         Raises:
-            CheckpointError: it is not there, or its tensor has not as many dimensions or experts as it should.
+            CheckpointError: it is not there, or its tensor does not have the expected number of dimensions or experts.
         """
         names = self.spec.experts
         info = self.tensors.get(names[projection].format(layer=layer, expert=expert))
         first = (self.num_experts,) if self.spec.fused else ()
         if info is None or len(info.shape) != len(first) + 2 or info.shape[: len(first)] != first:
             name = names[projection].format(layer=layer, expert=expert).partition(".layers.")[2]
-            raise CheckpointError(f"layer {layer}: the files hold no plain {name} of one shape")
+            raise CheckpointError(f"layer {layer}: the files do not hold {name} as plain weights of one shape")
         return _part(info, names, projection, *((expert, self.num_experts) if self.spec.fused else (0, 1)))
 
     def shared(self, layer: int, projection: str) -> TensorInfo | None:

@@ -36,10 +36,10 @@ SPEC = ArchSpec(
     windows=Windows.BY_LAYER,
     head_dim=False,
     limits=(
-        Limit("llama.cpp", "it never makes the weights of the chosen experts sum to 1"),
-        Limit("mlx", "it never makes the weights of the chosen experts sum to 1"),
-        Limit("transformers-4", "it does not tell which layers have a window in the family", windowed_in_some),
-        Limit("vllm", "it does not tell which layers have a window in the family", windowed_in_some),
-        Limit("vllm", "it cannot be without a shared expert", none_of("shared_expert_intermediate_size")),
+        Limit("llama.cpp", "it never normalises the weights of the chosen experts to sum to 1"),
+        Limit("mlx", "it never normalises the weights of the chosen experts to sum to 1"),
+        Limit("transformers-4", "it cannot mix layers with and without a window in this family", windowed_in_some),
+        Limit("vllm", "it cannot mix layers with and without a window in this family", windowed_in_some),
+        Limit("vllm", "it requires a shared expert", none_of("shared_expert_intermediate_size")),
     ),
 )

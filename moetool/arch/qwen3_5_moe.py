@@ -39,6 +39,6 @@ SPEC = ArchSpec(
         Limit("transformers-4", "it does not know the family"),
         Limit("vllm", "the family is not known to be exact there"),
         Limit("mlx", "it does not know the family's text model"),
-        Limit("llama.cpp", "its converter asks for layers that predict several tokens at once"),
+        Limit("llama.cpp", "its converter expects layers for multi-token prediction"),
     ),
 )

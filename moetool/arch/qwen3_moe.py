@@ -34,12 +34,12 @@ SPEC = ArchSpec(
     biases=QKVO,
     windows=Windows.ALL,
     limits=(
-        Limit("llama.cpp", "its converter knows no dense layers in the family", some("mlp_only_layers")),
+        Limit("llama.cpp", "its converter does not support dense layers in this family", some("mlp_only_layers")),
         Limit("llama.cpp", "it ignores the sliding window", windowed),
-        Limit("llama.cpp", "it has no biases of attention in the family", some("attention_bias")),
-        Limit("llama.cpp", "it ignores llama3's scaling of positions in the family", rope("llama3")),
-        Limit("vllm", "it leaves out the biases of attention in the family", some("attention_bias")),
-        Limit("mlx", "it has no biases of attention in the family", some("attention_bias")),
-        Limit("mlx", "it ignores llama3's scaling of positions in the family", rope("llama3")),
+        Limit("llama.cpp", "it has no attention biases in this family", some("attention_bias")),
+        Limit("llama.cpp", "it ignores llama3 position scaling in this family", rope("llama3")),
+        Limit("vllm", "it leaves out the attention biases in this family", some("attention_bias")),
+        Limit("mlx", "it has no attention biases in this family", some("attention_bias")),
+        Limit("mlx", "it ignores llama3 position scaling in this family", rope("llama3")),
     ),
 )

@@ -31,7 +31,7 @@ def config_map(dense: Mapping[str, Any], recipe: UpcycleRecipe) -> dict[str, Any
 
 def always_shared(*clients: str) -> tuple[Limit, ...]:
     """The limit of clients that need a shared expert."""
-    return tuple(Limit(name, "it cannot be without a shared expert", none_of("n_shared_experts")) for name in clients)
+    return tuple(Limit(name, "it requires a shared expert", none_of("n_shared_experts")) for name in clients)
 
 
 SPEC = ArchSpec(

@@ -248,7 +248,7 @@ def candidates(target: str, dense: Mapping[str, Any]) -> list[ArchSpec]:
         dense: the filled dense config.
 
     Raises:
-        ConfigError: the target is unknown, or does not fit the dense model; says which do.
+        ConfigError: the target is unknown, or does not fit the dense model; names those that do.
     """
     if target != "auto":
         registry.check("target", target)

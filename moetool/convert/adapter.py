@@ -62,7 +62,7 @@ def read_adapter(reader: AdapterReader) -> Adapter:
     """The parts of an adapter, found by their names and checked against its configuration.
 
     Raises:
-        ConfigError: it is no LoRA, or one of a kind whose merge is another formula.
+        ConfigError: it is not a LoRA, or a kind of LoRA that is merged by another formula.
         CheckpointError: its configuration or one of its tensors makes no sense.
     """
     config, where = reader.config, reader.folder
@@ -94,10 +94,11 @@ def _delta(module: str, parts: Mapping[str, TensorInfo], reader: AdapterReader) 
     embedding = "embedding_A" in parts
     names = ("embedding_A", "embedding_B") if embedding else ("A", "B")
     if set(parts) != set(names):
-        raise CheckpointError(f"{reader.folder} has only a part of the LoRA of {module[:100]}; fetch it again")
+        raise CheckpointError(f"{reader.folder} has only part of the LoRA of {module[:100]}; fetch it again")
     a, b = (parts[name] for name in names)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-        raise CheckpointError(f"{reader.folder}: {module[:100]} has parts of shapes {list(a.shape)}, {list(b.shape)}")
+        shapes = f"{list(a.shape)} and {list(b.shape)}"
+        raise CheckpointError(f"{reader.folder}: {module[:100]} has parts of shapes {shapes}, which do not match")
     config, rank = reader.config, a.shape[0]
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     if type(alpha) not in (int, float) or not abs(alpha) < 2**63:
@@ -113,7 +114,7 @@ def _pattern(patterns: Any, module: str, default: Any) -> Any:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error:
-            raise CheckpointError(f"adapter_config.json: alpha_pattern {pattern[:60]!r} is no pattern") from None
+            raise CheckpointError(f"adapter_config.json: alpha_pattern {pattern[:60]!r} is not valid") from None
     return default
 
 
@@ -135,7 +136,7 @@ def adapted(name: str, base: TensorInfo, delta: Delta, adapter: AdapterReader) -
     if base.shape != (shape[::-1] if delta.transposed else shape):
         raise CheckpointError(
             f"--adapter {adapter.folder} adds {list(shape)} to {name[:100]}, which has shape {list(base.shape)}; give"
-            " the base that it was trained on"
+            " the base model that it was trained on"
         )
     return "adapted transposed" if delta.transposed else "adapted", (Piece(1, delta.a), Piece(1, delta.b))
 

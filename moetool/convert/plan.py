@@ -117,13 +117,13 @@ def _adapter(readers: Sequence[CheckpointReader], matrices: Mapping[str, Matrix]
         if name not in matrices:
             raise CheckpointError(
                 f"--adapter {reader.folder} changes {name[:100]}, which {readers[0].folder} does not have; give the"
-                " base that it was trained on"
+                " base model that it was trained on"
             )
     for name, info in adapter.replaced.items():
         if info.shape != matrices[name].whole:
             raise CheckpointError(
-                f"--adapter {reader.folder} replaces {name[:100]} by one of shape {list(info.shape)}, the base's has"
-                f" {list(matrices[name].whole)}"
+                f"--adapter {reader.folder} replaces {name[:100]} with a tensor of shape {list(info.shape)}, but"
+                f" the base has {list(matrices[name].whole)}"
             )
     return adapter
 
@@ -165,7 +165,7 @@ def _dtype(name: str, dtype: str, recipe: ConvertRecipe, spec: ArchSpec | None) 
 
 
 def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_shard_size: int) -> Plan:
-    """The plan that a lineage entry tells of.
+    """The plan that a lineage entry records.
 
     Raises:
         CheckpointError: the entry is damaged, or see `plan_conversion`.
@@ -173,7 +173,7 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     """
     recipe = ConvertRecipe.from_json(entry.get("recipe", {}))
     if len(readers) != 1 + recipe.adapter:
-        raise CheckpointError(f"moetool.json tells of {1 + recipe.adapter} sources and names {len(readers)}")
+        raise CheckpointError(f"moetool.json records {1 + recipe.adapter} sources but names {len(readers)}")
     return plan_conversion(readers, recipe, max_shard_size).plan
 
 

@@ -32,7 +32,7 @@ class ConvertRecipe:
         """The inverse of `asdict`.
 
         Raises:
-            CheckpointError: a field is missing, unknown, or has no value of its own.
+            CheckpointError: a field is missing, unknown, or has an invalid value.
         """
         flags = [values.get(name) for name in ("unpickle", "adapter")]
         known = values.get("dtype") in ("auto", *FLOAT_DTYPES) and values.get("layout") in (

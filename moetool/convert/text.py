@@ -19,7 +19,7 @@ def result_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the model that a checkpoint is converted to.
 
     Raises:
-        ConfigError: it is quantised, or its text model is of no family that moetool knows.
+        ConfigError: it is quantised, or moetool does not know the family of its text model.
     """
     if config.get("quantization_config"):
         raise ConfigError("the source is quantised; convert the unquantised model that it was made from")

@@ -33,7 +33,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU's memory, or that the machine has free; None where that cannot be told."""
+    """Bytes of a GPU's memory, or that the machine has free; None where that is not known."""
     import torch
 
     if device.type == "cuda":
@@ -42,7 +42,7 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that a device has left for this process; None where that cannot be told.
+    """Bytes that a device has left for this process; None where that is not known.
 
     Of the CPU's these are what the machine, a container's limit (cgroup) and `ulimit -v` leave, whichever is least.
     """

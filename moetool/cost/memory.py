@@ -24,7 +24,7 @@ def weight_bytes(folder: Path, dtype: str = "auto") -> int:
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
 
     Raises:
-        CheckpointError: it is no readable checkpoint.
+        CheckpointError: it is not a readable checkpoint.
     """
     with CheckpointReader(folder) as reader:
         return sum(
@@ -34,12 +34,12 @@ def weight_bytes(folder: Path, dtype: str = "auto") -> int:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What the processes of a run share out among them.
+    """How the processes of a run shard its model.
 
     Attributes:
         num_processes: of the run.
         sharded: whether each holds a share of the weights (FSDP, ZeRO-3).
-        zero_stage: of DeepSpeed, which shares out moments, from 2 on gradients, in 3 weights; 0 without it.
+        zero_stage: of DeepSpeed, which shards moments, from 2 on gradients, in 3 weights; 0 without it.
     """
 
     num_processes: int = 1
@@ -52,7 +52,7 @@ class Sharing:
         return not self.sharded and not self.zero_stage
 
     def parts(self, stage: int) -> int:
-        """Of how many parts a process has one, of what is shared out from a stage of ZeRO on."""
+        """The number of parts into which ZeRO shards something from a stage on; each process has one."""
         return self.num_processes if self.sharded or self.zero_stage >= stage else 1
 
 
@@ -77,7 +77,7 @@ def estimate(model: Any, training: Training, sharing: Sharing) -> dict[str, int]
     """Bytes that each process needs on its device.
 
     In fp32: weights, gradients and both moments, 16 bytes per parameter. In bf16 the weights of the forward come on top
-    (2 bytes); `--moments` and `--no-master-weights` make it less. Sharded weights are gathered a layer at a time.
+    (2 bytes); `--moments` and `--no-master-weights` make it less. Sharded weights are gathered one layer at a time.
     Activations are an estimate: each matrix keeps its input and its output for the backward, each norm three rows in
     fp32, and the head its logits and their gradient, which bf16 takes some tokens at a time. DeepSpeed updates a second
     copy of a process's share of the weights, and in stage 3 keeps up to 1e9 gathered ones.

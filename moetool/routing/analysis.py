@@ -50,15 +50,15 @@ def analyze(
         settings: how.
         compare: name and folder of the second checkpoint.
         scratch: where a comparison keeps the first checkpoint's choices while it runs.
-        notice: told in one line what will take memory or disk, before it does.
-        progress: told the tokens done.
+        notice: called with one line about memory or disk that is about to be used.
+        progress: reports the tokens done.
 
     Returns:
         The report, as `build_report` makes it.
 
     Raises:
         CheckpointError: a model cannot be loaded, has no router that can be read, or its moetool.json
-            is damaged or another's.
+            is damaged or belongs to another checkpoint.
         ConfigError: the checkpoints differ in shape, or the settings do not fit the model.
     """
     origin = read_origin(model[1])
@@ -131,7 +131,7 @@ def _check_models(models: list[tuple[str, Path]], settings: Settings) -> None:
     name = models[-1][0]
     check_shapes(name, shapes[0], shapes[-1])
     if longest[-1] < longest[0]:
-        raise ConfigError(f"--seq-len {longest[0]}: the positions of {name} end at {longest[-1]}")
+        raise ConfigError(f"--seq-len {longest[0]}: {name} has only {longest[-1]} positions; give at most that")
 
 
 def _shape(model: Any, capture: RouterCapture, empty: RoutingStats | None) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _unit_use(model: Any, origin: Origin | None, settings: Settings) -> UnitUse 
 def _seq_len(model: Any, settings: Settings) -> int:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
     if settings.seq_len and settings.seq_len > positions:
-        raise ConfigError(f"--seq-len {settings.seq_len}: the model's positions end at {positions}")
+        raise ConfigError(f"--seq-len {settings.seq_len}: the model has only {positions} positions; give at most that")
     return settings.seq_len or min(SEQ_LEN, int(positions))
 
 
@@ -179,7 +179,7 @@ def _vocabulary_layers(
         layers = sorted({layers[round(i * (len(layers) - 1) / max(fit - 1, 1))] for i in range(fit)})
     if layers:
         notice(
-            f"the tokens of {len(layers)} of {len(empty.layers)} layers are counted by expert:"
+            f"counting tokens by expert in {len(layers)} of {len(empty.layers)} layers takes"
             f" {one * len(layers) / 1e6:.1f} MB of memory (--vocabulary-layers chooses them)"
         )
     return layers

@@ -1,4 +1,4 @@
-"""What the routers of a model did with a batch, read by forward hooks.
+"""How a model's routers handled a batch, read by forward hooks.
 
 Shapes: T tokens (batch x sequence, flattened), E experts, K top-k, L layers.
 
@@ -127,14 +127,14 @@ class RouterCapture:
             layer = _layer_index(name)
             if layer in self.routers:
                 raise CheckpointError(
-                    f"layer {layer} has two routers, the second is '{name}'; moetool reads one a layer"
+                    f"layer {layer} has two routers, the second is '{name}'; moetool reads one per layer"
                 )
             if type(module).__name__ in _UNREADABLE:
                 raise _unreadable(type(module).__name__, layer)
             self.routers[layer] = module
         if not self.routers:
             raise CheckpointError(
-                f"{type(model).__name__} is a dense model: it has no router to look at; give a Mixture of Experts"
+                f"{type(model).__name__} is a dense model without a router; give a Mixture of Experts"
                 " (moetool upcycle makes one)"
             )
         self.routers = dict(sorted(self.routers.items()))
@@ -173,7 +173,7 @@ class RouterCapture:
 
     @contextmanager
     def collect(self, consume: Callable[[Route], None] | None = None) -> Iterator[list[Route]]:
-        """Collect routes while the block runs: one a layer and forward, in layer order.
+        """Collect routes while the block runs: one per layer and forward, in layer order.
 
         Args:
             consume: called with each route inside the hook instead of keeping it in the list, so that

@@ -45,7 +45,7 @@ def expected_pairs(counts_LE: np.ndarray, top_k: int) -> Array:
 
 
 def coactivation(stats: RoutingStats) -> list[dict[str, Any]] | None:
-    """The report's entry of one domain; None when one expert a token is chosen.
+    """The report's entry of one domain; None when one expert per token is chosen.
 
     For each layer: `matrix[i][j]` = N_ij / N_i, the share of expert i's tokens that expert j takes as
     well (asymmetric, rows sum to K - 1), `expected` the same by chance, both null for more than

@@ -61,7 +61,7 @@ class RouteFile:
         self._kept[name][route.layer] = self._kept[name][route.layer].to(now_NK.device) + same.sum()
 
     def saturation(self, name: str, num_tokens: int) -> list[float]:
-        """Share of a token's K experts that both checkpoints choose, mean over tokens, a layer.
+        """Share of a token's K experts that both checkpoints choose, mean over tokens, per layer.
 
         Continual router saturation of arXiv 2503.05029 and OLMoE (arXiv 2409.02060, section 5.1):
         1 where every choice stayed.

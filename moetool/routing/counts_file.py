@@ -20,7 +20,7 @@ def read_counts(path: Path, top_k: int) -> dict[str, RoutingStats]:
 
     Args:
         path: JSON.
-        top_k: experts a token, from which the number of tokens follows.
+        top_k: experts per token, from which the number of tokens follows.
 
     Raises:
         DataError: not such a file, or counts that contradict each other; names domain and layer.
@@ -53,7 +53,7 @@ def _domain(layers: Any, top_k: int, where: str) -> RoutingStats:
     for layer, counts in rows.items():
         whole = isinstance(counts, list) and all(type(count) is int and 0 <= count < 2**62 for count in counts)
         if not whole or not counts:
-            raise DataError(f"{where}, layer {layer}: expected a list of whole numbers from 0, one an expert")
+            raise DataError(f"{where}, layer {layer}: expected a list of whole numbers from 0, one per expert")
     num_experts = len(next(iter(rows.values())))
     if num_experts > MAX_EXPERTS or num_experts * len(rows) > MAX_CELLS:
         raise DataError(f"{where}: {len(rows)} layers of {num_experts} experts, more than any model has")

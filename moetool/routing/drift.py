@@ -31,10 +31,10 @@ def drift(before: Path, after: Path, num_experts: int, progress: Progress = sile
     Args:
         before: folder of checkpoint A.
         after: folder of checkpoint B.
-        num_experts: routed experts a layer.
+        num_experts: routed experts per layer.
 
     Returns:
-        For each layer `layer`, `router` and `experts` (one value an expert); null where the files hold
+        For each layer `layer`, `router` and `experts` (one value per expert); null where the files hold
         no plain weights of that name and shape (quantised ones, say) or A is all zero.
 
     Raises:

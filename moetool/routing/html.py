@@ -133,7 +133,7 @@ def line_chart(
 
     Args:
         layers: layer indices, along x.
-        series: name -> one value a layer; None leaves a gap.
+        series: name -> one value per layer; None leaves a gap.
         low: the axis' lower end.
         high: its upper end; None takes the largest value, rounded up.
         reference: a value that the axis has to reach, too.
@@ -179,7 +179,7 @@ def _round_up(value: float, low: float) -> float:
 
 
 def bars(loads: Sequence[Sequence[float]], top: float, width: float = 240, height: float = 72) -> list[str]:
-    """SVG paths of a layer's load bars, one path a domain, the domains of an expert side by side."""
+    """SVG paths of a layer's load bars, one path per domain, the domains of an expert side by side."""
     E, D = len(loads[0]), len(loads)
     slot = width / E
     bar = slot * (0.8 if E <= 64 else 1) / D

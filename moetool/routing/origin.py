@@ -99,16 +99,16 @@ def read_origin(folder: Path) -> Origin | None:
         recipe = UpcycleRecipe.from_json(entry.get("recipe", {}))
         _check_recipe(recipe)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}/{error}; delete it to analyse the checkpoint without") from None
+        raise CheckpointError(f"{folder}/{error}; delete it to analyse the checkpoint without it") from None
     if recipe.num_experts != source.num_experts:
         raise CheckpointError(
-            f"{path} tells of {recipe.num_experts} experts, config.json of {source.num_experts}; delete it to analyse"
-            " the checkpoint without"
+            f"{path} says {recipe.num_experts} experts, but config.json says {source.num_experts}; delete it to analyse"
+            " the checkpoint without it"
         )
     sources = recorded_sources(entry)
     named = all(isinstance(source.get("name"), str) and isinstance(source.get("sha256"), dict) for source in sources)
     if not named or len(sources) != recipe.num_donors:
-        raise CheckpointError(f"{path} does not name the dense source; delete it to analyse the checkpoint without")
+        raise CheckpointError(f"{path} does not name the dense source; delete it to analyse the checkpoint without it")
     names = tuple(source["name"] for source in sources)
     num_units = source.expert(source.layers[0], 0, "gate").shape[0]
     origin = Origin(entry, recipe, source.spec, source.layers, num_units, names)
@@ -128,7 +128,7 @@ def _check_recipe(recipe: UpcycleRecipe) -> None:
         recipe.method in registry.names("method") and donors >= 1 and recipe.granularity >= 1 and shared >= 0
     ) and (recipe.method == "scratch" or recipe.num_experts % (recipe.group_size * donors) == 0)
     if not sound:
-        raise CheckpointError(f"{LINEAGE}: no upcycling has this recipe")
+        raise CheckpointError(f"{LINEAGE}: moetool upcycle cannot have written this recipe")
 
 
 def first_entry(folder: Path) -> dict[str, Any] | None:
@@ -145,16 +145,16 @@ def _check_digests(origin: Origin, path: Path) -> None:
     if not isinstance(digests, list) or shape != [experts] * layers or recorded.get("layers") != list(origin.layers):
         raise CheckpointError(
             f"{path} has no checksum for each of {layers} x {experts} experts; delete it to analyse the checkpoint"
-            " without"
+            " without it"
         )
     for layer, row in zip(origin.layers, digests, strict=True):
         for expert, digest in enumerate(row):
             if units_digest(origin.recipe, layer, expert, origin.num_units) != digest:
                 raise CheckpointError(
-                    f"layer {layer}, expert {expert}: the redrawn units rebuilt from the recipe are not those in"
+                    f"layer {layer}, expert {expert}: the redrawn units rebuilt from the recipe differ from those in"
                     f" {path}; it was written by moetool {str(origin.entry.get('moetool'))[:40]!r} with torch"
                     f" {str(origin.entry.get('torch'))[:40]!r}, this is {__version__} with {torch.__version__}; delete"
-                    " it to analyse the checkpoint without"
+                    " it to analyse the checkpoint without it"
                 )
 
 
@@ -183,11 +183,11 @@ def _find(name: str, expected: Mapping[str, Any], origin: Origin) -> Path:
     with open_dense(folder) as reader:
         spec, config = dense_config(reader.config)
     if spec.model_type != expected.get("model_type") or set(reader.shards) != set(expected["sha256"]):
-        raise CheckpointError(f"{folder} has another family or other files than the model that was upcycled")
+        raise CheckpointError(f"{folder} differs in its family or files from the model that was upcycled")
     units, hidden = origin.num_units * origin.recipe.granularity, config["hidden_size"]
     for layer in origin.layers:
         for projection, tensor in dense_ffn(layer).items():
             info = reader.tensors.get(tensor)
             if info is None or info.shape != ((hidden, units) if projection == "down" else (units, hidden)):
-                raise CheckpointError(f"{folder} has other FFN matrices than the model that was upcycled")
+                raise CheckpointError(f"{folder} differs in its FFN matrices from the model that was upcycled")
     return folder

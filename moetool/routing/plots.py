@@ -26,7 +26,7 @@ _STYLE: dict[str, Any] = {"linewidth": 1.6, "markersize": 3, "marker": "o"}
 
 
 def draw_plots(report: dict[str, Any]) -> dict[str, bytes]:
-    """Draw `mri.png`, `entropy.png` and one `load-<domain>.png` a domain.
+    """Draw `mri.png`, `entropy.png` and one `load-<domain>.png` per domain.
 
     With a comparison also `saturation.png`; of an upcycled model `expert-similarity.png`,
     `dense-similarity.png` and `unit-use.png`, as far as they are known.

@@ -22,13 +22,13 @@ def probe(model: Any, capture: RouterCapture) -> RoutingStats:
     """Empty stats of the model's shape.
 
     Raises:
-        CheckpointError: a router cannot be read, or none is asked.
+        CheckpointError: a router cannot be read, or none is called.
     """
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
     with capture.collect() as routes:
         model.base_model(input_ids=ids, use_cache=False)
     if not routes:
-        raise CheckpointError(f"{type(model).__name__}: none of its routers was asked for a token")
+        raise CheckpointError(f"{type(model).__name__}: none of its routers was called")
     return RoutingStats(capture.layers, routes[0].logits_TE.shape[-1], routes[0].indices_TK.shape[-1])
 
 

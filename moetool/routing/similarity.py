@@ -35,7 +35,7 @@ def similarity(
 ) -> list[dict[str, Any]]:
     """Cosine similarity of experts, gate, up and down taken together as one vector.
 
-    Experts are held against those that began as the same part of the dense FFN, and against that part
+    Experts are compared with those that began as the same part of the dense FFN, and against that part
     in the dense model that they come from, its down-projection times the factor that the experts'
     carry. `kept` and `redrawn` take the entries of units that were kept in both, and the rest (changed
     in at least one). Matrices whose units were permuted are put back into the dense order first.
@@ -51,7 +51,7 @@ def similarity(
         (its mean over the others). None where there are no such units, or no other expert.
 
     Raises:
-        CheckpointError: a file is damaged, or holds no plain weights of the experts.
+        CheckpointError: a file is damaged, or does not hold plain weights of the experts.
     """
     rows = []
     with ExitStack() as stack:
@@ -147,7 +147,7 @@ def _matrices(
 def _plain(info: TensorInfo, layer: int, shape: tuple[int, ...] | None = None) -> TensorInfo:
     if info.dtype not in DTYPES or shape not in (None, info.shape):
         name = info.name.rpartition(".layers.")[2]
-        raise CheckpointError(f"layer {layer}: the files hold no plain {name} of one shape")
+        raise CheckpointError(f"layer {layer}: the files do not hold {name} as plain weights of one shape")
     return info
 
 

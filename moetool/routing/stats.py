@@ -38,8 +38,8 @@ class RoutingStats:
 
     Attributes:
         layers: indices of the decoder layers, ascending.
-        num_experts: routed experts a layer (shared experts are not routed and not counted).
-        top_k: experts a token.
+        num_experts: routed experts per layer (shared experts are not routed and not counted).
+        top_k: experts per token.
         num_tokens: tokens counted.
     """
 
@@ -134,7 +134,7 @@ class RoutingStats:
         """
         ours, theirs = ((stats.layers, stats.num_experts, stats.top_k) for stats in (self, other))
         if ours != theirs:
-            raise ValueError(f"stats of unlike models do not add up: {ours} and {theirs}")
+            raise ValueError(f"stats of different models cannot be added: {ours} and {theirs}")
         sums = {
             layer: _Sums(*(mine + its.to(mine.device) for mine, its in zip(own, other._sums[layer], strict=True)))
             for layer, own in self._sums.items()

@@ -1,6 +1,6 @@
 """One pass of a model over texts, counting routes as they are made.
 
-Shapes: B sequences, S tokens a sequence, T = B x S tokens of a batch with its padding, N without.
+Shapes: B sequences, S tokens per sequence, T = B x S tokens of a batch with its padding, N without.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def measure(
         model: a causal language model of transformers; its head is not run.
         capture: the hooks on it.
         texts: name -> tokens.
-        seq_len: tokens a window; windows do not see each other.
-        batch_size: windows a forward.
+        seq_len: tokens per window; windows do not see each other.
+        batch_size: windows per forward.
         max_tokens: the first so many tokens of each text.
         observers: called for each route besides, in the order of layers and batches.
 
@@ -106,14 +106,14 @@ def measure(
     for name, text in texts.items():
         total = min(text.num_tokens, max_tokens)
         if total < 1:
-            raise DataError(f"--data {name}: no tokens to route; give a text that is not empty")
+            raise DataError(f"--data {name}: the text has no tokens to route; give a longer one")
         stats[name] = sums = deepcopy(empty)
         began, done = time.monotonic(), 0
         for batch in read_batches(text, seq_len, batch_size, total):
             if (unknown := int(batch.tokens_N.max())) >= vocabulary:
                 raise DataError(
-                    f"--data {name}: token {unknown} is not among the model's {vocabulary}; the text was tokenized for"
-                    " another model"
+                    f"--data {name}: token {unknown} is not among the model's {vocabulary} tokens; the text was"
+                    " tokenized for another model"
                 )
             # Filling lies behind the text, where a causal model does not see it: no attention mask.
             with capture.collect(partial(_count, sums, observers, name, batch)):

@@ -54,7 +54,7 @@ class UnitUse:
                 )
                 module.register_forward_pre_hook(self._hook(int(found[1])))
         if sorted(self._norms) != list(origin.layers):
-            self.note = "the use of changed units is not known: this version of transformers builds experts otherwise"
+            self.note = "the use of changed units is not known: this version of transformers builds experts differently"
 
     def observe(self, name: str, route: Route, batch: Batch) -> None:
         """Observer of `measure`: called by the router, just before its experts run."""

@@ -10,7 +10,7 @@ OLDER = ", first model"
 
 
 def changed_units(first: Measured) -> str:
-    """What the units are called that are not the dense model's."""
+    """The name of the units that are not the dense model's."""
     return "units given noise" if first["recipe"]["method"] == "noise" else "redrawn units"
 
 
@@ -18,12 +18,12 @@ def beginning(first: Measured) -> list[str]:
     """How the experts began, in sentences."""
     recipe, names = first["recipe"], [first["source"], *first["donors"]]
     if recipe["method"] == "scratch":
-        return [f"moetool made this model in the shape of {names[0]} and drew every tensor: no weight comes from it."]
+        return [f"moetool made this model in the shape of {names[0]}, but drew every tensor: no weight comes from it."]
     several, parts = len(names) > 1, recipe["granularity"]
     whole = "the feed-forward network of one of them" if several else "its feed-forward network"
     what = whole if parts == 1 else f"one of {parts} parts of {whole}"
     if first["num_redrawn"]:
-        done = "noise added to" if recipe["method"] == "noise" else "drawn anew"
+        done = "noise added to" if recipe["method"] == "noise" else "redrawn"
         units = f"{first['num_redrawn']} of {first['num_units']} units"
         each = " in each matrix" if recipe["drop_index"] == "per-matrix" else ""
         what += f", with {f'{done} {units}' if done.startswith('noise') else f'{units} {done}'}{each} and the rest kept"
@@ -36,15 +36,15 @@ def beginning(first: Measured) -> list[str]:
 
 
 def notes(first: Measured) -> dict[str, str]:
-    """What is to be seen in each chart."""
+    """The note below each chart."""
     recipe, some = first["recipe"], bool(first["num_redrawn"])
     if recipe["method"] == "scratch":
         return {
-            "between": "Mean over pairs of experts. They were drawn apart and begin near 0.",
+            "between": "Mean over pairs of experts. They were drawn independently and begin near 0.",
             "dense": "",
             "use": "",
         }
-    apart = " (of two dense models: where these are)" if first["donors"] else ""
+    apart = " (those of two dense models: at the similarity of these)" if first["donors"] else ""
     noise = recipe["method"] == "noise"
     changed = "Units that one or both had changed begin" if noise else "Units that one or both had redrawn begin"
     lower = "below 1" if noise else "near 0, and stay there while experts learn different things"
@@ -57,14 +57,14 @@ def notes(first: Measured) -> dict[str, str]:
         ),
         "dense": "Mean over experts. "
         + (
-            "Kept units begin at 1: what they have lost is what training has changed. "
+            "Kept units begin at 1; any drop below 1 is due to training. "
             + ("Units given noise begin below 1." if noise else "Redrawn units begin near 0, with no reason to return.")
             if some
-            else "Copied experts begin at 1: what is missing is what training has changed."
+            else "Copied experts begin at 1; any drop below 1 is due to training."
         ),
-        "use": "Their share of all that the units add to an expert's output, over their share of the units: 1 as much"
-        " as the kept ones, 0 nothing."
-        + ("" if noise else " Fresh from the draw they do little; training that works raises it."),
+        "use": "Their share of what all units add to an expert's output, divided by their share of the units: 1 means"
+        " as much as the kept units, 0 means nothing."
+        + ("" if noise else " Newly redrawn units do little; successful training raises this."),
     }
 
 
@@ -88,9 +88,9 @@ def tiles(first: Measured, second: Measured | None) -> list[tuple[str, str]]:
     redrawn, units = bool(first["num_redrawn"]), changed_units(first)
     found = [
         (change(first, second, "with_dense", "all"), "similarity of experts and the dense model"),
-        (change(first, second, "with_dense", "kept") if redrawn else None, "the same, in the units that were kept"),
+        (change(first, second, "with_dense", "kept") if redrawn else None, "the same, in the kept units only"),
         (change(first, second, "between_experts", "all"), "similarity of two experts"),
-        (change(first, second, "use"), f"use of {units}; 1 is as much as the kept ones"),
+        (change(first, second, "use"), f"use of {units}; 1 is as much as the kept units"),
         (change(first, second, "idle", share=True), f"of {units} are nearly idle"),
     ]
     return [(value, label) for value, label in found if value is not None]
@@ -116,7 +116,7 @@ def similarity_series(
 
 
 def use_series(first: Measured, second: Measured | None) -> tuple[dict[str, list[float | None]], list[str]]:
-    """The same of the use of changed units, a domain a line."""
+    """The same of the use of changed units, one line per domain."""
     models = _models(first, second, "unit_use")
     lines = {name: [[row["use"] for row in model["unit_use"][name]] for model in models] for name in first["unit_use"]}
     return _pairs(lines)

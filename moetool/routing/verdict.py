@@ -26,7 +26,7 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `level` (balanced, skewed or collapsed: that of the worst layer), `title` (one sentence),
-        `findings` and `advice` (sentences), `layers` (one level a layer), `worst` (domain, layer, mri,
+        `findings` and `advice` (sentences), `layers` (one level per layer), `worst` (domain, layer, mri,
         mri_normalized) and `dead_experts` ([layer, expert] pairs that are dead in every domain).
     """
     layers = [row["layer"] for row in next(iter(report["domains"].values()))["layers"]]
@@ -106,8 +106,8 @@ def _findings(report: dict[str, Any], level: str, worst: dict[str, Any], dead: l
     ]
     if level == "balanced" and worst["mri_normalized"] > BALANCED_MRI_NORMALIZED:
         findings.append(
-            "That is specialisation: over all domains together no expert has that much to do. Where text of one kind is"
-            " served alone, it still sets the pace."
+            "That is specialisation: over all domains together no expert has that much to do. When only one kind of"
+            " text is served, that expert still sets the pace."
         )
     total = report["num_experts"] * report["num_layers"]
     where = "in every domain" if len(report["domains"]) > 1 else f"on {worst['domain']}"
@@ -143,13 +143,13 @@ def _advice(level: str, dead: list[list[int]], report: dict[str, Any]) -> list[s
             " aux=0.01): one that pools the layers can be low while single layers collapse."
         )
         advice.append(
-            "If the model was upcycled by copying, its experts began alike and nothing pulls them apart: upcycle again"
-            " with --method drop --drop-ratio 0.5."
+            "If the model was upcycled by copying, its experts began identical and nothing pulls them apart: upcycle"
+            " again with --method drop --drop-ratio 0.5."
         )
     else:
         advice.append(
-            "If this model will be trained further, keep a balance loss of each layer on, and raise its coefficient if"
-            " the skew grows. For inference the busiest expert sets the pace when experts lie on different devices."
+            "If this model will be trained further, keep a balance loss on each layer, and raise its coefficient if"
+            " the skew grows. In inference the busiest expert sets the pace when experts are on different devices."
         )
     if dead:
         advice.append(
@@ -157,5 +157,5 @@ def _advice(level: str, dead: list[list[int]], report: dict[str, Any]) -> list[s
             " domains before you prune them."
         )
     if len(report["domains"]) == 1:
-        advice.append("Only one domain was looked at: a skew on one kind of text may be specialisation. Add --data.")
+        advice.append("Only one domain was analysed; a skew on one kind of text may be specialisation: add --data.")
     return advice

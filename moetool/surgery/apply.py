@@ -67,4 +67,4 @@ def prove(plan: Plan, sources: Sources, out: Path, level: str, workers: int, pro
     try:
         return verify(plan, sources.readers, out, level, workers, progress)
     except CheckpointError as error:
-        raise CheckpointError(f"{out} does not prove: {error}; --overwrite writes it again") from None
+        raise CheckpointError(f"{out} failed verification: {error}; use --overwrite to write it again") from None

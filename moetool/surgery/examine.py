@@ -131,8 +131,8 @@ def _hash(path: Path) -> str:
     sha256, name = sha256_file(path), path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", name) and name != sha256:
         raise CheckpointError(
-            f"{path} is not what was fetched: its SHA-256 is not {name}, by which the hub's cache names it; delete"
-            f" {path.resolve()} and run the same command again"
+            f"{path} is not the file that was fetched: its SHA-256 differs from its name in the hub's cache, {name};"
+            f" delete {path.resolve()} and run the same command again"
         )
     return sha256
 
@@ -153,7 +153,7 @@ def _look(reader: CheckpointReader, part: _Part, fills: Sequence[Fill]) -> np.nd
         if not is_finite(rows):
             raise CheckpointError(
                 f"{reader.folder / info.shard}: tensor {info.name} holds NaN or infinity;"
-                " nothing was written: mend or fetch the source again"
+                " nothing was written; fix the source or fetch it again"
             )
         for fill in fills:
             largest = max(1.0, fill.factor)
@@ -161,7 +161,7 @@ def _look(reader: CheckpointReader, part: _Part, fills: Sequence[Fill]) -> np.nd
             if overflows and not is_finite((rows.float() * largest).to(TORCH_DTYPES[fill.dtype])):
                 raise CheckpointError(
                     f"{reader.folder / info.shard}: tensor {info.name} holds values that"
-                    f" {FLOAT_DTYPES[fill.dtype]} cannot; nothing was written: choose another --dtype"
+                    f" {FLOAT_DTYPES[fill.dtype]} cannot represent; nothing was written; choose another --dtype"
                 )
         if axis is not None:
             wide = rows.double()

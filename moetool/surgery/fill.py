@@ -88,7 +88,7 @@ class Fill:
 
     @property
     def num_elements(self) -> int:
-        """Of one place."""
+        """Elements of one place."""
         return math.prod(self.shape)
 
     @cached_property

@@ -64,7 +64,7 @@ class Block:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the result."""
+        """The dtype of the result."""
         return TORCH_DTYPES[self.fill.dtype]
 
     def rows(self, piece: Piece, start: int, stop: int) -> torch.Tensor:

@@ -75,13 +75,14 @@ def provable_entry(folder: Path) -> dict[str, Any]:
         CheckpointError: no operation did, or another command has changed the checkpoint since.
     """
     if (folder / PARTIAL).exists():
-        raise CheckpointError(f"{folder} is an unfinished conversion; run the command that began it again")
+        raise CheckpointError(f"{folder} is an unfinished conversion; run the same command again to finish it")
     entries = (read_lineage(folder) or {}).get("lineage") or []
     commands = [str(entry.get("command")) for entry in entries]
     proven = [number for number, command in enumerate(commands) if command in registry.names("operation")]
     if not proven:
         raise CheckpointError(
-            f"{folder} has no moetool.json that says how it was upcycled or converted; only such folders can be proved"
+            f"{folder} has no moetool.json that says how it was upcycled or converted; only folders with one can be"
+            " verified"
         )
     last = proven[-1]
     if commands[last + 1 :]:
@@ -93,8 +94,8 @@ def provable_entry(folder: Path) -> dict[str, Any]:
     entry = entries[last]
     if not all(isinstance(source.get("name"), str) for source in recorded_sources(entry)):
         raise CheckpointError(
-            f"{folder}/moetool.json does not name what was {registry.load('operation', commands[last]).done}; it was"
-            " edited"
+            f"{folder}/moetool.json does not name what was {registry.load('operation', commands[last]).done}"
+            "; it was edited"
         )
     if type(entry.get("max_shard_size")) is not int:
         found = entry.get("max_shard_size")

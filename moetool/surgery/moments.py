@@ -25,10 +25,10 @@ def resolution(dtype: torch.dtype, rms: float) -> float:
 def standard_errors(found: tuple[float, float, int], planned: tuple[float, float], grid: float) -> float:
     """How far the mean or the standard deviation of normal numbers lies from what was planned.
 
-    The mean's standard error is sigma / sqrt(n). The variance of a few numbers is no normal one: the
+    The mean's standard error is sigma / sqrt(n). The variance of a few numbers is not normal: the
     cube root of a chi-square over its degrees of freedom is (Wilson and Hilferty 1931). Rounding adds
     variance where numbers lie far apart on the dtype's grid; where they do not, it may move both
-    moments by about the grid's width, and these are not held against the numbers.
+    moments by about the grid's width, and these are not counted as errors.
 
     Args:
         found: mean, standard deviation, and how many numbers.

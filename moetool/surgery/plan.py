@@ -108,7 +108,7 @@ class Operation:
 
     Attributes:
         done: what it does to its source, as messages say it: `upcycled`.
-        replan: (sources, lineage entry, max_shard_size) -> the plan that the entry tells of.
+        replan: (sources, lineage entry, max_shard_size) -> the plan that the entry records.
     """
 
     done: str
@@ -144,7 +144,7 @@ def lay_out(
         try:
             json.dumps(value, allow_nan=False)
         except ValueError:
-            raise CheckpointError(f"config.json: {key} is {str(value)[:60]}; JSON has no NaN and no infinity") from None
+            raise CheckpointError(f"config.json: {key} is {str(value)[:60]}; JSON has no NaN or infinity") from None
     return Plan(
         command=command,
         recipe=recipe,

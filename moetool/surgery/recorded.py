@@ -1,4 +1,4 @@
-"""A finished folder held against its own moetool.json and the plan: config.json, digests, facts, foreign files."""
+"""A finished folder checked against its own moetool.json and the plan: config.json, digests, facts, foreign files."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def check_config(plan: Plan, out: Path) -> None:
 def check_files(plan: Plan, out: Path) -> int:
     """Every small file has the SHA-256 that moetool.json records, and no other file lies beside them.
 
-    Other folders than those of chat templates, hidden files and README.md are nobody's business, because
-    no program loads them with the model.
+    Other folders than those of chat templates, hidden files and README.md are ignored, because no
+    program loads them with the model.
 
     Returns:
         How many files were compared; 0 for a folder of a version that recorded no digests.
@@ -51,7 +51,9 @@ def check_files(plan: Plan, out: Path) -> int:
         if not (out / name).is_file():
             raise CheckpointError(f"{out / name} is missing; {plan.command} wrote it, and moetool.json has its digest")
         if sha256_file(out / name) != digest:
-            raise CheckpointError(f"{out / name} has changed since it was written (its SHA-256 is not moetool.json's)")
+            raise CheckpointError(
+                f"{out / name} has changed since it was written (its SHA-256 in moetool.json differs)"
+            )
     own = {*recorded, *(shard.name for shard in plan.shards), LINEAGE, "moetool.yaml", "README.md"}
     for path in sorted(out.iterdir()):
         loaded = path.is_file() or path.is_symlink() or path.name == "additional_chat_templates"
@@ -64,7 +66,7 @@ def check_recorded(plan: Plan, out: Path) -> None:
     """What moetool.json records of what was drawn is what this machine would draw.
 
     Raises:
-        CheckpointError: it is not; says why, as far as moetool.json tells.
+        CheckpointError: it is not; says why, as far as moetool.json shows.
     """
     entry = last_entry(out)
     differing = [key for key, value in plan.recorded().items() if entry.get(key) != value]
@@ -74,10 +76,10 @@ def check_recorded(plan: Plan, out: Path) -> None:
     why = (
         "so the recipe or the digests in it were edited"
         if versions[0] == versions[1]
-        else f"which was written with torch {versions[0]}, and this is {versions[1]}"
+        else f"which was written with torch {versions[0]}; this is {versions[1]}"
     )
     what = differing[0].replace("_", " ")
-    raise CheckpointError(f"{out}: the {what} rebuilt from the recipe are not those in moetool.json, {why}")
+    raise CheckpointError(f"{out}: the {what} rebuilt from the recipe differ from those in moetool.json, {why}")
 
 
 def check_shards(plan: Plan, out: Path, digests: Digests) -> None:
@@ -91,5 +93,5 @@ def check_shards(plan: Plan, out: Path, digests: Digests) -> None:
     for shard in plan.shards:
         if recorded.get(shard.name) != digests.of(shard):
             raise CheckpointError(
-                f"{out / shard.name} has changed since it was written (its digest is not moetool.json's)"
+                f"{out / shard.name} has changed since it was written (its digest in moetool.json differs)"
             )

@@ -74,7 +74,7 @@ def open_sources(
         for folder in folders:
             if Path(os.path.realpath(folder)) in (real, *real.parents):
                 raise CheckpointError(
-                    f"{out} is the source or inside it; a source is never modified: choose another folder"
+                    f"{out} is the source or inside it; a source is never modified; choose another folder"
                 )
         readers = open_readers(folders, unpickle, adapter is not None)
         yield Sources(tuple(names), tuple(stack.enter_context(reader) for reader in readers))

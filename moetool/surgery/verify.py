@@ -1,4 +1,4 @@
-"""The proof: re-open what was written and hold it against the plan and the sources."""
+"""The proof: re-open the written files and check them against the plan and the sources."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class _Matrix:
             mask[units] = False
             differ &= mask.unsqueeze(1 - self.fill.axis)
         if differ.any():
-            where = "holds kept units" if self.kind.drawn else "was to be copied"
+            where = "holds kept units" if self.kind.drawn else "should be a copy"
             raise CheckpointError(
                 f"tensor {self.info.name} ({self.info.shard}) {where}, but rows {start}-{stop - 1} differ from the"
                 " source"
@@ -251,13 +251,13 @@ def _check_full(matrix: _Matrix) -> _Checked:
     sure = std > FAR * grid and len(drawn.units) * (grid / std) ** width * len(fill.places) < FALSE_ALARMS / 1000
     if matrix.is_copy and num != len(drawn.units) and sure:
         raise CheckpointError(
-            f"tensor {matrix.info.name}: {num} units differ from the source, the recipe changes {len(drawn.units)}"
+            f"tensor {matrix.info.name}: {num} units differ from the source, but the recipe changes {len(drawn.units)}"
         )
     sigma = standard_errors((new.mean, new.std, new.n), (mean, std), grid)
     if sigma > matrix.limit:
         raise CheckpointError(
             f"tensor {matrix.info.name}: the drawn entries have mean {new.mean:.6g} and std {new.std:.6g},"
-            f" planned were {mean:.6g} and {std:.6g}: {sigma:.1f} standard errors apart"
+            f" but {mean:.6g} and {std:.6g} were planned: {sigma:.1f} standard errors apart"
         )
     checked.sigma = sigma
     if fill.projection == PROJECTIONS[0]:  # one of the three, so that each unit counts once

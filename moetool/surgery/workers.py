@@ -1,4 +1,4 @@
-"""Jobs on forked processes: in the threads of one, Python's lock would hold the cores up."""
+"""Jobs on forked processes: threads of one process would wait for Python's lock."""
 
 from __future__ import annotations
 
@@ -176,5 +176,5 @@ def _why_ended(child: int) -> Exception:
     with suppress(ChildProcessError):
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == -signal.SIGKILL:
-        return MemoryError("the system has killed a worker")
-    return RuntimeError(f"a worker ended with {code}")
+        return MemoryError("the system has killed a worker process")
+    return RuntimeError(f"a worker process ended with code {code}")

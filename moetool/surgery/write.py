@@ -54,8 +54,8 @@ def write(
         digests = _write_shards(plan, examined, readers, writer, workers, progress)
         if fingerprint(readers) != plan.fingerprint:
             raise CheckpointError(
-                f"{', '.join(str(reader.folder) for reader in readers)} changed while it was being read, so what was"
-                " made of it is unusable; run the command again with --overwrite"
+                f"{', '.join(str(reader.folder) for reader in readers)} changed while being read, so the result is"
+                " unusable; run the command again with --overwrite"
             )
     except BaseException:
         writer.abandon()
@@ -147,8 +147,8 @@ def _write_shards(
     for shard in plan.shards:
         if writer.complete.get(shard.name) not in (None, digests.of(shard)):
             raise CheckpointError(
-                f"{writer.folder / shard.name} has changed since the interrupted run wrote it; delete it, and the"
-                " same command writes it again"
+                f"{writer.folder / shard.name} has changed since the interrupted run wrote it; delete it and"
+                " run the same command again"
             )
     return {shard.name: digests.of(shard) for shard in plan.shards}
 
@@ -158,6 +158,6 @@ def _check_range(fill: Fill, place: Place, data: torch.Tensor) -> None:
     checked = fill.kind != "carried" and (fill.dtype == "F16" or not fill.sources)
     if checked and not is_finite(data):
         raise CheckpointError(
-            f"tensor {place.tensor} would hold values that {FLOAT_DTYPES[fill.dtype]} cannot; choose another --dtype,"
-            " or draw with a smaller standard deviation"
+            f"tensor {place.tensor} would hold values that {FLOAT_DTYPES[fill.dtype]} cannot represent; choose another"
+            " --dtype, or draw with a smaller standard deviation"
         )

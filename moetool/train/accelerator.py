@@ -1,4 +1,4 @@
-"""The processes of a run: accelerate's view of them, what they agree on, and tensors that they share out.
+"""The processes of a run: accelerate's view of them, what they agree on, and tensors that they shard.
 
 The only file that imports accelerate.
 """
@@ -34,12 +34,12 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
     """accelerate's view of the machine; mixed precision and accumulation are the loop's own.
 
     Args:
-        trackers: to be told of metrics, by accelerate's names.
-        folder: where those write that write files.
+        trackers: that receive metrics, by accelerate's names.
+        folder: for trackers that write files.
 
     Raises:
-        ConfigError: accelerate sees another number of processes than were launched: they would be so
-            many separate runs that write one folder. Or it was configured for what cpt cannot do, or a
+        ConfigError: accelerate does not see as many processes as were launched: they would be separate
+            runs that write the same folder. Or it is configured for something that cpt cannot do, or a
             tracker's package is not installed.
     """
     known = [str(tracker) for tracker in get_available_trackers()]
@@ -62,10 +62,10 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
     accelerator.gradient_accumulation_steps = 1
     launched = launch.num_processes()
     if accelerator.num_processes != launched:
-        found = "" if torch.cuda.is_available() else ", for there is no GPU"
+        found = "" if torch.cuda.is_available() else " because there is no GPU"
         raise ConfigError(
-            f"{launched} processes were launched, accelerate sees {accelerator.num_processes}{found}; on a CPU launch"
-            " with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m moetool cpt ..."
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}{found}; on a CPU"
+            " launch with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m moetool cpt ..."
         )
     if deepspeed:
         if not zero_stage(accelerator):
@@ -88,14 +88,14 @@ def _wanted(plugin: str) -> bool:
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """DeepSpeed's ZeRO stage, which shares out moments, from 2 on gradients, in 3 weights; 0 without DeepSpeed."""
+    """DeepSpeed's ZeRO stage, which shards moments, from 2 on gradients, in 3 weights; 0 without DeepSpeed."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return 0
     return int(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
 
 
 def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
-    """Tell the trackers a row of metrics: one number for all layers, the worst one's."""
+    """Send a row of metrics to the trackers: one number for all layers, the worst one's."""
     worst: dict[str, Callable[[Any], float]] = {
         "mri": max,
         "entropy": min,
@@ -119,7 +119,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def sharing(accelerator: Accelerator) -> Sharing:
-    """What the processes share out among them."""
+    """How the processes shard weights and moments."""
     return Sharing(accelerator.num_processes, is_sharded(accelerator), zero_stage(accelerator))
 
 
@@ -165,7 +165,7 @@ def is_mixed(accelerator: Accelerator, precision: str) -> bool:
 
 
 def autocast(accelerator: Accelerator, precision: str) -> torch.autocast:
-    """bf16 arithmetic over fp32 weights, where FSDP or DeepSpeed shares these out."""
+    """bf16 arithmetic over fp32 weights, where FSDP or DeepSpeed shards these."""
     enabled = precision == "bf16" and not is_mixed(accelerator, precision)
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=enabled)
 
@@ -182,11 +182,11 @@ def mean_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter])
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> tuple[Any, Any]:
-    """The model and its optimizer, wrapped for what the processes share out; the weights are in place.
+    """The model and its optimizer, wrapped for sharding over the processes; the weights are in place.
 
     Args:
         accelerator: of the run.
-        model: on this process's device, or on the CPU where its weights are going to be shared out.
+        model: on this process's device, or on the CPU where its weights are going to be sharded.
         optimizer: over its parameters.
         config: of the run.
     """

@@ -108,7 +108,7 @@ def parse(values: Sequence[str]) -> dict[str, float]:
         Name -> coefficient, 0 where it takes none; empty for `none`.
 
     Raises:
-        ConfigError: an unknown name, a coefficient that is no positive number, a name given twice, or
+        ConfigError: an unknown name, a coefficient that is not a positive number, a name given twice, or
             `none` beside others, or strategies that exclude each other.
     """
     chosen: dict[str, float] = {}
@@ -118,7 +118,7 @@ def parse(values: Sequence[str]) -> dict[str, float]:
         if name in chosen:
             raise ConfigError(f"--balance {name} is given twice")
         if strategy is NONE and (equals or len(values) > 1):
-            raise ConfigError(f"--balance {value}: 'none' takes no coefficient and stands alone")
+            raise ConfigError(f"--balance {value}: 'none' takes no coefficient and cannot be combined with others")
         default = getattr(strategy, "coefficient", 0.0)
         if strategy is not NONE and equals and not default:
             raise ConfigError(f"--balance {value}: '{name}' takes no coefficient")
@@ -186,8 +186,8 @@ def check_frozen(balance: Mapping[str, float], freeze_router: bool) -> None:
     learning = list(build_terms(balance))
     if freeze_router and learning:
         raise ConfigError(
-            f"--freeze-router: a router that does not learn has no use for --balance {', '.join(learning)};"
-            " sinkhorn, loss-free and none may stay"
+            f"--freeze-router: a frozen router does not learn from --balance {', '.join(learning)};"
+            " only sinkhorn, loss-free and none are possible"
         )
 
 

@@ -45,7 +45,7 @@ def open_corpus(config: TrainConfig, vocab_size: int, progress: Progress = silen
     Args:
         config: the run.
         vocab_size: rows of the model's embedding.
-        progress: told what is tokenized.
+        progress: reports what is tokenized.
 
     Raises:
         DataError: a source cannot be read, its tokenizer knows more tokens than the model, or what is
@@ -58,7 +58,7 @@ def open_corpus(config: TrainConfig, vocab_size: int, progress: Progress = silen
         known = int(stream.manifest.get("vocab_size", 0))
         if known > vocab_size:
             raise DataError(
-                f"the tokenizer in {tokenizer} has {known} tokens, the model {vocab_size} embedding rows;"
+                f"the tokenizer in {tokenizer} has {known} tokens, but the model has {vocab_size} embedding rows;"
                 " use the tokenizer that belongs to the model"
             )
         return stream
@@ -78,7 +78,7 @@ def open_corpus(config: TrainConfig, vocab_size: int, progress: Progress = silen
     val = {**held_out, **streams["val"]}
     for name, stream in val.items():
         if stream.num_tokens < 2:
-            raise DataError(f"validation set '{name}' holds {stream.num_tokens} token, so nothing can be predicted")
+            raise DataError(f"validation set '{name}' has fewer than 2 tokens, so none can be predicted")
     return Corpus(streams["train"], streams["replay"], val, fingerprints)
 
 
@@ -94,8 +94,8 @@ def _check_apart(config: TrainConfig, fingerprints: Mapping[str, Mapping[str, st
         for other, text in (sets if name in split else {**sets, **split}).items():
             if text == digest:
                 raise DataError(
-                    f"source '{name}' has the same text as {other}, which is validated on and must not be trained on;"
-                    " leave one of them out (without --val, documents are held out of a source)"
+                    f"source '{name}' has the same text as {other}, which is used for validation and must not be"
+                    " trained on; leave one of them out (without --val, documents are held out of a source)"
                 )
 
 

@@ -188,7 +188,7 @@ class TrainConfig:
         if not 0 < self.lr < float("inf"):
             raise ConfigError(f"--lr {self.lr:g}: a number above 0 is needed")
         if self.min_lr is not None and self.min_lr > self.lr:
-            raise ConfigError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; it is where the learning rate ends")
+            raise ConfigError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the learning rate must fall to it")
         if "min_lr" in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
             raise ConfigError("--min-lr has no effect with --constant-end 1: nothing anneals to it")
         self._check_sources(typed)
@@ -230,7 +230,7 @@ class TrainConfig:
         """
         seq_len = self.seq_len or min(MAX_DEFAULT_SEQ_LEN, max_seq_len)
         if seq_len > max_seq_len:
-            raise ConfigError(f"--seq-len {seq_len}: the model knows {max_seq_len} positions; give at most that")
+            raise ConfigError(f"--seq-len {seq_len}: the model has only {max_seq_len} positions; give at most that")
         if self.balance and not default_balance:
             raise ConfigError(
                 f"--balance {next(iter(self.balance))}: {self.model} is a dense model without a router to balance;"
@@ -350,7 +350,7 @@ def check_batches(global_batch_size: int, micro_batch_size: int, num_processes: 
     """Refuse a global batch that does not fall into equal micro-batches.
 
     Raises:
-        ConfigError: names the micro-batch sizes that would do.
+        ConfigError: names the micro-batch sizes that would work.
     """
     if global_batch_size % (micro_batch_size * num_processes) == 0:
         return

@@ -79,7 +79,7 @@ def _compile_layers(model: nn.Module) -> None:
 
 def _check_liger(model_type: str, device: torch.device) -> None:
     if device.type != "cuda":
-        raise ConfigError(f"--liger: liger-kernel's kernels run on a GPU, this run on {device}; leave it out")
+        raise ConfigError(f"--liger: liger-kernel's kernels need a GPU, but this run is on {device}; leave it out")
     if find_spec("liger_kernel") is None:
         raise ConfigError("--liger: liger-kernel is not installed; run pip install liger-kernel")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -140,7 +140,7 @@ def evaluating(config: TrainConfig) -> AbstractContextManager[Any]:
 
 @contextmanager
 def executing(config: TrainConfig) -> Iterator[None]:
-    """Deterministic kernels if asked for; failures that come of how a run is computed become one line.
+    """Deterministic kernels if asked for; failures caused by how a run is computed become one line.
 
     Raises:
         ConfigError: an operation has no deterministic form, or torch cannot compile the model here.

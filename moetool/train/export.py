@@ -28,7 +28,7 @@ def source_dtype(source: Path) -> str:
     """The dtype of most of a checkpoint's weights: float32, bfloat16 or float16.
 
     Raises:
-        CheckpointError: it is no readable safetensors checkpoint.
+        CheckpointError: it is not a readable safetensors checkpoint.
     """
     elements: Counter[str] = Counter()
     for info in CheckpointReader(source).tensors.values():

@@ -106,7 +106,7 @@ class Run:
         log = MetricsLog(out / state.METRICS, self.step) if accelerator.is_main_process else None
 
         def tell() -> None:
-            progress("train", self.step, config.max_steps, "stopping after this step; again: at once")
+            progress("train", self.step, config.max_steps, "stopping after this step; a second signal stops at once")
 
         with noting(tell) as noted:
             if self.step == 0:
@@ -256,10 +256,10 @@ class Run:
     def _stopped(self, what: str) -> str:
         out, precision = self.plan.config.out, self.plan.config.precision
         saved = state.saved_steps(out)
-        good, where = "none is saved", "and run it again"
+        good, where = "no checkpoint is saved", "and run it again"
         if saved:
             good = f"the last good checkpoint is {state.step_folder(out, saved[-1])}"
-            where = "in another OUT (MODEL may be that checkpoint)"
+            where = "and start a run in another OUT (MODEL may be that checkpoint)"
         exact = ", or use --precision fp32," if precision == "bf16" else ""
         return f"{what}, {good}. Lower --lr or --grad-clip{exact} {where}"
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, each step once."""
+"""metrics.jsonl: one JSON object per line, each step once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows in order; a line that a kill cut short, or that is no row, is left out."""
+        """The rows in order; a line that a kill cut short, or that is not a row, is left out."""
         with self.path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
@@ -48,7 +48,7 @@ class MetricsLog:
 
 
 def routing_row(counts_LE: np.ndarray[Any, np.dtype[np.int64]], num_tokens: int) -> dict[str, Any]:
-    """What the routers did with some tokens: `mri`, `entropy` and `dead_experts`, one value a layer.
+    """How the routers handled some tokens: `mri`, `entropy` and `dead_experts`, one value per layer.
 
     Args:
         counts_LE: routes to each expert.

@@ -75,7 +75,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
             yield Opened(summary=found.summary)
             return
         plan = plan_run(config, accelerator, model, corpus, identity, found.step)
-        damaged = [f"{reason}; going on from step {found.step}" for reason in found.damaged]
+        damaged = [f"{reason}; continuing from step {found.step}" for reason in found.damaged]
         yield Opened(replace(plan, warnings=[*plan.warnings, *damaged]))
     accelerator.end_training()
 
@@ -84,6 +84,6 @@ def _same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = differences(before, now)
     if changed:
         raise ConfigError(
-            f"{out} holds a run with other options: {'; '.join(changed)}. Repeat its options to go on with it,"
-            " use --no-resume to delete it and begin again, or choose another OUT"
+            f"{out} holds a run with other options: {'; '.join(changed)}. Repeat its options to continue it,"
+            " use --no-resume to delete it and start again, or choose another OUT"
         )

@@ -59,9 +59,9 @@ def check(config: TrainConfig, whole: bool) -> None:
         return
     option = "--no-master-weights" if config.moments == "fp32" else f"--moments {config.moments}"
     if not config.master_weights and config.precision != "bf16":
-        raise ConfigError("--no-master-weights: in fp32 there are no others; leave it out, or use --precision bf16")
+        raise ConfigError("--no-master-weights: fp32 has no other weights; leave it out, or use --precision bf16")
     if not whole:
-        raise ConfigError(f"{option}: not where FSDP or DeepSpeed shares the optimizer out; leave it out")
+        raise ConfigError(f"{option}: not possible where FSDP or DeepSpeed shards the optimizer; leave it out")
     if find_spec("torchao") is None:
         raise ConfigError(f"{option}: torchao is not installed; run pip install torchao")
 

@@ -27,7 +27,7 @@ from moetool.train.optimizer import parts, state_from
 STATE = "training_state"
 _FORMAT = 1
 # What to do when it does not fit: where a run goes on, and where it begins with another run's.
-ADVICE = "delete that step folder to go on from the one before it"
+ADVICE = "delete that step folder to continue from the one before it"
 FRESH = "give a step folder of a run with the same layers, or leave --keep-optimizer out"
 
 
@@ -52,7 +52,7 @@ def intact(folder: Path, within: str = "") -> dict[str, Any]:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if _digest(path) != digest:
-            raise CheckpointError(f"{path} is damaged (not the bytes that were written)")
+            raise CheckpointError(f"{path} is damaged (its bytes have changed since it was written)")
     return identity
 
 

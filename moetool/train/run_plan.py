@@ -1,4 +1,4 @@
-"""What a run is going to do, said before its weights are read."""
+"""The plan of a run, known before its weights are read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RunPlan:
         schedule: step -> learning rate.
         terms: losses beside the language loss, by name.
         peak_flops: operations per second that each device can do; None where that is not known.
-        values: what is told of it, as plain values.
+        values: what is printed about it, as plain values.
         warnings: what the user should know before the weights are read.
     """
 
@@ -132,8 +132,8 @@ def memory_warnings(
     ways = [f"{options} ({need / 1e9:.3g} GB)" for options, need in fitting(there)]
     advice = f"it fits with {'; or with '.join(ways)}" if ways else "no option makes it fit"
     return [
-        f"this run needs about {memory['total'] / 1e9:.3g} GB a process, {device} has {there / 1e9:.3g} GB; {advice};"
-        " or shard the weights (docs/multi-gpu.md)"
+        f"this run needs about {memory['total'] / 1e9:.3g} GB per process, but {device} has {there / 1e9:.3g} GB;"
+        f" {advice}; or shard the weights (docs/multi-gpu.md)"
     ]
 
 
@@ -150,7 +150,7 @@ def validation_warnings(val: Mapping[str, int], config: TrainConfig) -> list[str
         return []
     return [
         f"validating {times} times on {tokens:.1e} tokens takes about {longer:.1f} times as long as training on"
-        f" {config.max_tokens:.1e}; give smaller sets (--val, --val-fraction) or raise --eval-every"
+        f" {config.max_tokens:.1e} tokens; give smaller sets (--val, --val-fraction) or raise --eval-every"
     ]
 
 

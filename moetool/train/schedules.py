@@ -138,7 +138,7 @@ def _check_rates(taken: dict[str, Any]) -> None:
         if taken[below] > taken[above]:
             raise ConfigError(
                 f"--{below.replace('_', '-')} {taken[below]:g} is above --{above.replace('_', '-')}"
-                f" {taken[above]:g}, and the learning rate falls from this to that"
+                f" {taken[above]:g}, but the learning rate must fall from the second to the first"
             )
     if "constant_lr" in taken and not (taken["constant_lr"] > 0 and ("min_lr" not in names or taken["min_lr"] > 0)):
         raise ConfigError(

@@ -37,7 +37,7 @@ class Selection(Protocol):
     coefficient: ClassVar[float]
 
     def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float) -> None:
-        """Raises ConfigError where the model's family does not allow it; the weights may be on torch's meta device."""
+        """Raise ConfigError where the model's family does not allow it; the weights may be on torch's meta device."""
         ...
 
     def update(self, counts_LE: Tensor) -> None:
@@ -103,7 +103,7 @@ def find_weighting(router: nn.Module, scoring: str) -> Weighting:
         scoring: as in Route.
 
     Raises:
-        ConfigError: the weights are no multiple of the chosen experts' scores.
+        ConfigError: the weights are not a multiple of the chosen experts' scores.
     """
     generator = torch.Generator().manual_seed(0)
     probe = copy.deepcopy(router).to_empty(device="cpu").float().eval()
@@ -133,7 +133,7 @@ def find_weighting(router: nn.Module, scoring: str) -> Weighting:
 
 
 _NO_SINKHORN = (
-    "--balance sinkhorn: how {} weights its choices cannot be applied to other choices{}; use aux, global-aux or"
+    "--balance sinkhorn: the way {} weights its choices cannot be applied to other choices{}; use aux, global-aux or"
     " loss-free"
 )
 

@@ -60,7 +60,7 @@ def check_folder(model: Path, out: Path, resume: bool = True) -> None:
             f"{out} is {'' if source == target else 'inside '}the model that is read; choose another OUT"
         )
     if target in source.parents:
-        raise CheckpointError(f"the model that is read, {model}, is a part of the run in {out}; choose another OUT")
+        raise CheckpointError(f"the model that is read, {model}, is part of the run in {out}; choose another OUT")
     if not out.exists():
         return
     if not out.is_dir():
@@ -155,7 +155,7 @@ def find(out: Path) -> Found:
     if (out / SUMMARY).exists() and (out / "config.json").exists() and not (out / PARTIAL).exists():
         summary = read_json(out / SUMMARY)
         if not fits(summary, _SUMMARY) or (summary["mri"] and not summary["val"].keys() <= summary["mri"].keys()):
-            raise CheckpointError(f"{out / SUMMARY} is damaged; begin again with --no-resume, or choose another OUT")
+            raise CheckpointError(f"{out / SUMMARY} is damaged; start again with --no-resume, or choose another OUT")
         identity = summary.pop("identity")
         return Found(summary["steps"], identity, summary)
     damaged: list[str] = []
@@ -165,7 +165,7 @@ def find(out: Path) -> Found:
         except CheckpointError as error:
             damaged.append(str(error))
     if damaged:
-        raise CheckpointError(f"{damaged[0]}, and no step folder before it is intact; begin again with --no-resume")
+        raise CheckpointError(f"{damaged[0]}, and no step folder before it is intact; start again with --no-resume")
     return Found()
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: its engine in the trainer's order of things, and the states that it shares out.
+"""DeepSpeed's ZeRO: its engine in the trainer's order of things, and the states that it shards.
 
 accelerate's own way would clip and step inside of the last backward, before any check. The optimizer is
 the trainer's AdamW, which DeepSpeed turns over flat parts of all parameters. Imports DeepSpeed only in
@@ -51,7 +51,7 @@ def check(settings: Mapping[str, Any]) -> None:
 
 
 def check_options(config: TrainConfig, stage: int) -> None:
-    """Refuse options that ZeRO-3 does not go with.
+    """Refuse options that do not work with ZeRO-3.
 
     Args:
         config: resolved.
@@ -62,12 +62,12 @@ def check_options(config: TrainConfig, stage: int) -> None:
     """
     if stage == 3 and "loss-free" in config.balance:
         raise ConfigError(
-            "--balance loss-free: ZeRO-3 shares out the selection bias, which has no gradient to be moved by; set"
+            "--balance loss-free: ZeRO-3 shards the selection bias and cannot update it without a gradient; set"
             " zero_stage to 2, or use docs/accelerate/fsdp2.yaml"
         )
     if stage == 3 and config.compile:
         raise ConfigError(
-            "--compile: ZeRO-3 gathers each layer's weights in hooks that torch.compile would compile anew for every"
+            "--compile: ZeRO-3 gathers each layer's weights in hooks that torch.compile would recompile for every"
             " layer, up to its limit; set zero_stage to 2, use docs/accelerate/fsdp2.yaml, or leave it out"
         )
 
@@ -75,7 +75,7 @@ def check_options(config: TrainConfig, stage: int) -> None:
 def take_over() -> None:
     """Keep DeepSpeed's log out of the output, which may be one JSON document, and transformers out of ZeRO-3.
 
-    It would share out the weights while it reads them; `partition` does, once they are there and checked.
+    It would shard the weights while it reads them; `partition` does, once they are there and checked.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -96,7 +96,7 @@ def configured(settings: Mapping[str, Any], config: TrainConfig, num_processes: 
 
 
 def partition(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Share out the weights of a model on the CPU, one after the other; no device ever holds all (ZeRO-3)."""
+    """Shard the weights of a model on the CPU, one after the other; no device ever holds all (ZeRO-3)."""
     import deepspeed
 
     deepspeed.zero.Init(module=model, config_dict_or_path=dict(settings), dtype=torch.float32)
@@ -126,7 +126,7 @@ class Steps:
         self.engine = engine
 
     def backward(self, loss: Tensor, **_: Any) -> None:
-        """Add to the gradient; the engine reduces it where it was told that this is the step's last."""
+        """Add to the gradient; the engine reduces it on the step's last call."""
         self.engine.backward(loss)
 
     def get_global_grad_norm(self) -> Tensor:
@@ -149,17 +149,17 @@ class Steps:
 
 
 def is_shared(parameter: Tensor) -> bool:
-    """Whether DeepSpeed shares out a parameter (ZeRO-3)."""
+    """Whether DeepSpeed shards a parameter (ZeRO-3)."""
     return hasattr(parameter, "ds_id")
 
 
 def is_updated(parameter: Tensor) -> bool:
-    """Whether DeepSpeed shares out what the optimizer knows of a parameter."""
+    """Whether DeepSpeed shards the optimizer's state of a parameter."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def gathered(parameter: Tensor) -> Tensor:
-    """All of a parameter, on the CPU; all processes must call."""
+    """The whole parameter, on the CPU; all processes must call."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):
@@ -167,7 +167,7 @@ def gathered(parameter: Tensor) -> Tensor:
 
 
 def moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What AdamW knows of a parameter, whole; all processes must call."""
+    """AdamW's whole state of a parameter; all processes must call."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     if not parameter.requires_grad:
@@ -180,7 +180,7 @@ def moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def set_moments(engine: Any, optimizer: torch.optim.Optimizer, moments: Mapping[Any, Mapping[str, Tensor]]) -> None:
-    """Keep this process's part of what AdamW knows.
+    """Keep this process's part of AdamW's state.
 
     Args:
         engine: DeepSpeed's.

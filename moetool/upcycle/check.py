@@ -1,4 +1,4 @@
-"""Whether sources and a recipe go together: every refusal names what would do."""
+"""Whether sources and a recipe fit together: every refusal names values that would work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]) -> None:
-    """Hold a recipe against itself, the family and the dense model.
+    """Check a recipe against itself, the family and the dense model.
 
     Args:
         recipe: with `shared_experts` a number.
@@ -32,13 +32,13 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
         dense: the filled dense config.
 
     Raises:
-        ConfigError: a number is out of range or does not divide; names those that would do.
+        ConfigError: a number is out of range or does not divide; names those that would work.
     """
     registry.check("method", recipe.method)
     registry.check("router", recipe.router)
     for name, choices in (("drop_index", ("shared", "per-matrix")), ("dtype", ("auto", *FLOAT_DTYPES))):
         if getattr(recipe, name) not in choices:
-            raise ConfigError(f"{name} {getattr(recipe, name)[:60]!r} is none of {', '.join(choices)}")
+            raise ConfigError(f"{name} {getattr(recipe, name)[:60]!r} is not one of {', '.join(choices)}")
     for name in ("drop_ratio", "noise_ratio"):
         if not 0 <= getattr(recipe, name) <= 1:
             raise ConfigError(f"{name.replace('_', ' ')} {getattr(recipe, name)} is not between 0 and 1")
@@ -46,9 +46,9 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
         if not 0 <= (getattr(recipe, name) or 0) <= MAX_STD:
             raise ConfigError(f"{name.replace('_', ' ')} {getattr(recipe, name)} is not between 0 and {MAX_STD}")
     if not 2 <= recipe.num_experts <= MAX_EXPERTS:
-        raise ConfigError(f"{recipe.num_experts} experts: a Mixture of Experts has 2 to {MAX_EXPERTS}")
+        raise ConfigError(f"--num-experts {recipe.num_experts} is not between 2 and {MAX_EXPERTS}")
     if not 1 <= recipe.top_k <= recipe.num_experts:
-        raise ConfigError(f"top-k {recipe.top_k} is not between 1 and the number of experts, {recipe.num_experts}")
+        raise ConfigError(f"--top-k {recipe.top_k} is not between 1 and the number of experts, {recipe.num_experts}")
     units, parts = dense["intermediate_size"], recipe.granularity
     if parts < 1 or units % parts:
         fitting = _few(n for n in range(1, min(units, MAX_EXPERTS) + 1) if units % n == 0)
@@ -56,29 +56,29 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
     _check_shared(recipe, spec)
     if recipe.method == "scratch":
         if not spec.scratch:
-            raise ConfigError(f"--method scratch does not know how {spec.model_type} begins; take another --method")
+            raise ConfigError(f"--method scratch does not know how to initialise {spec.model_type}; use another one")
         return
     group, donors, shared = recipe.group_size, recipe.num_donors, recipe.shared_experts or 0
-    together = f"{group} experts together are one dense FFN"
+    together = f"{group} experts together make up one dense FFN"
     if 0 < shared < parts:
-        together = f"{parts} parts less {shared} in the shared expert leave {group} experts that belong together"
+        together = f"{parts} parts minus {shared} in the shared expert leave groups of {group} experts"
     if recipe.num_experts % (group * donors):
         step = group * donors
         reasons = [together] * (group > 1)
-        reasons += [f"each of {donors} donors gives as many"] * (donors > 1)
+        reasons += [f"each of {donors} donors provides the same number"] * (donors > 1)
         raise ConfigError(
-            f"--num-experts {recipe.num_experts} is no multiple of {step} ({', '.join(reasons)}); choose from"
+            f"--num-experts {recipe.num_experts} is not a multiple of {step} ({', '.join(reasons)}); choose from"
             f" {_few(_multiples(step, recipe.num_experts))}"
         )
     if recipe.top_k % group:
         raise ConfigError(
-            f"--top-k {recipe.top_k} is no multiple of {group} ({together}: the"
-            f" start would not be the dense model); choose from {_few(range(group, recipe.num_experts + 1, group))}"
+            f"--top-k {recipe.top_k} is not a multiple of {group}, so the start would not match the dense model"
+            f" ({together}); choose from {_few(range(group, recipe.num_experts + 1, group))}"
         )
     if group > 1 and (recipe.router == "zeros" or recipe.router_std == 0):
         others = ", ".join(name for name in registry.names("router") if name != "zeros")
         raise ConfigError(
-            f"--router zeros ties all groups of experts, and parts of several would be chosen; choose from {others},"
+            f"--router zeros ties all groups of experts, so parts of several would be chosen; choose from {others},"
             " with --router-std above 0"
         )
 
@@ -88,8 +88,8 @@ def _check_shared(recipe: UpcycleRecipe, spec: ArchSpec) -> None:
     if spec.shared is None:
         if shared:
             raise ConfigError(
-                f"{spec.model_type} has no shared experts; leave --shared-experts {shared} out, or choose a --target"
-                f" that has: {_with(lambda other: other.shared is not None)}"
+                f"{spec.model_type} has no shared experts; leave out --shared-experts {shared}, or choose a --target"
+                f" that has them: {_with(lambda other: other.shared is not None)}"
             )
         return
     allowed = [*range(parts), *(n * parts for n in range(1, 5))]
@@ -142,7 +142,7 @@ def moe_layers(text: str, spec: ArchSpec, layers: int) -> frozenset[int]:
             first = int(match[1])
             last = first if not match[2] else int(match[3]) if match[3] else layers - 1
             if not first <= last < layers:
-                raise ConfigError(f"--moe-layers '{text}': '{part}' is no range within the layers 0-{layers - 1}")
+                raise ConfigError(f"--moe-layers '{text}': '{part}' is not a range within layers 0-{layers - 1}")
             chosen |= frozenset(range(first, last + 1))
     if not chosen:
         raise ConfigError(f"--moe-layers '{text}' names none of the {layers} layers")
@@ -150,7 +150,7 @@ def moe_layers(text: str, spec: ArchSpec, layers: int) -> frozenset[int]:
         able = _with(lambda other: other.moe_layers is not None)
         if spec.moe_layers is None:
             raise ConfigError(
-                f"--moe-layers {text}: {spec.model_type} has no dense layers; choose a --target that has: {able}"
+                f"--moe-layers {text}: {spec.model_type} cannot have dense layers; choose a --target that can: {able}"
             )
         try:
             spec.moe_layers(chosen, layers)
@@ -160,16 +160,16 @@ def moe_layers(text: str, spec: ArchSpec, layers: int) -> frozenset[int]:
 
 
 def check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """Hold every tensor of a dense model against its family and config.json; return those to use.
+    """Check every tensor of a dense model against its family and config.json; return those to use.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape than config.json says, or
-            holds no plain floating-point numbers.
+            does not hold plain floating-point numbers.
     """
     if dense["num_hidden_layers"] > len(reader.tensors):  # before names are made of a number that may be anything
         raise CheckpointError(
-            f"{reader.folder}: config.json says {dense['num_hidden_layers']} layers, there are only"
-            f" {len(reader.tensors)} tensors; some are missing: fetch the checkpoint again"
+            f"{reader.folder}: config.json says {dense['num_hidden_layers']} layers, but there are only"
+            f" {len(reader.tensors)} tensors; fetch the checkpoint again"
         )
     sizes = dims(dense)
     expected = {EMBEDDING: "V D", dense_spec.norm: "D", LM_HEAD: "V D"}
@@ -180,7 +180,7 @@ def check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mappin
     found = {name: info for name, info in tensors.items() if not IGNORED.search(name)}
     for name, info in found.items():
         if name not in expected:
-            raise CheckpointError(f"{reader.folder}: tensor {name[:100]} has no place in a {dense_spec.model_type}")
+            raise CheckpointError(f"{reader.folder}: tensor {name[:100]} does not belong in a {dense_spec.model_type}")
         if info.shape != shape(expected[name], sizes):
             raise CheckpointError(
                 f"{reader.folder}: tensor {name} has shape {list(info.shape)},"
@@ -209,7 +209,7 @@ def check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mappin
 def check_donor(
     first: CheckpointReader, donor: CheckpointReader, configs: tuple[Mapping[str, Any], Mapping[str, Any]]
 ) -> None:
-    """Hold a donor against the first dense model: tensors can be averaged only where all else is the same.
+    """Check a donor against the first dense model: tensors can be averaged only where all else is the same.
 
     Args:
         first: DENSE.
@@ -217,22 +217,23 @@ def check_donor(
         configs: what the family's config.json would be for either, without the token ids.
 
     Raises:
-        ConfigError: their configs or tokenizers differ; says in what.
+        ConfigError: their configs or tokenizers differ; says where.
     """
     ours, theirs = configs
     differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if differing:
         key = differing[0]
         raise ConfigError(
-            f"--donor {donor.folder}: {key} is {theirs.get(key)!r}, in {first.folder} it is {ours.get(key)!r}; donors"
-            " are trained from one dense model and differ in weights only"
+            f"--donor {donor.folder}: {key} is {theirs.get(key)!r}, but {ours.get(key)!r} in {first.folder}; donors"
+            " must be trained from the same dense model and differ only in weights"
         )
     # tokenizer.json says all; what lies beside it is what it was made from, which not everybody keeps.
     whole = all((reader.folder / TOKENIZER_FILES[0]).is_file() for reader in (first, donor))
     for name in TOKENIZER_FILES[:1] if whole else TOKENIZER_FILES:
         if _content(first, name) != _content(donor, name):
             raise ConfigError(
-                f"--donor {donor.folder}: its {name} is not that of {first.folder}; donors need one tokenizer"
+                f"--donor {donor.folder}: its {name} differs from that of {first.folder};"
+                " all donors must have the same tokenizer"
             )
 
 

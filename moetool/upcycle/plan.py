@@ -73,7 +73,7 @@ class Upcycling:
 
     @property
     def flops_per_token(self) -> dict[str, int]:
-        """Of a forward, 2 for each weight that a token is multiplied with, of the dense model and of this.
+        """Operations of a forward, 2 per weight that a token is multiplied with, of the dense model and of this.
 
         Attention's products of queries, keys and values are left out: they are the same in both.
         """
@@ -111,14 +111,14 @@ def plan_upcycling(
     Args:
         readers: the dense checkpoint, and the other donors.
         recipe: `target` may be `auto`, `shared_experts` None; the plan's recipe has the family's.
-        max_shard_size: bytes of tensor data a file.
+        max_shard_size: bytes of tensor data per file.
         clients: programs in which the result must run, names in `arch/clients.py`.
 
     Raises:
         ConfigError: the family cannot be served, the recipe contradicts itself or the source, or the result
             would not run in a client.
         CheckpointError: a tensor is missing, unknown, of another shape than config.json says, or
-            holds no plain floating-point numbers.
+            does not hold plain floating-point numbers.
     """
     dense_spec, dense = dense_config(readers[0].config)
     near = beside(readers[0].folder)
@@ -138,7 +138,7 @@ def plan_upcycling(
         check_donor(readers[0], reader, tuple({k: c.get(k) for k in sorted(keys)} for c in configs))  # type: ignore[arg-type]
         sources.append(check_tensors(reader, dense_spec, other))
         if set(sources[-1]) != set(sources[0]):
-            raise ConfigError(f"--donor {reader.folder} has tied embeddings where {readers[0].folder} has not")
+            raise ConfigError(f"--donor {reader.folder} has tied embeddings, but {readers[0].folder} does not")
     num_dense_parameters = sum(info.num_elements for info in sources[0].values())
     if not spec.ties:
         sources = [{LM_HEAD: source[EMBEDDING]} | source for source in sources]
@@ -179,7 +179,7 @@ def _also(recipe: UpcycleRecipe, spec: ArchSpec, plan: Plan, written: BlockFile)
 
 
 def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_shard_size: int) -> Plan:
-    """The plan that a lineage entry tells of.
+    """The plan that a lineage entry records.
 
     Raises:
         CheckpointError: the entry is damaged.
@@ -187,7 +187,7 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     """
     recipe = UpcycleRecipe.from_json(entry.get("recipe", {}))
     if recipe.num_donors != len(readers):
-        raise CheckpointError(f"moetool.json tells of {recipe.num_donors} donors and names {len(readers)}")
+        raise CheckpointError(f"moetool.json records {recipe.num_donors} donors but names {len(readers)}")
     return plan_upcycling(readers, recipe, max_shard_size).plan
 
 

@@ -59,7 +59,7 @@ def settle(recipe: UpcycleRecipe, dense: Mapping[str, Any], clients: Sequence[st
             return other
     client = first.missing(clients)[0]
     raise ConfigError(
-        f"--for {client}: {first.spec.model_type} of this recipe does not run in {CLIENTS[client]}, because"
+        f"--for {client}: {first.spec.model_type} with these options does not run in {CLIENTS[client]}, because"
         f" {first.clients[client]}; {_nearest(recipe, dense, clients, beside)}"
     )
 
@@ -97,11 +97,11 @@ def _nearest(recipe: UpcycleRecipe, dense: Mapping[str, Any], clients: Sequence[
             if other and not other.missing(clients):
                 without = [f"--{name.replace('_', '-')}" for name in change if getattr(recipe, name) != change[name]]
                 left_out = f" and leave out {' and '.join(without)}" if without else ""
-                return f"take --target {spec.model_type}{left_out}"
+                return f"use --target {spec.model_type}{left_out}"
     wanted = " and ".join(CLIENTS[client] for client in clients)
     for spec in candidates("auto", dense):
         for file in {limit.unless for limit in spec.limits if limit.unless}:
             other = _attempt(recipe, spec, dense, {*beside, file})
             if other and not other.missing(clients):
-                return f"--target {spec.model_type} does where DENSE's tokenizer has {file}"
-    return f"no family that a dense {dense['model_type']} fits runs in {wanted}"
+                return f"--target {spec.model_type} would if DENSE's tokenizer had {file}"
+    return f"no --target for a dense {dense['model_type']} runs in {wanted}"

@@ -244,7 +244,7 @@ def flipped_step(world: World, chance: Random) -> str:
     found = load_file(out / "model.safetensors")
     assert all(bool((value == expected[name]).all()) for name, value in found.items())
     shutil.rmtree(out)
-    if path.name == "state.json" and "going on from step" not in done.err:
+    if path.name == "state.json" and "continuing from step" not in done.err:
         return "in state.json, where it changed nothing that is read: the same weights, bit for bit"
-    assert "going on from step" in done.err.replace("\n", " "), (path, done.err)
+    assert "continuing from step" in done.err.replace("\n", " "), (path, done.err)
     return "found; continued from the step folder before it to the same weights, bit for bit"

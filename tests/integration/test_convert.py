@@ -293,7 +293,7 @@ def test_verify_finds_a_changed_weight_a_changed_source_and_another_command(llam
     path, info = out / "model.safetensors", CheckpointReader(out).tensors["model.norm.weight"]
     whole = path.read_bytes()
     path.write_bytes(whole[: info.start] + b"\x01" + whole[info.start + 1 :])
-    assert "was to be copied" in tiny.in_process("verify", out)[2]
+    assert "should be a copy" in tiny.in_process("verify", out)[2]
     path.write_bytes(whole)
     assert tiny.in_process("verify", out)[0] == 0
     (out / "more.safetensors").write_bytes(b"")
@@ -302,7 +302,7 @@ def test_verify_finds_a_changed_weight_a_changed_source_and_another_command(llam
     lineage = json.loads((out / "moetool.json").read_text())
     for change, message in (
         ({"recipe": {}}, "recipe cannot be read"),
-        ({"recipe": lineage["lineage"][0]["recipe"] | {"adapter": True}}, "tells of 2 sources and names 1"),
+        ({"recipe": lineage["lineage"][0]["recipe"] | {"adapter": True}}, "records 2 sources but names 1"),
         ({"command": "cpt"}, "has no moetool.json that says"),
     ):
         (out / "moetool.json").write_text(json.dumps(lineage | {"lineage": [lineage["lineage"][0] | change]}))

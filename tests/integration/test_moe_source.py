@@ -117,5 +117,5 @@ def test_experts_of_another_shape_are_refused(mixtral: Path, tmp_path: Path) -> 
     with CheckpointReader(tmp_path) as reader:
         source = moe_source(reader)
         assert source is not None
-        with pytest.raises(CheckpointError, match=r"layer 1: the files hold no plain 1\.mlp\.experts\.down_proj"):
+        with pytest.raises(CheckpointError, match=r"layer 1: the files do not hold 1\.mlp\.experts\.down_proj"):
             source.expert(1, 3, "down")

@@ -193,7 +193,7 @@ def test_chance_saturation_of_balanced_routers_is_k_over_e(mixtral: Path) -> Non
 
 def test_refusals(mixtral: Path) -> None:
     texts = {"a": Text(TOKENS)}
-    with pytest.raises(ConfigError, match="positions end at 128"):
+    with pytest.raises(ConfigError, match="the model has only 128 positions"):
         analyze(("m", mixtral), texts, Settings(device="cpu", seq_len=129))
     with pytest.raises(ConfigError, match="layer 7 has no router; layers with one are 0-1"):
         analyze(("m", mixtral), texts, Settings(device="cpu", vocabulary_layers=(7,)))
@@ -235,7 +235,7 @@ def test_a_dense_model_is_refused_before_weights_are_read(
 
 def test_fewer_positions_in_the_second_model_are_refused(mixtral: Path, tmp_path: Path) -> None:
     shorter = tiny.save_mixtral(tmp_path / "shorter", max_position_embeddings=64)
-    with pytest.raises(ConfigError, match="--seq-len 128: the positions of s end at 64"):
+    with pytest.raises(ConfigError, match="--seq-len 128: s has only 64 positions"):
         analyze(("m", mixtral), {"a": Text(TOKENS)}, Settings(device="cpu"), compare=("s", shorter), scratch=tmp_path)
 
 

@@ -257,7 +257,7 @@ WORDS: dict[str, tuple[tuple[object, ...], int, list[str]]] = {
         1,
         ["with noise added to 16 of 64 units", "Use of the units given noise", "Units given noise begin below 1"],
     ),
-    "parts": (FINE, 1, ["one of 4 parts of its feed-forward network, with 8 of 16 units drawn anew", "same part"]),
+    "parts": (FINE, 1, ["one of 4 parts of its feed-forward network, with 8 of 16 units redrawn", "same part"]),
     "donors": (("--num-experts", 4), 2, ["the feed-forward network of one of them", "dense0 and ", "dense1:"]),
     "scratch": (("--method", "scratch"), 1, ["drew every tensor", "no dense FFN to compare"]),
 }

@@ -105,7 +105,7 @@ def test_an_error_in_a_worker_is_the_same_line(
     assert code == 1
     assert err == (
         f"moetool: {bad}/model.safetensors: tensor model.layers.2.mlp.up_proj.weight holds NaN or infinity; nothing"
-        " was written: mend or fetch the source again\n"
+        " was written; fix the source or fetch it again\n"
     )
 
     def make(*arguments: object) -> torch.Tensor:

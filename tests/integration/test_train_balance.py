@@ -346,8 +346,13 @@ def test_frozen_routers_stay_as_they_are(tmp_path: Path, models: dict[str, Path]
     [
         ("mixtral", ["--balance", "sinkhorn", "--balance", "loss-free"], 2, "give one of them"),
         ("mixtral", ["--balance", "sinkhorn=0.1"], 2, "'sinkhorn' takes no coefficient"),
-        ("mixtral", ["--balance", "none", "--balance", "aux"], 2, "stands alone"),
-        ("mixtral", ["--freeze-router", "--balance", "z-loss"], 2, "no use for --balance z-loss; sinkhorn, loss-free"),
+        ("mixtral", ["--balance", "none", "--balance", "aux"], 2, "cannot be combined with others"),
+        (
+            "mixtral",
+            ["--freeze-router", "--balance", "z-loss"],
+            2,
+            "does not learn from --balance z-loss; only sinkhorn, loss-free",
+        ),
         ("mixtral", ["--balance", "loss-free"], 1, "'mixtral' cannot store a selection bias"),
         ("llama", ["--freeze-router"], 1, "is a dense model without a router"),
         ("llama", ["--balance", "sinkhorn"], 1, "is a dense model without a router"),

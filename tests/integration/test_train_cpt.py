@@ -257,11 +257,11 @@ def test_usage_mistakes(tmp_path: Path, llama: Path, jsonl: Path, options: list[
     ("options", "message"),
     [
         (["--balance", "aux"], "is a dense model without a router"),
-        (["--seq-len", 999], "the model knows 128 positions"),
+        (["--seq-len", 999], "the model has only 128 positions"),
         (["--warmup-steps", 9], "9 warm-up steps do not fit into 4 steps"),
         (["--train", "more=absent.txt"], "absent.txt"),
         (["--replay-ratio", 0.5], "--replay"),
-        (["--liger"], "--liger: liger-kernel's kernels run on a GPU, this run on cpu; leave it out"),
+        (["--liger"], "--liger: liger-kernel's kernels need a GPU, but this run is on cpu; leave it out"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
@@ -300,7 +300,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, llama: Path, js
     bad = ["--lr", 1e30, "--schedule", "constant", "--warmup-steps", 0, "--save-every", 4]
     code, _, stderr = cpt(llama, out, jsonl, *bad)
     assert code == 1
-    assert "at step 2; stopped before the update, none is saved. Lower --lr or --grad-clip and run it again" in stderr
+    assert (
+        "at step 2; stopped before the update, no checkpoint is saved. Lower --lr or --grad-clip and run it again"
+        in stderr
+    )
     assert not (out / "checkpoints").exists()
     assert [row["step"] for row in rows(out) if "loss" in row] == [1]
     assert not (out / "config.json").exists()
@@ -340,7 +343,7 @@ def test_a_damaged_newest_checkpoint_is_not_gone_on_from(tmp_path: Path, mixtral
     code, _, stderr = cpt(mixtral, two, jsonl, "--save-every", 1, "--keep-checkpoints", 3)
     assert code == 0
     assert stderr.replace("\n", " ").startswith(
-        f"warning: {moments} is damaged (not the bytes that were written); going on from step 2"
+        f"warning: {moments} is damaged (its bytes have changed since it was written); continuing from step 2"
     )
     assert untimed(two) == untimed(one)
     assert all(torch.equal(value, weights(one)[name]) for name, value in weights(two).items())
@@ -421,7 +424,7 @@ def test_an_optimizer_that_is_not_there_or_does_not_fit(tmp_path: Path, llama: P
     save_file(stored | {"lm_head.weight/exp_avg": torch.zeros(3)}, moments)
     code, _, stderr = cpt(step, tmp_path / "out", jsonl, "--keep-optimizer")
     assert code == 1
-    assert "optimizer.safetensors is damaged (not the bytes that were written)" in stderr
+    assert "optimizer.safetensors is damaged (its bytes have changed since it was written)" in stderr
     assert "leave the option out" in stderr
     assert len(stderr.splitlines()) == 1
     # Another step's, whole in itself, but of another model.
@@ -630,4 +633,4 @@ def test_processes_that_are_separate_runs_are_refused(tmp_path: Path, llama: Pat
     arguments = ["cpt", llama, tmp_path / "out", "--train", f"new={jsonl}", "--max-steps", 1, *SMALL]
     done = tiny.cli(*arguments, env={"WORLD_SIZE": "2"})
     assert done.returncode == 1
-    assert "2 processes were launched, accelerate sees 1" in done.stderr
+    assert "2 processes were launched, but accelerate sees 1" in done.stderr

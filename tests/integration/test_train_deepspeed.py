@@ -174,7 +174,7 @@ def test_zero_moves_a_selection_bias_unless_it_is_shared_out(
         assert torch.equal(ours[name], theirs[name])
     done = zero(shipped(3, monkeypatch), "cpt", model, three, *arguments)
     assert done.returncode != 0
-    assert "--balance loss-free: ZeRO-3 shares out the selection bias" in done.stderr
+    assert "--balance loss-free: ZeRO-3 shards the selection bias" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_configurations_that_cpt_cannot_follow_are_refused(settings: dict[str, o
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        ({"balance": {"loss-free": 0.001}}, "--balance loss-free: ZeRO-3 shares out the selection bias"),
+        ({"balance": {"loss-free": 0.001}}, "--balance loss-free: ZeRO-3 shards the selection bias"),
         ({"compile": True, "balance": {}}, "--compile: ZeRO-3 gathers each layer's weights in hooks"),
     ],
 )

@@ -88,7 +88,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, jsonl: Path, monkeypatch: py
     model = tiny.save_mixtral(tmp_path / "model")
     code, _, stderr = cpt(model, tmp_path / "out", jsonl, "--no-master-weights", "--precision", "fp32")
     assert code == 1
-    assert "--no-master-weights: in fp32 there are no others" in stderr
+    assert "--no-master-weights: fp32 has no other weights" in stderr
     code, _, stderr = cpt(model, tmp_path / "out", jsonl, "--moments", "bf16")
     assert code == 0, stderr
     step = tmp_path / "out/checkpoints/step-000006"

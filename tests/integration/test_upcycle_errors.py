@@ -54,15 +54,15 @@ def test_options_that_contradict_each_other(llama: Path, tmp_path: Path) -> None
 
 
 def test_unsupported_sources_are_refused_with_the_reason(mixtral: Path, llama: Path, tmp_path: Path) -> None:
-    assert "is a Mixture of Experts already" in fails("upcycle", mixtral, tmp_path / "moe")
+    assert "is already a Mixture of Experts" in fails("upcycle", mixtral, tmp_path / "moe")
     for change, reason in [
         ({"model_type": "gpt2"}, "cannot be upcycled, because its FFN has no gate"),
-        ({"model_type": "never"}, "no family that can be upcycled; the dense families are llama"),
+        ({"model_type": "never"}, "not a family that can be upcycled; the dense families are llama"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_size": 48}, "config.json says"),
         ({"num_hidden_layers": 3}, "is missing"),
-        ({"num_hidden_layers": 1}, "has no place"),
+        ({"num_hidden_layers": 1}, "does not belong"),
         ({"intermediate_size": "64"}, "positive whole number"),
     ]:
         folder = Path(shutil.copytree(llama, tmp_path / "m", dirs_exist_ok=True))
@@ -111,7 +111,7 @@ def test_a_finished_folder_is_proved_again_and_another_recipe_refused(llama: Pat
     tensors = load_file(out / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    assert "does not prove" in fails("upcycle", llama, out, "--seed", "1")
+    assert "failed verification" in fails("upcycle", llama, out, "--seed", "1")
 
 
 def test_verify_finds_a_changed_entry(llama: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_verify_finds_a_changed_entry(llama: Path, tmp_path: Path) -> None:
     assert tiny.in_process("verify", out)[0] == 0
     path.write_bytes(whole[:-4])
     assert "damaged" in fails("verify", out)
-    assert "only such folders" in fails("verify", llama)
+    assert "only folders with one" in fails("verify", llama)
 
 
 def test_verify_asks_where_the_source_went(llama: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ DENSE = "model.layers.0.mlp.gate_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("copied", "was to be copied"),
+        ("copied", "should be a copy"),
         ("kept", "holds kept units"),
         ("scaled", "standard errors apart"),
         ("restored", "the recipe changes 32"),
@@ -127,7 +127,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(
     monkeypatch.setattr("moetool.surgery.write.examine", examine)
     code, _, err = tiny.in_process("upcycle", folder, out, "--verify", "none")
     assert code == 1
-    assert "changed while it was being read" in err
+    assert "changed while being read" in err
     with pytest.raises(CheckpointError):
         CheckpointReader(out)
     monkeypatch.undo()
@@ -145,7 +145,7 @@ def test_a_model_of_the_hub_is_held_against_the_hash_in_its_name(llama: Path, tm
     blob.write_bytes(data[:-4] + bytes(4))
     code, _, err = tiny.in_process("upcycle", model, tmp_path / "bad")
     assert code == 1
-    assert "is not what was fetched" in err
+    assert "is not the file that was fetched" in err
     assert not (tmp_path / "bad").exists()
 
 
@@ -216,7 +216,7 @@ def test_an_edited_lineage_is_not_blamed_on_torch(llama: Path, tmp_path: Path) -
     out = tmp_path / "moe"
     assert tiny.in_process("upcycle", llama, out)[0] == 0
     lineage = json.loads((out / "moetool.json").read_text())
-    for change, message in (({"seed": 7}, "were edited"), ({}, "was written with torch 1.0, and this is")):
+    for change, message in (({"seed": 7}, "were edited"), ({}, "was written with torch 1.0; this is")):
         entry = lineage["lineage"][0] | ({} if change else {"torch": "1.0"})
         entry["recipe"] = entry["recipe"] | {"seed": 7}
         (out / "moetool.json").write_text(json.dumps(lineage | {"lineage": [entry]}))

@@ -101,8 +101,8 @@ def test_auto_takes_a_family_that_runs_in_all_that_are_asked_for(tmp_path: Path)
     assert json.loads(tiny.in_process(*command)[1])["target"] == "mixtral"
     code, _, err = tiny.in_process(*command, "--target", "qwen2_moe")
     assert code == 1
-    assert "--for llama.cpp: qwen2_moe of this recipe does not run in llama.cpp" in err
-    assert "take --target mixtral" in err
+    assert "--for llama.cpp: qwen2_moe with these options does not run in llama.cpp" in err
+    assert "use --target mixtral" in err
 
 
 def test_auto_goes_on_to_a_later_family(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_auto_goes_on_to_a_later_family(tmp_path: Path) -> None:
     assert tiny.in_process(*command, "--for", "vllm")[0] == 0
     code, _, err = tiny.in_process(*command, "--for", "llama.cpp")
     assert code == 1
-    assert "take --target qwen3_moe and leave out --moe-layers" in err
+    assert "use --target qwen3_moe and leave out --moe-layers" in err
     # Of the families for a Qwen3, dots1 alone has windows by layer.
     mixed = tiny.save_dense("qwen3", tmp_path / "mixed", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     assert json.loads(tiny.in_process("upcycle", mixed, tmp_path / "m", "--plan", "--json")[1])["target"] == "dots1"
@@ -175,7 +175,7 @@ def test_what_only_a_tokenizer_lacks_is_said(tmp_path: Path) -> None:
     dense = tiny.save_dense("ernie4_5", tmp_path / "dense")
     code, _, err = tiny.in_process("upcycle", dense, tmp_path / "moe", "--for", "llama.cpp")
     assert code == 1
-    assert "--target ernie4_5_moe does where DENSE's tokenizer has tokenizer.model" in err
+    assert "--target ernie4_5_moe would if DENSE's tokenizer had tokenizer.model" in err
 
 
 def test_a_head_of_its_own_counts_as_one_whatever_config_json_says(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_parse() -> None:
         (["aux=much"], "above 0"),
         (["aux="], "above 0"),
         (["aux", "aux=1"], "twice"),
-        (["none", "aux"], "stands alone"),
+        (["none", "aux"], "cannot be combined with others"),
         (["none=1"], "no coefficient"),
         (["sinkhorn=1"], "no coefficient"),
         (["sinkhorn=0"], "no coefficient"),

@@ -90,7 +90,7 @@ def test_what_is_validated_on_is_not_trained_on_under_another_name(llama: Path, 
     other = tiny.save_jsonl(tmp_path / "other.jsonl", ["Something else."])
     twice = {"a": str(jsonl), "b": str(copied)}
     for more in ({"val": {"v": str(copied)}}, {"train": twice, "val": {"b": str(other)}}):
-        with pytest.raises(DataError, match=r"has the same text as (--val v|a), which is validated on"):
+        with pytest.raises(DataError, match=r"has the same text as (--val v|a), which is used for validation"):
             open_corpus(config(llama, jsonl, **more), 300)
     corpus = open_corpus(config(llama, jsonl, train=twice), 300)  # the same documents are held out of both
     assert not set(corpus.train["a"].starts) & set(corpus.val["b"].starts)
@@ -98,7 +98,7 @@ def test_what_is_validated_on_is_not_trained_on_under_another_name(llama: Path, 
 
 
 def test_a_tokenizer_that_does_not_fit_the_model(llama: Path, jsonl: Path) -> None:
-    with pytest.raises(DataError, match="the model 200 embedding rows"):
+    with pytest.raises(DataError, match="but the model has 200 embedding rows"):
         open_corpus(config(llama, jsonl), 200)
 
 

@@ -87,7 +87,7 @@ def test_liger_kernel_is_applied_to_the_model(monkeypatch: pytest.MonkeyPatch, m
 
 def test_liger_kernel_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch, mixtral: Path) -> None:
     model, asked = skeleton(mixtral), config(liger=True)
-    with pytest.raises(ConfigError, match="--liger: liger-kernel's kernels run on a GPU, this run on cpu"):
+    with pytest.raises(ConfigError, match="--liger: liger-kernel's kernels need a GPU, but this run is on cpu"):
         check_execution(asked, model, CPU)
     monkeypatch.setattr("moetool.train.execution.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="run pip install liger-kernel"):

@@ -144,7 +144,9 @@ def test_a_device_that_is_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch
     cuda = torch.device("cuda")
     assert memory_warnings({"total": 70 * 10**9}, cuda, lambda there: []) == []
     (warning,) = memory_warnings({"total": 120 * 10**9}, cuda, lambda there: [("--moments 8bit", there - 10**9)])
-    assert "needs about 120 GB a process, cuda has 80 GB; it fits with --moments 8bit (79 GB); or shard" in warning
+    assert (
+        "needs about 120 GB per process, but cuda has 80 GB; it fits with --moments 8bit (79 GB); or shard" in warning
+    )
     (warning,) = memory_warnings({"total": 120 * 10**9}, cuda, lambda there: [])
     assert "no option makes it fit" in warning
     assert devices.peak_flops(torch.device("cpu"), "bf16") is None

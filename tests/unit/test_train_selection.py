@@ -175,7 +175,9 @@ def test_options_that_contradict_the_model(tmp_path: Path) -> None:
     balance.check(config(["sinkhorn", "z-loss"]), glm)
     balance.check(config(["loss-free"], freeze_router=True), glm)
     balance.check(config(["sinkhorn"], freeze_router=True), glm)
-    with pytest.raises(ConfigError, match=r"no use for --balance global-aux, z-loss; sinkhorn, loss-free and none"):
+    with pytest.raises(
+        ConfigError, match=r"does not learn from --balance global-aux, z-loss; only sinkhorn, loss-free and none"
+    ):
         balance.check(config(["loss-free", "global-aux", "z-loss"], freeze_router=True), glm)
     with pytest.raises(ConfigError, match="cannot store"):
         balance.check(config(["loss-free"]), meta_model("mixtral"))

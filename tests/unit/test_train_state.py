@@ -164,7 +164,7 @@ def test_a_step_folder_without_its_state_is_told(tmp_path: Path) -> None:
     assert "is not valid JSON" in found.damaged[0]
     assert "no such file" in found.damaged[1]
     (folders[0] / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no step folder before it is intact; begin again with --no-resume"):
+    with pytest.raises(CheckpointError, match="no step folder before it is intact; start again with --no-resume"):
         state.find(tmp_path)
 
 
