@@ -38,7 +38,7 @@ def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str
         summary = opened.summary if opened.plan is None else _train(context, console, opened.plan)
     document = {"out": str(config.out), "already_finished": opened.plan is None, **summary}
     if opened.plan:
-        document["memory"] = opened.plan.values["memory"]
+        document |= {name: opened.plan.values[name] for name in ("memory", "saving_memory")}
     if is_first():
         console.result(document, *_result_text(document))
     return document
@@ -97,7 +97,7 @@ def _memory_text(plan: Mapping[str, Any]) -> str:
     need = plan["memory"]
     parts = ", ".join(f"{name} {size(need[name])}" for name in ("weights", "gradients", "optimizer", "activations"))
     each = " in each process" if plan["num_processes"] > 1 else ""
-    return f"memory about {size(need['total'])}{each}: {parts}"
+    return f"memory about {size(need['total'])}{each}: {parts}; to save, {size(plan['saving_memory'])} of the machine's"
 
 
 def _result_text(summary: dict[str, Any]) -> list[Any]:

@@ -129,6 +129,17 @@ def estimate(model: Any, training: Training, sharing: Sharing) -> dict[str, int]
     return {**need, "total": sum(need.values())}
 
 
+def saving_bytes(model: Any, training: Training) -> int:
+    """Bytes of host memory that the main process needs to save a step: weights, moments, and weights as they are saved.
+
+    Args:
+        model: without weights, see `parameters`.
+        training: its options.
+    """
+    total, _ = count_parameters(model)
+    return int((2 * FLOAT32 + 2 * _MOMENT[training.moments]) * total)
+
+
 def smaller(model: Any, training: Training, sharing: Sharing, there: int) -> list[tuple[str, int]]:
     """The options with which a run that is too large would fit, and what it would need: what costs least comes first.
 

@@ -133,8 +133,13 @@ def agreed(accelerator: Accelerator, value: Value) -> Value:
     return chosen
 
 
+def is_shared_out(tensor: Tensor) -> bool:
+    """Whether this process holds a share of a tensor."""
+    return isinstance(tensor, DTensor) or zero.is_shared(tensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; gathered from all processes, which must all call, where it is sharded."""
+    """All of a tensor, on the CPU; gathered from all processes, which must all call, where it is shared out."""
     if zero.is_shared(tensor):
         return zero.gathered(tensor)
     tensor = tensor.detach()

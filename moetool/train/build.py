@@ -17,6 +17,7 @@ from moetool.train.loop import Run
 from moetool.train.loss import chunked_loss, whole_loss
 from moetool.train.optimizer import adamw
 from moetool.train.run_plan import RunPlan, untrained_routers
+from moetool.train.saving import Saver
 from moetool.train.selection import is_selection_bias
 from moetool.train.validate import check_documents_apart
 
@@ -56,7 +57,12 @@ def build_run(plan: RunPlan) -> Run:
     weights = weights or dict(core.named_parameters())
     if going_on:
         resume.load_moments(start, weights, optimizer, advice, model)
-    return Run(plan, core, model, weights, optimizer, updates, capture, selections, language_loss, warnings, step)
+    need = plan.values["memory"]
+    here = 0 if accelerator.device.type == "cuda" else accelerator.num_processes  # that take host memory to train
+    saver = Saver(plan.values["saving_memory"] + here * (need["total"] - need["weights"]))
+    return Run(
+        plan, core, model, weights, optimizer, updates, capture, selections, language_loss, saver, warnings, step
+    )
 
 
 def _load(folder: Path, device: torch.device) -> Any:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ def source_dtype(source: Path) -> str:
 
 
 def save_checkpoint(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
+    model: Any,
+    state: Mapping[str, Tensor],
+    buffers: Collection[str],
     source: Path,
     folder: Path,
     dtype: str,
@@ -47,8 +48,9 @@ def save_checkpoint(
     """Write a stock checkpoint: weights in the family's own layout, everything else as in the source.
 
     Args:
-        model: of transformers, not wrapped; its parameters may be sharded.
-        weights: its parameters by name, whole, on the CPU.
+        model: of transformers, not wrapped; its tensors are not looked at, and may be in use by training.
+        state: its state_dict, whole, on the CPU; tied weights are one tensor.
+        buffers: names of those in it that are no parameters.
         source: the checkpoint that the training began with; its config.json is carried over word for
             word but for the dtype and `output_router_logits`, so that keys that only older readers
             know survive.
@@ -59,20 +61,19 @@ def save_checkpoint(
     Raises:
         ConfigError: a weight is not finite, or not in that dtype: such a model is never saved.
     """
-    # Keyed by parameter: tied weights stay one tensor, which transformers then writes once.
-    # A selection bias moves by steps that are below bf16's precision.
-    cast = {
-        parameter: weights[name].to(torch.float32 if is_selection_bias(name) else getattr(torch, dtype))
-        for name, parameter in model.named_parameters()
-    }
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(cast[parameter]).all()):
-            too_large = bool(torch.isfinite(weights[name]).all())
+    # Keyed by tensor: tied weights stay one, which transformers then writes once.
+    cast: dict[int, Tensor] = {id(state[name]): state[name] for name in buffers}
+    for name, tensor in state.items():
+        if id(tensor) in cast:
+            continue
+        # A selection bias moves by steps that are below bf16's precision.
+        cast[id(tensor)] = tensor.to(torch.float32 if is_selection_bias(name) else getattr(torch, dtype))
+        if not bool(torch.isfinite(cast[id(tensor)]).all()):
+            too_large = bool(torch.isfinite(tensor).all())
             advice = "--save-dtype float32 or bfloat16" if too_large else "lower --lr or --grad-clip"
             raise ConfigError(f"{name} is not finite in {dtype}, so step {entry['steps']} is not saved; {advice}")
-    named = dict(model.named_parameters(remove_duplicate=False))
-    state = {name: cast[named[name]] if name in named else tensor for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")  # type: ignore[operator]
+    state = {name: cast[id(tensor)] for name, tensor in state.items()}
+    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
     for name in COMPANIONS:
         if (source / name).is_file():
@@ -97,3 +98,11 @@ def publish(step_folder: Path, out: Path, summary: Mapping[str, Any]) -> None:
     sync_folder(out)
     write_file(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
     write_file(out / "config.json", (step_folder / "config.json").read_bytes())
+
+
+def state_of(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state_dict with other tensors: of each parameter, by its first name, and of each buffer."""
+    names = list(model.state_dict())  # first: where weights are shared out it puts these in place
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {name: weights[first[named[name]]] if name in named else buffers[name] for name in names}

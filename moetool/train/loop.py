@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +25,16 @@ from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
 from moetool.train import balance, mixed, resume, state
-from moetool.train.accelerator import accumulating, autocast, is_mixed, mean_gradients, number, sum_dtype, track, whole
+from moetool.train.accelerator import accumulating, autocast, is_mixed, mean_gradients, number, sum_dtype, track
 from moetool.train.batches import MicroBatch, micro_batches
 from moetool.train.execution import evaluating
-from moetool.train.export import publish, save_checkpoint
+from moetool.train.export import publish, save_checkpoint, state_of
 from moetool.train.interrupt import noting
 from moetool.train.loss import LanguageLoss, logits, token_loss
 from moetool.train.metrics_log import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import rounding_seed, set_rate
 from moetool.train.run_plan import RunPlan
+from moetool.train.saving import Saver
 from moetool.train.selection import Selection
 from moetool.train.terms import Forward, Need, Sums
 from moetool.train.validate import validate
@@ -61,6 +62,7 @@ class Run:
         capture: on the routers; None for a dense model.
         selections: strategies that act on the choice of experts.
         language_loss: see loss.py.
+        saver: writes its step folders.
         warnings: what was seen in the weights, and the user should know before they are trained.
         step: updates made.
     """
@@ -74,6 +76,7 @@ class Run:
     capture: RouterCapture | None
     selections: Sequence[Selection]
     language_loss: LanguageLoss
+    saver: Saver
     warnings: Sequence[str]
     step: int
     _ahead: Gradient | None = None
@@ -108,12 +111,13 @@ class Run:
         def tell() -> None:
             progress("train", self.step, config.max_steps, "stopping after this step; a second signal stops at once")
 
-        with noting(tell) as noted:
+        with self.saver, noting(tell) as noted:
             if self.step == 0:
                 self._validate(log, progress)
             while self.step < config.max_steps:
                 row = self._update()
                 self._log(log, row)
+                self.saver.check()
                 note = f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  {row['tokens_per_second']:.0f} tok/s"
                 note += f"  {row['mfu']:.0%} MFU" if "mfu" in row else ""
                 progress("train", self.step, config.max_steps, note)
@@ -123,6 +127,8 @@ class Run:
                 stopping = not last and self._any(bool(noted.signum))
                 if last or stopping or self.step % config.save_every == 0:
                     self._save()
+                if last or stopping:
+                    self._saved()
                 if stopping:
                     break
         if self.step < config.max_steps:
@@ -253,8 +259,15 @@ class Run:
         detached = {name: value.detach() for name, value in values.items()}
         return Sums(forward.language_loss.detach(), detached, forward.counts_LE)
 
+    def _saved(self) -> None:
+        """Wait in all processes until the last step is written: a launcher ends them all when one has ended."""
+        self.saver.wait()
+        self.plan.accelerator.wait_for_everyone()
+
     def _stopped(self, what: str) -> str:
         out, precision = self.plan.config.out, self.plan.config.precision
+        with suppress(Exception):  # this has failed before
+            self._saved()
         saved = state.saved_steps(out)
         good, where = "no checkpoint is saved", "and run it again"
         if saved:
@@ -285,22 +298,27 @@ class Run:
         return {"steps": self.step, "tokens": samples * self.plan.config.seq_len, "ledger": ledger(samples)}
 
     def _save(self) -> None:
-        """Write a step folder, once the next step's loss and gradient show that the last update was no ruin."""
+        """Have a step folder written, once the next step's loss and gradient show that the last update was no ruin."""
         self._ahead = self._gradient()
-        plan, config = self.plan, self.plan.config
+        plan, config, step = self.plan, self.plan.config, self.step
         main = plan.accelerator.is_main_process
-        # Every process takes part in gathering, one tensor after the other; the main one keeps them.
-        gathered = ((name, whole(parameter)) for name, parameter in self.weights.items())
-        weights = {name: tensor for name, tensor in gathered if main}
-        moments = {key: tensor for key, tensor in resume.moments(self.weights, self.optimizer) if main}
+        weights = self.saver.copies(self.weights.items(), main)
+        moments = self.saver.copies(resume.moments(self.weights, self.optimizer), main)
+        # The thread has no part in the model: hooks of FSDP would move its weights in the midst of a forward.
+        stored = self.core.state_dict()
+        named = dict(self.core.named_parameters(remove_duplicate=False))
+        buffers = self.saver.copies(((name, tensor) for name, tensor in stored.items() if name not in named), main)
+        saved = state_of(self.core, weights, buffers) if main else {}
+        entry = {"command": "cpt", "moetool": __version__, "torch": torch.__version__, "seed": config.seed}
+        entry |= {"options": config.to_json(), **self._so_far()}
 
-        def fill(folder: Path) -> None:
-            entry = {"command": "cpt", "moetool": __version__, "torch": torch.__version__, "seed": config.seed}
-            entry |= {"options": config.to_json(), **self._so_far()}
-            save_checkpoint(self.core, weights, config.model, folder, plan.save_dtype, entry)
-            master = weights if plan.save_dtype != "float32" else None
-            resume.save(folder, moments, master, self.step, plan.identity)
+        def write(go_on: Callable[[], None]) -> None:
+            def fill(folder: Path) -> None:
+                save_checkpoint(self.core, saved, buffers, config.model, folder, plan.save_dtype, entry)
+                master = weights if plan.save_dtype != "float32" else None
+                resume.save(folder, moments, master, step, plan.identity, go_on)
+
+            state.save_step(config.out, step, fill, config.keep_checkpoints)
 
         if main:
-            state.save_step(config.out, self.step, fill, config.keep_checkpoints)
-        plan.accelerator.wait_for_everyone()
+            self.saver.write(write)

@@ -8,20 +8,20 @@ pickled. Tensors are whole, so a run may go on with another number of processes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moetool.errors import CheckpointError
 from moetool.outside import fits, read_json
-from moetool.train import zero
-from moetool.train.accelerator import share, whole
+from moetool.train import tensor_file, zero
+from moetool.train.accelerator import share
 from moetool.train.optimizer import parts, state_from
 
 STATE = "training_state"
@@ -51,21 +51,13 @@ def intact(folder: Path, within: str = "") -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if _digest(path) != digest:
+        if tensor_file.digest(path) != digest:
             raise CheckpointError(f"{path} is damaged (its bytes have changed since it was written)")
     return identity
 
 
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """The optimizer's moments as (`parameter/moment`, tensor on the CPU); all processes must walk through.
+    """The optimizer's moments as (`parameter/moment`, tensor); all processes must walk through.
 
     Args:
         parameters: that it updates, by name.
@@ -75,7 +67,7 @@ def moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optim
         of = zero.moments(parameter, optimizer) if zero.is_updated(parameter) else optimizer.state.get(parameter, {})
         for key, value in of.items():
             for part, tensor in parts(value):
-                yield f"{name}/{key}{part}", whole(tensor)
+                yield f"{name}/{key}{part}", tensor
 
 
 def save(
@@ -84,6 +76,7 @@ def save(
     master: Mapping[str, Tensor] | None,
     step: int,
     identity: Mapping[str, Any],
+    go_on: Callable[[], None] = lambda: None,
 ) -> None:
     """Write `training_state/` into a step folder whose other files are there.
 
@@ -93,12 +86,16 @@ def save(
         master: fp32 weights by parameter; None where the checkpoint itself is fp32.
         step: updates made.
         identity: of the run, see TrainConfig.identity.
+        go_on: called between pieces of work; may raise.
     """
+    tensors = {"optimizer.safetensors": moments} | ({"master.safetensors": master} if master is not None else {})
+    others = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     (folder / STATE).mkdir()
-    save_file(dict(moments), folder / STATE / "optimizer.safetensors")
-    if master is not None:
-        save_file(dict(master), folder / STATE / "master.safetensors")
-    files = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    with ThreadPoolExecutor() as pool:
+        digests = {path: pool.submit(tensor_file.digest, path, go_on) for path in others}
+        for name, named in sorted(tensors.items()):
+            digests[folder / STATE / name] = pool.submit(tensor_file.write, folder / STATE / name, named, go_on)
+    files = {str(path.relative_to(folder)): digest.result() for path, digest in digests.items()}
     document = {"format": _FORMAT, "step": step, "master": master is not None, "identity": identity}
     document |= {"torch": torch.__version__, "files": files}
     (folder / STATE / "state.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

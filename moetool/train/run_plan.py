@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moetool.cost import devices
-from moetool.cost.memory import Training, estimate, smaller
+from moetool.cost.memory import Training, estimate, saving_bytes, smaller
 from moetool.cost.operations import flops_per_token
 from moetool.cost.parameters import count_parameters
 from moetool.data.mixture import TokenMixture
@@ -87,6 +87,7 @@ def plan_run(
         "num_active_parameters": active,
         "flops_per_token": flops_per_token(model, config.seq_len),
         "memory": estimate(model, training, shares),
+        "saving_memory": saving_bytes(model, training),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
         "seq_len": config.seq_len,

@@ -23,7 +23,7 @@ from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import load_model, skeleton
 from moetool.cost.operations import flops_per_token
 from moetool.errors import CheckpointError
-from moetool.train import resume
+from moetool.train import resume, tensor_file
 from moetool.train.batches import mix, open_corpus
 from moetool.train.config import TrainConfig
 from tests import tiny
@@ -358,10 +358,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     assert cpt(mixtral, one, jsonl, "--save-every", 2)[0] == 0
     written = resume.save
 
-    def full(folder: Path, moments: Any, master: Any, step: int, identity: Any) -> None:
+    def full(folder: Path, moments: Any, master: Any, step: int, *more: Any) -> None:
         if step == 4:
             raise kind
-        written(folder, moments, master, step, identity)
+        written(folder, moments, master, step, *more)
 
     with monkeypatch.context() as patched:
         patched.setattr("moetool.train.resume.save", full)
@@ -430,7 +430,7 @@ def test_an_optimizer_that_is_not_there_or_does_not_fit(tmp_path: Path, llama: P
     # Another step's, whole in itself, but of another model.
     save_file({**stored, "lm_head.weight/exp_avg": torch.zeros(3)}, moments)
     state = json.loads((step / "training_state" / "state.json").read_text())
-    state["files"]["training_state/optimizer.safetensors"] = resume._digest(moments)
+    state["files"]["training_state/optimizer.safetensors"] = tensor_file.digest(moments)
     (step / "training_state" / "state.json").write_text(json.dumps(state))
     code, _, stderr = cpt(step, tmp_path / "out", jsonl, "--keep-optimizer")
     assert code == 1

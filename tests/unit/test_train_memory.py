@@ -52,6 +52,7 @@ def test_weights_and_moments_are_16_bytes_a_parameter(mixtral: Path) -> None:
     need = memory.estimate(model, training(), Sharing(2, sharded=False))
     assert [need[name] for name in ("weights", "gradients", "optimizer")] == [4 * total, 4 * total, 8 * total]
     assert need["total"] == 16 * total + need["activations"]
+    assert memory.saving_bytes(model, training()) == 16 * total
     shared = memory.estimate(model, training(), Sharing(2, sharded=True))
     assert [shared[name] for name in ("weights", "gradients", "optimizer")] == [2 * total, 2 * total, 4 * total]
     assert shared["activations"] == need["activations"]

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Timer
 
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import load_model
 from moetool.checkpoint.reader import content_fingerprint
 from moetool.errors import CheckpointError, ConfigError
-from moetool.train import resume, state
+from moetool.train import resume, state, tensor_file
 from moetool.train.accelerator import whole
 from moetool.train.config import TrainConfig
-from moetool.train.export import save_checkpoint, source_dtype
+from moetool.train.export import save_checkpoint, source_dtype, state_of
 from moetool.train.metrics_log import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import adamw
+from moetool.train.saving import Saver
 from tests import tiny
 
 
@@ -232,7 +236,7 @@ def test_saved_weights_are_the_rounded_masters(tmp_path: Path, tied: bool) -> No
         model.model.norm.weight.add_(1e-4)
         model.lm_head.weight.mul_(1.001)
     weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
-    save_checkpoint(model, weights, source, tmp_path / "saved", "bfloat16", {"command": "cpt"})
+    save_checkpoint(model, state_of(model, weights, {}), (), source, tmp_path / "saved", "bfloat16", {"command": "cpt"})
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert set(saved) == set(load_file(source / "model.safetensors"))
     assert ("lm_head.weight" in saved) is not tied
@@ -248,7 +252,7 @@ def test_a_model_that_is_not_finite_is_not_saved(tmp_path: Path, llama: Path, va
     weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
     weights["model.norm.weight"] = torch.full((32,), value)
     with pytest.raises(ConfigError, match=rf"model\.norm\.weight is not finite in float16, .*step 7 .*{advice}"):
-        save_checkpoint(model, weights, llama, tmp_path / "saved", "float16", {"steps": 7})
+        save_checkpoint(model, state_of(model, weights, {}), (), llama, tmp_path / "saved", "float16", {"steps": 7})
 
 
 def test_metrics_keep_each_step_once(tmp_path: Path) -> None:
@@ -279,3 +283,82 @@ def test_the_routing_of_a_step() -> None:
     assert row["mri"] == [0.5, 1.0]
     assert row["entropy"][0] == pytest.approx(1.0)
     assert row["dead_experts"] == [[], [2, 3]]
+
+
+@pytest.mark.parametrize("kinds", [[torch.float32], [torch.bfloat16, torch.float32, torch.uint8, torch.int64]])
+def test_a_file_of_tensors_is_that_of_safetensors(tmp_path: Path, kinds: list[torch.dtype]) -> None:
+    shapes: list[tuple[int, ...]] = [(), (7,), (3, 5), (0, 4), (2, 3, 4)]
+    tensors = {
+        f"{'zxa'[i % 3]}.{i}": (100 * torch.rand(shape)).to(kinds[i % len(kinds)]) for i, shape in enumerate(shapes * 2)
+    }
+    tensors["large"] = torch.arange(5 * 2**20, dtype=torch.float32)  # 20 MiB: several pieces
+    written = tensor_file.write(tmp_path / "ours", tensors, lambda: None)
+    save_file(tensors, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert written == tensor_file.digest(tmp_path / "ours")
+
+
+def run_alone(saver: Saver, tensor: torch.Tensor, results: list[list[float]], begun: Event, going: Event) -> None:
+    kept = saver.copies([("a", tensor)], keep=True)
+
+    def write(go_on: Callable[[], None]) -> None:
+        begun.set()
+        while not going.wait(0.01):
+            go_on()
+        results.append(kept["a"].tolist())
+
+    saver.write(write)
+
+
+def test_training_goes_on_while_a_copy_is_written() -> None:
+    tensor, results = torch.zeros(2), list[list[float]]()
+    going = [Event(), Event()]
+    with Saver(need=1) as saver:
+        for step in range(2):
+            tensor += 1
+            run_alone(saver, tensor, results, Event(), going[step])
+            tensor += 1  # the update after it
+            assert results == [[1.0, 1.0]][:step]  # not written, and nobody waits
+            saver.check()
+            going[step].set()  # the second copies wait for the first write
+        saver.wait()
+        assert results == [[1.0, 1.0], [3.0, 3.0]]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_failed_write_is_an_error_of_the_run(wait: bool) -> None:
+    def write(go_on: Callable[[], None]) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"), Saver(need=1) as saver:  # noqa: PT012
+        saver.write(write)
+        if wait:
+            saver.wait()
+        while True:  # a step of training
+            time.sleep(0.01)
+            saver.check()
+
+
+def test_an_error_waits_for_the_write_and_a_signal_ends_it() -> None:
+    results: list[list[float]] = []
+    begun, going = Event(), Event()
+    with pytest.raises(ConfigError), Saver(need=1) as saver:  # noqa: PT012
+        run_alone(saver, torch.ones(1), results, begun, going)
+        Timer(0.1, going.set).start()
+        raise ConfigError("the loss is nan")
+    assert results == [[1.0]]
+    begun, going = Event(), Event()
+    with pytest.raises(KeyboardInterrupt), Saver(need=1) as saver:  # noqa: PT012
+        run_alone(saver, torch.ones(1), results, begun, going)
+        begun.wait()
+        raise KeyboardInterrupt
+    assert results == [[1.0]]
+
+
+def test_without_memory_for_a_copy_training_waits() -> None:
+    tensor, results = torch.zeros(2), list[list[float]]()
+    with Saver(need=10**18) as saver:
+        kept = saver.copies([("a", tensor)], keep=True)
+        assert kept["a"].data_ptr() == tensor.data_ptr()
+        saver.write(lambda go_on: results.append(kept["a"].tolist()))
+        assert results == [[0.0, 0.0]]
