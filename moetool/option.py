@@ -76,7 +76,7 @@ def option(help: str, default: Any = MISSING, *, kind: str = "", **more: Any) ->
         more: see `Option`.
     """
     if kind:
-        more = {"names": registry.names(kind), "what": kind} | more
+        more = {"names": registry.REGISTRY[kind], "what": kind} | more
     if "names" in more:
         more = {"metavar": "|".join(more["names"])} | more
     metadata = {"option": Option(help, **more)}

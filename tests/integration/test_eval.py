@@ -233,7 +233,7 @@ def test_mistakes_are_told_before_weights_are_loaded(llama: Path, folder: Path, 
     assert "no task file" in fail(llama, "--tasks", tmp_path / "none.yaml")[1]
     assert "no folder" in fail(llama, tmp_path / "absent", "--tasks", "choices", "--include-path", folder)[1]
     assert "tokenizer" in fail(shutil_without(llama, tmp_path, "tokenizer*"), "--tasks", "choices")[1]
-    assert "no folder" in fail(llama, "--tasks", "choices", "--include-path", tmp_path / "absent")[1]
+    assert "is not a folder" in fail(llama, "--tasks", "choices", "--include-path", tmp_path / "absent")[1]
     assert fail(llama)[0] == 2
     assert fail(llama, "--tasks", "choices", "--log-samples")[0] == 2
     assert fail(llama, "--tasks", "choices", "--device-map", "auto", "--device", "cpu")[0] == 2

@@ -176,7 +176,7 @@ def test_probabilities_are_recognised() -> None:
 def test_refusals(llama: Any) -> None:
     dense = load_model(llama)
     assert not has_routers(dense)
-    with pytest.raises(CheckpointError, match="no router"):
+    with pytest.raises(CheckpointError, match="without a router"):
         RouterCapture(dense)
     foreign = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([LogitsOnlyRouter()])})
     with RouterCapture(foreign).collect(), pytest.raises(CheckpointError, match="layer 0: LogitsOnlyRouter"):

@@ -174,7 +174,7 @@ def test_a_refused_command_deletes_nothing(tmp_path: Path, llama: Path, jsonl: P
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for model, options, message in (
         (llama, ("--warmup-steps", 9), "9 warm-up steps do not fit"),
-        (llama, ("--seq-len", 128, "--val-fraction", 0.99), "less than one window"),
+        (llama, ("--seq-len", 128, "--val-fraction", 0.99), "fewer than one window"),
         (llama, ("--replay", f"new={jsonl}"), "two sources are named 'new'"),
         (out / "checkpoints" / "step-000002", (), "is a part of the run in"),
     ):
@@ -324,7 +324,9 @@ def test_a_model_that_an_update_ruined_is_not_saved(
     code, _, stderr = cpt(llama, out, jsonl, *more)
     assert code == 1
     assert "at step 4; stopped before the update, the last good checkpoint is" in stderr
-    assert "step-000002. Lower --lr or --grad-clip in another OUT (MODEL may be that checkpoint)" in stderr
+    assert (
+        "step-000002. Lower --lr or --grad-clip and start a run in another OUT (MODEL may be that checkpoint)" in stderr
+    )
     assert sorted(path.name for path in (out / "checkpoints").iterdir())[-1] == "step-000002"
     assert load_model(out / "checkpoints" / "step-000002")
 

@@ -108,5 +108,5 @@ def test_a_validation_set_of_one_token(llama: Path, jsonl: Path, monkeypatch: py
         return TokenStream({"sha256": source.path}, offsets[:-1], offsets, np.zeros(100, np.uint16))
 
     monkeypatch.setattr("moetool.train.batches.tokenized", one_token)
-    with pytest.raises(DataError, match="validation set 'tiny' holds 1 token"):
+    with pytest.raises(DataError, match="validation set 'tiny' has fewer than 2 tokens"):
         open_corpus(config(llama, jsonl, val={"tiny": "other"}, val_fraction=0), 300)
