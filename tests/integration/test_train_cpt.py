@@ -176,7 +176,7 @@ def test_a_refused_command_deletes_nothing(tmp_path: Path, llama: Path, jsonl: P
         (llama, ("--warmup-steps", 9), "9 warm-up steps do not fit"),
         (llama, ("--seq-len", 128, "--val-fraction", 0.99), "fewer than one window"),
         (llama, ("--replay", f"new={jsonl}"), "two sources are named 'new'"),
-        (out / "checkpoints" / "step-000002", (), "is a part of the run in"),
+        (out / "checkpoints" / "step-000002", (), "is part of the run in"),
     ):
         code, _, stderr = cpt(model, out, jsonl, *options, "--no-resume")
         assert code == 1
