@@ -65,7 +65,7 @@ def copy(source: Path, target: Path) -> Path:
 def test_what_a_folder_lacks_is_named(llama: Path, tmp_path: Path) -> None:
     folder = copy(llama, tmp_path / "m")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors"):
         CheckpointReader(folder)
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match="pickled"):
@@ -126,7 +126,7 @@ def test_an_unfinished_download_is_named(llama: Path, tmp_path: Path) -> None:
         shutil.copytree(llama, folder)
         place.mkdir(parents=True)
         (folder / "model.safetensors").unlink()
-        with pytest.raises(CheckpointError, match="holds no"):
+        with pytest.raises(CheckpointError, match="holds neither"):
             CheckpointReader(folder)
         (place / "abc.incomplete").write_bytes(b"")
         with pytest.raises(CheckpointError, match=r"because its download is unfinished .*incomplete\); fetch it again"):
