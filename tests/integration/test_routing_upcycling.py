@@ -246,7 +246,7 @@ def test_the_dense_model_is_gone_or_another(llama: Path, tmp_path: Path) -> None
     tiny.save_llama(dense, intermediate_size=32)
     assert "other FFN matrices" in measure(folder)["notes"][0]
     (dense / "model.safetensors").unlink()
-    assert "holds no model.safetensors" in measure(folder)["notes"][0]
+    assert "holds neither model.safetensors" in measure(folder)["notes"][0]
 
 
 def test_names_that_lead_nowhere(llama: Path) -> None:
