@@ -21,7 +21,8 @@ def piece(start: int, size: int, name: str = "t", source: int = 0) -> Piece:
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6), st.integers(0, 20))
 def test_a_file_is_read_from_its_first_byte_to_its_last(parts: list[tuple[int, int]], rest: int) -> None:
-    pieces, position = [], 0
+    pieces: list[Piece] = []
+    position = 0
     for gap, size in parts:
         pieces.append(piece(position + gap, size, f"t{len(pieces)}"))
         position += gap + size
