@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from pathlib import Path
+from typing import Any
 
 from moetool.arch.forms import family_names
 from moetool.arch.spec import ArchSpec, detect
@@ -62,13 +64,13 @@ class MoESource:
         if info is None or len(info.shape) != len(first) + 2 or info.shape[: len(first)] != first:
             name = names[projection].format(layer=layer, expert=expert).partition(".layers.")[2]
             raise CheckpointError(f"layer {layer}: the files do not hold {name} as plain weights of one shape")
-        return _part(info, names, projection, *((expert, self.num_experts) if self.spec.fused else (0, 1)))
+        return expert_part(info, names, projection, *((expert, self.num_experts) if self.spec.fused else (0, 1)))
 
     def shared(self, layer: int, projection: str) -> TensorInfo | None:
         """The same of the shared expert; None where there is none."""
         names = self.spec.shared.tensors if self.spec.shared else {}
         info = self.tensors.get(names[projection].format(layer=layer)) if names else None
-        return _part(info, names, projection) if info and len(info.shape) == 2 else None
+        return expert_part(info, names, projection) if info and len(info.shape) == 2 else None
 
     @property
     def num_routed(self) -> int:
@@ -89,10 +91,10 @@ def moe_source(reader: CheckpointReader) -> MoESource | None:
     if spec is None:
         return None
     tensors = family_names(reader.tensors, reader.config)
-    numbers = sorted({int(found[1]) for name in tensors if (found := _LAYER.match(name))})
-    num_experts, top_k = (_number(reader, spec, key) for key in (spec.num_experts_key, spec.top_k_key))
+    keys = spec.num_experts_key, spec.top_k_key
+    num_experts, top_k = (config_number(reader.config, spec, key, reader.folder) for key in keys)
     for named in (spec, spec.in_memory):
-        if layers := tuple(layer for layer in numbers if _is_sparse(tensors, named, layer)):
+        if layers := tuple(layer for layer in layers_of(tensors) if _is_sparse(tensors, named, layer)):
             return MoESource(reader, named, tensors, layers, num_experts, top_k)
     return MoESource(reader, spec, tensors, (), num_experts, top_k)
 
@@ -102,7 +104,14 @@ def _is_sparse(tensors: Mapping[str, TensorInfo], spec: ArchSpec, layer: int) ->
     return spec.router.format(layer=layer) in tensors and gate is not None and len(gate.shape) == 2 + spec.fused
 
 
-def _part(info: TensorInfo, names: Mapping[str, str], projection: str, expert: int = 0, experts: int = 1) -> TensorInfo:
+def layers_of(names: Iterable[str]) -> list[int]:
+    """The layers that tensors belong to, ascending."""
+    return sorted({int(found[1]) for name in names if (found := _LAYER.match(name))})
+
+
+def expert_part(
+    info: TensorInfo, names: Mapping[str, str], projection: str, expert: int = 0, experts: int = 1
+) -> TensorInfo:
     """The matrix of an expert in a tensor that may hold several experts, and several projections of each."""
     together = [other for other in PROJECTIONS if names[other] == names[projection]]
     parts = experts * len(together)
@@ -111,13 +120,16 @@ def _part(info: TensorInfo, names: Mapping[str, str], projection: str, expert: i
     return replace(info, shape=(rows, info.shape[-1]), start=start, size=size)
 
 
-def _number(reader: CheckpointReader, spec: ArchSpec, key: str) -> int:
+def config_number(config: Mapping[str, Any], spec: ArchSpec, key: str, folder: Path) -> int:
+    """A number of a family's config.json, under any of the names that published checkpoints have for it.
+
+    Raises:
+        CheckpointError: it is not there, is not a positive whole number, or is not the same in all layers.
+    """
     names = [key, *(other for other, ours in spec.keys.items() if ours == key)]
-    value = next((reader.config[name] for name in names if reader.config.get(name) is not None), None)
+    value = next((config[name] for name in names if config.get(name) is not None), None)
     if isinstance(value, list) and value and all(item == value[0] for item in value):
         value = value[0]  # once per layer, all alike
     if type(value) is not int or not 0 < value < 2**31:
-        raise CheckpointError(
-            f"{reader.folder}/config.json: {key} is {str(value)[:60]!r}, expected a positive whole number"
-        )
+        raise CheckpointError(f"{folder}/config.json: {key} is {str(value)[:60]!r}, expected a positive whole number")
     return value

@@ -151,8 +151,8 @@ def typer_command(run: Callable[..., Any]) -> Callable[..., Any]:
     groups = {name: hint for name, hint in get_type_hints(run).items() if dataclasses.is_dataclass(hint)}
 
     def call(context: typer.Context, **values: Any) -> Any:
-        typed = frozenset(name for name in values if was_typed(context, name))
-        with as_usage():
+        typed = frozenset(name for name in values if _was_typed(context, name))
+        with _as_usage():
             built = {name: _build(group, values) for name, group in groups.items()}
             together = SimpleNamespace(**{k: v for config in built.values() for k, v in vars(config).items()})
             for name, other in without_effect(together, {f.name: f.metadata["option"] for f in fields}):
@@ -183,7 +183,7 @@ def typer_command(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def as_usage() -> Iterator[None]:
+def _as_usage() -> Iterator[None]:
     """Turn a ConfigError about options into a usage error."""
     try:
         yield
@@ -191,7 +191,7 @@ def as_usage() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from None
 
 
-def was_typed(context: typer.Context, name: str) -> bool:
+def _was_typed(context: typer.Context, name: str) -> bool:
     """Whether a parameter was typed on the command line, rather than in a configuration file."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
@@ -259,7 +259,7 @@ def _reader(declared: Option) -> Callable[[Any], Any]:
     """An option callback that checks names and parses text."""
 
     def callback(value: Any) -> Any:
-        with as_usage():
+        with _as_usage():
             for one in value if isinstance(value, (list, tuple)) else [value]:
                 if declared.names and one is not None:
                     check_name(declared, one)

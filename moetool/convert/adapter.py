@@ -159,7 +159,7 @@ def _merged(transposed: bool, block: Block) -> torch.Tensor:
     return (weight + delta.mul_(block.fill.value)).to(block.dtype)
 
 
-@lru_cache(maxsize=64)  # the blocks of a weight come one after another, in several threads
+@lru_cache(maxsize=64)  # the blocks of a weight come one after another
 def _whole(reader: Any, info: TensorInfo) -> torch.Tensor:
     return read_rows(reader, info, 0, info.shape[0]).float()
 

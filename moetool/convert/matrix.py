@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from moetool.arch.moe_source import expert_part, layers_of
 from moetool.arch.spec import ArchSpec
 from moetool.checkpoint.reader import TensorInfo
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import PROJECTIONS
 from moetool.surgery.fill import Place
-
-_LAYER = re.compile(r"^model\.layers\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def layout_of(names: Iterable[str], spec: ArchSpec | None) -> str | None:
     if spec is None:
         return None
     names = set(names)
-    for layer in sorted({int(found[1]) for name in names if (found := _LAYER.match(name))}):
+    for layer in layers_of(names):
         if spec.together.experts["down"].format(layer=layer) in names:
             return "fused"
         if not spec.fused and spec.experts["down"].format(layer=layer, expert=0) in names:
@@ -84,14 +82,11 @@ def split_experts(matrices: Mapping[str, Matrix], spec: ArchSpec, num_experts: i
             together = 1 if projection == "down" else 2
             if len(whole) != 3 or whole[0] != num_experts or whole[1] % together:
                 raise CheckpointError(f"tensor {name} has shape {list(whole)}, config.json says {num_experts} experts")
-            rows, columns = whole[1] // together, whole[2]
-            size = info.size // (num_experts * together)
             split.pop(name, None)
             for expert in range(num_experts):
                 own = spec.experts[projection].format(layer=layer, expert=expert)
-                number = expert * together + PROJECTIONS.index(projection) % together
-                part = replace(info, shape=(rows, columns), start=info.start + number * size, size=size)
-                split[own] = Matrix(part, Place(own), (rows, columns))
+                part = expert_part(info, spec.together.experts, projection, expert, num_experts)
+                split[own] = Matrix(part, Place(own), part.shape)
     return split
 
 
@@ -100,8 +95,7 @@ def join_experts(matrices: Mapping[str, Matrix], spec: ArchSpec, num_experts: in
     joined = dict(matrices)
     for layer in _layers(matrices, spec, "per-expert"):
         _rename_routers(joined, spec, spec.together, layer)
-        for projection, template in spec.together.experts.items():
-            fused = template.format(layer=layer)
+        for projection in PROJECTIONS:
             own = [spec.experts[projection].format(layer=layer, expert=expert) for expert in range(num_experts)]
             missing = [name for name in own if name not in matrices]
             shapes = {matrices[name].info.shape for name in own if name in matrices}
@@ -111,8 +105,7 @@ def join_experts(matrices: Mapping[str, Matrix], spec: ArchSpec, num_experts: in
             rows, columns = shapes.pop()
             together = 1 if projection == "down" else 2
             for expert, name in enumerate(own):
-                number = expert * together + PROJECTIONS.index(projection) % together
-                place = Place(fused, number * rows * columns, expert)
+                place = Place(*spec.together.expert_place(projection, layer, expert, rows * columns), expert)
                 joined[name] = replace(matrices[name], place=place, whole=(num_experts, together * rows, columns))
     return joined
 
@@ -126,7 +119,5 @@ def _rename_routers(matrices: dict[str, Matrix], before: ArchSpec, after: ArchSp
 
 def _layers(matrices: Mapping[str, Matrix], spec: ArchSpec, layout: str) -> list[int]:
     """The layers with experts in a layout."""
-    numbers = sorted({int(found[1]) for name in matrices if (found := _LAYER.match(name))})
-    if layout == "fused":
-        return [layer for layer in numbers if spec.together.experts["down"].format(layer=layer) in matrices]
-    return [layer for layer in numbers if spec.experts["down"].format(layer=layer, expert=0) in matrices]
+    named = spec.together if layout == "fused" else spec
+    return [layer for layer in layers_of(matrices) if named.experts["down"].format(layer=layer, expert=0) in matrices]

@@ -9,6 +9,7 @@ from typing import Any
 
 from moetool.arch.dense import EMBEDDING, LM_HEAD
 from moetool.arch.forms import is_wrapped, text_names
+from moetool.arch.moe_source import config_number
 from moetool.arch.spec import ArchSpec, detect
 from moetool.checkpoint.reader import AdapterReader, CheckpointReader, TensorInfo
 from moetool.checkpoint.writer import TensorLayout
@@ -69,7 +70,8 @@ def plan_conversion(readers: Sequence[CheckpointReader], recipe: ConvertRecipe, 
             raise ConfigError(f"--layout {recipe.layout}: {source.folder} has no experts; leave --layout out")
         assert spec is not None
         change = join_experts if recipe.layout == "fused" else split_experts
-        matrices, after = change(matrices, spec, _num_experts(config, spec)), recipe.layout
+        num_experts = config_number(config, spec, spec.num_experts_key, source.folder)
+        matrices, after = change(matrices, spec, num_experts), recipe.layout
     adapter = _adapter(readers, matrices) if recipe.adapter else Adapter({}, {})
     fills, layouts = _fills(matrices, recipe, spec, adapter, readers)
     if recipe.dtype != "auto":
@@ -98,13 +100,6 @@ def _text_tensors(source: CheckpointReader, config: dict[str, Any]) -> dict[str,
     elif wrapped and LM_HEAD not in tensors and not config.get("tie_word_embeddings"):
         raise CheckpointError(f"{source.folder} has no output head ({LM_HEAD}), and its embeddings are not tied")
     return tensors
-
-
-def _num_experts(config: Mapping[str, Any], spec: ArchSpec) -> int:
-    number = config.get(spec.num_experts_key)
-    if type(number) is not int or not 0 < number < 100_000:
-        raise CheckpointError(f"config.json: {spec.num_experts_key} is {str(number)[:60]!r}, expected a number")
-    return number
 
 
 def _adapter(readers: Sequence[CheckpointReader], matrices: Mapping[str, Matrix]) -> Adapter:

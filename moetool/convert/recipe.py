@@ -35,11 +35,8 @@ class ConvertRecipe:
             CheckpointError: a field is missing, unknown, or has an invalid value.
         """
         flags = [values.get(name) for name in ("unpickle", "adapter")]
-        known = values.get("dtype") in ("auto", *FLOAT_DTYPES) and values.get("layout") in (
-            "auto",
-            "per-expert",
-            "fused",
-        )
+        dtypes, layouts = ("auto", *FLOAT_DTYPES), ("auto", "per-expert", "fused")
+        known = values.get("dtype") in dtypes and values.get("layout") in layouts
         if set(values) != set(asdict(cls())) or not known or not all(type(flag) is bool for flag in flags):
             raise CheckpointError(f"moetool.json: the recipe cannot be read ({str(dict(values))[:100]})")
         return cls(**values)

@@ -32,7 +32,7 @@ def _strategies(values: Sequence[str], flag: str) -> dict[str, float]:
 
 
 def _scheduled(parameter: str) -> dict[str, Any]:
-    """An option that only the schedules with this parameter read, and that makes another run there."""
+    """An option that only the schedules with this parameter read."""
     return {"panel": RATE, "needs": ("schedule", lambda name: parameter in parameters(name))}
 
 
@@ -72,24 +72,16 @@ class TrainConfig:
     )  # fmt: skip
     max_steps: int = option(
         "Length of the run in steps, instead of --max-tokens.",
-        UNSET,
-        panel=SIZE,
-        min=1,
-        defines=True,
-        after="max_tokens",
-    )
+        UNSET, panel=SIZE, min=1, defines=True, after="max_tokens",
+    )  # fmt: skip
     max_tokens: int = option(
         "Length of the run in tokens, such as 2B or 500M, rounded down to whole steps.",
         UNSET, panel=SIZE, metavar="COUNT", parse=parse_count,
     )  # fmt: skip
     seq_len: int = option(
         "Sequence length in tokens.",
-        UNSET,
-        panel=SIZE,
-        shown="2048, or the model's maximum if that is less",
-        min=1,
-        defines=True,
-    )
+        UNSET, panel=SIZE, shown="2048, or the model's maximum if that is less", min=1, defines=True,
+    )  # fmt: skip
     global_batch_size: int = option("Sequences per step, over all processes.", 32, panel=SIZE, min=1, defines=True)
     micro_batch_size: int = option(
         "Sequences per forward pass of one process.",
@@ -274,14 +266,10 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The options as plain values, for the lineage."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("out", "resume")}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("out", "resume")}
+        values = {("weights" if name == "weight" else name): value for name, value in named.items()}  # as in 0.1
         return {
-            {"weight": "weights"}.get(key, key): str(v)
-            if isinstance(v, Path)
-            else dict(v)
-            if isinstance(v, Mapping)
-            else v
-            for key, v in values.items()
+            k: dict(v) if isinstance(v, Mapping) else str(v) if isinstance(v, Path) else v for k, v in values.items()
         }
 
     def identity(self, model: str, sources: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
