@@ -1,7 +1,7 @@
 """What both studies share: text, tokenizer, dense models, and moetool's commands, run once each.
 
 Nothing here trains or measures: every number comes from a command that is printed as it is run. A
-command whose result is there already is not run again, and one that was interrupted goes on, so a study
+command whose result is there already is not run again, and one that was interrupted continues, so a study
 that was stopped is started again by the same line.
 """
 
@@ -29,7 +29,7 @@ def options(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=PATH", help="en, code and ja")
-    parser.add_argument("--seed", action="append", type=int, metavar="N", help="0, 1 and 2 unless told")
+    parser.add_argument("--seed", action="append", type=int, metavar="N", help="default: 0, 1 and 2")
     parser.add_argument("--scale", type=float, default=1.0, help="times the tokens of every run, to try the script")
     arguments = parser.parse_args()
     arguments.seed = arguments.seed or [0, 1, 2]
@@ -96,7 +96,7 @@ class Study:
         print(f"$ moetool {shlex.join(command)}", flush=True)
         done = subprocess.run([sys.executable, "-m", "moetool", *command], cwd=self.folder, check=False)
         if done.returncode:
-            raise SystemExit(f"the command above ended with {done.returncode}; the same line goes on with the study")
+            raise SystemExit(f"the command above ended with {done.returncode}; the same command continues the study")
 
     def upcycle(self, dense: str, out: str, *words: object) -> str:
         """`moetool upcycle`, unless its result is there."""

@@ -151,7 +151,7 @@ class TrainConfig:
     keep_checkpoints: int = option("Number of step folders to keep.", 2, panel=RUN, min=1)
     keep_optimizer: bool = option(
         "Start with the optimizer state and fp32 weights of MODEL, which must be a step folder. The schedule starts"
-        " anew.",
+        " from its beginning.",
         False, panel=RATE, defines=True,
     )  # fmt: skip
     resume: bool = option(
