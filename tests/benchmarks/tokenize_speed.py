@@ -1,7 +1,7 @@
 """`moetool tokenize` against the bare tokenizer, on one core and on two.
 
     python -m tests.benchmarks.tokenize_speed --text FILE [--text FILE ...] [--megabytes 1000] [--rounds 3]
-        [--cores 1 --cores 2] [--folder DIR]
+        [--cores 1 --cores 2] [--tokenizer gpt2] [--format text.jsonl] [--folder DIR]
 
 The text is what is in the files (1 MB or more each), repeated in random order up to `--megabytes`: as JSONL of
 documents of 10 to 60,000 characters (1100 in the median), and as plain text with each line a document. Two
@@ -198,6 +198,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, action="append")
+    parser.add_argument("--tokenizer", choices=TOKENIZERS, action="append")
+    parser.add_argument("--format", choices=FORMATS, action="append")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--work", choices=TOKENIZERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -210,10 +212,11 @@ def main() -> None:
         print(f"{arguments.megabytes} MB, {os.cpu_count()} cores, tokenizers {version('tokenizers')}")
         print("| tokenizer, text | cores | bare s (processor s) | moetool s (processor s) | moetool / bare |", end="")
         print(" processor time | bare busy | moetool busy |\n|---|---|---|---|---|---|---|---|")
-        for tokenizer in TOKENIZERS:
+        tokenizers = arguments.tokenizer or TOKENIZERS
+        for tokenizer in tokenizers:
             train(folder, tokenizer, texts)
         for cores in arguments.cores or (1, 2):
-            for tokenizer, text in product(TOKENIZERS, FORMATS):
+            for tokenizer, text in product(tokenizers, arguments.format or FORMATS):
                 print(compare(folder, tokenizer, text, cores, arguments.rounds), flush=True)
         print("load average at the end:", *os.getloadavg())
 
