@@ -77,6 +77,7 @@ REGISTRY: dict[str, dict[str, str]] = {
     "operation": {
         "upcycle": "moetool.upcycle.plan:OPERATION",
         "convert": "moetool.convert.plan:OPERATION",
+        "average": "moetool.average.plan:OPERATION",
     },
     "router": {
         "normal": "moetool.upcycle.router:normal",
