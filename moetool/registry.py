@@ -78,6 +78,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "upcycle": "moetool.upcycle.plan:OPERATION",
         "convert": "moetool.convert.plan:OPERATION",
         "average": "moetool.average.plan:OPERATION",
+        "grow": "moetool.grow.plan:OPERATION",
     },
     "router": {
         "normal": "moetool.upcycle.router:normal",

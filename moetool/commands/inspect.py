@@ -171,6 +171,13 @@ def lineage_line(entry: dict[str, Any]) -> str:
         averaged = [str(source.get("name")) for source in recorded_sources(entry)]
         between = f"{averaged[0]} to {averaged[-1]}" if len(averaged) > 2 else " and ".join(averaged)
         return f"average of {len(averaged)}: {between}, weights {entry.get('recipe', {}).get('weights')}"
+    if entry.get("command") == "grow":
+        recipe, source = entry.get("recipe", {}), entry.get("source", {})
+        asleep = f" for {recipe['wake_after']} steps" if recipe.get("wake_after") else ""
+        return (
+            f"grow of {source.get('name')} ({source.get('model_type')}): {recipe.get('num_experts')} experts,"
+            f" top-{recipe.get('top_k')}, {recipe.get('start')}{asleep}"
+        )
     if entry.get("command") == "cpt":
         return f"cpt: {entry.get('steps')} steps, {entry.get('tokens')} tokens, seed {entry.get('seed')}"
     return str(entry.get("command"))
