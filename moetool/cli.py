@@ -18,9 +18,11 @@ from typer.exceptions import TyperException
 
 from moetool import __version__, launch
 from moetool.commands.analyze_routing import analyze_routing
+from moetool.commands.average import average
 from moetool.commands.convert import convert
 from moetool.commands.cpt import cpt
 from moetool.commands.eval import evaluate
+from moetool.commands.grow import grow
 from moetool.commands.inspect import inspect
 from moetool.commands.options import OpenPlaces, typer_command
 from moetool.commands.quickstart import quickstart
@@ -49,6 +51,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "tokenize": tokenize,
     "cpt": cpt,
+    "average": average,
+    "grow": grow,
     "analyze-routing": analyze_routing,
     "eval": evaluate,
 }
@@ -110,6 +114,8 @@ _LESS_MEMORY = {
     "upcycle": "use fewer --workers",
     "verify": "use fewer --workers",
     "convert": "use fewer --workers",
+    "average": "use fewer --workers",
+    "grow": "use fewer --workers",
     "cpt": "use a smaller --micro-batch-size or --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)",
     "analyze-routing": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "eval": "use a smaller --batch-size, --dtype bfloat16, or --device-map auto",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from decimal import Decimal
 from functools import lru_cache
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moetool import registry
 from moetool.errors import CheckpointError, ConfigError
 from moetool.option import as_read, dtype_option, option
-from moetool.outside import read_json
+from moetool.outside import fits, read_json
 from moetool.values import decimal, ratio, short_dtype
 
 if TYPE_CHECKING:
@@ -244,6 +244,34 @@ def recorded_sources(entry: dict[str, Any]) -> list[dict[str, Any]]:
     donors = entry.get("donors", [])
     found = [entry.get("source"), *(donors if isinstance(donors, list) else [None])]
     return [source if isinstance(source, dict) else {} for source in found]
+
+
+def recorded_experts(layers: Sequence[int], origins: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What a command that copies or leaves out experts records in its recipe, as JSON.
+
+    Args:
+        layers: those with experts.
+        origins: for each of them, the expert before of each expert after.
+    """
+    return {"layers": list(layers), "from": [list(layer) for layer in origins]}
+
+
+def read_experts(recorded: Any, num_experts: int) -> dict[int, list[int]]:
+    """The inverse of `recorded_experts`: layer -> the expert before of each expert after.
+
+    Args:
+        recorded: of a lineage entry.
+        num_experts: before.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    shape = {"layers": [int], "from": [[int]]}
+    if fits(recorded, shape) and len(recorded["layers"]) == len(recorded["from"]):
+        origins: dict[int, list[int]] = dict(zip(recorded["layers"], recorded["from"], strict=True))
+        if all(0 <= expert < num_experts for one in origins.values() for expert in one):
+            return origins
+    raise CheckpointError(f"{LINEAGE}: the experts of an entry cannot be read ({str(recorded)[:100]})")
 
 
 def _well_formed(entry: Any) -> bool:

@@ -77,6 +77,8 @@ REGISTRY: dict[str, dict[str, str]] = {
     "operation": {
         "upcycle": "moetool.upcycle.plan:OPERATION",
         "convert": "moetool.convert.plan:OPERATION",
+        "average": "moetool.average.plan:OPERATION",
+        "grow": "moetool.grow.plan:OPERATION",
     },
     "router": {
         "normal": "moetool.upcycle.router:normal",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moetool.commands.console import Console, count, escape, size
+from moetool.commands.console import Console
 from moetool.commands.options import Output
+from moetool.commands.plan_table import describe_files, file_rows, two_columns
 from moetool.commands.proof import Writing, carry_out, closing
 from moetool.convert.recipe import ConvertRecipe
 from moetool.option import option
@@ -71,12 +72,7 @@ def convert(
 
 def describe(conversion: Conversion, out: Path, workers: int) -> dict[str, Any]:
     """The plan as `--json` gives it."""
-    from moetool.surgery.plan import free_disk
-
     plan = conversion.plan
-    dtypes: dict[str, int] = {}
-    for fill in plan.fills:
-        dtypes[fill.dtype] = dtypes.get(fill.dtype, 0) + fill.num_elements
     return {
         "out": str(out),
         "source_family": plan.model_types[0],
@@ -85,39 +81,18 @@ def describe(conversion: Conversion, out: Path, workers: int) -> dict[str, Any]:
         "recipe": dict(plan.recipe),
         "layout": {"source": conversion.layouts[0], "result": conversion.layouts[1]},
         "adapter": {"merged": conversion.num_merged, "replaced": conversion.num_replaced},
-        "parameters": plan.num_parameters,
-        "dtypes": dtypes,
-        "num_tensors": len(plan.tensors),
-        "num_bytes": plan.num_bytes,
-        "num_shards": len(plan.shards),
-        "free_disk_bytes": free_disk(out),
-        "workers": workers,
-        "peak_memory_bytes": plan.peak_memory(workers),
+        **describe_files(plan, out, workers),
     }
 
 
 def table(document: dict[str, Any]) -> Table:
     """The plan for people."""
-    from rich.table import Table
-
     inside = f" (the text model of a {document['text_model_of']})" if document["text_model_of"] else ""
     before, after = document["layout"]["source"], document["layout"]["result"]
-    too_large = "; it does not fit" if document["num_bytes"] > document["free_disk_bytes"] else ""
     rows = {"family": f"{document['family']}{inside}"}
     if after:
         rows["experts"] = f"{after}, unchanged" if before == after else f"{before} -> {after}"
     if document["recipe"]["adapter"]:
         merged, replaced = document["adapter"]["merged"], document["adapter"]["replaced"]
         rows["adapter"] = f"merged into {merged} tensors" + f", replaces {replaced}" * bool(replaced)
-    rows |= {
-        "weights": ", ".join(f"{dtype} ({count(number)})" for dtype, number in document["dtypes"].items()),
-        "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
-        f" ({size(document['free_disk_bytes'])} free{too_large})",
-        "memory": f"about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
-    }
-    made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    made.add_column(style="bold")
-    made.add_column(overflow="fold")
-    for label, value in rows.items():
-        made.add_row(label, escape(value))
-    return made
+    return two_columns(rows | file_rows(document))

@@ -9,6 +9,7 @@ import typer
 
 from moetool.commands.console import Console, count, escape, size
 from moetool.commands.options import Output
+from moetool.commands.plan_table import two_columns
 from moetool.commands.upcycle_table import clients_line
 from moetool.option import option
 
@@ -119,11 +120,7 @@ def render(document: dict[str, Any]) -> list[Any]:
     rows["files"] = f"{len(files)}, {size(document['num_bytes'])}, {document['num_tensors']} tensors"
     if "clients" in document:
         rows["runs in"] = clients_line(document["clients"])
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for label, value in rows.items():
-        table.add_row(label, escape(value))
+    table = two_columns(rows)
     for number, entry in enumerate(document["lineage"], start=1):
         table.add_row("lineage" if number == 1 else "", escape(f"{number}. {lineage_line(entry)}"))
     shown: list[Any] = [table]
@@ -170,6 +167,17 @@ def lineage_line(entry: dict[str, Any]) -> str:
         changes = [f"{key} {recipe[key]}" for key in ("dtype", "layout") if recipe.get(key, "auto") != "auto"]
         changes += [f"with {name} merged" for name in adapter]
         return ", ".join([f"convert of {base} ({entry.get('source', {}).get('model_type')})", *changes])
+    if entry.get("command") == "average":
+        averaged = [str(source.get("name")) for source in recorded_sources(entry)]
+        between = f"{averaged[0]} to {averaged[-1]}" if len(averaged) > 2 else " and ".join(averaged)
+        return f"average of {len(averaged)}: {between}, weights {entry.get('recipe', {}).get('weights')}"
+    if entry.get("command") == "grow":
+        recipe, source = entry.get("recipe", {}), entry.get("source", {})
+        asleep = f" for {recipe['wake_after']} steps" if recipe.get("wake_after") else ""
+        return (
+            f"grow of {source.get('name')} ({source.get('model_type')}): {recipe.get('num_experts')} experts,"
+            f" top-{recipe.get('top_k')}, {recipe.get('start')}{asleep}"
+        )
     if entry.get("command") == "cpt":
         return f"cpt: {entry.get('steps')} steps, {entry.get('tokens')} tokens, seed {entry.get('seed')}"
     return str(entry.get("command"))

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetool.commands.console import count, escape, size
+from moetool.commands.console import count, size
+from moetool.commands.plan_table import two_columns
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,8 +47,6 @@ def describe(upcycling: Upcycling, out: Path, workers: int) -> dict[str, Any]:
 
 def table(document: dict[str, Any]) -> Table:
     """The plan for people."""
-    from rich.table import Table
-
     recipe, parameters = document["recipe"], document["parameters"]
     layers, flops = len(document["moe_layers"]), document["flops_per_token"]
     of = "" if layers == document["num_layers"] else f" of {document['num_layers']}"
@@ -66,14 +65,9 @@ def table(document: dict[str, Any]) -> Table:
         "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
         f" ({size(document['free_disk_bytes'])} free{too_large})",
         "memory": f"about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
-        "runs in": escape(clients_line(document["clients"])),
+        "runs in": clients_line(document["clients"]),
     }
-    made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    made.add_column(style="bold")
-    made.add_column(overflow="fold")
-    for label, value in rows.items():
-        made.add_row(label, value)
-    return made
+    return two_columns(rows)
 
 
 def clients_line(clients: dict[str, str | None]) -> str:

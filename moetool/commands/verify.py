@@ -1,4 +1,4 @@
-"""`moetool verify`: repeat the checks of upcycle and convert on a finished folder."""
+"""`moetool verify`: repeat, on a finished folder, the checks of the command that wrote it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from moetool.option import option, unpickle_option, workers_option
 class VerifyOptions:
     """The options of `moetool verify`."""
 
-    path: Path = option("A folder written by moetool upcycle or convert.", positional=True, metavar="PATH")
+    path: Path = option(
+        "A folder written by moetool upcycle, convert, average or grow.", positional=True, metavar="PATH"
+    )
     source: str | None = option(
         "The model it was made from.", None, shown="where moetool.json says it was", metavar="MODEL"
     )
     donor: Sequence[str] = option(
-        "The other donors, in the same order, or the adapter.",
+        "The other sources, in the order of moetool.json: donors, an adapter, checkpoints.",
         (),
         shown="where moetool.json says they were",
         metavar="MODEL",
@@ -38,7 +40,7 @@ class VerifyOptions:
 
 
 def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict[str, Any]:
-    """Verify a folder written by upcycle or convert against its sources.
+    """Verify a folder written by upcycle, convert, average or grow against its sources.
 
     Checks that kept weights equal the source bit for bit, that redrawn units differ from it and have the
     statistics of the weights they replaced, and that no file was changed, removed or added. (Hidden
@@ -69,7 +71,8 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
         raise CheckpointError(f"{error} (or give the current sources with --source and --donor)") from None
     with ExitStack() as stack:
         has_adapter = entry.get("recipe", {}).get("adapter") is True and len(folders) > 1
-        readers = [stack.enter_context(reader) for reader in open_readers(folders, asked.unpickle, has_adapter)]
+        opened = open_readers(folders, asked.unpickle, has_adapter, operation.reader)
+        readers = [stack.enter_context(reader) for reader in opened]
         progress = stack.enter_context(console.progress())
         if asked.level == "full":
             hashes = [one.get("sha256") for one in recorded]

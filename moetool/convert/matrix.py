@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,7 @@ from moetool.arch.spec import ArchSpec
 from moetool.checkpoint.reader import TensorInfo
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import PROJECTIONS
-from moetool.surgery.fill import Place
+from moetool.surgery.fill import Place, as_matrix
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,7 @@ class Matrix:
 
 def as_they_are(tensors: Mapping[str, TensorInfo]) -> dict[str, Matrix]:
     """Each tensor of a source as one matrix, by name."""
-    return {name: Matrix(_folded(info), Place(name), info.shape) for name, info in tensors.items()}
-
-
-def _folded(info: TensorInfo) -> TensorInfo:
-    """The same bytes as rows of the last dimension: a fused tensor's own rows would be as large as an expert."""
-    if len(info.shape) < 3 or 0 in info.shape:
-        return info
-    return replace(info, shape=(math.prod(info.shape[:-1]), info.shape[-1]))
+    return {name: Matrix(as_matrix(info), Place(name), info.shape) for name, info in tensors.items()}
 
 
 def layout_of(names: Iterable[str], spec: ArchSpec | None) -> str | None:

@@ -79,7 +79,7 @@ def plan_conversion(readers: Sequence[CheckpointReader], recipe: ConvertRecipe, 
     model_types = [str(source.config.get("model_type")), *["lora"] * recipe.adapter]
     plan = lay_out(
         "convert", asdict(recipe), readers, config, fills, layouts, max_shard_size, KINDS_OF_CONVERT, model_types,
-        continues=True,
+        continues=1,
     )  # fmt: skip
     text_model_of = str(source.config["model_type"])[:60] if wrapped else None
     return Conversion(plan, text_model_of, (layout, after), len(adapter.deltas), len(adapter.replaced))

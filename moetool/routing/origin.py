@@ -5,7 +5,7 @@ Shapes: F intermediate units of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from moetool.recipe import (
     LINEAGE,
     PROJECTIONS,
     UpcycleRecipe,
+    read_experts,
     read_lineage,
     recorded_sources,
     redrawn_units,
@@ -41,6 +42,8 @@ class Origin:
         spec: the family.
         layers: the layers with experts, ascending.
         num_units: intermediate units of an expert (F).
+        experts: of each layer, the expert of the upcycling that each expert now comes from: later ones may have been
+            copied or left out.
         sources: the dense models as their user named them: DENSE, then the other donors.
     """
 
@@ -49,6 +52,7 @@ class Origin:
     spec: ArchSpec
     layers: tuple[int, ...]
     num_units: int
+    experts: tuple[tuple[int, ...], ...]
     sources: tuple[str, ...]
 
     @property
@@ -62,10 +66,19 @@ class Origin:
         return self.recipe.num_redrawn(self.num_units)
 
     @property
-    def parts(self) -> tuple[tuple[int, ...], ...]:
+    def num_experts(self) -> int:
+        """Experts in a layer now."""
+        return len(self.experts[0])
+
+    def first(self, layer: int, expert: int) -> int:
+        """The expert of the upcycling that an expert comes from."""
+        return self.experts[self.layers.index(layer)][expert]
+
+    def parts(self, layer: int) -> tuple[tuple[int, ...], ...]:
         """The experts that hold the same part of the dense FFN, and so have something in common."""
-        every, size = range(self.recipe.num_experts), 1 if self.drawn else self.recipe.group_size
-        return tuple(tuple(every[part::size]) for part in range(size))
+        every, size = range(self.num_experts), 1 if self.drawn else self.recipe.group_size
+        found = (tuple(e for e in every if self.first(layer, e) % size == part) for part in range(size))
+        return tuple(part for part in found if part)
 
     @property
     def factor(self) -> float:
@@ -76,7 +89,7 @@ class Origin:
         """Bool (F,): the units, by position in the expert, of which one of these matrices was changed."""
         redrawn_F = torch.zeros(self.num_units, dtype=torch.bool)
         for projection in projections or PROJECTIONS:
-            redrawn_F[redrawn_units(self.recipe, layer, expert, projection, self.num_units)] = True
+            redrawn_F[redrawn_units(self.recipe, layer, self.first(layer, expert), projection, self.num_units)] = True
         return redrawn_F
 
 
@@ -100,9 +113,10 @@ def read_origin(folder: Path) -> Origin | None:
         _check_recipe(recipe)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}; delete it to analyse the checkpoint without it") from None
-    if recipe.num_experts != source.num_experts:
+    experts = _experts(folder, recipe.num_experts, source.layers)
+    if {len(layer) for layer in experts} != {source.num_experts}:
         raise CheckpointError(
-            f"{path} says {recipe.num_experts} experts, but config.json says {source.num_experts}; delete it to analyse"
+            f"{path} says {len(experts[0])} experts, but config.json says {source.num_experts}; delete it to analyse"
             " the checkpoint without it"
         )
     sources = recorded_sources(entry)
@@ -111,10 +125,23 @@ def read_origin(folder: Path) -> Origin | None:
         raise CheckpointError(f"{path} does not name the dense source; delete it to analyse the checkpoint without it")
     names = tuple(source["name"] for source in sources)
     num_units = source.expert(source.layers[0], 0, "gate").shape[0]
-    origin = Origin(entry, recipe, source.spec, source.layers, num_units, names)
+    origin = Origin(entry, recipe, source.spec, source.layers, num_units, experts, names)
     if origin.num_redrawn:
         _check_digests(origin, path)
     return origin
+
+
+def _experts(folder: Path, num_experts: int, layers: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Of each layer, the expert of the upcycling that each expert comes from, through all that was done since."""
+    now = {layer: list(range(num_experts)) for layer in layers}
+    for entry in (read_lineage(folder) or {"lineage": []})["lineage"][1:]:
+        recorded = entry.get("recipe", {}).get("experts")
+        if recorded is not None:
+            before = read_experts(recorded, len(next(iter(now.values()))))
+            if before.keys() != now.keys():
+                raise CheckpointError(f"{folder / LINEAGE}: the layers of an entry are others than those with experts")
+            now = {layer: [now[layer][expert] for expert in before[layer]] for layer in layers}
+    return tuple(tuple(now[layer]) for layer in layers)
 
 
 def _check_recipe(recipe: UpcycleRecipe) -> None:

@@ -67,13 +67,15 @@ def similarity(
 
 
 def _layer(moe: MoESource, sources: Sequence[CheckpointReader], origin: Origin, layer: int) -> dict[str, Any]:
-    E = origin.recipe.num_experts
+    E = origin.num_experts
     between = {part: torch.full((E, E), math.nan, dtype=torch.float64) for part in PARTS}
     dense = {part: torch.full((E, 1), math.nan, dtype=torch.float64) for part in PARTS}
-    for experts in origin.parts:
+    for experts in origin.parts(layer):
         of = torch.tensor(experts)
         rows = torch.arange(len(experts))
-        donors = torch.tensor([origin.recipe.donor(expert) for expert in experts]) if sources else rows
+        donors = (
+            torch.tensor([origin.recipe.donor(origin.first(layer, expert)) for expert in experts]) if sources else rows
+        )
         for part, cosine_MM in _cosines(moe, sources, origin, layer, experts).items():
             between[part][of[:, None], of] = cosine_MM[: len(experts), : len(experts)]
             between[part][of, of] = math.nan
@@ -131,10 +133,10 @@ def _matrices(
     found = []
     for expert in experts:
         info = moe.expert(layer, expert, projection)
-        order_F = permutation(origin.recipe, layer, expert, F)
+        order_F = permutation(origin.recipe, layer, origin.first(layer, expert), F)
         place_F = None if order_F is None else order_F.argsort()
         found.append(Matrix(moe.reader, _plain(info, layer, (rows, columns)), 0, columns, columns, place_F))
-    first, units = origin.recipe.first_unit(experts[0], F), F * origin.recipe.granularity
+    first, units = origin.recipe.first_unit(origin.first(layer, experts[0]), F), F * origin.recipe.granularity
     for source in sources:
         info = _plain(source.tensors[dense_ffn(layer)[projection]], layer)
         if projection == "down":

@@ -119,7 +119,7 @@ def _fused(module: Any, origin: Origin) -> bool:
     both, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     if not isinstance(both, Tensor) or not isinstance(down, Tensor) or both.ndim != 3 or not hasattr(module, "act_fn"):
         return False
-    E, F, H = origin.recipe.num_experts, origin.num_units, both.shape[-1]
+    E, F, H = origin.num_experts, origin.num_units, both.shape[-1]
     return both.shape == (E, 2 * F, H) and down.shape == (E, H, F)
 
 

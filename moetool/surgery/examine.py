@@ -89,13 +89,16 @@ def examine(
 def hash_shards(readers: Sequence[CheckpointReader], workers: int, progress: Progress = silent) -> list[dict[str, str]]:
     """SHA-256 of each shard, for each source."""
     found: list[dict[str, str]] = [{} for _ in readers]
-    files = [(n, reader.folder / shard) for n, reader in enumerate(readers) for shard in reader.shards]
+    files = [(n, shard) for n, reader in enumerate(readers) for shard in reader.shards]
 
-    def collect(file: tuple[int, Path], sha256: str) -> None:
-        found[file[0]][file[1].name] = sha256
+    def path(file: tuple[int, str]) -> Path:
+        return readers[file[0]].folder / file[1]
+
+    def collect(file: tuple[int, str], sha256: str) -> None:
+        found[file[0]][file[1]] = sha256
         progress("hashing the source", sum(map(len, found)), len(files))
 
-    run_jobs(lambda file: sha256_file(file[1]), files, workers, sum(p.stat().st_size for _, p in files), collect)
+    run_jobs(lambda file: sha256_file(path(file)), files, workers, sum(path(f).stat().st_size for f in files), collect)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -102,6 +102,13 @@ def row_blocks(rows: int, row_length: int) -> list[tuple[int, int]]:
     """First and one-past-last row of each block of BLOCK_ELEMENTS."""
     step = max(1, BLOCK_ELEMENTS // max(1, row_length))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def as_matrix(info: TensorInfo) -> TensorInfo:
+    """The same bytes as rows of the last dimension: a fused tensor's own rows would be as large as an expert."""
+    if len(info.shape) < 3 or 0 in info.shape:
+        return info
+    return replace(info, shape=(math.prod(info.shape[:-1]), info.shape[-1]))
 
 
 def natural(name: str) -> list[Any]:

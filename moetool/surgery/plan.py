@@ -109,10 +109,12 @@ class Operation:
     Attributes:
         done: what it does to its source, as messages say it: `upcycled`.
         replan: (sources, lineage entry, max_shard_size) -> the plan that the entry records.
+        reader: opens its sources, except an adapter.
     """
 
     done: str
     replan: Callable[[Sequence[CheckpointReader], Mapping[str, Any], int], Plan]
+    reader: type[CheckpointReader] = CheckpointReader
 
 
 def lay_out(
@@ -125,21 +127,21 @@ def lay_out(
     max_shard_size: int,
     kinds: Mapping[str, Kind],
     model_types: Sequence[str],
-    continues: bool = False,
+    continues: int = 0,
     **more: Any,
 ) -> Plan:
     """Lay fills out on disk; the other arguments are `Plan`'s.
 
     Args:
         readers: the sources; companions are carried over from the first.
-        continues: whether the result is the first source, changed: its lineage then continues. Else a new one
-            begins, in whose first entry the sources' own are recorded.
+        continues: so many of the first sources are the same model as the result: its lineage continues what theirs
+            have in common. The rest of each source's own is recorded in the new entry.
 
     Raises:
         CheckpointError: config.json holds a number that JSON does not have, or a source's lineage is damaged.
     """
     lineages = [(read_lineage(reader.folder) or {}).get("lineage", []) for reader in readers]
-    history = lineages[0] if continues else []
+    history = _in_common(lineages[:continues])
     for key, value in config.items():
         try:
             json.dumps(value, allow_nan=False)
@@ -156,11 +158,21 @@ def lay_out(
         kinds=kinds,
         companions=tuple(name for name in COMPANIONS if (readers[0].folder / name).is_file()),
         model_types=tuple(model_types),
-        lineages=tuple([] if number == 0 and continues else found for number, found in enumerate(lineages)),
+        lineages=tuple(found[len(history) * (n < continues) :] for n, found in enumerate(lineages)),
         history=history,
         fingerprint=fingerprint(readers),
         **more,
     )
+
+
+def _in_common(lineages: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The first entries, as far as all lineages have the same."""
+    alike = []
+    for entries in zip(*lineages, strict=False):
+        if any(entry != entries[0] for entry in entries):
+            break
+        alike.append(entries[0])
+    return alike
 
 
 def fingerprint(readers: Sequence[CheckpointReader]) -> str:

@@ -48,6 +48,7 @@ def open_sources(
     headers_only: bool = False,
     unpickle: bool = False,
     adapter: str | None = None,
+    reader: type[CheckpointReader] = CheckpointReader,
 ) -> Iterator[Sources]:
     """Find checkpoints, here or on the hub, and open them.
 
@@ -57,6 +58,7 @@ def open_sources(
         headers_only: fetch no weights from the hub, only what a plan needs.
         unpickle: whether pickled weights are read where there are no safetensors.
         adapter: a LoRA folder or name, which becomes the last source.
+        reader: opens all but the adapter.
 
     Raises:
         CheckpointError: one is not there or not readable, or OUT lies inside it.
@@ -76,14 +78,16 @@ def open_sources(
                 raise CheckpointError(
                     f"{out} is the source or inside it; a source is never modified; choose another folder"
                 )
-        readers = open_readers(folders, unpickle, adapter is not None)
+        readers = open_readers(folders, unpickle, adapter is not None, reader)
         yield Sources(tuple(names), tuple(stack.enter_context(reader) for reader in readers))
 
 
-def open_readers(folders: Sequence[Path], unpickle: bool, adapter: bool) -> list[CheckpointReader]:
-    """Open folders; `adapter` says whether the last one is an adapter."""
+def open_readers(
+    folders: Sequence[Path], unpickle: bool, adapter: bool, reader: type[CheckpointReader] = CheckpointReader
+) -> list[CheckpointReader]:
+    """Open folders; `adapter` says whether the last one is an adapter, `reader` opens the others."""
     number = len(folders) - adapter
     return [
-        *(CheckpointReader(folder, unpickle) for folder in folders[:number]),
+        *(reader(folder, unpickle) for folder in folders[:number]),
         *(AdapterReader(folder, unpickle) for folder in folders[number:]),
     ]

@@ -1,0 +1,1 @@
+"""The weighted mean of checkpoints of one model."""

@@ -1,0 +1,56 @@
+"""What every command that rewrites checkpoints says of its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetool.commands.console import count, escape, size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moetool.surgery.plan import Plan
+
+
+def describe_files(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
+    """What would be written, and what it takes, as `--json` gives it."""
+    from moetool.surgery.plan import free_disk
+
+    dtypes: dict[str, int] = {}
+    for fill in plan.fills:
+        dtypes[fill.dtype] = dtypes.get(fill.dtype, 0) + fill.num_elements * len(fill.places)
+    return {
+        "parameters": plan.num_parameters,
+        "dtypes": dtypes,
+        "num_tensors": len(plan.tensors),
+        "num_bytes": plan.num_bytes,
+        "num_shards": len(plan.shards),
+        "free_disk_bytes": free_disk(out),
+        "workers": workers,
+        "peak_memory_bytes": plan.peak_memory(workers),
+    }
+
+
+def file_rows(document: Mapping[str, Any]) -> dict[str, str]:
+    """The same for people."""
+    too_large = "; it does not fit" if document["num_bytes"] > document["free_disk_bytes"] else ""
+    return {
+        "weights": ", ".join(f"{dtype} ({count(number)})" for dtype, number in document["dtypes"].items()),
+        "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
+        f" ({size(document['free_disk_bytes'])} free{too_large})",
+        "memory": f"about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
+    }
+
+
+def two_columns(rows: Mapping[str, str]) -> Table:
+    """Labels and what they stand for."""
+    from rich.table import Table
+
+    made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    made.add_column(style="bold")
+    made.add_column(overflow="fold")
+    for label, value in rows.items():
+        made.add_row(label, escape(value))
+    return made

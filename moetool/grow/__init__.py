@@ -1,0 +1,1 @@
+"""A Mixture of Experts with more experts, copies of those that it has."""
