@@ -25,7 +25,7 @@ from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
 from moetool.train import balance, mixed, resume, state
-from moetool.train.accelerator import accumulating, autocast, is_mixed, mean_gradients, number, sum_dtype, track
+from moetool.train.accelerator import accumulating, mean_gradients, sum_dtype, track
 from moetool.train.batches import MicroBatch, micro_batches
 from moetool.train.execution import evaluating
 from moetool.train.export import publish, save_checkpoint, state_of
@@ -164,7 +164,7 @@ class Run:
             torch.manual_seed(rounding_seed(config.seed, self.step))
         self.updates.step()
         self.updates.zero_grad()
-        if is_mixed(plan.accelerator, config.precision):
+        if config.precision == "bf16":
             mixed.cast_back(self.weights, self.core)
         self.step += 1
 
@@ -205,12 +205,12 @@ class Run:
                 sums, counted = self._backward(forward, step_tokens), forward.step_counts_LE
             flat = flat + sums.flat(dtype)
             del forward  # whose routes need not be there beside the next one's
-        if is_mixed(accelerator, config.precision):
+        if config.precision == "bf16":
             mean_gradients(accelerator, self.weights.values())
         norm = accelerator.clip_grad_norm_(list(self.weights.values()), config.grad_clip or math.inf)
         self._fetched = self.step + 1, self._fetch(self.step + 1)  # while the device works
         # One reduction and one wait for the device per step.
-        flat = torch.cat([accelerator.reduce(flat), number(norm.detach()).reshape(1).to(flat)]).cpu()
+        flat = torch.cat([accelerator.reduce(flat), norm.detach().reshape(1).to(flat)]).cpu()
         sums, grad_norm = sums.named(flat[:-1]), float(flat[-1])
         loss = float(sums.loss) / step_tokens
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -235,7 +235,7 @@ class Run:
         accelerator, device = self.plan.accelerator, self.plan.accelerator.device
         collect: AbstractContextManager[list[Route]] = self.capture.collect() if self.capture else nullcontext([])
         logits_TV = torch.empty(0, 0, device=device)
-        with autocast(accelerator, self.plan.config.precision), collect as routes:
+        with collect as routes:
             if self._needed("logits"):
                 logits_TV = logits(self.model, micro, device).flatten(0, 1).float()
                 language_loss = token_loss(logits_TV, micro)

@@ -45,12 +45,11 @@ def plain(config: TrainConfig) -> bool:
     return config.moments == "fp32" and config.master_weights
 
 
-def check(config: TrainConfig, whole: bool) -> None:
+def check(config: TrainConfig) -> None:
     """Refuse moments and weights that cannot be kept as asked for.
 
     Args:
         config: resolved.
-        whole: whether each process holds all of each weight.
 
     Raises:
         ConfigError: says which.
@@ -60,8 +59,6 @@ def check(config: TrainConfig, whole: bool) -> None:
     option = "--no-master-weights" if config.moments == "fp32" else f"--moments {config.moments}"
     if not config.master_weights and config.precision != "bf16":
         raise ConfigError("--no-master-weights: fp32 has no other weights; leave it out, or use --precision bf16")
-    if not whole:
-        raise ConfigError(f"{option}: not possible where FSDP or DeepSpeed shards the optimizer; leave it out")
     if find_spec("torchao") is None:
         raise ConfigError(f"{option}: torchao is not installed; run pip install torchao")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moetool.errors import CheckpointError
 from moetool.outside import fits, read_json
-from moetool.train import tensor_file, zero
+from moetool.train import tensor_file
 from moetool.train.accelerator import share
 from moetool.train.optimizer import parts, state_from
 
@@ -64,8 +64,7 @@ def moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optim
         optimizer: over them.
     """
     for name, parameter in parameters.items():
-        of = zero.moments(parameter, optimizer) if zero.is_updated(parameter) else optimizer.state.get(parameter, {})
-        for key, value in of.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             for part, tensor in parts(value):
                 yield f"{name}/{key}{part}", tensor
 
@@ -139,11 +138,7 @@ def load_weights(folder: Path, model: nn.Module, advice: str) -> None:
 
 @torch.no_grad()
 def load_moments(
-    folder: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    advice: str,
-    wrapped: Any = None,
+    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, advice: str
 ) -> None:
     """Put the moments of a step folder into an optimizer.
 
@@ -152,7 +147,6 @@ def load_moments(
         parameters: that it updates, by name; they may be sharded.
         optimizer: over them.
         advice: what to do when they do not fit.
-        wrapped: DeepSpeed's engine, where it shares the moments out.
 
     Raises:
         CheckpointError: they are absent, damaged, or of a model with other parameters.
@@ -169,11 +163,8 @@ def load_moments(
         trained = (name for name, parameter in parameters.items() if parameter.requires_grad)
         if absent := sorted(name for name in trained if parameters[name] not in found):
             raise ValueError(f"optimizer.safetensors holds nothing for {absent[0]}")
-        if any(map(zero.is_updated, found)):
-            zero.set_moments(wrapped, optimizer, found)
-        else:
-            for parameter, values in found.items():
-                optimizer.state[parameter] = state_from(optimizer, parameter, values, share)
+        for parameter, values in found.items():
+            optimizer.state[parameter] = state_from(optimizer, parameter, values, share)
 
 
 @contextmanager
@@ -189,7 +180,6 @@ def _fitting(name: str, value: Tensor, parameters: Mapping[str, nn.Parameter]) -
     """The parameter of a name, which a tensor (or a single number) must fit."""
     if name not in parameters:
         raise ValueError(f"the model has no {name}")
-    shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
-    if value.ndim and value.shape != shape:
-        raise ValueError(f"{name} has shape {list(value.shape)}, the model's {list(shape)}")
+    if value.ndim and value.shape != parameters[name].shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}, the model's {list(parameters[name].shape)}")
     return parameters[name]
