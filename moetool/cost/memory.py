@@ -96,15 +96,19 @@ def estimate(model: Any, training: Training) -> dict[str, int]:
     return {**need, "total": sum(need.values())}
 
 
-def saving_bytes(model: Any, training: Training) -> int:
-    """Bytes of host memory that the main process needs to save a step: weights, moments, and weights as they are saved.
+def saving_bytes(model: Any, training: Training, num_processes: int) -> int:
+    """Bytes of host memory that each process needs to save a step.
+
+    A copy of its share of the weights and moments, and one tensor that it writes: as it comes in, and as it is saved.
 
     Args:
         model: without weights, see `parameters`.
         training: its options.
+        num_processes: of the run; each copies as much, whether it holds all weights or a share.
     """
     total, _ = count_parameters(model)
-    return int((2 * FLOAT32 + 2 * _MOMENT[training.moments]) * total)
+    largest: int = max(parameter.numel() for parameter in model.parameters())
+    return int((FLOAT32 + 2 * _MOMENT[training.moments]) * total / num_processes) + 2 * FLOAT32 * largest
 
 
 def smaller(model: Any, training: Training, there: int) -> list[tuple[str, int]]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator as Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -79,27 +79,6 @@ def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
         elif key != "step":
             values[f"train/{key}"] = worst[key](value) if key in worst else value
     accelerator.log(values, step=row["step"])
-
-
-def agreed(accelerator: Accelerator, value: Value) -> Value:
-    """The main process's value, in every process."""
-    if accelerator.num_processes == 1:
-        return value
-    values: list[Any] = [value]
-    broadcast_object_list(values)
-    chosen: Value = values[0]
-    return chosen
-
-
-def is_shared_out(tensor: Tensor) -> bool:
-    """Whether this process holds a share of a tensor."""
-    return isinstance(tensor, DTensor)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; gathered from all processes, which must all call, where it is shared out."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
 
 
 def share(tensor: Tensor, like: Tensor) -> Tensor:

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 
+from moetool import launch
 from moetool.checkpoint.model import load_model
 from moetool.errors import CheckpointError
 from moetool.routing.capture import RouterCapture, has_routers
 from moetool.train import balance, mixed, resume, state
 from moetool.train.accelerator import prepare
 from moetool.train.execution import apply_execution
+from moetool.train.export import lay_out
 from moetool.train.loop import Run
 from moetool.train.loss import chunked_loss, whole_loss
 from moetool.train.optimizer import adamw
+from moetool.train.ranks import new_ranks
 from moetool.train.run_plan import RunPlan, untrained_routers
 from moetool.train.saving import Saver
 from moetool.train.selection import is_selection_bias
@@ -57,10 +60,23 @@ def build_run(plan: RunPlan) -> Run:
     if going_on:
         resume.load_moments(start, weights, optimizer, advice)
     need = plan.values["memory"]
-    here = 0 if accelerator.device.type == "cuda" else accelerator.num_processes  # that take host memory to train
-    saver = Saver(plan.values["saving_memory"] + here * (need["total"] - need["weights"]))
+    here = 0 if accelerator.device.type == "cuda" else need["total"] - need["weights"]  # host memory to train
+    saver = Saver(launch.num_local_processes() * (plan.values["saving_memory"] + here), new_ranks())
+    layout = lay_out(core, plan.save_dtype)
     return Run(
-        plan, core, model, weights, optimizer, updates, capture, selections, language_loss, saver, warnings, step
+        plan,
+        core,
+        model,
+        weights,
+        optimizer,
+        updates,
+        capture,
+        selections,
+        language_loss,
+        layout,
+        saver,
+        warnings,
+        step,
     )
 
 

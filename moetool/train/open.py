@@ -15,10 +15,11 @@ from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
 from moetool.train import balance, optimizer, state
-from moetool.train.accelerator import agreed, make_accelerator
+from moetool.train.accelerator import make_accelerator
 from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
 from moetool.train.execution import check_execution, executing
+from moetool.train.ranks import new_ranks
 from moetool.train.run_plan import RunPlan, plan_run
 
 
@@ -51,9 +52,9 @@ def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Opene
 @contextmanager
 def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     accelerator = make_accelerator(config.log_with, config.out / state.TRACKERS)
-    main, out = accelerator.is_main_process, config.out
+    main, out, ranks = accelerator.is_main_process, config.out, new_ranks()
     state.check_folder(config.model, out, config.resume)
-    state.check_start(config.model, config.keep_optimizer)
+    state.check_start(config.model, config.keep_optimizer, ranks)
     model = skeleton(config.model)
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     default_balance = balance.parse([]) if has_routers(model) else {}
@@ -67,7 +68,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
         with accelerator.main_process_first():
             corpus = open_corpus(config, model.get_input_embeddings().num_embeddings, progress)
         identity = config.identity(content_fingerprint(config.model), corpus.fingerprints)
-        found = agreed(accelerator, state.find(out) if main and config.resume else state.Found())
+        found = state.find(out, ranks) if config.resume else state.Found()
         if found.identity is not None:
             _same(out, found.identity, identity)
         if found.summary is not None:

@@ -87,7 +87,7 @@ def plan_run(
         "num_active_parameters": active,
         "flops_per_token": flops_per_token(model, config.seq_len),
         "memory": estimate(model, training),
-        "saving_memory": saving_bytes(model, training),
+        "saving_memory": saving_bytes(model, training, accelerator.num_processes),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
         "seq_len": config.seq_len,
