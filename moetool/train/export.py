@@ -122,10 +122,10 @@ def _units(model: Any, state: Mapping[str, Tensor]) -> list[list[str]]:
     unit_of: dict[str, list[str]] = {}
     for name, tensor in state.items():
         made = revert_weight_conversion(model, {name: tensor})
-        unit = next((unit_of[other] for other in made if other in unit_of), [])
+        unit: list[str] = next((unit_of[other] for other in made if other in unit_of), [])
         unit.append(name)
         unit_of |= dict.fromkeys(made, unit)
-    units = list({id(unit): unit for name in whole if (unit := unit_of.get(name))}.values())
+    units = list({id(unit_of[name]): unit_of[name] for name in whole if name in unit_of}.values())
     apart: dict[str, Tensor] = {}
     for unit in units:
         apart |= revert_weight_conversion(model, {name: state[name] for name in unit})

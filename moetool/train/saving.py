@@ -23,7 +23,7 @@ from moetool.train.ranks import ALONE, Ranks
 from moetool.train.shards import Region, boxes, extent, local, region
 from moetool.train.tensor_file import TensorFile
 
-PATIENCE = 10.0  # seconds in which a thread ends that was told to; it may be waiting for a process that is gone
+PATIENCE = 5.0  # seconds in which a thread ends that was told to; it may be waiting for a process that is gone
 
 
 class Saver:
@@ -93,7 +93,7 @@ class Saver:
 
         def put(folder: Path) -> dict[str, str]:
             digests = self.ranks.together(
-                lambda: write_files(assignment, self.ranks, read, contents, folder, self._go_on)
+                lambda: write_files(assignment, self.ranks, read, contents, folder, self.go_on)
             )
             files = {path: digest for one in digests for path, digest in one.items()}
             if absent := [path for path in files if not (folder / path).is_file()]:
@@ -137,7 +137,8 @@ class Saver:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Called between pieces of work; raises once the run is ending."""
         if self._stop.is_set():
             raise CancelledError
 
