@@ -33,6 +33,7 @@ class Saver:
 
     Attributes:
         ranks: the processes that save together.
+        assignment: what each of them does; None before the first step is saved.
     """
 
     def __init__(self, need: int, ranks: Ranks = ALONE) -> None:
@@ -47,7 +48,7 @@ class Saver:
         free = devices.free_memory("cpu")
         self._aside = all(self.ranks.gather(free is not None and need <= free))
         self._described: Any = None
-        self._assignment: Assignment | None = None
+        self.assignment: Assignment | None = None
         self._copies: dict[str, Tensor] = {}
         self._thread: Thread | None = None
         self._error: BaseException | None = None
@@ -96,10 +97,11 @@ class Saver:
                 lambda: write_files(assignment, self.ranks, read, contents, folder, self.go_on)
             )
             files = {path: digest for one in digests for path, digest in one.items()}
-            if absent := [path for path in files if not (folder / path).is_file()]:
+            absent = [path for path in files if not (folder / path).is_file()] if self.ranks.is_main else []
+            if absent:
                 raise CheckpointError(
-                    f"{folder / absent[0]} was written by another process, but is not there for process"
-                    f" {self.ranks.rank}; OUT must be on a file system that all processes share"
+                    f"{folder / absent[0]} was written by another process, but is not there for the first one;"
+                    " OUT must be on a file system that all processes share"
                 )
             return files
 
@@ -120,14 +122,14 @@ class Saver:
     ) -> Assignment:
         """Who writes what. It changes only with what this process holds, and then in all processes."""
         described = {name: (tensor.dtype, tuple(tensor.shape), region(tensor)) for name, tensor in tensors.items()}
-        if self._assignment is None or described != self._described:
+        if self.assignment is None or described != self._described:
             everywhere = self.ranks.gather({name: held for name, (_, _, held) in described.items()})
             held = {
                 name: Held(dtype, shape, tuple(one[name] for one in everywhere))
                 for name, (dtype, shape, _) in described.items()
             }
-            self._described, self._assignment = described, assign(held, units, contents, self.ranks.size)
-        return self._assignment
+            self._described, self.assignment = described, assign(held, units, contents, self.ranks.size)
+        return self.assignment
 
     def _copy(self, shares: Mapping[str, Tensor]) -> None:
         for name, share in shares.items():
@@ -181,33 +183,43 @@ def write_files(
     Raises:
         Exception: what writing failed with.
     """
-    files: dict[tuple[str, str], TensorFile] = {}
-    digests: dict[str, TensorFile] = {}
-    failure: Exception | None = None
+    files: dict[str, TensorFile] = {}
+    places: dict[tuple[str, str], TensorFile] = {}
+    errors: list[Exception] = []
+
+    def attempt(do: Callable[[], None]) -> None:
+        try:
+            if not errors:
+                do()
+        except CancelledError:
+            raise
+        except Exception as error:
+            errors.append(error)
+
     with ExitStack() as stack:
+
+        def begin() -> None:
+            for file in assignment.files:
+                if file.writer == ranks.rank:
+                    files[file.path] = stack.enter_context(TensorFile(folder / file.path, file.entries, go_on))
+                    places.update(dict.fromkeys(((file.kind, name) for name in file.entries), files[file.path]))
+
+        def put() -> None:
+            for kind, name, tensor in contents(whole):
+                places[kind, name].put(name, tensor)
+
+        attempt(begin)
         for parts in assignment.rounds:
             go_on()
             sends = _give(assignment, ranks, parts, read)
-            whole = _take(assignment, ranks, parts, read)
-            try:
-                if whole and failure is None:
-                    for file in () if files else assignment.files:
-                        if file.writer == ranks.rank:
-                            opened = stack.enter_context(TensorFile(folder / file.path, file.entries, go_on))
-                            digests[file.path] = opened
-                            files |= {(file.kind, name): opened for name in file.entries}
-                    for kind, name, tensor in contents(whole):
-                        files[kind, name].put(name, tensor)
-            except CancelledError:
-                raise
-            except Exception as error:
-                failure = error
-            del whole
+            if whole := _take(assignment, ranks, parts, read):
+                attempt(put)
+            whole = {}
             for work, _ in sends:
                 work.wait()
-        if failure:
-            raise failure
-        return {path: file.finish() for path, file in digests.items()}
+        for error in errors:
+            raise error
+        return {path: file.finish() for path, file in files.items()}
 
 
 def _give(
