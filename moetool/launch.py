@@ -10,6 +10,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def num_local_processes() -> int:
+    """How many of them were started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def local_rank() -> int:
     """This process's number on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -33,30 +33,6 @@ def weight_bytes(folder: Path, dtype: str = "auto") -> int:
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """How the processes of a run shard its model.
-
-    Attributes:
-        num_processes: of the run.
-        sharded: whether each holds a share of the weights (FSDP, ZeRO-3).
-        zero_stage: of DeepSpeed, which shards moments, from 2 on gradients, in 3 weights; 0 without it.
-    """
-
-    num_processes: int = 1
-    sharded: bool = False
-    zero_stage: int = 0
-
-    @property
-    def whole(self) -> bool:
-        """Whether each process holds all weights and moments."""
-        return not self.sharded and not self.zero_stage
-
-    def parts(self, stage: int) -> int:
-        """The number of parts into which ZeRO shards something from a stage on; each process has one."""
-        return self.num_processes if self.sharded or self.zero_stage >= stage else 1
-
-
-@dataclass(frozen=True)
 class Training:
     """The options of `moetool cpt` that decide how much memory training takes, under their names there.
 
@@ -73,19 +49,17 @@ class Training:
     compiled_loss: bool = False
 
 
-def estimate(model: Any, training: Training, sharing: Sharing) -> dict[str, int]:
+def estimate(model: Any, training: Training) -> dict[str, int]:
     """Bytes that each process needs on its device.
 
     In fp32: weights, gradients and both moments, 16 bytes per parameter. In bf16 the weights of the forward come on top
-    (2 bytes); `--moments` and `--no-master-weights` make it less. Sharded weights are gathered one layer at a time.
-    Activations are an estimate: each matrix keeps its input and its output for the backward, each norm three rows in
-    fp32, and the head its logits and their gradient, which bf16 takes some tokens at a time. DeepSpeed updates a second
-    copy of a process's share of the weights, and in stage 3 keeps up to 1e9 gathered ones.
+    (2 bytes); `--moments` and `--no-master-weights` make it less. Activations are an estimate: each matrix keeps its
+    input and its output for the backward, each norm three rows in fp32, and the head its logits and their gradient,
+    which bf16 takes some tokens at a time.
 
     Args:
         model: without weights, see `parameters`.
         training: its options.
-        sharing: of its processes.
 
     Returns:
         `weights`, `gradients`, `optimizer`, `activations` and their sum, `total`.
@@ -93,16 +67,13 @@ def estimate(model: Any, training: Training, sharing: Sharing) -> dict[str, int]
     total, _ = count_parameters(model)
     _, top_k = routing_size(model)
     trained = total - training.freeze_router * sum(p.numel() for n, p in model.named_parameters() if is_router(n))
-    weights, gradients, moments = (sharing.parts(stage) for stage in (3, 2, 1))
     half = training.precision == "bf16"
-    mixed = half and sharing.whole
     compute = BFLOAT16 if half else FLOAT32
     text = model.config.get_text_config()
-    token, largest = 0, 0
+    token = 0
     for name, parameter in model.named_parameters():
         if is_embedding(name):
             continue
-        largest = max(largest, parameter.numel())
         if parameter.ndim == 1:
             token += 3 * FLOAT32 * parameter.numel()
         else:
@@ -111,57 +82,55 @@ def estimate(model: Any, training: Training, sharing: Sharing) -> dict[str, int]
         token = token // text.num_hidden_layers + text.num_hidden_layers * text.hidden_size * compute
     tokens = training.micro_batch_size * training.seq_len
     head = tokens * text.vocab_size * (2 * FLOAT32 + compute)
-    if mixed:  # the logits of a chunk and their gradient, and that of the head
+    if half:  # the logits of a chunk and their gradient, and that of the head
         between = 0 if training.compiled_loss else 3 * FLOAT32
         head = (2 * BFLOAT16 + between) * min(tokens * text.vocab_size, CHUNK_ELEMENTS)
         head += (FLOAT32 + BFLOAT16) * text.vocab_size * text.hidden_size
     masters = FLOAT32 if training.master_weights else 0
-    kept = masters + BFLOAT16 if mixed else FLOAT32
-    casts = BFLOAT16 * (2 * largest if sharing.sharded else total) if half and not mixed else 0
-    copies = FLOAT32 * trained // sharing.num_processes if sharing.zero_stage else 0
-    copies += FLOAT32 * min(total, 10**9) if sharing.zero_stage == 3 else 0
     need = {
-        "weights": kept * total // weights + casts + copies,
-        "gradients": FLOAT32 * trained // gradients,
-        "optimizer": int(2 * _MOMENT[training.moments] * trained) // moments,
+        "weights": (masters + BFLOAT16 if half else FLOAT32) * total,
+        "gradients": FLOAT32 * trained,
+        "optimizer": int(2 * _MOMENT[training.moments] * trained),
         "activations": token * tokens + head,
     }
     return {**need, "total": sum(need.values())}
 
 
-def saving_bytes(model: Any, training: Training) -> int:
-    """Bytes of host memory that the main process needs to save a step: weights, moments, and weights as they are saved.
+def saving_bytes(model: Any, training: Training, num_processes: int) -> int:
+    """Bytes of host memory that each process needs to save a step.
+
+    A copy of its share of the weights and moments, and one tensor that it writes: as it comes in, and as it is saved.
 
     Args:
         model: without weights, see `parameters`.
         training: its options.
+        num_processes: of the run; each copies as much, whether it holds all weights or a share.
     """
     total, _ = count_parameters(model)
-    return int((2 * FLOAT32 + 2 * _MOMENT[training.moments]) * total)
+    largest: int = max(parameter.numel() for parameter in model.parameters())
+    return int((FLOAT32 + 2 * _MOMENT[training.moments]) * total / num_processes) + 2 * FLOAT32 * largest
 
 
-def smaller(model: Any, training: Training, sharing: Sharing, there: int) -> list[tuple[str, int]]:
+def smaller(model: Any, training: Training, there: int) -> list[tuple[str, int]]:
     """The options with which a run that is too large would fit, and what it would need: what costs least comes first.
 
     Args:
         model: without weights, see `parameters`.
         training: that is too large.
-        sharing: of its processes.
         there: bytes of the device.
     """
     steps: list[tuple[str, str, dict[str, Any]]] = [
         ("--gradient-checkpointing", "", {"gradient_checkpointing": True}),
         ("--micro-batch-size", " 1", {"micro_batch_size": 1}),
     ]
-    if sharing.whole:
-        steps += [("--moments", f" {moments}", {"moments": moments}) for moments in ("bf16", "8bit")]
-        steps += [("--no-master-weights", "", {"master_weights": False})] if training.precision == "bf16" else []
+    steps += [("--moments", f" {moments}", {"moments": moments}) for moments in ("bf16", "8bit")]
+    steps += [("--no-master-weights", "", {"master_weights": False})] if training.precision == "bf16" else []
     fitting: list[tuple[str, int]] = []
     options: dict[str, str] = {}
-    need = estimate(model, training, sharing)["total"]
+    need = estimate(model, training)["total"]
     for option, value, change in steps:
         changed = replace(training, **change)
-        if (less := estimate(model, changed, sharing)["total"]) >= need:
+        if (less := estimate(model, changed)["total"]) >= need:
             continue
         training, need = changed, less
         options[option] = value

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 
+from moetool import launch
 from moetool.checkpoint.model import load_model
 from moetool.errors import CheckpointError
 from moetool.routing.capture import RouterCapture, has_routers
 from moetool.train import balance, mixed, resume, state
-from moetool.train.accelerator import is_mixed, is_sharded, prepare
+from moetool.train.accelerator import prepare
 from moetool.train.execution import apply_execution
+from moetool.train.export import lay_out
 from moetool.train.loop import Run
 from moetool.train.loss import chunked_loss, whole_loss
 from moetool.train.optimizer import adamw
+from moetool.train.ranks import new_ranks
 from moetool.train.run_plan import RunPlan, untrained_routers
 from moetool.train.saving import Saver
 from moetool.train.selection import is_selection_bias
@@ -33,8 +36,7 @@ def build_run(plan: RunPlan) -> Run:
     start = state.step_folder(config.out, step) if step else config.model
     going_on, advice = bool(step or config.keep_optimizer), resume.ADVICE if step else resume.FRESH
     try:
-        # A model that is going to be sharded may be too large for one device.
-        core = _load(start, torch.device("cpu") if is_sharded(accelerator) else accelerator.device)
+        core = _load(start, accelerator.device)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {resume.ADVICE}" if step else str(error)) from None
     capture = RouterCapture(core) if has_routers(core) else None
@@ -48,20 +50,33 @@ def build_run(plan: RunPlan) -> Run:
         check_documents_apart(core)
     if going_on:
         resume.load_weights(start, core, advice)
-    half = is_mixed(accelerator, config.precision)
+    half = config.precision == "bf16"
     weights = mixed.cast(core, capture, config.master_weights) if half else None
     language_loss = (chunked_loss(core, config.compile or config.liger) if half else None) or whole_loss
     apply_execution(config, core)
     optimizer = adamw(weights.values() if weights else core.parameters(), config)
-    model, updates = prepare(accelerator, core, optimizer, config)
+    model, updates = prepare(accelerator, core, optimizer, config.precision)
     weights = weights or dict(core.named_parameters())
     if going_on:
-        resume.load_moments(start, weights, optimizer, advice, model)
+        resume.load_moments(start, weights, optimizer, advice)
     need = plan.values["memory"]
-    here = 0 if accelerator.device.type == "cuda" else accelerator.num_processes  # that take host memory to train
-    saver = Saver(plan.values["saving_memory"] + here * (need["total"] - need["weights"]))
+    here = 0 if accelerator.device.type == "cuda" else need["total"] - need["weights"]  # host memory to train
+    saver = Saver(launch.num_local_processes() * (plan.values["saving_memory"] + here), new_ranks())
+    layout = lay_out(core, plan.save_dtype)
     return Run(
-        plan, core, model, weights, optimizer, updates, capture, selections, language_loss, saver, warnings, step
+        plan,
+        core,
+        model,
+        weights,
+        optimizer,
+        updates,
+        capture,
+        selections,
+        language_loss,
+        layout,
+        saver,
+        warnings,
+        step,
     )
 
 

@@ -1,4 +1,4 @@
-"""How a run is computed: experts in bf16, layers twice, compiled, with other kernels, deterministically.
+"""How a run is computed: layers twice, compiled, with other kernels, deterministically.
 
 What is computed stays the same, to rounding.
 """
@@ -13,13 +13,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moetool.errors import ConfigError
 from moetool.routing.capture import has_routers
 from moetool.train.config import TrainConfig
-
-_AUTOCAST_EXPERTS = "grouped_mm_autocast"  # under this name transformers finds `_autocast_experts`
 
 
 def check_execution(config: TrainConfig, model: Any, device: torch.device) -> None:
@@ -43,7 +41,7 @@ def check_execution(config: TrainConfig, model: Any, device: torch.device) -> No
 
 
 def apply_execution(config: TrainConfig, model: Any) -> None:
-    """Set a model up for experts in bf16, liger-kernel, gradient checkpointing and compilation.
+    """Set a model up for liger-kernel, gradient checkpointing and compilation.
 
     Args:
         config: of the run.
@@ -52,11 +50,6 @@ def apply_execution(config: TrainConfig, model: Any) -> None:
     Raises:
         ConfigError: liger-kernel fails on it.
     """
-    if config.precision == "bf16" and model.config.get_text_config()._experts_implementation == "grouped_mm":
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        ALL_EXPERTS_FUNCTIONS.register(_AUTOCAST_EXPERTS, _autocast_experts)
-        model.set_experts_implementation(_AUTOCAST_EXPERTS)
     if config.liger:
         _apply_liger(model)
     if config.gradient_checkpointing:
@@ -105,32 +98,6 @@ def _apply_liger(model: Any) -> None:
         raise ConfigError(
             f"--liger: liger-kernel cannot change this model ({type(error).__name__}: {reason}); leave it out"
         ) from None
-
-
-class _Cast:
-    """A module whose parameters are of another dtype."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self._module, self._dtype = module, dtype
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        return value.to(self._dtype) if isinstance(value, nn.Parameter) else value
-
-
-def _autocast_experts(experts: Any, hidden_states: Tensor, *routes: Tensor) -> Tensor:
-    """transformers' grouped experts, in the dtype of autocast.
-
-    torch's grouped matrix product is none of the operations that autocast knows: the experts, most of a model's
-    arithmetic, would be computed in fp32.
-    """
-    from transformers.integrations.moe import grouped_mm_experts_forward
-
-    device = hidden_states.device.type
-    if torch.is_autocast_enabled(device):
-        experts = _Cast(experts, torch.get_autocast_dtype(device))
-    out: Tensor = grouped_mm_experts_forward(experts, hidden_states, *routes)
-    return out
 
 
 def evaluating(config: TrainConfig) -> AbstractContextManager[Any]:

@@ -25,10 +25,10 @@ from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
 from moetool.train import balance, mixed, resume, state
-from moetool.train.accelerator import accumulating, autocast, is_mixed, mean_gradients, number, sum_dtype, track
+from moetool.train.accelerator import accumulating, mean_gradients, sum_dtype, track
 from moetool.train.batches import MicroBatch, micro_batches
 from moetool.train.execution import evaluating
-from moetool.train.export import publish, save_checkpoint, state_of
+from moetool.train.export import Layout, buffers, publish, save_beside
 from moetool.train.interrupt import noting
 from moetool.train.loss import LanguageLoss, logits, token_loss
 from moetool.train.metrics_log import MetricsLog, routing_row, summarize
@@ -62,6 +62,7 @@ class Run:
         capture: on the routers; None for a dense model.
         selections: strategies that act on the choice of experts.
         language_loss: see loss.py.
+        layout: of the model on disk.
         saver: writes its step folders.
         warnings: what was seen in the weights, and the user should know before they are trained.
         step: updates made.
@@ -76,6 +77,7 @@ class Run:
     capture: RouterCapture | None
     selections: Sequence[Selection]
     language_loss: LanguageLoss
+    layout: Layout
     saver: Saver
     warnings: Sequence[str]
     step: int
@@ -117,14 +119,16 @@ class Run:
             while self.step < config.max_steps:
                 row = self._update()
                 self._log(log, row)
-                self.saver.check()
                 note = f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  {row['tokens_per_second']:.0f} tok/s"
                 note += f"  {row['mfu']:.0%} MFU" if "mfu" in row else ""
                 progress("train", self.step, config.max_steps, note)
                 last = self.step == config.max_steps
                 if last or self.step % config.eval_every == 0:
                     self._validate(log, progress)
-                stopping = not last and self._any(bool(noted.signum))
+                signalled, failed = self._any(bool(noted.signum), self.saver.failed())
+                stopping = signalled and not last
+                if failed:
+                    self.saver.wait()
                 if last or stopping or self.step % config.save_every == 0:
                     self._save()
                 if last or stopping:
@@ -136,7 +140,8 @@ class Run:
         summary: dict[str, Any] = {}
         if log:
             summary = {**self._so_far(), **summarize(log, config.seq_len * config.global_batch_size, config.train)}
-            publish(state.step_folder(out, self.step), out, {**summary, "identity": self.plan.identity})
+        publish(state.step_folder(out, self.step), out, {**summary, "identity": self.plan.identity}, self.saver.ranks)
+        if log:
             state.release(out)
         accelerator.wait_for_everyone()
         return summary
@@ -147,10 +152,13 @@ class Run:
         if self.plan.config.log_with:
             track(self.plan.accelerator, row)
 
-    def _any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process, so that all do the same."""
+    def _any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set in any process, so that all do the same."""
         accelerator = self.plan.accelerator
-        return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)))
+        return [
+            bool(count)
+            for count in accelerator.reduce(torch.tensor(flags, dtype=torch.int32, device=accelerator.device))
+        ]
 
     def _update(self) -> dict[str, Any]:
         """One optimizer step; returns its row of metrics."""
@@ -164,7 +172,7 @@ class Run:
             torch.manual_seed(rounding_seed(config.seed, self.step))
         self.updates.step()
         self.updates.zero_grad()
-        if is_mixed(plan.accelerator, config.precision):
+        if config.precision == "bf16":
             mixed.cast_back(self.weights, self.core)
         self.step += 1
 
@@ -205,12 +213,12 @@ class Run:
                 sums, counted = self._backward(forward, step_tokens), forward.step_counts_LE
             flat = flat + sums.flat(dtype)
             del forward  # whose routes need not be there beside the next one's
-        if is_mixed(accelerator, config.precision):
+        if config.precision == "bf16":
             mean_gradients(accelerator, self.weights.values())
         norm = accelerator.clip_grad_norm_(list(self.weights.values()), config.grad_clip or math.inf)
         self._fetched = self.step + 1, self._fetch(self.step + 1)  # while the device works
         # One reduction and one wait for the device per step.
-        flat = torch.cat([accelerator.reduce(flat), number(norm.detach()).reshape(1).to(flat)]).cpu()
+        flat = torch.cat([accelerator.reduce(flat), norm.detach().reshape(1).to(flat)]).cpu()
         sums, grad_norm = sums.named(flat[:-1]), float(flat[-1])
         loss = float(sums.loss) / step_tokens
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -235,7 +243,7 @@ class Run:
         accelerator, device = self.plan.accelerator, self.plan.accelerator.device
         collect: AbstractContextManager[list[Route]] = self.capture.collect() if self.capture else nullcontext([])
         logits_TV = torch.empty(0, 0, device=device)
-        with autocast(accelerator, self.plan.config.precision), collect as routes:
+        with collect as routes:
             if self._needed("logits"):
                 logits_TV = logits(self.model, micro, device).flatten(0, 1).float()
                 language_loss = token_loss(logits_TV, micro)
@@ -300,25 +308,20 @@ class Run:
     def _save(self) -> None:
         """Have a step folder written, once the next step's loss and gradient show that the last update was no ruin."""
         self._ahead = self._gradient()
-        plan, config, step = self.plan, self.plan.config, self.step
-        main = plan.accelerator.is_main_process
-        weights = self.saver.copies(self.weights.items(), main)
-        moments = self.saver.copies(resume.moments(self.weights, self.optimizer), main)
-        # The thread has no part in the model: hooks of FSDP would move its weights in the midst of a forward.
-        stored = self.core.state_dict()
-        named = dict(self.core.named_parameters(remove_duplicate=False))
-        buffers = self.saver.copies(((name, tensor) for name, tensor in stored.items() if name not in named), main)
-        saved = state_of(self.core, weights, buffers) if main else {}
+        plan, config, step, layout, ranks = self.plan, self.plan.config, self.step, self.layout, self.saver.ranks
+        moments = dict(resume.moments(self.weights, self.optimizer))
+        tensors = {**buffers(self.core), **self.weights, **moments}
+        units = [*layout.units, *((name,) for name in moments)]
         entry = {"command": "cpt", "moetool": __version__, "torch": torch.__version__, "seed": config.seed}
         entry |= {"options": config.to_json(), **self._so_far()}
 
-        def write(go_on: Callable[[], None]) -> None:
+        def write(put: Callable[[Path], dict[str, str]]) -> None:
             def fill(folder: Path) -> None:
-                save_checkpoint(self.core, saved, buffers, config.model, folder, plan.save_dtype, entry)
-                master = weights if plan.save_dtype != "float32" else None
-                resume.save(folder, moments, master, step, plan.identity, go_on)
+                digests = put(folder)
+                if ranks.is_main:
+                    save_beside(layout, folder, config.model, entry)
+                    resume.save(folder, digests, layout.dtype != "float32", step, plan.identity)
 
-            state.save_step(config.out, step, fill, config.keep_checkpoints)
+            state.save_step(config.out, step, fill, config.keep_checkpoints, ranks)
 
-        if main:
-            self.saver.write(write)
+        self.saver.save(tensors, units, lambda whole: layout.contents(whole, step), write)

@@ -14,11 +14,12 @@ from moetool.checkpoint.reader import content_fingerprint
 from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
-from moetool.train import balance, optimizer, state, zero
-from moetool.train.accelerator import agreed, make_accelerator, sharing
+from moetool.train import balance, optimizer, state
+from moetool.train.accelerator import make_accelerator
 from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
 from moetool.train.execution import check_execution, executing
+from moetool.train.ranks import new_ranks
 from moetool.train.run_plan import RunPlan, plan_run
 
 
@@ -51,24 +52,23 @@ def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Opene
 @contextmanager
 def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     accelerator = make_accelerator(config.log_with, config.out / state.TRACKERS)
-    main, out, shares = accelerator.is_main_process, config.out, sharing(accelerator)
+    main, out, ranks = accelerator.is_main_process, config.out, new_ranks()
     state.check_folder(config.model, out, config.resume)
-    state.check_start(config.model, config.keep_optimizer)
+    state.check_start(config.model, config.keep_optimizer, ranks)
     model = skeleton(config.model)
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     default_balance = balance.parse([]) if has_routers(model) else {}
-    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=shares.whole)
+    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=True)
     check_batches(config.global_batch_size, config.micro_batch_size, accelerator.num_processes)
     balance.check(config, model)
     check_execution(config, model, accelerator.device)
-    optimizer.check(config, shares.whole)
-    zero.check_options(config, shares.zero_stage)
+    optimizer.check(config)
     accelerator.wait_for_everyone()
     with FolderLock(out) if main else nullcontext():
         with accelerator.main_process_first():
             corpus = open_corpus(config, model.get_input_embeddings().num_embeddings, progress)
         identity = config.identity(content_fingerprint(config.model), corpus.fingerprints)
-        found = agreed(accelerator, state.find(out) if main and config.resume else state.Found())
+        found = state.find(out, ranks) if config.resume else state.Found()
         if found.identity is not None:
             _same(out, found.identity, identity)
         if found.summary is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moetool.errors import ConfigError
 from moetool.train.config import TrainConfig
+from moetool.train.tensor_file import Stored
 
 EPSILON = 1e-8
 EIGHT_BIT_PARTS = ("codes", "scale", "qmap")  # of torchao's moments
@@ -45,12 +46,11 @@ def plain(config: TrainConfig) -> bool:
     return config.moments == "fp32" and config.master_weights
 
 
-def check(config: TrainConfig, whole: bool) -> None:
+def check(config: TrainConfig) -> None:
     """Refuse moments and weights that cannot be kept as asked for.
 
     Args:
         config: resolved.
-        whole: whether each process holds all of each weight.
 
     Raises:
         ConfigError: says which.
@@ -60,8 +60,6 @@ def check(config: TrainConfig, whole: bool) -> None:
     option = "--no-master-weights" if config.moments == "fp32" else f"--moments {config.moments}"
     if not config.master_weights and config.precision != "bf16":
         raise ConfigError("--no-master-weights: fp32 has no other weights; leave it out, or use --precision bf16")
-    if not whole:
-        raise ConfigError(f"{option}: not possible where FSDP or DeepSpeed shards the optimizer; leave it out")
     if find_spec("torchao") is None:
         raise ConfigError(f"{option}: torchao is not installed; run pip install torchao")
 
@@ -105,31 +103,29 @@ def parts(moment: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def state_from(
-    optimizer: Any, parameter: nn.Parameter, values: Mapping[str, Tensor], share: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Any]:
+def state_from(optimizer: Any, parameter: nn.Parameter, values: Mapping[str, Stored]) -> dict[str, Any]:
     """An optimizer's state of one parameter, from the plain tensors of its moments.
 
     Args:
         optimizer: of the run.
-        parameter: that it updates.
-        values: name of a moment and of its part (see `parts`) -> tensor on the CPU.
-        share: this process's share of a tensor, placed as another.
+        parameter: that it updates; this process reads its share.
+        values: name of a moment and of its part (see `parts`) -> tensor in a file.
 
     Raises:
         ValueError: they were kept in another way.
     """
     other = "another way of keeping moments (--moments)"
+    number = torch.empty((), device=parameter.device)
     if not hasattr(optimizer, "_new_buffer"):  # torch's own
         if any(value.dtype != torch.float32 for value in values.values()):
             raise ValueError(other)
-        return {name: share(value, parameter) for name, value in values.items()}
-    state: dict[str, Any] = {"step": values["step"]}
+        return {name: value.read(parameter if value.shape else number) for name, value in values.items()}
+    state: dict[str, Any] = {"step": values["step"].read(torch.empty(()))}
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = optimizer._new_buffer(parameter, name == "exp_avg")
         for part, tensor in parts(state[name]):
             value = values.get(name + part)
             if value is None or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
                 raise ValueError(other)
-            tensor.copy_(value)
+            tensor.copy_(value.read(tensor))
     return state

@@ -2,58 +2,76 @@
 
 Fp32 master weights where the checkpoint's own dtype is another, the optimizer's moments, both safetensors
 by parameter name, and state.json with a digest of every other file of the step folder. Nothing is
-pickled. Tensors are whole, so a run may go on with another number of processes.
+pickled. Tensors are whole, each in one file, so a run may go on with other processes and another sharding: each reads
+what it needs of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moetool.errors import CheckpointError
 from moetool.outside import fits, read_json
-from moetool.train import tensor_file, zero
-from moetool.train.accelerator import share
+from moetool.train import tensor_file
+from moetool.train.assignment import FILES
 from moetool.train.optimizer import parts, state_from
+from moetool.train.ranks import ALONE, Ranks
+from moetool.train.tensor_file import Stored, stored
 
 STATE = "training_state"
-_FORMAT = 1
+_FORMAT = 2
 # What to do when it does not fit: where a run goes on, and where it begins with another run's.
 ADVICE = "delete that step folder to continue from the one before it"
 FRESH = "give a step folder of a run with the same layers, or leave --keep-optimizer out"
 
 
-def intact(folder: Path, within: str = "") -> dict[str, Any]:
+def intact(folder: Path, ranks: Ranks = ALONE, within: str = "") -> dict[str, Any]:
     """The identity of the run that wrote a step folder, once all of its files are found unchanged.
 
     Args:
         folder: the step folder.
+        ranks: the processes that share the files out; all must call, and all find the same.
         within: the part of it that counts; nothing: all.
 
     Raises:
         CheckpointError: names the first that is not.
     """
-    identity = read_identity(folder)
+    identity, files = ranks.together(lambda: (read_identity(folder), _files(folder)) if ranks.is_main else ({}, {}))[0]
+    names = [name for name in files if name.startswith(within)]
+    verdicts: dict[str, str] = {}
+    for found in ranks.gather({name: _damage(folder / name, files[name]) for name in names[ranks.rank :: ranks.size]}):
+        verdicts |= found
+    for name in names:
+        if verdicts[name]:
+            raise CheckpointError(f"{folder / name} {verdicts[name]}")
+    return identity
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Digests of a step folder's files, by path."""
     files = read_json(folder / STATE / "state.json").get("files", {})
     if not fits(files, {"*": str}):
         raise CheckpointError(f"{folder / STATE / 'state.json'} is damaged (files)")
-    for name, digest in files.items():
-        if not name.startswith(within):
-            continue
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if tensor_file.digest(path) != digest:
-            raise CheckpointError(f"{path} is damaged (its bytes have changed since it was written)")
-    return identity
+    return dict(files)
+
+
+def _damage(path: Path, digest: str) -> str:
+    try:
+        if tensor_file.digest(path) == digest:
+            return ""
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({os.strerror(error.errno or 0).lower()})"
+    return "is damaged (its bytes have changed since it was written)"
 
 
 def moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
@@ -64,40 +82,26 @@ def moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optim
         optimizer: over them.
     """
     for name, parameter in parameters.items():
-        of = zero.moments(parameter, optimizer) if zero.is_updated(parameter) else optimizer.state.get(parameter, {})
-        for key, value in of.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             for part, tensor in parts(value):
                 yield f"{name}/{key}{part}", tensor
 
 
-def save(
-    folder: Path,
-    moments: Mapping[str, Tensor],
-    master: Mapping[str, Tensor] | None,
-    step: int,
-    identity: Mapping[str, Any],
-    go_on: Callable[[], None] = lambda: None,
-) -> None:
-    """Write `training_state/` into a step folder whose other files are there.
+def save(folder: Path, digests: Mapping[str, str], master: bool, step: int, identity: Mapping[str, Any]) -> None:
+    """Write `state.json` into a step folder whose other files are there.
 
     Args:
         folder: the step folder.
-        moments: of the optimizer, see `moments`.
-        master: fp32 weights by parameter; None where the checkpoint itself is fp32.
+        digests: of the files that hold tensors, by path.
+        master: whether it holds fp32 weights beside the checkpoint's.
         step: updates made.
         identity: of the run, see TrainConfig.identity.
-        go_on: called between pieces of work; may raise.
     """
-    tensors = {"optimizer.safetensors": moments} | ({"master.safetensors": master} if master is not None else {})
-    others = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    (folder / STATE).mkdir()
-    with ThreadPoolExecutor() as pool:
-        digests = {path: pool.submit(tensor_file.digest, path, go_on) for path in others}
-        for name, named in sorted(tensors.items()):
-            digests[folder / STATE / name] = pool.submit(tensor_file.write, folder / STATE / name, named, go_on)
-    files = {str(path.relative_to(folder)): digest.result() for path, digest in digests.items()}
-    document = {"format": _FORMAT, "step": step, "master": master is not None, "identity": identity}
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: digests.get(name) or tensor_file.digest(path) for name, path in paths.items()}
+    document = {"format": _FORMAT, "step": step, "master": master, "identity": identity}
     document |= {"torch": torch.__version__, "files": files}
+    (folder / STATE).mkdir(exist_ok=True)
     (folder / STATE / "state.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
@@ -125,25 +129,20 @@ def load_weights(folder: Path, model: nn.Module, advice: str) -> None:
     Raises:
         CheckpointError: they are absent, damaged, or of a model with other parameters.
     """
-    parameters = dict(model.named_parameters())
-    with _told(folder, advice):
-        master = folder / STATE / "master.safetensors"
-        # Without them a rounded model would be trained on; the first step folders did not say that they have them.
-        if read_json(folder / STATE / "state.json").get("master", master.exists()):
-            weights = load_file(master)
+    with _told(folder, advice), _stored(folder, "master") as weights:
+        # Without them a rounded model would be trained on.
+        if read_json(folder / STATE / "state.json")["master"]:
+            parameters = dict(model.named_parameters())
             if absent := sorted(parameters.keys() - weights.keys()):
-                raise ValueError(f"master.safetensors holds no {absent[0]}")
+                raise ValueError(f"the fp32 weights lack {absent[0]}")
             for name, weight in weights.items():
-                _fitting(name, weight, parameters).copy_(weight)
+                parameter = _fitting(name, weight.shape, parameters)
+                parameter.copy_(weight.read(parameter))
 
 
 @torch.no_grad()
 def load_moments(
-    folder: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    advice: str,
-    wrapped: Any = None,
+    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, advice: str
 ) -> None:
     """Put the moments of a step folder into an optimizer.
 
@@ -152,28 +151,32 @@ def load_moments(
         parameters: that it updates, by name; they may be sharded.
         optimizer: over them.
         advice: what to do when they do not fit.
-        wrapped: DeepSpeed's engine, where it shares the moments out.
 
     Raises:
         CheckpointError: they are absent, damaged, or of a model with other parameters.
     """
-    with _told(folder, advice):
-        found: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for key, value in load_file(folder / STATE / "optimizer.safetensors").items():
+    with _told(folder, advice), _stored(folder, "optimizer") as moments:
+        found: dict[nn.Parameter, dict[str, Stored]] = {}
+        for key, value in moments.items():
             name, _, moment = key.rpartition("/")
             # Scales of a moment of 8 bits have a shape of their own.
-            fitting = torch.zeros(()) if moment.partition(".")[2] in ("scale", "qmap") else value
-            parameter = _fitting(name, fitting, parameters)
+            free = not value.shape or moment.partition(".")[2] in ("scale", "qmap")
+            parameter = _fitting(name, None if free else value.shape, parameters)
             if parameter.requires_grad:  # a router may have been frozen since
                 found.setdefault(parameter, {})[moment] = value
         trained = (name for name, parameter in parameters.items() if parameter.requires_grad)
         if absent := sorted(name for name in trained if parameters[name] not in found):
-            raise ValueError(f"optimizer.safetensors holds nothing for {absent[0]}")
-        if any(map(zero.is_updated, found)):
-            zero.set_moments(wrapped, optimizer, found)
-        else:
-            for parameter, values in found.items():
-                optimizer.state[parameter] = state_from(optimizer, parameter, values, share)
+            raise ValueError(f"the optimizer's state holds nothing for {absent[0]}")
+        for parameter, values in found.items():
+            optimizer.state[parameter] = state_from(optimizer, parameter, values)
+
+
+@contextmanager
+def _stored(folder: Path, kind: str) -> Iterator[dict[str, Stored]]:
+    """The tensors of a kind of files (see `assignment.FILES`), by name."""
+    start = FILES[kind].partition("{")[0]
+    with stored(folder / name for name in sorted(_files(folder)) if name.startswith(start)) as tensors:
+        yield tensors
 
 
 @contextmanager
@@ -185,11 +188,11 @@ def _told(folder: Path, advice: str) -> Iterator[None]:
         raise CheckpointError(f"{folder / STATE} cannot be used ({type(error).__name__}: {reason}); {advice}") from None
 
 
-def _fitting(name: str, value: Tensor, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter:
-    """The parameter of a name, which a tensor (or a single number) must fit."""
+def _fitting(name: str, shape: tuple[int, ...] | None, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter:
+    """The parameter of a name, which a tensor of that shape must fit; None: any shape does."""
     if name not in parameters:
         raise ValueError(f"the model has no {name}")
-    shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
-    if value.ndim and value.shape != shape:
-        raise ValueError(f"{name} has shape {list(value.shape)}, the model's {list(shape)}")
+    wanted = parameters[name].shape
+    if shape is not None and shape != tuple(wanted):
+        raise ValueError(f"{name} has shape {list(shape)}, the model's {list(wanted)}")
     return parameters[name]

@@ -17,7 +17,7 @@ from moetool.cost.parameters import count_parameters
 from moetool.data.mixture import TokenMixture
 from moetool.routing.capture import RouterCapture
 from moetool.train import balance, schedules
-from moetool.train.accelerator import Accelerator, sharing
+from moetool.train.accelerator import Accelerator
 from moetool.train.batches import Corpus, mix
 from moetool.train.config import TrainConfig
 from moetool.train.export import source_dtype
@@ -67,7 +67,7 @@ def plan_run(
         ConfigError: options about the text or the schedule contradict each other.
         DataError: a source holds less than one sequence.
     """
-    device, shares = accelerator.device, sharing(accelerator)
+    device = accelerator.device
     mixture = mix(corpus, config)
     schedule = schedules.build(config.schedule, config.max_steps, vars(config))
     save_dtype = source_dtype(config.model) if config.save_dtype == "auto" else config.save_dtype
@@ -86,8 +86,8 @@ def plan_run(
         "num_parameters": total,
         "num_active_parameters": active,
         "flops_per_token": flops_per_token(model, config.seq_len),
-        "memory": estimate(model, training, shares),
-        "saving_memory": saving_bytes(model, training),
+        "memory": estimate(model, training),
+        "saving_memory": saving_bytes(model, training, accelerator.num_processes),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
         "seq_len": config.seq_len,
@@ -107,9 +107,9 @@ def plan_run(
         "step": step,
         "save_dtype": save_dtype,
         "device": str(device),
-        "num_processes": shares.num_processes,
+        "num_processes": accelerator.num_processes,
     }
-    warnings = memory_warnings(values["memory"], device, lambda there: smaller(model, training, shares, there))
+    warnings = memory_warnings(values["memory"], device, lambda there: smaller(model, training, there))
     warnings += validation_warnings(values["val"], config)
     terms, peak = balance.build_terms(config.balance), devices.peak_flops(device, config.precision)
     return RunPlan(

@@ -1,91 +1,271 @@
-"""Saving while training goes on: step folders are written by a thread, from a copy in host memory."""
+"""Saving while training goes on: each process writes files of a step folder in a thread, from a copy in host memory.
+
+No process holds more than its share of the model and one part of what it writes (assignment.py). The threads talk in a
+gloo group of their own, so training may talk at the same time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from threading import Event
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moetool.cost import devices
-from moetool.train.accelerator import is_shared_out, whole
+from moetool.errors import CheckpointError
+from moetool.train.assignment import Assignment, Contents, Held, Part, assign
+from moetool.train.ranks import ALONE, Ranks
+from moetool.train.shards import Region, boxes, extent, local, region
+from moetool.train.tensor_file import TensorFile
+
+PATIENCE = 5.0  # seconds in which a thread ends that was told to; it may be waiting for a process that is gone
 
 
 class Saver:
-    """Copies what is to be saved, and writes it, one step at a time.
+    """Copies what is to be saved, and has it written, one step at a time.
 
     As a context it waits for a step that is being written, whatever error ends the run; a signal ends both.
+
+    Attributes:
+        ranks: the processes that save together.
+        assignment: what each of them does; None before the first step is saved.
     """
 
-    def __init__(self, need: int) -> None:
+    def __init__(self, need: int, ranks: Ranks = ALONE) -> None:
         """Decide whether training goes on while a step is written: where host memory has room for the copy.
 
         Args:
-            need: bytes of host memory that the copy takes, with all else that the run is still going to take.
+            need: bytes of this machine's memory that its processes' copies take, with all else that the run is still
+                going to take there.
+            ranks: the processes that save together; all must call.
         """
+        self.ranks = ranks
         free = devices.free_memory("cpu")
-        self._aside = free is not None and need <= free
+        self._aside = all(self.ranks.gather(free is not None and need <= free))
+        self._described: Any = None
+        self.assignment: Assignment | None = None
         self._copies: dict[str, Tensor] = {}
-        self._thread = ThreadPoolExecutor(1, "save")
-        self._writing: Future[object] | None = None
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
         self._stop = Event()
 
     def __enter__(self) -> Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and not issubclass(kind, Exception):
+        stopped = kind is not None and not issubclass(kind, Exception)
+        if stopped:
             self._stop.set()
-        self._thread.shutdown()
+        if self._thread:
+            self._thread.join(PATIENCE if stopped else None)
 
-    def copies(self, tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-        """Whole tensors in host memory, which training does not change until the next copies are made.
+    def save(
+        self,
+        tensors: Mapping[str, Tensor],
+        units: Sequence[tuple[str, ...]],
+        contents: Contents,
+        write: Callable[[Callable[[Path], dict[str, str]]], object],
+    ) -> None:
+        """Have a step written; training may change the tensors afterwards. All processes must call.
 
-        Waits for the step that is being written, whose copies these may overwrite.
+        Waits for the step that is being written before.
 
         Args:
-            tensors: by name; where they are shared out, all processes must walk through them.
-            keep: whether this process saves; the others take part in gathering.
+            tensors: all that is saved, by name; this process may hold a share of each.
+            units: see `assign`.
+            contents: see `assign`.
+            write: writes the step folder. It is given a function that writes this process's files of tensors into a
+                folder, together with the others, and returns the digests of all such files by path.
         """
         self.wait()
-        kept: dict[str, Tensor] = {}
-        for name, tensor in tensors:
-            if is_shared_out(tensor) or (keep and not self._aside):
-                copy = whole(tensor)
-            elif keep:
-                if name not in self._copies:  # for good: memory that a GPU copies into is slow to get
-                    self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                copy = self._copies[name].copy_(tensor.detach(), non_blocking=True)
-            if keep:
-                kept[name] = copy
+        assignment = self._assigned(tensors, units, contents)
+        if self._aside:
+            self._copy({name: local(tensors[name]) for name in assignment.given(self.ranks.rank)})
+            read = self._copies.__getitem__
+        else:
+
+            def read(name: str) -> Tensor:
+                return local(tensors[name]).cpu()
+
+        def put(folder: Path) -> dict[str, str]:
+            digests = self.ranks.together(
+                lambda: write_files(assignment, self.ranks, read, contents, folder, self.go_on)
+            )
+            files = {path: digest for one in digests for path, digest in one.items()}
+            absent = [path for path in files if not (folder / path).is_file()] if self.ranks.is_main else []
+            if absent:
+                raise CheckpointError(
+                    f"{folder / absent[0]} was written by another process, but is not there for the first one;"
+                    " OUT must be on a file system that all processes share"
+                )
+            return files
+
+        def run() -> None:
+            try:
+                write(put)
+            except BaseException as error:
+                self._error = error
+
+        if self._aside:
+            self._thread = Thread(target=run, name="save", daemon=True)
+            self._thread.start()
+        else:
+            write(put)
+
+    def _assigned(
+        self, tensors: Mapping[str, Tensor], units: Sequence[tuple[str, ...]], contents: Contents
+    ) -> Assignment:
+        """Who writes what. It changes only with what this process holds, and then in all processes."""
+        described = {name: (tensor.dtype, tuple(tensor.shape), region(tensor)) for name, tensor in tensors.items()}
+        if self.assignment is None or described != self._described:
+            everywhere = self.ranks.gather({name: held for name, (_, _, held) in described.items()})
+            held = {
+                name: Held(dtype, shape, tuple(one[name] for one in everywhere))
+                for name, (dtype, shape, _) in described.items()
+            }
+            self._described, self.assignment = described, assign(held, units, contents, self.ranks.size)
+        return self.assignment
+
+    def _copy(self, shares: Mapping[str, Tensor]) -> None:
+        for name, share in shares.items():
+            if name not in self._copies:  # for good: memory that a GPU copies into is slow to get
+                self._copies[name] = torch.empty(share.shape, dtype=share.dtype, pin_memory=share.is_cuda)
+            self._copies[name].copy_(share, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return kept
 
-    def write(self, write: Callable[[Callable[[], None]], object]) -> None:
-        """Have a step written, from copies.
-
-        Args:
-            write: writes it, and between pieces of work calls what it is given, which ends it where that is wanted.
-        """
-        if self._aside:
-            self._writing = self._thread.submit(write, self._go_on)
-        else:
-            write(self._go_on)
-
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Called between pieces of work; raises once the run is ending."""
         if self._stop.is_set():
             raise CancelledError
 
-    def check(self) -> None:
-        """Raise what the last step failed with, if it has been written."""
-        if self._writing and self._writing.done():
-            self.wait()
+    def failed(self) -> bool:
+        """Whether the last step has been written, and that has failed."""
+        return self._error is not None
 
     def wait(self) -> None:
         """Wait until the last step is written; raise what it failed with."""
-        writing, self._writing = self._writing, None
-        if writing:
-            writing.result()
+        if self._thread:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error:
+            raise error
+
+
+def write_files(
+    assignment: Assignment,
+    ranks: Ranks,
+    read: Callable[[str], Tensor],
+    contents: Contents,
+    folder: Path,
+    go_on: Callable[[], None],
+) -> dict[str, str]:
+    """Write this process's files of a step; all must call, also those that write nothing.
+
+    A process that cannot write still gives what the others need.
+
+    Args:
+        assignment: what each does.
+        ranks: they.
+        read: a tensor's name -> what this process holds of it, on the CPU.
+        contents: see `assign`.
+        folder: of the step.
+        go_on: called between pieces of work; may raise.
+
+    Returns:
+        Digests by path.
+
+    Raises:
+        Exception: what writing failed with.
+    """
+    files: dict[str, TensorFile] = {}
+    places: dict[tuple[str, str], TensorFile] = {}
+    errors: list[Exception] = []
+
+    def attempt(do: Callable[[], None]) -> None:
+        try:
+            if not errors:
+                do()
+        except CancelledError:
+            raise
+        except Exception as error:
+            errors.append(error)
+
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            for file in assignment.files:
+                if file.writer == ranks.rank:
+                    files[file.path] = stack.enter_context(TensorFile(folder / file.path, file.entries, go_on))
+                    places.update(dict.fromkeys(((file.kind, name) for name in file.entries), files[file.path]))
+
+        def put() -> None:
+            for kind, name, tensor in contents(whole):
+                places[kind, name].put(name, tensor)
+
+        attempt(begin)
+        for parts in assignment.rounds:
+            go_on()
+            sends = _give(assignment, ranks, parts, read)
+            if whole := _take(assignment, ranks, parts, read):
+                attempt(put)
+            whole = {}
+            for work, _ in sends:
+                work.wait()
+        for error in errors:
+            raise error
+        return {path: file.finish() for path, file in files.items()}
+
+
+def _give(
+    assignment: Assignment, ranks: Ranks, parts: Sequence[Part], read: Callable[[str], Tensor]
+) -> list[tuple[Any, Tensor]]:
+    """Begin to send what this process gives to the writers of a round; the tensors must be kept until that is over."""
+    sends: list[tuple[Any, Tensor]] = []
+    for part in parts:
+        for tag, name in enumerate(part.names):
+            if part.writer != ranks.rank and ranks.rank in assignment.sources[name]:
+                piece = read(name).contiguous()
+                sends.append((ranks.send(piece, part.writer, tag), piece))
+    return sends
+
+
+def _take(
+    assignment: Assignment, ranks: Ranks, parts: Sequence[Part], read: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of the part that this process writes in a round, whole; empty where it writes none."""
+    whole: dict[str, Tensor] = {}
+    arriving: list[tuple[Any, list[tuple[list[Tensor], Region, Tensor]]]] = []
+    for part in parts:
+        for tag, name in enumerate(part.names):
+            if part.writer != ranks.rank:
+                continue
+            held, sources = assignment.held[name], assignment.sources[name]
+            if list(sources) == [ranks.rank]:
+                whole[name] = read(name)
+                continue
+            whole[name] = torch.empty(held.shape, dtype=held.dtype)
+            for sender, given in sources.items():
+                slots = [whole[name][there] for there, _ in boxes(given)]
+                if sender == ranks.rank:
+                    _fill(slots, given, read(name))
+                elif len(slots) == 1 and slots[0].is_contiguous():
+                    arriving.append((ranks.receive(slots[0], sender, tag), []))
+                else:
+                    piece = torch.empty(extent(given), dtype=held.dtype)
+                    arriving.append((ranks.receive(piece, sender, tag), [(slots, given, piece)]))
+    for work, pieces in arriving:
+        work.wait()
+        for slots, given, piece in pieces:
+            _fill(slots, given, piece)
+    return whole
+
+
+def _fill(slots: Sequence[Tensor], given: Region, piece: Tensor) -> None:
+    for slot, (_, here) in zip(slots, boxes(given), strict=True):
+        slot.copy_(piece[here])

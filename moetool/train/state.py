@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from moetool.checkpoint.folder import PARTIAL, naming, remove, sync_folder, write_file
 from moetool.checkpoint.reader import INDEX
 from moetool.checkpoint.writer import foreign_files
 from moetool.errors import CheckpointError, ConfigError
 from moetool.outside import fits, read_json
 from moetool.train import resume
+from moetool.train.ranks import ALONE, Ranks
 
 METRICS, SUMMARY, STEPS, TRACKERS = "metrics.jsonl", "summary.json", "checkpoints", "trackers"
 
@@ -76,8 +75,8 @@ def check_folder(model: Path, out: Path, resume: bool = True) -> None:
         raise CheckpointError(f"{out} also holds {', '.join(foreign[:3])}; move that away or choose another OUT")
 
 
-def check_start(model: Path, keep_optimizer: bool) -> None:
-    """Refuse `--keep-optimizer` where there is none, or one that is not what was written.
+def check_start(model: Path, keep_optimizer: bool, ranks: Ranks) -> None:
+    """Refuse `--keep-optimizer` where there is none, or one that is not what was written; all processes must call.
 
     Raises:
         ConfigError: the model is no step folder.
@@ -91,7 +90,7 @@ def check_start(model: Path, keep_optimizer: bool) -> None:
             " (OUT/checkpoints/step-NNNNNN), or leave the option out for a fresh optimizer"
         )
     try:
-        resume.intact(model, resume.STATE)
+        resume.intact(model, ranks, resume.STATE)
     except CheckpointError as error:
         raise CheckpointError(f"--keep-optimizer: {error}; give another step folder, or leave the option out") from None
 
@@ -146,27 +145,38 @@ class Found:
     damaged: tuple[str, ...] = ()
 
 
-def find(out: Path) -> Found:
+def find(out: Path, ranks: Ranks = ALONE) -> Found:
     """Look for what can be gone on with: the newest step folder of which every byte is as it was written.
+
+    Args:
+        out: the run's folder.
+        ranks: the processes that share the reading; all must call, and all find the same.
 
     Raises:
         CheckpointError: the summary is damaged, or every step folder is.
     """
-    if (out / SUMMARY).exists() and (out / "config.json").exists() and not (out / PARTIAL).exists():
-        summary = read_json(out / SUMMARY)
-        if not fits(summary, _SUMMARY) or (summary["mri"] and not summary["val"].keys() <= summary["mri"].keys()):
-            raise CheckpointError(f"{out / SUMMARY} is damaged; start again with --no-resume, or choose another OUT")
-        identity = summary.pop("identity")
-        return Found(summary["steps"], identity, summary)
+    finished, steps = ranks.together(lambda: (_finished(out), _steps(out, "*")) if ranks.is_main else (None, []))[0]
+    if finished:
+        return finished
     damaged: list[str] = []
-    for step in reversed(_steps(out, "*")):
+    for step in reversed(steps):
         try:
-            return Found(step, resume.intact(step_folder(out, step)), None, tuple(damaged))
+            return Found(step, resume.intact(step_folder(out, step), ranks), None, tuple(damaged))
         except CheckpointError as error:
             damaged.append(str(error))
     if damaged:
         raise CheckpointError(f"{damaged[0]}, and no step folder before it is intact; start again with --no-resume")
     return Found()
+
+
+def _finished(out: Path) -> Found | None:
+    if not ((out / SUMMARY).exists() and (out / "config.json").exists()) or (out / PARTIAL).exists():
+        return None
+    summary = read_json(out / SUMMARY)
+    if not fits(summary, _SUMMARY) or (summary["mri"] and not summary["val"].keys() <= summary["mri"].keys()):
+        raise CheckpointError(f"{out / SUMMARY} is damaged; start again with --no-resume, or choose another OUT")
+    identity = summary.pop("identity")
+    return Found(summary["steps"], identity, summary)
 
 
 def set_aside(out: Path, step: int) -> None:
@@ -187,38 +197,42 @@ def _steps(out: Path, pattern: str) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{6,})", name)))
 
 
-def save_step(out: Path, step: int, fill: Callable[[Path], None], keep: int) -> Path:
+def save_step(out: Path, step: int, fill: Callable[[Path], None], keep: int, ranks: Ranks = ALONE) -> Path:
     """Make a step folder appear complete or not at all, then delete the oldest beyond `keep`.
 
     Args:
         out: the run's folder.
         step: of the model.
-        fill: writes the content into the folder that it is given.
+        fill: writes a process's part of the content into the folder that it is given.
         keep: how many step folders stay.
+        ranks: the processes that write it; all must call, and where one fails, all do.
     """
     folder = step_folder(out, step)
-    folder.parent.mkdir(exist_ok=True)
-    sweep(out)
     temporary = folder.with_name(f".{folder.name}.unfinished")
-    try:
-        with naming(folder):
-            fill(temporary)
-            _sync_tree(temporary)
+
+    def begin() -> None:
+        folder.parent.mkdir(exist_ok=True)
+        sweep(out)
+        temporary.mkdir()
+
+    def end() -> None:
+        _sync_tree(temporary)
         if folder.exists():
             _delete(folder)
         os.rename(temporary, folder)
-    except SafetensorError as error:  # safetensors' name for a full disk; no OSError
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{folder} cannot be written ({reason}); free some space, then run the same command again"
-        ) from None
+        sync_folder(folder.parent)
+        for old in saved_steps(out)[:-keep]:
+            _delete(step_folder(out, old))
+
+    try:
+        with naming(folder):
+            ranks.together(lambda: begin() if ranks.is_main else None)
+            ranks.together(lambda: fill(temporary))
+            ranks.together(lambda: end() if ranks.is_main else None)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(folder.parent)
-    for old in saved_steps(out)[:-keep]:
-        _delete(step_folder(out, old))
     return folder
 
 

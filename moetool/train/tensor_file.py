@@ -1,15 +1,25 @@
-"""Files of tensors in the safetensors format, hashed while they are written."""
+"""Files of tensors in the safetensors format: written in any order, hashed while they are written, read in parts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from safetensors import safe_open
 from torch import Tensor
+
+from moetool.checkpoint.folder import naming
+from moetool.checkpoint.reader import read_header
+from moetool.errors import CheckpointError
+from moetool.train.shards import boxes, extent, placed, region
 
 _PIECE = 1 << 24  # bytes
 # safetensors sorts a file's tensors by dtype in this order, then by name.
@@ -22,50 +32,131 @@ _DTYPES = {
     torch.float16: "F16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
+Entry = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], go_on: Callable[[], None]) -> str:
-    """Write a file, byte for byte that of safetensors' `save_file`, which neither hashes nor can be ended.
+class TensorFile:
+    """A new file, byte for byte that of safetensors' `save_file`, which needs all tensors at once.
 
-    Args:
-        path: is made.
-        tensors: contiguous, on the CPU.
-        go_on: called between pieces.
-
-    Returns:
-        The digest of the file, see `digest`.
+    As a context it closes the file.
     """
-    order = list(_DTYPES)
-    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
-    header: dict[str, Any] = {}
-    end = 0
-    for name in names:
-        tensor, start, end = tensors[name], end, end + tensors[name].nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    hashed = xxhash.xxh3_128()
-    with path.open("wb", buffering=0) as file:
-        for data in (memoryview(len(text).to_bytes(8, "little") + text), *(_raw(tensors[name]) for name in names)):
-            for at in range(0, len(data), _PIECE):
-                go_on()
-                piece = data[at : at + _PIECE]
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry], go_on: Callable[[], None]) -> None:
+        """Write the header.
+
+        Args:
+            path: is made, with its folder.
+            entries: of the file, by name.
+            go_on: called between pieces of 16 MiB; may raise.
+        """
+        self._path, self._entries, self._go_on = path, dict(entries), go_on
+        order = list(_DTYPES)
+        self._names = sorted(entries, key=lambda name: (order.index(entries[name][0]), name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        starts = [0]
+        for name in self._names:
+            dtype, shape = entries[name]
+            starts.append(starts[-1] + torch.empty(shape, dtype=dtype, device="meta").nbytes)
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": starts[-2:]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        text = len(text).to_bytes(8, "little") + text
+        self._starts = {name: len(text) + start for name, start in zip(self._names, starts, strict=False)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(path):
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._digests = {"": self._write(memoryview(text), 0)}
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write one of its tensors, which is on the CPU."""
+        if self._entries[name] != (tensor.dtype, tuple(tensor.shape)):
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {self._entries[name]}")
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._digests[name] = self._write(data, self._starts[name])
+
+    def _write(self, data: memoryview, at: int) -> bytes:
+        hashed = xxhash.xxh3_128()
+        with naming(self._path):
+            for start in range(0, len(data), _PIECE):
+                self._go_on()
+                piece = data[start : start + _PIECE]
                 hashed.update(piece)
                 while piece:
-                    piece = piece[file.write(piece) :]
-    return hashed.hexdigest()
+                    written = os.pwrite(self._file, piece, at)
+                    piece, at = piece[written:], at + written
+        return hashed.digest()
+
+    def finish(self) -> str:
+        """Bring the file to the disk, once all of its tensors are written; returns its digest, see `digest`."""
+        with naming(self._path):
+            os.fsync(self._file)
+        return _joined(self._digests[name] for name in ("", *self._names))
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in an open file; nothing of it is read yet."""
+
+    slice: Any
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self, like: Tensor) -> Tensor:
+        """What this process holds of it, placed and sharded as a tensor of the same shape; only that is read."""
+        held = region(like)
+        here = torch.empty(extent(held), dtype=self.dtype)
+        for there, into in boxes(held):
+            here[into] = self.slice[there or ...]
+        return placed(here, like)
+
+
+@contextmanager
+def stored(paths: Iterable[Path]) -> Iterator[dict[str, Stored]]:
+    """Open files of tensors; yields all that is in them, by name."""
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    with ExitStack() as stack:
+        found: dict[str, Stored] = {}
+        for path in paths:
+            file: Any = stack.enter_context(safe_open(path, "pt"))
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(name)
+                found[name] = Stored(part, dtypes[part.get_dtype()], tuple(part.get_shape()))
+        yield found
 
 
 def digest(path: Path, go_on: Callable[[], None] = lambda: None) -> str:
-    """XXH3-128 of a file's bytes, in hexadecimal digits; `go_on` is called between pieces."""
-    hashed = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            go_on()
-            hashed.update(piece)
-    return hashed.hexdigest()
+    """XXH3-128 over the XXH3-128 of a file's header and of each tensor, in hexadecimal digits.
+
+    Tensors are written in any order, and each is hashed on its way. A file that is not safetensors is one part.
+
+    Args:
+        path: of the file.
+        go_on: called between pieces of 16 MiB; may raise.
+    """
+    bounds = [0, path.stat().st_size]
+    if path.suffix == ".safetensors":
+        with suppress(CheckpointError):  # of a damaged header: as one part it has another digest
+            tensors, _ = read_header(path)
+            bounds[1:1] = [info.start for info in sorted(tensors.values(), key=lambda info: (info.start, info.size))]
+    parts: list[bytes] = []
+    with path.open("rb", buffering=0) as file:
+        for begin, end in pairwise(bounds):
+            hashed, left = xxhash.xxh3_128(), end - begin
+            while left and (piece := file.read(min(left, _PIECE))):
+                go_on()
+                hashed.update(piece)
+                left -= len(piece)
+            parts.append(hashed.digest())
+    return _joined(parts)
+
+
+def _joined(parts: Iterable[bytes]) -> str:
+    return xxhash.xxh3_128(b"".join(parts)).hexdigest()

@@ -14,7 +14,7 @@ from torch import Tensor
 from moetool.data.tokens import TokenStream
 from moetool.errors import ConfigError
 from moetool.routing.capture import Route, RouterCapture
-from moetool.train.accelerator import Accelerator, autocast, sum_dtype
+from moetool.train.accelerator import Accelerator, sum_dtype
 from moetool.train.batches import IGNORED, MicroBatch, validation_batches
 from moetool.train.config import TrainConfig
 from moetool.train.loss import LanguageLoss, logits
@@ -48,7 +48,7 @@ def validate(
     counts_LE: Tensor | None = None
     for batch in validation_batches(stream, config, accelerator.process_index, accelerator.num_processes):
         collect: AbstractContextManager[list[Route]] = capture.collect() if capture else nullcontext([])
-        with autocast(accelerator, config.precision), collect as routes:
+        with collect as routes:
             loss = language_loss(model, batch, device)
         predicted_T = batch.labels.flatten().to(device) != IGNORED
         sums += torch.stack([loss.to(sums), predicted_T.sum().to(sums)])

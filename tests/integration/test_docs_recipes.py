@@ -50,7 +50,7 @@ def skeleton(name: str, target: str) -> Iterator[Any]:
 
 def figures(name: str, place: Path) -> dict[str, str]:
     """The row of a model, from the page's own `--plan` command and the estimate of cpt; in the working folder."""
-    from moetool.cost.memory import Sharing, Training, estimate
+    from moetool.cost.memory import Training, estimate
     from moetool.cost.operations import flops_per_token
     from moetool.cost.parameters import count_parameters
 
@@ -66,7 +66,7 @@ def figures(name: str, place: Path) -> dict[str, str]:
     training = Training(4096, micro_batch_size=1, precision="bf16", gradient_checkpointing=True, compiled_loss=True)
     with skeleton(name, plan["target"]) as model:
         assert count_parameters(model) == (total, plan["parameters"]["active"])
-        each = {n: estimate(model, training, Sharing(n, sharded=n > 1))["total"] for n in GPUS}
+        each = {n: estimate(model, training)["total"] for n in GPUS}
         operations = flops_per_token(model, 4096)
     gpus = next(n for n in GPUS if each[n] < 0.9 * GPU)
     billions = {what: f"{number / 1e9:.2f} B" for what, number in plan["parameters"].items()}

@@ -520,39 +520,6 @@ def test_global_aux_of_two_processes_is_aux_of_one_that_sees_all(
             assert one["balance"]["aux"] == pytest.approx(two["balance"]["global-aux"], rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "strategies", "more"),
-    [
-        ("glm4_moe", ["loss-free=0.01", "aux"], ["--gradient-checkpointing"]),
-        ("ernie4_5_moe", ["loss-free=0.01"], []),  # its bias is a parameter, and so sharded as well
-        ("mixtral", ["sinkhorn", "z-loss"], ["--gradient-checkpointing"]),
-        ("glm4_moe", ["loss-free=0.01"], ["--freeze-router"]),
-    ],
-)
-def test_sharded_weights_are_balanced_as_whole_ones(
-    tmp_path: Path, jsonl: Path, family: str, strategies: list[str], more: list[str]
-) -> None:
-    from tests.integration.test_train_sharded import sharded
-
-    model = tmp_path / "model"
-    if family == "ernie4_5_moe":
-        save_with_bias(family, model)
-    else:
-        getattr(tiny, f"save_{family}")(model)
-    args = [*options(strategies), *more]
-    assert cpt(model, tmp_path / "one", jsonl, *args)[0] == 0
-    done = sharded("cpt", model, tmp_path / "two", "--train", f"new={jsonl}", "--max-steps", 4, *SMALL, *args)
-    assert done.returncode == 0, done.stderr
-    _same_to_rounding(tmp_path / "one", tmp_path / "two")
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name in one:
-        if name.endswith("e_score_correction_bias") or ("--freeze-router" in more and name.endswith("gate.weight")):
-            assert torch.equal(one[name], two[name]), name
-            assert one[name].abs().max() > 0
-
-
 TEACHER: dict[str, Any] = {}
 
 

@@ -32,34 +32,6 @@ def test_a_model_without_gradient_checkpointing_is_refused() -> None:
         check_execution(config(gradient_checkpointing=True), model, CPU)
 
 
-def gradients(model: Any, precision: str) -> dict[str, torch.Tensor]:
-    tokens = torch.arange(64).reshape(2, 32)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        logits = model.train()(input_ids=tokens, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_experts_are_computed_in_bf16_as_everything_else_is(mixtral: Path, checkpointing: bool) -> None:
-    """transformers' loop over experts is what autocast makes of them; its grouped form is not, by itself."""
-    plain = load_model(mixtral, "float32")
-    plain.set_experts_implementation("eager")
-    expected = gradients(plain, "bf16")
-    found = {}
-    for precision in ("bf16", "fp32"):
-        model = load_model(mixtral, "float32")
-        apply_execution(config(precision=precision, gradient_checkpointing=checkpointing), model)
-        found[precision] = gradients(model, precision)
-
-    def distance(precision: str) -> float:
-        return max(float((found[precision][name] - g).norm() / g.norm()) for name, g in expected.items())
-
-    assert distance("bf16") < 1e-5
-    assert distance("fp32") > 1e-2
-    assert all(gradient.dtype == torch.float32 for gradient in found["bf16"].values())
-
-
 def fake_liger(monkeypatch: pytest.MonkeyPatch, apply: Callable[..., None]) -> None:
     package, patches = ModuleType("liger_kernel.transformers"), ModuleType("liger_kernel.transformers.monkey_patch")
     vars(package)["_apply_liger_kernel_to_instance"] = apply

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import Event, Timer
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,9 +20,8 @@ from moetool.checkpoint.model import load_model
 from moetool.checkpoint.reader import content_fingerprint
 from moetool.errors import CheckpointError, ConfigError
 from moetool.train import resume, state, tensor_file
-from moetool.train.accelerator import whole
 from moetool.train.config import TrainConfig
-from moetool.train.export import save_checkpoint, source_dtype, state_of
+from moetool.train.export import lay_out, save_beside, source_dtype
 from moetool.train.metrics_log import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import adamw
 from moetool.train.saving import Saver
@@ -32,6 +31,36 @@ from tests import tiny
 def fill(folder: Path) -> None:
     (folder / "training_state").mkdir(parents=True)
     (folder / "training_state" / "state.json").write_text("{}")
+
+
+def save(
+    folder: Path,
+    moments: Iterable[tuple[str, torch.Tensor]],
+    master: Iterable[tuple[str, torch.Tensor]] = (),
+    identity: Mapping[str, Any] | None = None,
+) -> None:
+    """`training_state/` of a step folder."""
+    masters, digests = dict(master), dict[str, str]()
+    tensors = {**dict(moments), **masters}
+
+    def contents(whole: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor]]:
+        yield from (("master" if name in masters else "optimizer", name, tensor) for name, tensor in whole.items())
+
+    with Saver(need=1) as saver:
+        saver.save(tensors, [(name,) for name in tensors], contents, lambda put: digests.update(put(folder)))
+        saver.wait()
+    resume.save(folder, digests, bool(masters), 1, identity or {})
+
+
+def save_model(
+    folder: Path, source: Path, dtype: str, tensors: Mapping[str, torch.Tensor], model: nn.Module, step: int = 0
+) -> None:
+    """The stock checkpoint of a step folder."""
+    layout = lay_out(model, dtype)
+    with Saver(need=1) as saver:
+        saver.save(tensors, layout.units, lambda whole: layout.contents(whole, step), lambda put: print(put(folder)))
+        saver.wait()
+    save_beside(layout, folder, source, {"command": "cpt"})
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, advice: str) -> None:
@@ -73,8 +102,7 @@ def test_training_state_round_trip(tmp_path: Path) -> None:
         group["lr"] = 0.1
     one(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    weights = {name: whole(parameter) for name, parameter in one.named_parameters()}
-    resume.save(tmp_path, dict(resume.moments(dict(one.named_parameters()), optimizer)), weights, 1, {"seed": 0})
+    save(tmp_path, resume.moments(dict(one.named_parameters()), optimizer), one.named_parameters(), {"seed": 0})
     load(tmp_path, two, other, "do this")
     assert resume.read_identity(tmp_path) == {"seed": 0}
     for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
@@ -101,7 +129,7 @@ def test_moments_of_what_is_frozen_are_left(tmp_path: Path) -> None:
     optimizer, fresh = adamw(one.parameters(), config), adamw(two.parameters(), config)
     one(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    resume.save(tmp_path, dict(resume.moments(dict(one.named_parameters()), optimizer)), None, 1, {})
+    save(tmp_path, resume.moments(dict(one.named_parameters()), optimizer))
     load(tmp_path, two, fresh, "do this")
     assert set(fresh.state) == {two.weight}
 
@@ -120,7 +148,7 @@ def test_moments_of_another_model_are_refused(tmp_path: Path, model: nn.Module, 
     optimizer = adamw(one.parameters(), config)
     one(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    resume.save(tmp_path, dict(resume.moments(dict(one.named_parameters()), optimizer)), None, 1, {})
+    save(tmp_path, resume.moments(dict(one.named_parameters()), optimizer))
     with pytest.raises(CheckpointError, match=reason):
         load(tmp_path, model, adamw(model.parameters(), config), "do this")
 
@@ -129,9 +157,8 @@ def run_folder(out: Path) -> list[Path]:
     """A run of three step folders."""
 
     def fill(folder: Path) -> None:
-        folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"weights" * 100)
-        resume.save(folder, {"a/exp_avg": torch.ones(100)}, None, 1, {"seed": 0})
+        save(folder, [("a/exp_avg", torch.ones(100))], identity={"seed": 0})
 
     return [state.save_step(out, step, fill, keep=3) for step in (5, 10, 15)]
 
@@ -170,16 +197,6 @@ def test_a_step_folder_without_its_state_is_told(tmp_path: Path) -> None:
     (folders[0] / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no step folder before it is intact; start again with --no-resume"):
         state.find(tmp_path)
-
-
-def test_a_full_disk_is_no_bug(tmp_path: Path) -> None:
-    def fill(folder: Path) -> None:
-        folder.mkdir()
-        raise SafetensorError("I/O error: No space left on device")
-
-    with pytest.raises(CheckpointError, match=r"step-000001 cannot be written .*No space left"):
-        state.save_step(tmp_path, 1, fill, keep=1)
-    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_weight_decay_is_for_matrices_and_decoupled() -> None:
@@ -235,8 +252,7 @@ def test_saved_weights_are_the_rounded_masters(tmp_path: Path, tied: bool) -> No
     with torch.no_grad():
         model.model.norm.weight.add_(1e-4)
         model.lm_head.weight.mul_(1.001)
-    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
-    save_checkpoint(model, state_of(model, weights, {}), (), source, tmp_path / "saved", "bfloat16", {"command": "cpt"})
+    save_model(tmp_path / "saved", source, "bfloat16", dict(model.named_parameters()), model)
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert set(saved) == set(load_file(source / "model.safetensors"))
     assert ("lm_head.weight" in saved) is not tied
@@ -249,10 +265,9 @@ def test_saved_weights_are_the_rounded_masters(tmp_path: Path, tied: bool) -> No
 @pytest.mark.parametrize(("value", "advice"), [(float("nan"), "lower --lr"), (1e5, "--save-dtype float32")])
 def test_a_model_that_is_not_finite_is_not_saved(tmp_path: Path, llama: Path, value: float, advice: str) -> None:
     model = load_model(llama, "float32")
-    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
-    weights["model.norm.weight"] = torch.full((32,), value)
+    weights = dict(model.named_parameters()) | {"model.norm.weight": torch.full((32,), value)}
     with pytest.raises(ConfigError, match=rf"model\.norm\.weight is not finite in float16, .*step 7 .*{advice}"):
-        save_checkpoint(model, state_of(model, weights, {}), (), llama, tmp_path / "saved", "float16", {"steps": 7})
+        save_model(tmp_path / "saved", llama, "float16", weights, model, step=7)
 
 
 def test_metrics_keep_each_step_once(tmp_path: Path) -> None:
@@ -292,73 +307,82 @@ def test_a_file_of_tensors_is_that_of_safetensors(tmp_path: Path, kinds: list[to
         f"{'zxa'[i % 3]}.{i}": (100 * torch.rand(shape)).to(kinds[i % len(kinds)]) for i, shape in enumerate(shapes * 2)
     }
     tensors["large"] = torch.arange(5 * 2**20, dtype=torch.float32)  # 20 MiB: several pieces
-    written = tensor_file.write(tmp_path / "ours", tensors, lambda: None)
-    save_file(tensors, tmp_path / "theirs")
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    assert written == tensor_file.digest(tmp_path / "ours")
+    ours = tmp_path / "ours.safetensors"
+    with tensor_file.TensorFile(ours, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, lambda: None) as file:
+        for name, tensor in tensors.items():  # in any order
+            file.put(name, tensor)
+        written = file.finish()
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert ours.read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert written == tensor_file.digest(ours)
+    with tensor_file.stored([ours]) as found:
+        assert all(torch.equal(found[name].read(tensor), tensor) for name, tensor in tensors.items())
 
 
-def run_alone(saver: Saver, tensor: torch.Tensor, results: list[list[float]], begun: Event, going: Event) -> None:
-    kept = saver.copies([("a", tensor)], keep=True)
+def one_number(whole: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor]]:
+    yield "master", "a", whole["a"]
 
-    def write(go_on: Callable[[], None]) -> None:
+
+def run_alone(saver: Saver, tensor: torch.Tensor, folder: Path, begun: Event, going: Event) -> None:
+    """Have a tensor written as soon as it may."""
+
+    def write(put: Callable[[Path], object]) -> None:
         begun.set()
         while not going.wait(0.01):
-            go_on()
-        results.append(kept["a"].tolist())
+            saver.go_on()
+        put(folder)
 
-    saver.write(write)
+    saver.save({"a": tensor}, [("a",)], one_number, write)
 
 
-def test_training_goes_on_while_a_copy_is_written() -> None:
-    tensor, results = torch.zeros(2), list[list[float]]()
-    going = [Event(), Event()]
+def written(folder: Path) -> list[float]:
+    path = folder / "training_state" / "master.safetensors"
+    return load_file(path)["a"].tolist() if path.exists() else []
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path: Path) -> None:
+    tensor = torch.zeros(2)
+    going, folders = [Event(), Event()], [tmp_path / "0", tmp_path / "1"]
     with Saver(need=1) as saver:
         for step in range(2):
             tensor += 1
-            run_alone(saver, tensor, results, Event(), going[step])
+            run_alone(saver, tensor, folders[step], Event(), going[step])
             tensor += 1  # the update after it
-            assert results == [[1.0, 1.0]][:step]  # not written, and nobody waits
-            saver.check()
+            assert [*map(written, folders)] == [[1.0, 1.0] if step else [], []]  # not written, and nobody waits
+            assert not saver.failed()
             going[step].set()  # the second copies wait for the first write
         saver.wait()
-        assert results == [[1.0, 1.0], [3.0, 3.0]]
+        assert [*map(written, folders)] == [[1.0, 1.0], [3.0, 3.0]]
 
 
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_failed_write_is_an_error_of_the_run(wait: bool) -> None:
-    def write(go_on: Callable[[], None]) -> None:
+    def write(put: object) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"), Saver(need=1) as saver:  # noqa: PT012
-        saver.write(write)
-        if wait:
-            saver.wait()
-        while True:  # a step of training
+        saver.save({"a": torch.ones(1)}, [("a",)], one_number, write)
+        while not (wait or saver.failed()):  # steps of training
             time.sleep(0.01)
-            saver.check()
+        saver.wait()
 
 
-def test_an_error_waits_for_the_write_and_a_signal_ends_it() -> None:
-    results: list[list[float]] = []
+def test_an_error_waits_for_the_write_and_a_signal_ends_it(tmp_path: Path) -> None:
     begun, going = Event(), Event()
     with pytest.raises(ConfigError), Saver(need=1) as saver:  # noqa: PT012
-        run_alone(saver, torch.ones(1), results, begun, going)
+        run_alone(saver, torch.ones(1), tmp_path / "0", begun, going)
         Timer(0.1, going.set).start()
         raise ConfigError("the loss is nan")
-    assert results == [[1.0]]
+    assert written(tmp_path / "0") == [1.0]
     begun, going = Event(), Event()
     with pytest.raises(KeyboardInterrupt), Saver(need=1) as saver:  # noqa: PT012
-        run_alone(saver, torch.ones(1), results, begun, going)
+        run_alone(saver, torch.ones(1), tmp_path / "1", begun, going)
         begun.wait()
         raise KeyboardInterrupt
-    assert results == [[1.0]]
+    assert written(tmp_path / "1") == []
 
 
-def test_without_memory_for_a_copy_training_waits() -> None:
-    tensor, results = torch.zeros(2), list[list[float]]()
+def test_without_memory_for_a_copy_training_waits(tmp_path: Path) -> None:
     with Saver(need=10**18) as saver:
-        kept = saver.copies([("a", tensor)], keep=True)
-        assert kept["a"].data_ptr() == tensor.data_ptr()
-        saver.write(lambda go_on: results.append(kept["a"].tolist()))
-        assert results == [[0.0, 0.0]]
+        saver.save({"a": torch.ones(2)}, [("a",)], one_number, lambda put: put(tmp_path))
+        assert written(tmp_path) == [1.0, 1.0]
