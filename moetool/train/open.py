@@ -11,14 +11,16 @@ from typing import Any
 from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import skeleton
 from moetool.checkpoint.reader import content_fingerprint
+from moetool.cost.parameters import routing_size
 from moetool.errors import ConfigError
+from moetool.mesh import check_model, check_sizes
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
 from moetool.train import balance, optimizer, state
-from moetool.train.accelerator import agreed, make_accelerator
+from moetool.train.accelerator import Accelerator, agreed, gathered, make_accelerator
 from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
-from moetool.train.execution import check_execution, executing
+from moetool.train.execution import check_execution, check_sharing, executing
 from moetool.train.run_plan import RunPlan, plan_run
 
 
@@ -57,16 +59,23 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     model = skeleton(config.model)
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     default_balance = balance.parse([]) if has_routers(model) else {}
-    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=True)
-    check_batches(config.global_batch_size, config.micro_batch_size, accelerator.num_processes)
+    mesh = config.mesh
+    check_sizes(mesh, accelerator.num_processes)
+    check_model(mesh, model, routing_size(model)[0])
+    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=mesh.whole)
+    check_batches(config.global_batch_size, config.micro_batch_size, mesh.data_parallel)
     balance.check(config, model)
     check_execution(config, model, accelerator.device)
+    check_sharing(config, model)
     optimizer.check(config)
     accelerator.wait_for_everyone()
     with FolderLock(out) if main else nullcontext():
         with accelerator.main_process_first():
             corpus = open_corpus(config, model.get_input_embeddings().num_embeddings, progress)
         identity = config.identity(content_fingerprint(config.model), corpus.fingerprints)
+        _alike(
+            accelerator, {**identity, **vars(mesh), "save-every": config.save_every, "eval-every": config.eval_every}
+        )
         found = agreed(accelerator, state.find(out) if main and config.resume else state.Found())
         if found.identity is not None:
             _same(out, found.identity, identity)
@@ -77,6 +86,17 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
         damaged = [f"{reason}; continuing from step {found.step}" for reason in found.damaged]
         yield Opened(replace(plan, warnings=[*plan.warnings, *damaged]))
     accelerator.end_training()
+
+
+def _alike(accelerator: Accelerator, mine: Mapping[str, Any]) -> None:
+    """Refuse processes that were started for different runs: they would wait for each other, or mix two trainings."""
+    changed = differences(agreed(accelerator, mine), mine)
+    if any(each := gathered(accelerator, changed)):
+        rank = next(rank for rank, one in enumerate(each) if one)
+        raise ConfigError(
+            f"process {rank} has other options or data than process 0: {'; '.join(each[rank])}. Start all with the"
+            " same command, and give them the same files"
+        )
 
 
 def _same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
