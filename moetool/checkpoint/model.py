@@ -90,6 +90,8 @@ def load_model(
             raise CheckpointError(
                 f"{folder}: {kind} tensors {', '.join(keys[:3])}{more}; the checkpoint does not match its config.json"
             )
+    if distributed:
+        model.config.distributed_config = None  # by which save_pretrained would gather, in all processes
     # torch's grouped matrix product, the faster one, fails unless rows are multiples of 16 bytes. 8 elements are
     # enough in every dtype (training may compute in another dtype than the weights').
     experts = [_here(p).shape for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]

@@ -39,7 +39,7 @@ def build_run(plan: RunPlan) -> Run:
         core = _load(start, accelerator.device, distributed(mesh, apart))
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {resume.ADVICE}" if step else str(error)) from None
-    if apart or (half and not mesh.whole):
+    if half and not mesh.whole:
         mixed.gather_in_bf16(core, apart)
     capture = RouterCapture(core) if has_routers(core) else None
     selections = balance.build_selections(config.balance, core, capture, RouterCapture(empty)) if capture else []
@@ -52,11 +52,11 @@ def build_run(plan: RunPlan) -> Run:
         check_documents_apart(core, half and not mesh.whole)
     if going_on:
         resume.load_weights(start, core, advice)
-    language_loss = whole_loss
-    if half and mesh.tp == 1:
-        language_loss = chunked_loss(core, config.compile or config.liger) or whole_loss
+    weights = mixed.cast(core, capture, config.master_weights) if config.keeps_copies else None
+    chunked = half and mesh.tp == 1  # which shares the head's matrix out
+    language_loss = (chunked_loss(core, config.compile or config.liger) if chunked else None) or whole_loss
     reshard(core)
-    weights = mixed.cast(core, capture, config.master_weights) if config.keeps_copies else dict(core.named_parameters())
+    weights = weights or dict(core.named_parameters())
     apply_execution(config, core)
     optimizer = adamw(weights.values(), config)
     model, updates = prepare(accelerator, core, optimizer, ddp=mesh.whole and not half)

@@ -319,8 +319,10 @@ def default_micro_batch(global_batch_size: int) -> int:
     return max(n for n in range(1, MAX_DEFAULT_MICRO_BATCH + 1) if global_batch_size % n == 0)
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The options in which two identities differ, with both values where they say something.
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], whose: tuple[str, str] = ("before", "now")
+) -> list[str]:
+    """The options in which two identities differ, with both values and `whose` they are where they say something.
 
     A run from before an option was there has its default.
     """
@@ -336,7 +338,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             parts = [f"{key} ({_change(key, old, new)})" for key in {**old, **new} if old.get(key) != new.get(key)]
             changed.append(f"--{name} {', '.join(parts)}")
         else:
-            changed.append(f"--{name} ({_plain(old)} before, {_plain(new)} now)")
+            changed.append(f"--{name} ({_plain(old)} {whose[0]}, {_plain(new)} {whose[1]})")
     return changed
 
 

@@ -64,7 +64,8 @@ def check_sharing(config: TrainConfig, model: Any) -> None:
         )
     if config.compile and (mesh.ep > 1 or mesh.tp > 1):
         raise ConfigError(
-            f"--compile: exchanges between processes ({mesh}) break each layer's graph; use --no-compile, or --fsdp alone"
+            f"--compile: exchanges between processes ({mesh}) break each layer's graph; use --no-compile, or --fsdp"
+            " alone"
         )
 
 

@@ -73,9 +73,8 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
         with accelerator.main_process_first():
             corpus = open_corpus(config, model.get_input_embeddings().num_embeddings, progress)
         identity = config.identity(content_fingerprint(config.model), corpus.fingerprints)
-        _alike(
-            accelerator, {**identity, **vars(mesh), "save-every": config.save_every, "eval-every": config.eval_every}
-        )
+        often = {"save-every": config.save_every, "eval-every": config.eval_every}
+        _alike(accelerator, {**identity, **vars(mesh), **often})
         found = agreed(accelerator, state.find(out) if main and config.resume else state.Found())
         if found.identity is not None:
             _same(out, found.identity, identity)
@@ -90,7 +89,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
 
 def _alike(accelerator: Accelerator, mine: Mapping[str, Any]) -> None:
     """Refuse processes that were started for different runs: they would wait for each other, or mix two trainings."""
-    changed = differences(agreed(accelerator, mine), mine)
+    changed = differences(agreed(accelerator, mine), mine, ("on process 0", "on this one"))
     if any(each := gathered(accelerator, changed)):
         rank = next(rank for rank, one in enumerate(each) if one)
         raise ConfigError(
