@@ -86,7 +86,7 @@ def plan_run(
         "num_parameters": total,
         "num_active_parameters": active,
         "flops_per_token": flops_per_token(model, config.seq_len),
-        "memory": estimate(model, training),
+        "memory": estimate(model, training, config.mesh),
         "saving_memory": saving_bytes(model, training),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
@@ -107,9 +107,10 @@ def plan_run(
         "step": step,
         "save_dtype": save_dtype,
         "device": str(device),
+        "mesh": {} if config.mesh.whole else dict(vars(config.mesh)),
         "num_processes": accelerator.num_processes,
     }
-    warnings = memory_warnings(values["memory"], device, lambda there: smaller(model, training, there))
+    warnings = memory_warnings(values["memory"], device, lambda there: smaller(model, training, there, config.mesh))
     warnings += validation_warnings(values["val"], config)
     terms, peak = balance.build_terms(config.balance), devices.peak_flops(device, config.precision)
     return RunPlan(
@@ -134,7 +135,7 @@ def memory_warnings(
     advice = f"it fits with {'; or with '.join(ways)}" if ways else "no option makes it fit"
     return [
         f"this run needs about {memory['total'] / 1e9:.3g} GB per process, but {device} has {there / 1e9:.3g} GB;"
-        f" {advice}; or shard the weights (docs/multi-gpu.md)"
+        f" {advice}; or shard the weights over more processes (--fsdp, docs/multi-gpu.md)"
     ]
 
 
