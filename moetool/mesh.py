@@ -96,6 +96,24 @@ def mesh_of(options: Any) -> Mesh:
     return Mesh(fsdp, ep, tp, getattr(options, "replicas", None) or max(1, num_processes() // (fsdp * tp)))
 
 
+def check_shared(options: Any) -> None:
+    """Refuse a mesh for a model that only runs: all of its processes see the same text.
+
+    Args:
+        options: of the command, as in `mesh_of`; also `device` and `device_map`.
+
+    Raises:
+        ConfigError: the sizes are not those of the launched processes, or a device is chosen besides.
+    """
+    mesh = Mesh(options.fsdp, options.ep, options.tp)
+    if mesh.whole:
+        return
+    if options.device_map or options.device != "auto":
+        chosen = "--device-map" if options.device_map else "--device"
+        raise ConfigError(f"{chosen} and --fsdp, --ep, --tp exclude each other: each process has its own device")
+    check_sizes(mesh, num_processes())
+
+
 def check_sizes(mesh: Mesh, launched: int) -> None:
     """Refuse sizes that are not those of the launched processes, or contradict each other.
 
@@ -103,31 +121,35 @@ def check_sizes(mesh: Mesh, launched: int) -> None:
         ConfigError: says which would do.
     """
     if mesh.processes != launched:
-        fitting = _sizes(lambda fsdp: launched % (fsdp * mesh.tp) == 0, launched)
-        fits = f"--fsdp may be {fitting}" if fitting else f"--tp must divide {launched}"
+        fitting = _sizes(lambda fsdp: launched % (fsdp * mesh.tp * mesh.replicas) == 0, launched)
+        fits = f"--fsdp may be {fitting}" if fitting else f"--tp x --replicas must divide {launched}"
+        copies = f" x --replicas {mesh.replicas}" if mesh.replicas > 1 else ""
         raise ConfigError(
-            f"--fsdp {mesh.fsdp} x --tp {mesh.tp} x --replicas {mesh.replicas} = {mesh.processes} processes, but"
-            f" {launched} {'was' if launched == 1 else 'were'} launched; {fits}, with --replicas left out, or launch"
-            f" {mesh.processes} (torchrun --nproc_per_node)"
+            f"--fsdp {mesh.fsdp} x --tp {mesh.tp}{copies} = {mesh.processes} processes, but {launched}"
+            f" {'was' if launched == 1 else 'were'} launched; {fits}, or launch {mesh.processes} (torchrun"
+            f" --nproc_per_node {mesh.processes})"
         )
     _check_ep(mesh, lambda ep: True, "")
 
 
-def check_model(mesh: Mesh, model: Any, num_experts: int) -> None:
+def check_model(mesh: Mesh, model: Any) -> None:
     """Refuse a mesh that does not divide a model, or for which transformers has no plan.
 
     Args:
         mesh: that is `check_sizes`d.
         model: of transformers; its weights may be on torch's meta device.
-        num_experts: of each layer; 1: a dense model.
 
     Raises:
         ConfigError: says which sizes would do.
     """
+    if mesh.whole:
+        return
     config, kind = model.config.get_text_config(), model.config.model_type
-    if mesh.ep > 1 and num_experts == 1:
+    experts = {int(p.shape[0]) for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3}
+    if mesh.ep > 1 and not experts:
         raise ConfigError(f"--ep {mesh.ep}: '{kind}' is a dense model without experts; use --fsdp alone")
-    _check_ep(mesh, lambda ep: num_experts % ep == 0, f", and divide the model's {num_experts} experts")
+    shown = " and ".join(map(str, sorted(experts)))
+    _check_ep(mesh, lambda ep: not any(number % ep for number in experts), f", and divide the model's {shown} experts")
     heads = [config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads]
     if any(number % mesh.tp for number in heads):
         fitting = _sizes(lambda tp: not any(number % tp for number in heads), max(heads))

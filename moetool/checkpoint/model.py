@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,15 +69,16 @@ def load_model(
     options |= {"distributed_config": distributed} if distributed else {}
     _check_size(folder, skeleton(folder))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch_dtype,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,  # otherwise pickles in a folder without safetensors would be read
-            **options,
-        )
+        with _one_tensor_at_a_time() if distributed else nullcontext():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch_dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,  # otherwise pickles in a folder without safetensors would be read
+                **options,
+            )
     except Exception as error:  # a damaged or foreign checkpoint fails in many ways
         if out_of_memory(error):
             raise
@@ -98,6 +99,20 @@ def load_model(
     if any(size % 8 for shape in experts for size in shape[1:]):
         model.set_experts_implementation("eager")
     return model.to(device) if device else model
+
+
+@contextmanager
+def _one_tensor_at_a_time() -> Iterator[None]:
+    """Keep transformers from reading all tensors of a process ahead in threads, which takes as much memory again."""
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
 
 
 def _here(parameter: Any) -> Any:

@@ -5,8 +5,10 @@ The only file that imports accelerate.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -48,6 +50,9 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
                 f"accelerate is configured for {plugin}, which moetool cpt does not use; launch it without that, and"
                 " shard the weights with --fsdp N (docs/multi-gpu.md)"
             )
+    # Nothing in a decoder adds to these in place, and whole tensors are wanted whatever it takes to gather them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     accelerator = Accelerator(
         mixed_precision="no",
         log_with=list(trackers) or None,

@@ -57,10 +57,11 @@ def check_sharing(config: TrainConfig, model: Any) -> None:
     if not plain(config):
         option = "--no-master-weights" if config.moments == "fp32" else f"--moments {config.moments}"
         raise ConfigError(f"{option}: torchao's optimizers do not take shards of a mesh ({mesh}); leave it out")
-    if config.precision == "bf16" and not mesh.sharded:
+    if not mesh.sharded:
+        # Measured: of norms within tensor-parallel layers it sums the gradients so far again in each micro-batch.
         raise ConfigError(
-            f"--tp {mesh.tp} in bf16: FSDP rounds the weights, and here nothing is sharded by it; use --fsdp or"
-            " --replicas above 1 as well, or --precision fp32"
+            f"--tp {mesh.tp} alone: transformers adds up gradients over micro-batches correctly only under FSDP; use"
+            " --fsdp or --replicas above 1 as well"
         )
     if config.compile and (mesh.ep > 1 or mesh.tp > 1):
         raise ConfigError(

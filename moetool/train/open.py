@@ -11,7 +11,6 @@ from typing import Any
 from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import skeleton
 from moetool.checkpoint.reader import content_fingerprint
-from moetool.cost.parameters import routing_size
 from moetool.errors import ConfigError
 from moetool.mesh import check_model, check_sizes
 from moetool.progress import Progress, silent
@@ -61,7 +60,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     default_balance = balance.parse([]) if has_routers(model) else {}
     mesh = config.mesh
     check_sizes(mesh, accelerator.num_processes)
-    check_model(mesh, model, routing_size(model)[0])
+    check_model(mesh, model)
     config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=mesh.whole)
     check_batches(config.global_batch_size, config.micro_batch_size, mesh.data_parallel)
     balance.check(config, model)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moetool.cost import devices
-from moetool.cost.memory import Training, estimate, saving_bytes, smaller
+from moetool.cost.memory import Training, estimate, loading_bytes, saving_bytes, smaller
 from moetool.cost.operations import flops_per_token
 from moetool.cost.parameters import count_parameters
 from moetool.data.mixture import TokenMixture
@@ -87,6 +87,7 @@ def plan_run(
         "num_active_parameters": active,
         "flops_per_token": flops_per_token(model, config.seq_len),
         "memory": estimate(model, training, config.mesh),
+        "loading_memory": loading_bytes(model, config.mesh, device.type == "cuda"),
         "saving_memory": saving_bytes(model, training),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
@@ -107,7 +108,7 @@ def plan_run(
         "step": step,
         "save_dtype": save_dtype,
         "device": str(device),
-        "mesh": {} if config.mesh.whole else dict(vars(config.mesh)),
+        "mesh": "" if config.mesh.whole else str(config.mesh),
         "num_processes": accelerator.num_processes,
     }
     warnings = memory_warnings(values["memory"], device, lambda there: smaller(model, training, there, config.mesh))
