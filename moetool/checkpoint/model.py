@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from moetool.outside import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.distributed import DistributedConfig
 
 
 def pick_device(device: str = "auto") -> str:
@@ -37,7 +38,11 @@ def pick_device(device: str = "auto") -> str:
 
 
 def load_model(
-    folder: Path, dtype: str = "auto", device: str | None = None, device_map: str | None = None
+    folder: Path,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | None = None,
+    distributed: DistributedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model and refuse it unless every tensor was found and used.
 
@@ -49,6 +54,8 @@ def load_model(
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
         device: such as `cpu` or `cuda`; None leaves the model on the CPU.
         device_map: transformers' own placement, such as `auto`; excludes `device`.
+        distributed: the mesh into whose shards it is read, on each process's own device; excludes both. No process
+            ever holds more than its shards and one tensor.
 
     Raises:
         CheckpointError: it cannot be loaded, or tensors are missing, left over or of another shape.
@@ -59,17 +66,19 @@ def load_model(
     _quiet()
     torch_dtype: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    options |= {"distributed_config": distributed} if distributed else {}
     _check_size(folder, skeleton(folder))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch_dtype,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,  # otherwise pickles in a folder without safetensors would be read
-            **options,
-        )
+        with _one_tensor_at_a_time() if distributed else nullcontext():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch_dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,  # otherwise pickles in a folder without safetensors would be read
+                **options,
+            )
     except Exception as error:  # a damaged or foreign checkpoint fails in many ways
         if out_of_memory(error):
             raise
@@ -82,12 +91,33 @@ def load_model(
             raise CheckpointError(
                 f"{folder}: {kind} tensors {', '.join(keys[:3])}{more}; the checkpoint does not match its config.json"
             )
+    if distributed:
+        model.config.distributed_config = None  # by which save_pretrained would gather, in all processes
     # torch's grouped matrix product, the faster one, fails unless rows are multiples of 16 bytes. 8 elements are
     # enough in every dtype (training may compute in another dtype than the weights').
-    experts = [p.shape for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
+    experts = [_here(p).shape for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
     if any(size % 8 for shape in experts for size in shape[1:]):
         model.set_experts_implementation("eager")
     return model.to(device) if device else model
+
+
+@contextmanager
+def _one_tensor_at_a_time() -> Iterator[None]:
+    """Keep transformers from reading all tensors of a process ahead in threads, which takes as much memory again."""
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
+
+
+def _here(parameter: Any) -> Any:
+    """What this process holds of a parameter."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def _quiet() -> None:

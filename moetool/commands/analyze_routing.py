@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import typer
@@ -18,7 +20,9 @@ from moetool.commands.console import Console, escape
 from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import Output, write_options
 from moetool.errors import ConfigError
+from moetool.launch import is_first
 from moetool.option import document_option, option, text_field_option
+from moetool.progress import Progress
 from moetool.routing.settings import COMPARE, Settings
 from moetool.values import named
 
@@ -87,41 +91,21 @@ def analyze_routing(
     from moetool.checkpoint.folder import FolderLock
 
     _check_writable(out)
-    console = Console(context, output.json, output.quiet)
-    with FolderLock(out), console.progress() as progress:
+    console = Console(context, output.json and is_first(), output.quiet or not is_first())
+    with ExitStack() as stack:
+        progress = stack.enter_context(console.progress())
+        if is_first():
+            stack.enter_context(FolderLock(out))
         if asked.counts is not None:
             from moetool.routing.counts_file import read_counts
             from moetool.routing.report import build_report
 
             report = build_report(asked.counts.name, read_counts(asked.counts, asked.top_k or 1))
         else:
-            from moetool.checkpoint.hub import resolve_model
-            from moetool.checkpoint.model import pick_device
-            from moetool.data.text import TextSource
-            from moetool.data.tokens import tokenized, tokenizer_sha256
-            from moetool.routing.analysis import analyze
-
-            models = [(name, resolve_model(name)) for name in (asked.model, asked.compare) if name]
-            if asked.compare and len({tokenizer_sha256(folder) for _, folder in models}) > 1:
-                raise ConfigError(
-                    f"--compare: {asked.compare} and {asked.model} have different tokenizers; compare models with one"
-                )
-            place = settings.dtype, pick_device(settings.device), settings.device_map
-            estimate = tell_weights(console, [folder for _, folder in models], *place)
-            streams = {
-                name: tokenized(TextSource(path, asked.text_field, asked.document), models[0][1], progress)
-                for name, path in asked.data.items()
-            }
-            with estimated(estimate):
-                report = analyze(
-                    models[0],
-                    streams,
-                    settings,
-                    compare=models[1] if asked.compare else None,
-                    scratch=out,
-                    notice=lambda message: console.say(f"[dim]{escape(message)}[/dim]"),
-                    progress=progress,
-                )
+            scratch = out if is_first() else Path(stack.enter_context(TemporaryDirectory()))
+            report = _measured(asked, settings, scratch, console, progress)
+        if not is_first():  # it has counted what the first has
+            return report
         from moetool.routing.report import write_report
 
         files = write_report(report, out)
@@ -130,6 +114,39 @@ def analyze_routing(
     console.result(result, table(report, shutil.get_terminal_size().columns), summary(report, files["html"]))
     apply(checks, report)
     return result
+
+
+def _measured(
+    asked: AnalyzeOptions, settings: Settings, scratch: Path, console: Console, progress: Progress
+) -> dict[str, Any]:
+    """Run the texts through the models, with files that are deleted again in the folder `scratch`."""
+    from moetool.checkpoint.hub import resolve_model
+    from moetool.checkpoint.model import pick_device
+    from moetool.data.text import TextSource
+    from moetool.data.tokens import tokenized, tokenizer_sha256
+    from moetool.routing.analysis import analyze
+
+    models = [(name, resolve_model(name)) for name in (asked.model, asked.compare) if name]
+    if asked.compare and len({tokenizer_sha256(folder) for _, folder in models}) > 1:
+        raise ConfigError(
+            f"--compare: {asked.compare} and {asked.model} have different tokenizers; compare models with one"
+        )
+    place = settings.dtype, pick_device(settings.device), settings.device_map
+    estimate = tell_weights(console, [folder for _, folder in models], *place)
+    streams = {
+        name: tokenized(TextSource(path, asked.text_field, asked.document), models[0][1], progress)
+        for name, path in asked.data.items()
+    }
+    with estimated(estimate):
+        return analyze(
+            models[0],
+            streams,
+            settings,
+            compare=models[1] if asked.compare else None,
+            scratch=scratch,
+            notice=lambda message: console.say(f"[dim]{escape(message)}[/dim]"),
+            progress=progress,
+        )
 
 
 def _check_writable(out: Path) -> None:

@@ -38,7 +38,7 @@ def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str
         summary = opened.summary if opened.plan is None else _train(context, console, opened.plan)
     document = {"out": str(config.out), "already_finished": opened.plan is None, **summary}
     if opened.plan:
-        document |= {name: opened.plan.values[name] for name in ("memory", "saving_memory")}
+        document |= {name: opened.plan.values[name] for name in ("memory", "loading_memory", "saving_memory")}
     if is_first():
         console.result(document, *_result_text(document))
     return document
@@ -79,7 +79,8 @@ def _plan_text(plan: Mapping[str, Any]) -> str:
     start = f" from step {plan['step']}" if plan["step"] else ""
     lines = [
         f"[bold]{count(plan['num_parameters'])}[/bold] parameters{sparse} on {escape(plan['device'])}"
-        f"{' x ' + str(plan['num_processes']) if plan['num_processes'] > 1 else ''} in {plan['precision']}"
+        f"{' x ' + str(plan['num_processes']) if plan['num_processes'] > 1 else ''}"
+        f"{' (' + plan['mesh'] + ')' if plan['mesh'] else ''} in {plan['precision']}"
         f"{', balance ' + escape(balance) if balance else ''};"
         f" {plan['steps']} steps{start} x {plan['global_batch_size']} sequences x {plan['seq_len']} tokens"
         f" = {count(plan['tokens'])} tokens"
@@ -98,7 +99,8 @@ def _memory_text(plan: Mapping[str, Any]) -> str:
     parts = ", ".join(f"{name} {size(need[name])}" for name in ("weights", "gradients", "optimizer", "activations"))
     each = " in each process" if plan["num_processes"] > 1 else ""
     return (
-        f"memory about {size(need['total'])}{each}: {parts}; saving needs {size(plan['saving_memory'])} of host memory"
+        f"memory about {size(need['total'])}{each}: {parts}; of host memory, loading needs"
+        f" {size(plan['loading_memory'])}{each} and saving {size(plan['saving_memory'])}"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from lm_eval.loggers.utils import add_tokenizer_info
 from lm_eval.utils import handle_non_serializable
 
-from moetool.checkpoint.model import load_model, load_tokenizer
+from moetool.checkpoint.model import load_model, load_tokenizer, skeleton
 from moetool.errors import CheckpointError, DataError, EvaluationError
 from moetool.evaluate import cache
 from moetool.evaluate.harness import Harness
@@ -24,6 +24,7 @@ from moetool.evaluate.process_group import from_first
 from moetool.evaluate.settings import Settings
 from moetool.evaluate.tasks import Tasks, describe, digest
 from moetool.launch import is_first
+from moetool.mesh import Mesh, check_model, distributed
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
 from moetool.routing.report import domain_entry
@@ -121,7 +122,7 @@ def evaluate(
                     if results is None:  # only the first process has results
                         continue
                     entries[name] = _entry(lm, name, results, stats, configs[name], settings)
-                    cache.write(out, keys[name], entries[name])
+                    cache.write(out if is_first() else None, keys[name], entries[name])
         except (CheckpointError, DataError) as error:
             evaluation.failed += [{"model": model_name, "task": name, "reason": str(error)} for name in left]
         evaluation.entries[model_name] = {name: entries[name] for name in digests if name in entries}
@@ -138,10 +139,14 @@ def _nothing() -> Iterator[Any]:
 def _loaded(folder: Path, settings: Settings) -> Iterator[Harness]:
     """Load the model, and free it afterwards."""
     tokenizer = load_tokenizer(folder)
-    device = None if settings.device_map else settings.device
-    model = load_model(folder, settings.dtype, device, settings.device_map)
+    mesh = Mesh(settings.fsdp, settings.ep, settings.tp)
+    device = None if settings.device_map or not mesh.whole else settings.device
+    if not mesh.whole:
+        check_model(mesh, skeleton(folder))
+    model = load_model(folder, settings.dtype, device, settings.device_map, distributed(mesh))
+    routing = settings.routing and has_routers(model)
     try:
-        yield Harness(model, tokenizer, folder, settings.batch_size, settings.routing and has_routers(model))
+        yield Harness(model, tokenizer, folder, settings.batch_size, routing, shared=not mesh.whole)
     finally:
         del model
         gc.collect()

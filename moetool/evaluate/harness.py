@@ -37,15 +37,19 @@ class Harness(HFLM):
         folder: its checkpoint.
         batch_size: a number, `auto` or `auto:N`, as in lm-eval.
         routing: count the routes of each task (Mixture of Experts only).
+        shared: the processes have one model together, so each answers every request; otherwise each has a model and
+            a share of the documents.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, folder: Path, batch_size: str, routing: bool) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, folder: Path, batch_size: str, routing: bool, shared: bool = False
+    ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
         self.pretrained = str(folder.resolve())
         self.cache_hook = _Counter(self)
         self.capture = RouterCapture(model) if routing else None
         self._stats: RoutingStats | None = None
-        if distributed.is_initialized():
+        if distributed.is_initialized() and not shared:
             self._rank, self._world_size = distributed.get_rank(), distributed.get_world_size()
         self._lengths: list[int | None] = []
 

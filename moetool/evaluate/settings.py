@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from moetool.errors import ConfigError
+from moetool.mesh import Mesh, check_shared, ep_option, fsdp_option, tp_option
 from moetool.option import check_device, device_map_option, device_option, dtype_option, option
 
 
@@ -49,7 +50,13 @@ class Settings:
     device: str = device_option(after="document")
     dtype: str = dtype_option("Dtype of the weights in memory; auto keeps the saved one.", after="device")
     device_map: str | None = device_map_option(after="dtype")
+    fsdp: int = fsdp_option()
+    ep: int = ep_option()
+    tp: int = tp_option()
 
     def check(self, typed: Collection[str]) -> None:
         """Raise ConfigError if options contradict each other."""
         check_device(self)
+        check_shared(self)
+        if self.batch_size.startswith("auto") and not Mesh(self.fsdp, self.ep, self.tp).whole:
+            raise ConfigError("--batch-size auto: processes that share a model need the same number; give one")

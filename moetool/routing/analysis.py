@@ -11,6 +11,7 @@ import torch
 
 from moetool.checkpoint.model import load_model, load_tokenizer, pick_device, skeleton
 from moetool.errors import CheckpointError, ConfigError
+from moetool.mesh import Mesh, check_model, distributed
 from moetool.progress import Progress, silent
 from moetool.routing import load_metrics
 from moetool.routing.capture import RouterCapture
@@ -122,6 +123,7 @@ def _check_models(models: list[tuple[str, Path]], settings: Settings) -> None:
     longest: list[int] = []
     for name, folder in models:
         empty_model = skeleton(folder)
+        check_model(Mesh(settings.fsdp, settings.ep, settings.tp), empty_model)
         try:
             capture = RouterCapture(empty_model)
         except CheckpointError as error:
@@ -145,13 +147,18 @@ def _shape(model: Any, capture: RouterCapture, empty: RoutingStats | None) -> di
 
 
 def _open(folder: Path, settings: Settings) -> tuple[Any, RouterCapture]:
-    device = None if settings.device_map else pick_device(settings.device)
-    model = load_model(folder, settings.dtype, device, settings.device_map)
+    mesh = Mesh(settings.fsdp, settings.ep, settings.tp)
+    device = None if settings.device_map or not mesh.whole else pick_device(settings.device)
+    model = load_model(folder, settings.dtype, device, settings.device_map, distributed(mesh))
     return model, RouterCapture(model)
 
 
 def _unit_use(model: Any, origin: Origin | None, settings: Settings) -> UnitUse | None:
-    return UnitUse(model, origin) if origin and origin.num_redrawn and settings.unit_use else None
+    if not (origin and origin.num_redrawn and settings.unit_use):
+        return None
+    if not Mesh(settings.fsdp, settings.ep, settings.tp).whole:
+        raise ConfigError("--unit-use reads whole experts, which --fsdp, --ep and --tp share out; give --no-unit-use")
+    return UnitUse(model, origin)
 
 
 def _seq_len(model: Any, settings: Settings) -> int:

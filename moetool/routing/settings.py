@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from moetool.errors import ConfigError
+from moetool.mesh import check_shared, ep_option, fsdp_option, tp_option
 from moetool.option import check_device, device_map_option, device_option, dtype_option, option
 from moetool.values import parse_count
 
@@ -52,7 +53,11 @@ class Settings:
     device: str = device_option(RUN)
     dtype: str = dtype_option("Dtype of the weights in memory; auto keeps the saved one.", RUN)
     device_map: str | None = device_map_option(RUN)
+    fsdp: int = fsdp_option()
+    ep: int = ep_option()
+    tp: int = tp_option()
 
     def check(self, typed: Collection[str]) -> None:
         """Raise ConfigError if options contradict each other."""
         check_device(self)
+        check_shared(self)

@@ -9,6 +9,8 @@ from inspect import signature
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from moetool.errors import CheckpointError
 from moetool.routing.capture import RouterCapture, read_output
@@ -17,7 +19,7 @@ from moetool.routing.stats import RoutingStats
 BY_SEQUENCE = {"AfmoeTokenChoiceRouter"}  # routers that take hidden states as (batch, sequence, D), not as (T, D)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def probe(model: Any, capture: RouterCapture) -> RoutingStats:
     """Empty stats of the model's shape.
 
@@ -26,10 +28,23 @@ def probe(model: Any, capture: RouterCapture) -> RoutingStats:
     """
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
     with capture.collect() as routes:
-        model.base_model(input_ids=ids, use_cache=False)
+        run_layers(model, ids)
     if not routes:
         raise CheckpointError(f"{type(model).__name__}: none of its routers was called")
     return RoutingStats(capture.layers, routes[0].logits_TE.shape[-1], routes[0].indices_TK.shape[-1])
+
+
+def run_layers(model: Any, ids: Tensor) -> None:
+    """Run a model for what its routers do; of the head no more than it must.
+
+    Args:
+        model: a causal language model of transformers. Sharded by FSDP it must be called itself.
+        ids: tokens, (B, S).
+    """
+    if isinstance(model, FSDPModule):
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)  # type: ignore[operator]
+    else:
+        model.base_model(input_ids=ids, use_cache=False)
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from torch import Tensor
 from moetool.errors import DataError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
-from moetool.routing.shape import probe
+from moetool.routing.shape import probe, run_layers
 from moetool.routing.stats import RoutingStats
 
 
@@ -70,7 +70,7 @@ def read_batches(text: Tokens, seq_len: int, batch_size: int, num_tokens: int) -
         yield Batch(start, tokens_N, next_N, torch.from_numpy(ids_T).reshape(B, S), mask_T)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, whose tensors FSDP cannot put in place
 def measure(
     model: Any,
     capture: RouterCapture,
@@ -117,7 +117,7 @@ def measure(
                 )
             # Filling lies behind the text, where a causal model does not see it: no attention mask.
             with capture.collect(partial(_count, sums, observers, name, batch)):
-                model.base_model(input_ids=batch.ids_BS.to(device), use_cache=False)
+                run_layers(model, batch.ids_BS.to(device))
             done += len(batch.tokens_N)
             progress(f"routing of {name}", done, total, f"{done / (time.monotonic() - began):.0f} tokens/s")
     return stats

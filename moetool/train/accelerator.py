@@ -5,7 +5,10 @@ The only file that imports accelerate.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,10 +19,12 @@ from accelerate import Accelerator as Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moetool import launch
 from moetool.errors import ConfigError
+from moetool.mesh import Mesh
 
 Value = TypeVar("Value")
 
@@ -45,6 +50,9 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
                 f"accelerate is configured for {plugin}, which moetool cpt does not use; launch it without that, and"
                 " shard the weights with --fsdp N (docs/multi-gpu.md)"
             )
+    # Nothing in a decoder adds to these in place, and whole tensors are wanted whatever it takes to gather them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     accelerator = Accelerator(
         mixed_precision="no",
         log_with=list(trackers) or None,
@@ -81,6 +89,12 @@ def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
     accelerator.log(values, step=row["step"])
 
 
+def total(accelerator: Accelerator, mesh: Mesh, tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the processes that read different text; those that read the same count once."""
+    summed: Tensor = accelerator.reduce(tensor if mesh.counts(accelerator.process_index) else torch.zeros_like(tensor))
+    return summed
+
+
 def share(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's share of a tensor that every process has, placed and sharded as `like`."""
     tensor = tensor.to(like.device)
@@ -103,23 +117,63 @@ def mean_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter])
                 parameter.grad /= accelerator.num_processes
 
 
-def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, precision: str
-) -> tuple[Any, Any]:
+@torch.no_grad()
+def clip_shards(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+    """Scale a gradient that is sharded over meshes of several kinds down to a norm; returns its norm before, on all.
+
+    Each process adds up its shards, what several hold alike counts once, and one reduction sums that.
+
+    Args:
+        parameters: with their gradients.
+        most: the largest norm; infinite: nothing is scaled.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    processes = torch.distributed.get_world_size()
+    shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    norms = torch.stack(torch._foreach_norm(shards, dtype=torch.float64)) if shards else torch.zeros(0)
+    parts = norms.new_tensor([_num_shards(gradient) / processes for gradient in gradients])
+    squares = (norms.square() * parts).sum()
+    torch.distributed.all_reduce(squares)
+    norm = squares.sqrt().float()
+    if most < float("inf"):
+        torch._foreach_mul_(shards, (most / (norm + 1e-6)).clamp_max(1.0))
+    return norm
+
+
+def _num_shards(tensor: Tensor) -> int:
+    """Of how many different shards a tensor consists; the processes beyond that hold copies."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the weights that FSDP has kept gathered after a forward without a backward, and put the shards back."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, ddp: bool) -> tuple[Any, Any]:
     """The model and its optimizer, wrapped for the processes of a run; the weights are in place.
 
     Args:
         accelerator: of the run.
         model: on this process's device.
         optimizer: over its parameters.
-        precision: fp32 or bf16.
+        ddp: whether DDP sums the gradients. It would reduce bf16 ones in bf16, a micro-batch's at a time, and FSDP
+            reduces its own.
     """
-    if precision == "bf16":  # DDP would reduce bf16 gradients, a micro-batch's at a time
+    if not ddp:
         return model, optimizer
     wrapped: tuple[Any, Any] = accelerator.prepare(model, optimizer)
     return wrapped
 
 
 def accumulating(accelerator: Accelerator, model: Any, last: bool) -> AbstractContextManager[Any]:
-    """Around each backward of a step: only the last one's ends with the sum over the processes."""
+    """Around each backward of a step: only the last one's ends with DDP's sum over the processes.
+
+    FSDP sums every micro-batch's, for it would hold whole gradients otherwise.
+    """
     return nullcontext() if last else accelerator.no_sync(model)

@@ -145,14 +145,16 @@ def build_terms(balance: Mapping[str, float]) -> dict[str, Term]:
     }
 
 
-def build_selections(balance: Mapping[str, float], model: nn.Module, capture: RouterCapture) -> list[Selection]:
-    """The strategies of a run that act on the choice of experts, at work on a model's routers.
+def build_selections(
+    balance: Mapping[str, float], model: nn.Module, capture: RouterCapture, empty: RouterCapture | None = None
+) -> list[Selection]:
+    """The strategies of a run that act on the choice of experts, at work on a model's routers; see Selection.
 
     Raises:
         ConfigError: the model's family does not allow it.
     """
     chosen = _chosen(balance).items()
-    return [kind(model, capture, balance[name]) for name, kind in chosen if not isinstance(kind, Term)]
+    return [kind(model, capture, balance[name], empty) for name, kind in chosen if not isinstance(kind, Term)]
 
 
 def _chosen(balance: Mapping[str, float]) -> dict[str, Term | type[Selection]]:

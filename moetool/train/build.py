@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from moetool import launch
-from moetool.checkpoint.model import load_model
+from moetool.checkpoint.model import load_model, skeleton
 from moetool.errors import CheckpointError
+from moetool.mesh import distributed
 from moetool.routing.capture import RouterCapture, has_routers
 from moetool.train import balance, mixed, resume, state
-from moetool.train.accelerator import prepare
+from moetool.train.accelerator import prepare, reshard
 from moetool.train.execution import apply_execution
 from moetool.train.export import lay_out
 from moetool.train.loop import Run
@@ -35,28 +36,33 @@ def build_run(plan: RunPlan) -> Run:
     config, accelerator, step = plan.config, plan.accelerator, plan.step
     start = state.step_folder(config.out, step) if step else config.model
     going_on, advice = bool(step or config.keep_optimizer), resume.ADVICE if step else resume.FRESH
+    mesh, empty, half = config.mesh, skeleton(config.model), config.precision == "bf16"
+    apart = mixed.exact_modules(empty) if half and not mesh.whole else []
     try:
-        core = _load(start, accelerator.device)
+        core = _load(start, accelerator.device, distributed(mesh, apart))
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {resume.ADVICE}" if step else str(error)) from None
+    if half and not mesh.whole:
+        mixed.gather_in_bf16(core, apart)
     capture = RouterCapture(core) if has_routers(core) else None
-    selections = balance.build_selections(config.balance, core, capture) if capture else []
+    selections = balance.build_selections(config.balance, core, capture, RouterCapture(empty)) if capture else []
     warnings: list[str] = []
     if capture and config.freeze_router:
         balance.freeze_routers(capture)
     elif capture:
         warnings = untrained_routers(core, capture, list(plan.terms))
     if not config.cross_document:
-        check_documents_apart(core)
+        check_documents_apart(core, half and not mesh.whole)
     if going_on:
         resume.load_weights(start, core, advice)
-    half = config.precision == "bf16"
-    weights = mixed.cast(core, capture, config.master_weights) if half else None
-    language_loss = (chunked_loss(core, config.compile or config.liger) if half else None) or whole_loss
-    apply_execution(config, core)
-    optimizer = adamw(weights.values() if weights else core.parameters(), config)
-    model, updates = prepare(accelerator, core, optimizer, config.precision)
+    weights = mixed.cast(core, capture, config.master_weights) if config.keeps_copies else None
+    chunked = half and mesh.tp == 1  # which shares the head's matrix out
+    language_loss = (chunked_loss(core, config.compile or config.liger) if chunked else None) or whole_loss
+    reshard(core)
     weights = weights or dict(core.named_parameters())
+    apply_execution(config, core)
+    optimizer = adamw(weights.values(), config)
+    model, updates = prepare(accelerator, core, optimizer, ddp=mesh.whole and not half)
     if going_on:
         resume.load_moments(start, weights, optimizer, advice)
     need = plan.values["memory"]
@@ -80,10 +86,10 @@ def build_run(plan: RunPlan) -> Run:
     )
 
 
-def _load(folder: Path, device: torch.device) -> Any:
+def _load(folder: Path, device: torch.device, mesh: Any) -> Any:
     from transformers import GenerationConfig
 
-    model = load_model(folder, "float32", str(device))
+    model = load_model(folder, "float32", distributed=mesh) if mesh else load_model(folder, "float32", str(device))
     # Never Hugging Face's pooled balance loss. The source's generation settings are copied as they
     # are; transformers refuses to save some that it loads.
     model.config.output_router_logits = False

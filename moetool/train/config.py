@@ -10,6 +10,7 @@ from typing import Any, Literal
 from moetool import registry
 from moetool.errors import ConfigError
 from moetool.launch import num_processes
+from moetool.mesh import SHARING, Mesh, check_sizes, ep_option, fsdp_option, mesh_of, tp_option
 from moetool.option import document_option, dtype_option, option, options, text_field_option, without_effect
 from moetool.train.schedules import parameters
 from moetool.values import named, named_numbers, parse_count
@@ -121,6 +122,13 @@ class TrainConfig:
         make=_strategies, defines=True,
     )  # fmt: skip
     freeze_router: bool = option("Do not train the routers.", False, panel=MOE, defines=True)
+    fsdp: int = fsdp_option()
+    ep: int = ep_option()
+    tp: int = tp_option()
+    replicas: int = option(
+        "Copies of the sharded model, each with its own text.",
+        UNSET, panel=SHARING, shown="processes / (--fsdp x --tp)", min=1,
+    )  # fmt: skip
     precision: Literal["bf16", "fp32"] = option(
         "Compute precision. The optimizer works in fp32 with both.",
         UNSET, panel=RUN, shown="bf16 on a GPU, fp32 on a CPU", defines=True,
@@ -164,6 +172,16 @@ class TrainConfig:
     )  # fmt: skip
     seed: int = option("Random seed for data order and dropout.", 0, panel=RUN, min=0, defines=True)
 
+    @property
+    def mesh(self) -> Mesh:
+        """How the processes share the model."""
+        return mesh_of(self)
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether bf16 weights lie beside the fp32 ones (mixed.py); FSDP gathers rounded weights instead."""
+        return self.precision == "bf16" and self.mesh.whole
+
     def check(self, typed: Collection[str]) -> None:
         """Refuse options that contradict each other, whatever the model.
 
@@ -184,8 +202,9 @@ class TrainConfig:
         if "min_lr" in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
             raise ConfigError("--min-lr has no effect with --constant-end 1: nothing anneals to it")
         self._check_sources(typed)
+        check_sizes(self.mesh, num_processes())
         micro_batch = self.micro_batch_size or default_micro_batch(self.global_batch_size)
-        check_batches(self.global_batch_size, micro_batch, num_processes())
+        check_batches(self.global_batch_size, micro_batch, self.mesh.data_parallel)
         if self.balance and self.freeze_router:
             from moetool.train.balance import check_frozen
 
@@ -300,8 +319,10 @@ def default_micro_batch(global_batch_size: int) -> int:
     return max(n for n in range(1, MAX_DEFAULT_MICRO_BATCH + 1) if global_batch_size % n == 0)
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The options in which two identities differ, with both values where they say something.
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], whose: tuple[str, str] = ("before", "now")
+) -> list[str]:
+    """The options in which two identities differ, with both values and `whose` they are where they say something.
 
     A run from before an option was there has its default.
     """
@@ -317,7 +338,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             parts = [f"{key} ({_change(key, old, new)})" for key in {**old, **new} if old.get(key) != new.get(key)]
             changed.append(f"--{name} {', '.join(parts)}")
         else:
-            changed.append(f"--{name} ({_plain(old)} before, {_plain(new)} now)")
+            changed.append(f"--{name} ({_plain(old)} {whose[0]}, {_plain(new)} {whose[1]})")
     return changed
 
 
@@ -335,7 +356,7 @@ def _plain(value: Any) -> str:
 
 
 def check_batches(global_batch_size: int, micro_batch_size: int, num_processes: int) -> None:
-    """Refuse a global batch that does not fall into equal micro-batches.
+    """Refuse a global batch that does not fall into equal micro-batches for processes that read different text.
 
     Raises:
         ConfigError: names the micro-batch sizes that would work.

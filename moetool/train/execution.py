@@ -18,6 +18,7 @@ from torch import nn
 from moetool.errors import ConfigError
 from moetool.routing.capture import has_routers
 from moetool.train.config import TrainConfig
+from moetool.train.optimizer import plain
 
 
 def check_execution(config: TrainConfig, model: Any, device: torch.device) -> None:
@@ -38,6 +39,35 @@ def check_execution(config: TrainConfig, model: Any, device: torch.device) -> No
     if config.compile:
         # The smallest of programs needs the same compilers (C++ on a CPU, Triton on a GPU) as a model.
         torch.compile(lambda x: x * 2 + 1)(torch.zeros(8, device=device))
+
+
+def check_sharing(config: TrainConfig, model: Any) -> None:
+    """Refuse options that do not work where processes share a model, before the weights are read.
+
+    Args:
+        config: resolved.
+        model: of transformers; its weights may be on torch's meta device.
+
+    Raises:
+        ConfigError: says which, and why.
+    """
+    mesh = config.mesh
+    if mesh.whole:
+        return
+    if not plain(config):
+        option = "--no-master-weights" if config.moments == "fp32" else f"--moments {config.moments}"
+        raise ConfigError(f"{option}: torchao's optimizers do not take shards of a mesh ({mesh}); leave it out")
+    if not mesh.sharded:
+        # Measured: of norms within tensor-parallel layers it sums the gradients so far again in each micro-batch.
+        raise ConfigError(
+            f"--tp {mesh.tp} alone: transformers adds up gradients over micro-batches correctly only under FSDP; use"
+            " --fsdp or --replicas above 1 as well"
+        )
+    if config.compile and (mesh.ep > 1 or mesh.tp > 1):
+        raise ConfigError(
+            f"--compile: exchanges between processes ({mesh}) break each layer's graph; use --no-compile, or --fsdp"
+            " alone"
+        )
 
 
 def apply_execution(config: TrainConfig, model: Any) -> None:

@@ -25,7 +25,15 @@ from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
 from moetool.train import balance, mixed, resume, state
-from moetool.train.accelerator import accumulating, mean_gradients, sum_dtype, track
+from moetool.train.accelerator import (
+    accumulating,
+    clip_shards,
+    mean_gradients,
+    reshard,
+    sum_dtype,
+    total,
+    track,
+)
 from moetool.train.batches import MicroBatch, micro_batches
 from moetool.train.execution import evaluating
 from moetool.train.export import Layout, buffers, publish, save_beside
@@ -172,7 +180,7 @@ class Run:
             torch.manual_seed(rounding_seed(config.seed, self.step))
         self.updates.step()
         self.updates.zero_grad()
-        if config.precision == "bf16":
+        if config.keeps_copies:
             mixed.cast_back(self.weights, self.core)
         self.step += 1
 
@@ -208,17 +216,15 @@ class Run:
         self.model.train()
         for micro in batch:
             torch.manual_seed(micro.seed)
-            with accumulating(accelerator, self.model, micro is batch[-1]):
+            with accumulating(accelerator, self.model, micro is batch[-1] or not config.mesh.whole):
                 forward = self._forward(micro, counted)
                 sums, counted = self._backward(forward, step_tokens), forward.step_counts_LE
             flat = flat + sums.flat(dtype)
             del forward  # whose routes need not be there beside the next one's
-        if config.precision == "bf16":
-            mean_gradients(accelerator, self.weights.values())
-        norm = accelerator.clip_grad_norm_(list(self.weights.values()), config.grad_clip or math.inf)
+        norm = self._clip()
         self._fetched = self.step + 1, self._fetch(self.step + 1)  # while the device works
         # One reduction and one wait for the device per step.
-        flat = torch.cat([accelerator.reduce(flat), norm.detach().reshape(1).to(flat)]).cpu()
+        flat = torch.cat([total(accelerator, config.mesh, flat), norm.detach().reshape(1).to(flat)]).cpu()
         sums, grad_norm = sums.named(flat[:-1]), float(flat[-1])
         loss = float(sums.loss) / step_tokens
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -226,12 +232,22 @@ class Run:
             raise ConfigError(self._stopped(f"{what} at step {self.step + 1}; stopped before the update"))
         return Gradient(sums, grad_norm, time.perf_counter() - began)
 
+    def _clip(self) -> Tensor:
+        """Average the gradient over the processes where nothing has done so, and clip it; returns its norm before."""
+        config, accelerator, weights = self.plan.config, self.plan.accelerator, list(self.weights.values())
+        most = config.grad_clip or math.inf
+        if not config.mesh.whole:
+            return clip_shards(weights, most)
+        if config.keeps_copies:
+            mean_gradients(accelerator, weights)
+        norm: Tensor = accelerator.clip_grad_norm_(weights, most)
+        return norm
+
     def _fetch(self, step: int) -> list[MicroBatch]:
         """This process's micro-batches of a step, where they can be copied to a GPU while it computes."""
-        accelerator = self.plan.accelerator
-        batch = micro_batches(
-            self.plan.mixture, self.plan.config, step, accelerator.process_index, accelerator.num_processes
-        )
+        accelerator, config = self.plan.accelerator, self.plan.config
+        rank = config.mesh.rank(accelerator.process_index)
+        batch = micro_batches(self.plan.mixture, config, step, rank, config.mesh.data_parallel)
         return [micro.pinned() for micro in batch] if accelerator.device.type == "cuda" else batch
 
     def _needed(self, need: Need) -> bool:
@@ -251,7 +267,7 @@ class Run:
                 language_loss = self.language_loss(self.model, micro, device)
         counts_LE = step_counts_LE = balance.count_routes(routes)
         if self._needed("step counts"):
-            step_counts_LE = earlier_LE + accelerator.reduce(counts_LE)
+            step_counts_LE = earlier_LE + total(accelerator, self.plan.config.mesh, counts_LE)
         return Forward(micro, language_loss, routes, counts_LE, step_counts_LE, logits_TV)
 
     def _backward(self, forward: Forward, step_tokens: int) -> Sums:
@@ -263,7 +279,7 @@ class Run:
         for name, value in values.items():
             loss = loss + terms[name].coefficient / num_micro * value
         # The gradients of the processes are averaged, but each is a share of one sum.
-        accelerator.backward(loss * accelerator.num_processes)
+        accelerator.backward(loss * config.mesh.data_parallel)
         detached = {name: value.detach() for name, value in values.items()}
         return Sums(forward.language_loss.detach(), detached, forward.counts_LE)
 
@@ -297,6 +313,7 @@ class Run:
                 )
             if routing:
                 row.setdefault("routing", {})[name] = routing
+        reshard(self.core)
         if val:
             progress("validate", len(val), len(val))
             self._log(log, row)

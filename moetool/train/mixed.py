@@ -6,13 +6,16 @@ residual stream is bf16. Routers, the statistics of norms, the loss and all sums
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-from moetool.routing.capture import RouterCapture
+from moetool.routing.capture import RouterCapture, has_routers
+from moetool.train.selection import is_selection_bias
 
 
 def cast(model: nn.Module, capture: RouterCapture | None, masters: bool = True) -> dict[str, nn.Parameter]:
@@ -73,3 +76,31 @@ def cast_back(updated: Mapping[str, nn.Parameter], model: nn.Module) -> None:
     rounded = {name: parameter for name, parameter in model.named_parameters() if updated[name] is not parameter}
     if rounded:
         torch._foreach_copy_(list(rounded.values()), [updated[name] for name in rounded])
+
+
+def exact_modules(model: nn.Module) -> list[str]:
+    """The modules whose weights stay fp32, with `*` for a layer's number: routers and owners of selection biases."""
+    routers = list(RouterCapture(model).routers.values()) if has_routers(model) else []
+    names = [name for name, module in model.named_modules() if any(module is router for router in routers)]
+    names += [name.rpartition(".")[0] for name, _ in model.named_parameters() if is_selection_bias(name)]
+    return sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
+
+
+def gather_in_bf16(model: nn.Module, exact: Collection[str]) -> None:
+    """Have FSDP gather bf16 weights from the fp32 shards, and reduce their gradients in fp32.
+
+    The engine's own policy rounds routers too. A policy is fixed when a group is made, which the engine does before it
+    reads the weights, but it is first read in the first forward: until then it is changed here.
+
+    Args:
+        model: sharded by FSDP, with groups of their own for the `exact` modules; has not run forward.
+        exact: see `exact_modules`.
+    """
+    half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    full = MixedPrecisionPolicy(torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=True)
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            state._mp_policy = full if re.sub(r"\.\d+(?=\.|$)", ".*", name) in exact else half
+            for group in state._fsdp_param_groups:
+                group.mp_policy = state._mp_policy

@@ -12,14 +12,15 @@ from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import skeleton
 from moetool.checkpoint.reader import content_fingerprint
 from moetool.errors import ConfigError
+from moetool.mesh import check_model, check_sizes
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
 from moetool.train import balance, optimizer, state
 from moetool.train.accelerator import make_accelerator
 from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
-from moetool.train.execution import check_execution, executing
-from moetool.train.ranks import new_ranks
+from moetool.train.execution import check_execution, check_sharing, executing
+from moetool.train.ranks import Ranks, new_ranks
 from moetool.train.run_plan import RunPlan, plan_run
 
 
@@ -58,16 +59,22 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     model = skeleton(config.model)
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     default_balance = balance.parse([]) if has_routers(model) else {}
-    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=True)
-    check_batches(config.global_batch_size, config.micro_batch_size, accelerator.num_processes)
+    mesh = config.mesh
+    check_sizes(mesh, accelerator.num_processes)
+    check_model(mesh, model)
+    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=mesh.whole)
+    check_batches(config.global_batch_size, config.micro_batch_size, mesh.data_parallel)
     balance.check(config, model)
     check_execution(config, model, accelerator.device)
+    check_sharing(config, model)
     optimizer.check(config)
     accelerator.wait_for_everyone()
     with FolderLock(out) if main else nullcontext():
         with accelerator.main_process_first():
             corpus = open_corpus(config, model.get_input_embeddings().num_embeddings, progress)
         identity = config.identity(content_fingerprint(config.model), corpus.fingerprints)
+        often = {"save-every": config.save_every, "eval-every": config.eval_every}
+        _alike(ranks, {**identity, **vars(mesh), **often})
         found = state.find(out, ranks) if config.resume else state.Found()
         if found.identity is not None:
             _same(out, found.identity, identity)
@@ -78,6 +85,17 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
         damaged = [f"{reason}; continuing from step {found.step}" for reason in found.damaged]
         yield Opened(replace(plan, warnings=[*plan.warnings, *damaged]))
     accelerator.end_training()
+
+
+def _alike(ranks: Ranks, mine: Mapping[str, Any]) -> None:
+    """Refuse processes that were started for different runs: they would wait for each other, or mix two trainings."""
+    first, *others = ranks.gather(mine)
+    for rank, other in enumerate(others, 1):
+        if changed := differences(first, other, ("on process 0", f"on process {rank}")):
+            raise ConfigError(
+                f"process {rank} has other options or data than process 0: {'; '.join(changed)}. Start all with the"
+                " same command, and give them the same files"
+            )
 
 
 def _same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -23,16 +23,19 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.opti
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
     Tensors of two or more dimensions decay (projections, experts, routers, embeddings), norms and
-    biases do not, as in Megatron-LM and GPT-NeoX. The learning rate is set before each update. Moments of 8 bits
+    biases do not, as in Megatron-LM and GPT-NeoX. What is sharded over another mesh is a group of its own, because
+    torch updates a group at once. The learning rate is set before each update. Moments of 8 bits
     (Dettmers et al. 2022, arXiv 2110.02861) or bf16, and updates of bf16 weights with stochastic rounding, are
     torchao's.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    found: dict[Any, list[nn.Parameter]] = {}
+    for parameter in sorted(trained, key=lambda p: p.ndim < 2):
+        found.setdefault((parameter.ndim >= 2, getattr(parameter, "device_mesh", None)), []).append(parameter)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": group, "weight_decay": config.weight_decay if decays else 0.0}
+        for (decays, _), group in found.items()
     ]
-    groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": EPSILON}
     if plain(config):
         return torch.optim.AdamW(groups, fused=trained[0].device.type in ("cpu", "cuda"), **common)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moetool.cost import devices
-from moetool.cost.memory import Training, estimate, saving_bytes, smaller
+from moetool.cost.memory import Training, estimate, loading_bytes, saving_bytes, smaller
 from moetool.cost.operations import flops_per_token
 from moetool.cost.parameters import count_parameters
 from moetool.data.mixture import TokenMixture
@@ -86,7 +86,8 @@ def plan_run(
         "num_parameters": total,
         "num_active_parameters": active,
         "flops_per_token": flops_per_token(model, config.seq_len),
-        "memory": estimate(model, training),
+        "memory": estimate(model, training, config.mesh),
+        "loading_memory": loading_bytes(model, config.mesh, device.type == "cuda"),
         "saving_memory": saving_bytes(model, training, accelerator.num_processes),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
@@ -107,9 +108,10 @@ def plan_run(
         "step": step,
         "save_dtype": save_dtype,
         "device": str(device),
+        "mesh": "" if config.mesh.whole else str(config.mesh),
         "num_processes": accelerator.num_processes,
     }
-    warnings = memory_warnings(values["memory"], device, lambda there: smaller(model, training, there))
+    warnings = memory_warnings(values["memory"], device, lambda there: smaller(model, training, there, config.mesh))
     warnings += validation_warnings(values["val"], config)
     terms, peak = balance.build_terms(config.balance), devices.peak_flops(device, config.precision)
     return RunPlan(
@@ -134,7 +136,7 @@ def memory_warnings(
     advice = f"it fits with {'; or with '.join(ways)}" if ways else "no option makes it fit"
     return [
         f"this run needs about {memory['total'] / 1e9:.3g} GB per process, but {device} has {there / 1e9:.3g} GB;"
-        f" {advice}; or shard the weights (docs/multi-gpu.md)"
+        f" {advice}; or shard the weights over more processes (--fsdp, docs/multi-gpu.md)"
     ]
 
 

@@ -36,8 +36,13 @@ class Selection(Protocol):
 
     coefficient: ClassVar[float]
 
-    def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float) -> None:
-        """Raise ConfigError where the model's family does not allow it; the weights may be on torch's meta device."""
+    def __init__(
+        self, model: nn.Module, capture: RouterCapture, coefficient: float, empty: RouterCapture | None = None
+    ) -> None:
+        """Raise ConfigError where the model's family does not allow it; the weights may be on torch's meta device.
+
+        `empty` is on the same routers without weights, where those of `capture` are sharded and cannot be copied.
+        """
         ...
 
     def update(self, counts_LE: Tensor) -> None:
@@ -151,14 +156,16 @@ class Sinkhorn:
 
     coefficient: ClassVar[float] = 0.0
 
-    def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float = 0.0) -> None:
+    def __init__(
+        self, model: nn.Module, capture: RouterCapture, coefficient: float = 0.0, empty: RouterCapture | None = None
+    ) -> None:
         for layer, router in capture.routers.items():
             if getattr(router, "topk_group", 1) < getattr(router, "num_group", 1):
                 raise ConfigError(
                     f"--balance sinkhorn: layer {layer} chooses experts within groups (n_group"
                     f" {router.num_group}), which Sinkhorn's assignment would ignore; use aux, global-aux or loss-free"
                 )
-            weighting = find_weighting(router, capture.scoring[layer])
+            weighting = find_weighting((empty or capture).routers[layer], capture.scoring[layer])
             # Ahead of the hook that collects, so that the choices that act are the ones that are counted.
             router.register_forward_hook(_choose(weighting), prepend=True)
 
@@ -197,7 +204,9 @@ class LossFree:
 
     coefficient: ClassVar[float] = 0.001
 
-    def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float) -> None:
+    def __init__(
+        self, model: nn.Module, capture: RouterCapture, coefficient: float, empty: RouterCapture | None = None
+    ) -> None:
         self._rate, self._places = coefficient, selection_biases(model, capture.routers)
 
     @torch.no_grad()

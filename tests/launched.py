@@ -1,0 +1,67 @@
+"""`torchrun -m tests.launched FILE`: commands of moetool, one after the other, in processes that are started once.
+
+A launch takes most of the time of a small run. FILE holds a list of command lines; what each process printed and
+returned is written beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Done(NamedTuple):
+    """What a command did in one process."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of processes on a CPU that talk through gloo."""
+    return os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+
+
+def launcher(processes: int, *module: str) -> list[str]:
+    """The command that starts processes of a module."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*torchrun, "-m", *module]
+
+
+def launch(processes: int, folder: Path, *commands: list[object]) -> list[list[Done]]:
+    """Run commands; returns for each what it did in every process."""
+    file = folder / f"commands-{processes}.json"
+    file.write_text(json.dumps([[str(word) for word in command] for command in commands]))
+    done = subprocess.run(
+        launcher(processes, "tests.launched", str(file)),
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(processes)]
+    return [[Done(*one) for one in each] for each in zip(*results, strict=True)]
+
+
+def _main(file: str) -> None:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from tests import tiny
+
+    # A second process group over the same store would wait for ever.
+    PartialState.destroy_process_group = lambda *_, **__: None
+    results = []
+    for command in json.loads(Path(file).read_text()):
+        results.append(tiny.in_process(*command))
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+    Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
