@@ -54,6 +54,7 @@ def open_run(config: TrainConfig, progress: Progress = silent) -> Iterator[Opene
 def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     accelerator = make_accelerator(config.log_with, config.out / state.TRACKERS)
     main, out, ranks = accelerator.is_main_process, config.out, new_ranks()
+    _alike(ranks, {"resume": config.resume, "keep-optimizer": config.keep_optimizer})  # what they do together below
     state.check_folder(config.model, out, config.resume)
     state.check_start(config.model, config.keep_optimizer, ranks)
     model = skeleton(config.model)

@@ -26,6 +26,7 @@ NOT_RUN = {
     "make test": "this is it",
     "moetool quickstart": "tests/integration/test_quickstart.py (slow)",
     "torchrun --nproc_per_node 8": "needs eight GPUs",
+    "torchrun --nnodes 2": "needs two machines",
     "ACCELERATE_USE_CPU=true torchrun": "tests/integration/test_train_cpt.py (slow) runs it",
     "accelerate launch": "needs GPUs and a network",
     "moetool tokenize 'hf:": "needs a network",

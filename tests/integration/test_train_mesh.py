@@ -1,0 +1,239 @@
+"""`moetool cpt --fsdp --ep --tp --replicas`: any mesh trains as one process does, on CPU processes that talk by gloo.
+
+A launch takes most of the time, so each runs several commands (tests/launched.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.integration.test_train_ddp import assert_alike, rows, unfinish
+from tests.launched import ROOT, Done, environment, launch, launcher
+
+SIZE = ["--seq-len", 16, "--global-batch-size", 4, "--lr", 1e-3, "--val-fraction", 0.1]
+# The load of a whole step is the same in every mesh only where each process runs one micro-batch of it.
+STEP_LOAD = ["--balance", "global-aux", "--balance", "z-loss", "--balance", "loss-free=0.01"]
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_glm4_moe(tmp_path_factory.mktemp("glm") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", repeat=60)
+
+
+def command(model: Path, out: Path, text: Path, *more: object, micro: int = 1, steps: int = 20) -> list[object]:
+    length = ["--max-steps", steps, "--save-every", steps // 2, "--eval-every", steps // 2]
+    return ["cpt", model, out, "--train", f"new={text}", *SIZE, "--micro-batch-size", micro, *length, *more]
+
+
+def alone(*words: object) -> None:
+    code, _, stderr = tiny.in_process(*words)
+    assert code == 0, stderr
+
+
+def right(each: list[Done]) -> None:
+    for rank, done in enumerate(each):
+        assert done.code == 0, done.stderr
+        assert done.stderr == ""
+        assert bool(done.stdout) == (rank == 0)  # one process speaks
+
+
+def same_weights(one: Path, other: Path) -> None:
+    ours, theirs = (load_file(out / "model.safetensors") for out in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        if name.endswith("e_score_correction_bias"):
+            assert tensor.any()
+            assert torch.equal(tensor, theirs[name]), name
+        assert torch.allclose(tensor, theirs[name], atol=1e-4, rtol=1e-2), name
+
+
+@pytest.fixture(scope="module")
+def ones(tmp_path_factory: pytest.TempPathFactory, glm: Path, text: Path) -> Path:
+    """What one process computes: `step` with the load of whole steps, `micro` with that of micro-batches."""
+    root = tmp_path_factory.mktemp("ones")
+    alone(*command(glm, root / "step", text, *STEP_LOAD, micro=4))
+    alone(*command(glm, root / "micro", text))
+    return root
+
+
+REFUSED: dict[str, list[object]] = {
+    "--fsdp 3 x --tp 1 = 3 processes, but 2 were launched; --fsdp may be 1, 2": ["--fsdp", 3],
+    "--ep 3 must be a multiple of --tp 1 and divide --fsdp x --tp = 2; it may be 1, 2": ["--fsdp", 2, "--ep", 3],
+    "--tp 2 alone: transformers adds up gradients": ["--tp", 2],
+    "--moments 8bit: torchao's optimizers do not take shards": ["--fsdp", 2, "--moments", "8bit"],
+    "--compile: exchanges between processes": ["--fsdp", 2, "--ep", 2, "--compile"],
+}
+
+
+def test_two_processes_train_as_one(tmp_path: Path, glm: Path, text: Path, ones: Path) -> None:
+    on = unfinish(ones / "micro", tmp_path / "on", 10)  # saved by one process, continued by two
+    both = ["--fsdp", 2, "--ep", 2]
+    trained = [
+        command(glm, tmp_path / "fsdp", text, *STEP_LOAD, "--fsdp", 2, micro=2),
+        command(glm, tmp_path / "ep", text, *STEP_LOAD, *both, micro=2),
+        command(glm, on, text, *both),
+    ]
+    refused = [command(glm, tmp_path / "refused", text, *options) for options in REFUSED.values()]
+    done = launch(2, tmp_path, *trained, *refused)
+    for each in done[:3]:
+        right(each)
+    assert "from step 10" in done[2][0].stdout
+    for reason, each in zip(REFUSED, done[3:], strict=True):
+        for one in each:
+            assert one.code in (1, 2)
+            assert reason in " ".join(one.stderr.replace("│", " ").split())
+    assert not (tmp_path / "refused").exists()
+    for name, reference in (("fsdp", "step"), ("ep", "step"), ("on", "micro")):
+        assert_alike(ones / reference, tmp_path / name)
+        same_weights(ones / reference, tmp_path / name)
+    back = unfinish(on, tmp_path / "back", 10)  # saved before; continued by one process again
+    alone(*command(glm, back, text))
+    assert_alike(ones / "micro", back)
+
+
+MESHES = {
+    "fsdp-ep": (4, ["--fsdp", 4, "--ep", 2]),
+    "fsdp-tp-ep": (2, ["--fsdp", 2, "--tp", 2, "--ep", 4]),
+    "replicas-fsdp": (4, ["--fsdp", 2]),  # --replicas 2 follows
+    "replicas-tp-ep": (2, ["--replicas", 2, "--tp", 2, "--ep", 2]),
+}
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(tmp_path: Path, glm: Path, text: Path, ones: Path) -> None:
+    commands = {}
+    for name, (reading, mesh) in MESHES.items():
+        commands[f"step {name}"] = command(glm, tmp_path / f"step {name}", text, *STEP_LOAD, *mesh, micro=4 // reading)
+        commands[f"micro {name}"] = command(glm, tmp_path / f"micro {name}", text, *mesh)
+    for each in launch(4, tmp_path, *commands.values()):
+        right(each)
+    for name in commands:
+        assert_alike(ones / name.split()[0], tmp_path / name)
+        same_weights(ones / name.split()[0], tmp_path / name)
+
+
+OTHERS: dict[str, tuple[str, list[object], float]] = {  # family, options, how near the losses are
+    "sinkhorn": ("mixtral", ["--balance", "sinkhorn", "--balance", "z-loss", "--gradient-checkpointing"], 1e-5),
+    "frozen": ("glm4_moe", ["--balance", "loss-free=0.01", "--freeze-router"], 1e-5),
+    "documents": ("mixtral", ["--no-cross-document", "--balance", "pooled-aux", "--deterministic"], 1e-5),
+    "tied": ("mixtral-tied", [], 1e-5),
+    "bf16": ("mixtral", ["--precision", "bf16", "--no-cross-document", "--gradient-checkpointing"], 5e-3),
+    "bf16 tied": ("mixtral-tied", ["--precision", "bf16"], 5e-3),
+}
+
+
+@pytest.mark.slow
+def test_every_option_works_in_a_mesh_as_without(tmp_path: Path, text: Path, glm: Path) -> None:
+    models = {"glm4_moe": glm, "mixtral": tiny.save_mixtral(tmp_path / "mixtral")}
+    models["mixtral-tied"] = tiny.save_mixtral(tmp_path / "tied-model", tie_word_embeddings=True)
+    commands = {}
+    for name, (family, options, _) in OTHERS.items():
+        alone(*command(models[family], tmp_path / name, text, *options, steps=6))
+        for size, mesh in {"fsdp": ["--fsdp", 2], "ep": ["--fsdp", 2, "--ep", 2]}.items():
+            out = tmp_path / f"{name}-{size}"
+            commands[f"{name}-{size}"] = command(models[family], out, text, *options, *mesh, steps=6)
+    for each in launch(2, tmp_path, *commands.values()):
+        right(each)
+    for name in commands:
+        assert_alike(tmp_path / name.rpartition("-")[0], tmp_path / name, OTHERS[name.rpartition("-")[0]][2])
+    # Each process rounds the same weights to bf16 before the same products.
+    ours, theirs = rows(tmp_path / "bf16"), rows(tmp_path / "bf16-fsdp")
+    assert [row["loss"] for row in ours if "loss" in row] == [row["loss"] for row in theirs if "loss" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_all_and_the_same_command_resumes(
+    tmp_path: Path, glm: Path, text: Path, ones: Path, rank: int
+) -> None:
+    out = tmp_path / "out"
+    words = [str(word) for word in command(glm, out, text, "--fsdp", 2, "--ep", 2)]
+    run = [*launcher(2, "moetool"), *words]
+    with subprocess.Popen(
+        run, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as all_:
+        until = time.monotonic() + 200
+        while time.monotonic() < until and not (out / "checkpoints" / "step-000010").exists():
+            time.sleep(0.05)
+        os.kill(_process(all_.pid, rank), signal.SIGKILL)
+        assert all_.wait(timeout=120) != 0
+    assert not (out / "summary.json").exists()
+    done = subprocess.run(run, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "from step 10" in done.stdout
+    assert_alike(ones / "micro", out)
+
+
+def _process(launched: int, rank: int) -> int:
+    """The process of a rank, a child of the launcher."""
+    for child in Path(f"/proc/{launched}/task/{launched}/children").read_text().split():
+        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    raise AssertionError(f"rank {rank} is not there")
+
+
+@pytest.mark.slow
+def test_processes_of_different_commands_are_refused(tmp_path: Path, glm: Path, text: Path) -> None:
+    script = tmp_path / "different.py"
+    words = [str(word) for word in command(glm, tmp_path / "out", text, "--fsdp", 2)]
+    script.write_text(
+        f"import os\nfrom moetool.cli import run\nraise SystemExit(run([*{words!r}, '--seed', os.environ['RANK']]))\n"
+    )
+    launch_ = [*launcher(2, "moetool")[:-2], str(script)]
+    run = subprocess.run(launch_, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode != 0
+    assert "process 1 has other options or data than process 0: --seed (0 on process 0, 1 on this one)" in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def routes(report: Path) -> Any:
+    """What a report counts."""
+    return json.loads((report / "report.json").read_text())["domains"]
+
+
+@pytest.mark.slow
+def test_analysis_and_evaluation_of_a_shared_model_equal_those_of_one_process(
+    tmp_path: Path, mixtral: Path, text: Path
+) -> None:
+    analysis = ["--data", f"new={text}", "--max-tokens", 2000, "--seq-len", 64]
+    alone("analyze-routing", mixtral, *analysis, "--compare", mixtral, "--out", tmp_path / "one")
+    alone("eval", mixtral, "--text", f"new={text}", "--limit", 20, "--routing", "--out", tmp_path / "scores")
+    meshes = {"ep": ["--fsdp", 2, "--ep", 2], "tp": ["--tp", 2, "--ep", 2]}
+    done = launch(
+        2,
+        tmp_path,
+        *(
+            ["analyze-routing", mixtral, *analysis, "--compare", mixtral, "--out", tmp_path / name, *mesh]
+            for name, mesh in meshes.items()
+        ),
+    )
+    for each in done:
+        right(each)
+    for name in meshes:
+        assert routes(tmp_path / name) == routes(tmp_path / "one")
+    out = tmp_path / "shared"
+    (each,) = launch(
+        2, tmp_path, ["eval", mixtral, "--text", f"new={text}", "--limit", 20, "--routing", "--out", out, "--tp", 2]
+    )
+    right(each)
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "scores", out))
+    assert ours["routing"] == theirs["routing"]
+    for model, tasks in ours["results"].items():
+        for task, scores in tasks.items():
+            assert scores == pytest.approx(theirs["results"][model][task], rel=1e-5)
