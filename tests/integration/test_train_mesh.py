@@ -54,7 +54,10 @@ def right(each: list[Done]) -> None:
 
 
 def same_weights(one: Path, other: Path) -> None:
-    ours, theirs = (load_file(out / "model.safetensors") for out in (one, other))
+    ours, theirs = (
+        {name: tensor for file in out.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+        for out in (one, other)
+    )
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         if name.endswith("e_score_correction_bias"):
