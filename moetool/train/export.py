@@ -174,6 +174,10 @@ def publish(step_folder: Path, out: Path, summary: Mapping[str, Any], ranks: Ran
         ranks: that share the files out; all must call.
     """
     files = sorted(path for path in step_folder.iterdir() if path.is_file() and path.name != "config.json")
+    if ranks.is_main:  # transformers would prefer a single file, which other processes may have begun to publish
+        for path in [*out.glob("*.safetensors"), out / INDEX]:
+            if not (step_folder / path.name).exists():
+                path.unlink(missing_ok=True)
 
     def copy() -> None:
         for path in files[ranks.rank :: ranks.size]:
