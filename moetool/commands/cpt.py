@@ -97,9 +97,9 @@ def _memory_text(plan: Mapping[str, Any]) -> str:
     need = plan["memory"]
     parts = ", ".join(f"{name} {size(need[name])}" for name in ("weights", "gradients", "optimizer", "activations"))
     each = " in each process" if plan["num_processes"] > 1 else ""
-    return (
-        f"memory about {size(need['total'])}{each}: {parts}; saving needs {size(plan['saving_memory'])} of host memory"
-    )
+    host = f"; {size(need['host'])} of host memory{each}" if need["host"] else ""
+    saving = f"; saving needs {size(plan['saving_memory'])} of host memory"
+    return f"memory about {size(need['total'])}{each}: {parts}{host}{saving}"
 
 
 def _result_text(summary: dict[str, Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from moetool.cost.parameters import count_parameters, is_embedding, is_routed, i
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of a moment: 8 bits, and an fp32 scale for each 256 of them (torchao).
-_MOMENT = {"fp32": 4.0, "bf16": 2.0, "8bit": 1 + 4 / 256}
+_MOMENT = {"fp32": 4.0, "offload": 4.0, "bf16": 2.0, "8bit": 1 + 4 / 256}
 CHUNK_ELEMENTS = 2**28  # logits that the loss in bf16 computes at a time: half a GiB
 
 
@@ -60,7 +60,8 @@ class Sharing:
 class Training:
     """The options of `moetool cpt` that decide how much memory training takes, under their names there.
 
-    `compiled_loss` is whether --compile or --liger keeps the loss from holding anything in fp32.
+    `compiled_loss` is whether --compile or --liger keeps the loss from holding anything in fp32, `whole_logits` whether
+    a term of the loss reads the logits, which are then those of all tokens.
     """
 
     seq_len: int
@@ -71,6 +72,7 @@ class Training:
     gradient_checkpointing: bool = False
     freeze_router: bool = False
     compiled_loss: bool = False
+    whole_logits: bool = False
 
 
 def estimate(model: Any, training: Training, sharing: Sharing) -> dict[str, int]:
@@ -79,7 +81,8 @@ def estimate(model: Any, training: Training, sharing: Sharing) -> dict[str, int]
     In fp32: weights, gradients and both moments, 16 bytes per parameter. In bf16 the weights of the forward come on top
     (2 bytes); `--moments` and `--no-master-weights` make it less. Sharded weights are gathered one layer at a time.
     Activations are an estimate: each matrix keeps its input and its output for the backward, each norm three rows in
-    fp32, and the head its logits and their gradient, which bf16 takes some tokens at a time. DeepSpeed updates a second
+    fp32, and the head its logits and their gradient. bf16 takes these some tokens at a time, unless a term of the loss
+    reads them (what else it keeps is not known here) or the head does more than a product. DeepSpeed updates a second
     copy of a process's share of the weights, and in stage 3 keeps up to 1e9 gathered ones.
 
     Args:
@@ -88,7 +91,8 @@ def estimate(model: Any, training: Training, sharing: Sharing) -> dict[str, int]
         sharing: of its processes.
 
     Returns:
-        `weights`, `gradients`, `optimizer`, `activations` and their sum, `total`.
+        `weights`, `gradients`, `optimizer`, `activations` and their sum, `total`; and `host`, which each process of
+        `--moments offload` needs in host memory for master weights and moments.
     """
     total, _ = count_parameters(model)
     _, top_k = routing_size(model)
@@ -111,22 +115,32 @@ def estimate(model: Any, training: Training, sharing: Sharing) -> dict[str, int]
         token = token // text.num_hidden_layers + text.num_hidden_layers * text.hidden_size * compute
     tokens = training.micro_batch_size * training.seq_len
     head = tokens * text.vocab_size * (2 * FLOAT32 + compute)
-    if mixed:  # the logits of a chunk and their gradient, and that of the head
+    if half and training.whole_logits:  # in fp32 they are kept for the term, beside those in bf16
+        head += tokens * text.vocab_size * FLOAT32
+    elif mixed and not _changes_logits(model):  # the logits of a chunk and their gradient, and that of the head
         between = 0 if training.compiled_loss else 3 * FLOAT32
         head = (2 * BFLOAT16 + between) * min(tokens * text.vocab_size, CHUNK_ELEMENTS)
         head += (FLOAT32 + BFLOAT16) * text.vocab_size * text.hidden_size
-    masters = FLOAT32 if training.master_weights else 0
+    offload = training.moments == "offload"
+    masters = FLOAT32 if training.master_weights and not offload else 0
     kept = masters + BFLOAT16 if mixed else FLOAT32
     casts = BFLOAT16 * (2 * largest if sharing.sharded else total) if half and not mixed else 0
     copies = FLOAT32 * trained // sharing.num_processes if sharing.zero_stage else 0
     copies += FLOAT32 * min(total, 10**9) if sharing.zero_stage == 3 else 0
+    optimizer = int(2 * _MOMENT[training.moments] * trained) // moments
     need = {
         "weights": kept * total // weights + casts + copies,
         "gradients": FLOAT32 * trained // gradients,
-        "optimizer": int(2 * _MOMENT[training.moments] * trained) // moments,
+        "optimizer": 0 if offload else optimizer,
         "activations": token * tokens + head,
     }
-    return {**need, "total": sum(need.values())}
+    return {**need, "total": sum(need.values()), "host": FLOAT32 * trained + optimizer if offload else 0}
+
+
+def _changes_logits(model: Any) -> bool:
+    """Whether a head adds a bias or a family caps its logits: their loss is not taken in chunks."""
+    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    return getattr(head, "bias", None) is not None or bool(getattr(text, "final_logit_softcapping", None))
 
 
 def saving_bytes(model: Any, training: Training) -> int:
@@ -149,22 +163,28 @@ def smaller(model: Any, training: Training, sharing: Sharing, there: int) -> lis
         sharing: of its processes.
         there: bytes of the device.
     """
-    steps: list[tuple[str, str, dict[str, Any]]] = [
-        ("--gradient-checkpointing", "", {"gradient_checkpointing": True}),
-        ("--micro-batch-size", " 1", {"micro_batch_size": 1}),
-    ]
+    steps: list[dict[str, Any]] = [{"gradient_checkpointing": True}, {"micro_batch_size": 1}]
     if sharing.whole:
-        steps += [("--moments", f" {moments}", {"moments": moments}) for moments in ("bf16", "8bit")]
-        steps += [("--no-master-weights", "", {"master_weights": False})] if training.precision == "bf16" else []
+        steps += [{"moments": "bf16"}, {"moments": "8bit"}]
+        if training.precision == "bf16":
+            steps += [{"master_weights": False}, {"moments": "offload", "master_weights": True}]
     fitting: list[tuple[str, int]] = []
-    options: dict[str, str] = {}
+    changes: dict[str, Any] = {}
     need = estimate(model, training, sharing)["total"]
-    for option, value, change in steps:
-        changed = replace(training, **change)
-        if (less := estimate(model, changed, sharing)["total"]) >= need:
+    for change in steps:
+        less = estimate(model, replace(training, **changes | change), sharing)["total"]
+        if less >= need:
             continue
-        training, need = changed, less
-        options[option] = value
+        changes, need = changes | change, less
         if need <= there:
-            fitting.append((" ".join(name + text for name, text in options.items()), need))
+            typed = [_typed(name, value) for name, value in changes.items() if value != getattr(training, name)]
+            fitting.append((" ".join(typed), need))
     return fitting
+
+
+def _typed(name: str, value: Any) -> str:
+    """An option as it is typed."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {value}"

@@ -49,17 +49,18 @@ def build_run(plan: RunPlan) -> Run:
     if going_on:
         resume.load_weights(start, core, advice)
     half = is_mixed(accelerator, config.precision)
-    weights = mixed.cast(core, capture, config.master_weights) if half else None
+    masters: mixed.Masters = "host" if config.moments == "offload" else "device" if config.master_weights else "none"
+    weights = mixed.cast(core, capture, masters) if half else None
     language_loss = (chunked_loss(core, config.compile or config.liger) if half else None) or whole_loss
     apply_execution(config, core)
-    optimizer = adamw(weights.values() if weights else core.parameters(), config)
+    optimizer = adamw(weights.values() if weights else core.parameters(), config, list(core.parameters()))
     model, updates = prepare(accelerator, core, optimizer, config)
     weights = weights or dict(core.named_parameters())
     if going_on:
         resume.load_moments(start, weights, optimizer, advice, model)
     need = plan.values["memory"]
     here = 0 if accelerator.device.type == "cuda" else accelerator.num_processes  # that take host memory to train
-    saver = Saver(plan.values["saving_memory"] + here * (need["total"] - need["weights"]))
+    saver = Saver(plan.values["saving_memory"] + need["host"] + here * (need["total"] - need["weights"]))
     return Run(
         plan, core, model, weights, optimizer, updates, capture, selections, language_loss, saver, warnings, step
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moetool.errors import ConfigError
 from moetool.routing.capture import has_routers
 from moetool.train.config import TrainConfig
+from moetool.train.optimizer import plain
 
 _AUTOCAST_EXPERTS = "grouped_mm_autocast"  # under this name transformers finds `_autocast_experts`
 
@@ -156,8 +157,8 @@ def executing(config: TrainConfig) -> Iterator[None]:
         if config.deterministic and "deterministic" in reason:
             raise ConfigError(f"--deterministic: {reason}; leave it out") from None
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            update = not (config.moments == "fp32" and config.master_weights)
-            more = ", and leave out --moments and --no-master-weights, whose update is compiled" if update else ""
+            more = ", and leave out --moments and --no-master-weights, whose update is compiled"
+            more = "" if plain(config) else more
             raise ConfigError(f"--compile: torch cannot compile this here: {reason}; use --no-compile{more}") from None
         raise
     finally:

@@ -206,8 +206,8 @@ class Run:
             flat = flat + sums.flat(dtype)
             del forward  # whose routes need not be there beside the next one's
         if is_mixed(accelerator, config.precision):
-            mean_gradients(accelerator, self.weights.values())
-        norm = accelerator.clip_grad_norm_(list(self.weights.values()), config.grad_clip or math.inf)
+            mean_gradients(accelerator, self._graded())
+        norm = accelerator.clip_grad_norm_(self._graded(), config.grad_clip or math.inf)
         self._fetched = self.step + 1, self._fetch(self.step + 1)  # while the device works
         # One reduction and one wait for the device per step.
         flat = torch.cat([accelerator.reduce(flat), number(norm.detach()).reshape(1).to(flat)]).cpu()
@@ -217,6 +217,10 @@ class Run:
             what = f"the gradient norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
             raise ConfigError(self._stopped(f"{what} at step {self.step + 1}; stopped before the update"))
         return Gradient(sums, grad_norm, time.perf_counter() - began)
+
+    def _graded(self) -> list[nn.Parameter]:
+        """What gathers the gradient: the weights, or the model's parameters where the weights lie in host memory."""
+        return list(self.core.parameters() if self.plan.config.moments == "offload" else self.weights.values())
 
     def _fetch(self, step: int) -> list[MicroBatch]:
         """This process's micro-batches of a step, where they can be copied to a GPU while it computes."""

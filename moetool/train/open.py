@@ -61,7 +61,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     check_batches(config.global_batch_size, config.micro_batch_size, accelerator.num_processes)
     balance.check(config, model)
     check_execution(config, model, accelerator.device)
-    optimizer.check(config, shares.whole)
+    optimizer.check(config, shares.whole, accelerator.device)
     zero.check_options(config, shares.zero_stage)
     accelerator.wait_for_everyone()
     with FolderLock(out) if main else nullcontext():
