@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.precision --text FILE [--seeds 3] [--steps 200] [--folder DIR] [--json FILE]
 
-A small Llama (4 layers, hidden 128, intermediate 256, vocabulary 2048) is trained on the text in fp32, then upcycled
-to 8 experts top-2 by `moetool upcycle`. Each seed draws other units and another order of the text. From there every way
-trains on the same batches, on one thread: 1024 tokens a step in two micro-batches, default balance losses, a
+A small Llama (2 layers, hidden 128, intermediate 128, vocabulary 1024) is trained on the text in fp32, then upcycled
+to 4 experts top-2 by `moetool upcycle`. Each seed draws other units and another order of the text. From there every way
+trains on the same batches, on one thread: 512 tokens a step in two micro-batches, default balance losses, a
 cosine from 1e-3. All are runs of `moetool cpt`, but `autocast`: fp32 weights, and transformers' own forward in
 torch.autocast, in the same loop. `fp32, other kernels` computes the experts one by one: what rounding alone does.
 
@@ -28,7 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 Losses = dict[str, list[dict[str, float]]]  # of each way and seed: the mean of all steps, the last validation
-VOCABULARY, SEQ_LEN, BATCH, MICRO_BATCH, LR = 2048, 128, 8, 4, 1e-3
+VOCABULARY, SEQ_LEN, BATCH, MICRO_BATCH, LR = 1024, 128, 4, 2, 1e-3
 WAYS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "fp32, other kernels": {"precision": "fp32"},
@@ -61,8 +61,8 @@ def save_dense(folder: Path, text: Path) -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
+        intermediate_size=128,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=SEQ_LEN,
@@ -142,7 +142,7 @@ def measure(folder: Path, text: Path, steps: int, seeds: int, ways: Sequence[str
     found: Losses = {}
     for seed in range(seeds):
         moe = folder / f"moe-{seed}"
-        if run(["upcycle", str(folder / "dense"), str(moe), "--num-experts", "8", "--seed", str(seed), "--quiet"]):
+        if run(["upcycle", str(folder / "dense"), str(moe), "--num-experts", "4", "--seed", str(seed), "--quiet"]):
             raise SystemExit("moetool upcycle failed")
         for way in ways:
             out = folder / f"{way.replace(', ', '-').replace(' ', '-')}-{seed}"

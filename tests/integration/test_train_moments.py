@@ -105,6 +105,9 @@ def test_offloading_changes_no_bit(tmp_path: Path, jsonl: Path, save_dtype: str)
     here, host = files(tmp_path / "here"), files(tmp_path / "host")
     assert host.keys() == here.keys()
     assert all(torch.equal(host[name], here[name]) for name in here)
+    step = tmp_path / "host/checkpoints/step-000006"
+    code, _, stderr = cpt(step, tmp_path / "next", jsonl, *options, "--keep-optimizer")
+    assert code == 0, stderr
 
 
 def test_what_cannot_be_is_one_line(tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
