@@ -98,9 +98,10 @@ def _memory_text(plan: Mapping[str, Any]) -> str:
     need = plan["memory"]
     parts = ", ".join(f"{name} {size(need[name])}" for name in ("weights", "gradients", "optimizer", "activations"))
     each = " in each process" if plan["num_processes"] > 1 else ""
+    host = f", master weights and moments {size(need['host'])}{each}" if need["host"] else ""
     return (
         f"memory about {size(need['total'])}{each}: {parts}; of host memory, loading needs"
-        f" {size(plan['loading_memory'])}{each} and saving {size(plan['saving_memory'])}"
+        f" {size(plan['loading_memory'])}{each}{host} and saving {size(plan['saving_memory'])}"
     )
 
 

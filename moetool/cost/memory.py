@@ -15,7 +15,7 @@ from moetool.mesh import Mesh
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of a moment: 8 bits, and an fp32 scale for each 256 of them (torchao).
-_MOMENT = {"fp32": 4.0, "bf16": 2.0, "8bit": 1 + 4 / 256}
+_MOMENT = {"fp32": 4.0, "offload": 4.0, "bf16": 2.0, "8bit": 1 + 4 / 256}
 _ONE = Mesh()
 CHUNK_ELEMENTS = 2**28  # logits that the loss in bf16 computes at a time: half a GiB
 
@@ -40,7 +40,8 @@ def weight_bytes(folder: Path, dtype: str = "auto") -> int:
 class Training:
     """The options of `moetool cpt` that decide how much memory training takes, under their names there.
 
-    `compiled_loss` is whether --compile or --liger keeps the loss from holding anything in fp32.
+    `compiled_loss` is whether --compile or --liger keeps the loss from holding anything in fp32, `whole_logits` whether
+    a term of the loss reads the logits, which are then those of all tokens.
     """
 
     seq_len: int
@@ -51,6 +52,7 @@ class Training:
     gradient_checkpointing: bool = False
     freeze_router: bool = False
     compiled_loss: bool = False
+    whole_logits: bool = False
 
 
 def shard_elements(name: str, parameter: Any, mesh: Mesh) -> int:
@@ -101,7 +103,8 @@ def estimate(model: Any, training: Training, mesh: Mesh = _ONE) -> dict[str, int
     layers' weights at a time, in bf16 if that is the precision, and one layer's gradient, which it reduces in fp32;
     embeddings and head stay gathered. Activations are an estimate: each matrix keeps its input and its output for the
     backward, each norm three rows in fp32, tokens that are sent to experts of other processes both ways, and the head
-    its logits and their gradient, which bf16 takes some tokens at a time.
+    its logits and their gradient. bf16 takes these some tokens at a time, unless a term of the loss reads them (what
+    else it keeps is not known here), the head does more than a product, or tensor parallelism divides it.
 
     Args:
         model: without weights, see `parameters`.
@@ -109,7 +112,8 @@ def estimate(model: Any, training: Training, mesh: Mesh = _ONE) -> dict[str, int
         mesh: of its processes.
 
     Returns:
-        `weights`, `gradients`, `optimizer`, `activations` and their sum, `total`.
+        `weights`, `gradients`, `optimizer`, `activations` and their sum, `total`; and `host`, which each process of
+        `--moments offload` needs in host memory for master weights and moments.
     """
     total, _ = count_parameters(model)
     _, top_k = routing_size(model)
@@ -137,19 +141,29 @@ def estimate(model: Any, training: Training, mesh: Mesh = _ONE) -> dict[str, int
         token = token // text.num_hidden_layers + text.num_hidden_layers * hidden * compute
     tokens = training.micro_batch_size * training.seq_len
     head = tokens * text.vocab_size * (2 * FLOAT32 + compute)
-    if half and mesh.tp == 1:  # the logits of a chunk and their gradient, and that of the head
+    if half and training.whole_logits:  # in fp32 they are kept for the term, beside those in bf16
+        head += tokens * text.vocab_size * FLOAT32
+    elif half and mesh.tp == 1 and not _changes_logits(model):  # those of a chunk and their gradient, and the head's
         between = 0 if training.compiled_loss else 3 * FLOAT32
         head = (2 * BFLOAT16 + between) * min(tokens * text.vocab_size, CHUNK_ELEMENTS)
         head += (FLOAT32 + BFLOAT16) * text.vocab_size * hidden
-    masters = FLOAT32 if training.master_weights else 0
+    offload = training.moments == "offload"
+    masters = FLOAT32 if training.master_weights and not offload else 0
     layer, ends = _gathered_elements(model, mesh) if mesh.sharded else (0, 0)
+    optimizer = int(2 * _MOMENT[training.moments] * trained)
     need = {
         "weights": (masters + BFLOAT16 if half and mesh.whole else FLOAT32) * held + compute * (2 * layer + ends),
         "gradients": FLOAT32 * trained + (compute + FLOAT32) * max(layer, ends),
-        "optimizer": int(2 * _MOMENT[training.moments] * trained),
+        "optimizer": 0 if offload else optimizer,
         "activations": int(token * tokens) + head,
     }
-    return {**need, "total": sum(need.values())}
+    return {**need, "total": sum(need.values()), "host": FLOAT32 * trained + optimizer if offload else 0}
+
+
+def _changes_logits(model: Any) -> bool:
+    """Whether a head adds a bias or a family caps its logits: their loss is not taken in chunks."""
+    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    return getattr(head, "bias", None) is not None or bool(getattr(text, "final_logit_softcapping", None))
 
 
 def loading_bytes(model: Any, mesh: Mesh = _ONE, gpu: bool = False) -> int:
@@ -191,22 +205,28 @@ def smaller(model: Any, training: Training, there: int, mesh: Mesh = _ONE) -> li
         there: bytes of the device.
         mesh: of its processes.
     """
-    steps: list[tuple[str, str, dict[str, Any]]] = [
-        ("--gradient-checkpointing", "", {"gradient_checkpointing": True}),
-        ("--micro-batch-size", " 1", {"micro_batch_size": 1}),
-    ]
+    steps: list[dict[str, Any]] = [{"gradient_checkpointing": True}, {"micro_batch_size": 1}]
     if mesh.whole:
-        steps += [("--moments", f" {moments}", {"moments": moments}) for moments in ("bf16", "8bit")]
-        steps += [("--no-master-weights", "", {"master_weights": False})] if training.precision == "bf16" else []
+        steps += [{"moments": "bf16"}, {"moments": "8bit"}]
+        if training.precision == "bf16":
+            steps += [{"master_weights": False}, {"moments": "offload", "master_weights": True}]
     fitting: list[tuple[str, int]] = []
-    options: dict[str, str] = {}
+    changes: dict[str, Any] = {}
     need = estimate(model, training, mesh)["total"]
-    for option, value, change in steps:
-        changed = replace(training, **change)
-        if (less := estimate(model, changed, mesh)["total"]) >= need:
+    for change in steps:
+        less = estimate(model, replace(training, **changes | change), mesh)["total"]
+        if less >= need:
             continue
-        training, need = changed, less
-        options[option] = value
+        changes, need = changes | change, less
         if need <= there:
-            fitting.append((" ".join(name + text for name, text in options.items()), need))
+            typed = [_typed(name, value) for name, value in changes.items() if value != getattr(training, name)]
+            fitting.append((" ".join(typed), need))
     return fitting
+
+
+def _typed(name: str, value: Any) -> str:
+    """An option as it is typed."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {value}"

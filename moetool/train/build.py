@@ -55,18 +55,20 @@ def build_run(plan: RunPlan) -> Run:
         check_documents_apart(core, half and not mesh.whole)
     if going_on:
         resume.load_weights(start, core, advice)
-    weights = mixed.cast(core, capture, config.master_weights) if config.keeps_copies else None
+    masters: mixed.Masters = "host" if config.moments == "offload" else "device" if config.master_weights else "none"
+    weights = mixed.cast(core, capture, masters) if config.keeps_copies else None
     chunked = half and mesh.tp == 1  # which shares the head's matrix out
     language_loss = (chunked_loss(core, config.compile or config.liger) if chunked else None) or whole_loss
     reshard(core)
     weights = weights or dict(core.named_parameters())
     apply_execution(config, core)
-    optimizer = adamw(weights.values(), config)
+    optimizer = adamw(weights.values(), config, list(core.parameters()))
     model, updates = prepare(accelerator, core, optimizer, ddp=mesh.whole and not half)
     if going_on:
         resume.load_moments(start, weights, optimizer, advice)
     need = plan.values["memory"]
     here = 0 if accelerator.device.type == "cuda" else need["total"] - need["weights"]  # host memory to train
+    here += need["host"]
     saver = Saver(launch.num_local_processes() * (plan.values["saving_memory"] + here), new_ranks())
     layout = lay_out(core, plan.save_dtype)
     return Run(

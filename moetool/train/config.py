@@ -133,8 +133,9 @@ class TrainConfig:
         "Compute precision. The optimizer works in fp32 with both.",
         UNSET, panel=RUN, shown="bf16 on a GPU, fp32 on a CPU", defines=True,
     )  # fmt: skip
-    moments: Literal["fp32", "bf16", "8bit"] = option(
-        "Precision of the optimizer's moments. bf16 and 8bit use less memory and need torchao.",
+    moments: Literal["fp32", "bf16", "8bit", "offload"] = option(
+        "Precision of the optimizer's moments. bf16 and 8bit use less memory and need torchao. offload keeps them and"
+        " the master weights in fp32 in host memory, where a GPU run updates them slowly.",
         "fp32", panel=RUN, defines=True,
     )  # fmt: skip
     master_weights: bool = option(

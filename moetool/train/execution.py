@@ -54,6 +54,8 @@ def check_sharing(config: TrainConfig, model: Any) -> None:
     mesh = config.mesh
     if mesh.whole:
         return
+    if config.moments == "offload":
+        raise ConfigError(f"--moments offload: only where each process holds all weights ({mesh}); leave it out")
     if not plain(config):
         option = "--no-master-weights" if config.moments == "fp32" else f"--moments {config.moments}"
         raise ConfigError(f"{option}: torchao's optimizers do not take shards of a mesh ({mesh}); leave it out")
@@ -153,8 +155,8 @@ def executing(config: TrainConfig) -> Iterator[None]:
         if config.deterministic and "deterministic" in reason:
             raise ConfigError(f"--deterministic: {reason}; leave it out") from None
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            update = not (config.moments == "fp32" and config.master_weights)
-            more = ", and leave out --moments and --no-master-weights, whose update is compiled" if update else ""
+            more = ", and leave out --moments and --no-master-weights, whose update is compiled"
+            more = "" if plain(config) else more
             raise ConfigError(f"--compile: torch cannot compile this here: {reason}; use --no-compile{more}") from None
         raise
     finally:

@@ -234,13 +234,15 @@ class Run:
 
     def _clip(self) -> Tensor:
         """Average the gradient over the processes where nothing has done so, and clip it; returns its norm before."""
-        config, accelerator, weights = self.plan.config, self.plan.accelerator, list(self.weights.values())
+        config, accelerator = self.plan.config, self.plan.accelerator
+        # Where the weights lie in host memory, the model's parameters gather the gradient.
+        graded = list(self.core.parameters() if config.moments == "offload" else self.weights.values())
         most = config.grad_clip or math.inf
         if not config.mesh.whole:
-            return clip_shards(weights, most)
+            return clip_shards(graded, most)
         if config.keeps_copies:
-            mean_gradients(accelerator, weights)
-        norm: Tensor = accelerator.clip_grad_norm_(weights, most)
+            mean_gradients(accelerator, graded)
+        norm: Tensor = accelerator.clip_grad_norm_(graded, most)
         return norm
 
     def _fetch(self, step: int) -> list[MicroBatch]:

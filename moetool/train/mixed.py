@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from moetool.routing.capture import RouterCapture, has_routers
 from moetool.train.selection import is_selection_bias
 
+Masters = Literal["device", "host", "none"]
 
-def cast(model: nn.Module, capture: RouterCapture | None, masters: bool = True) -> dict[str, nn.Parameter]:
+
+def cast(model: nn.Module, capture: RouterCapture | None, masters: Masters = "device") -> dict[str, nn.Parameter]:
     """Cast a model to bf16, and keep what its optimizer updates: fp32 weights, which gather fp32 gradients.
 
     A micro-batch's gradient is bf16. It is added to the fp32 one as soon as it is known, and freed. Routers stay fp32
@@ -28,11 +30,13 @@ def cast(model: nn.Module, capture: RouterCapture | None, masters: bool = True) 
     Args:
         model: fp32; is changed in place.
         capture: on its routers; None for a dense model.
-        masters: False keeps no fp32 weights; gradients are fp32 all the same.
+        masters: where the fp32 weights lie: beside the bf16 ones, in host memory, or nowhere. Gradients are fp32
+            everywhere.
 
     Returns:
-        Every parameter by name: the weight that is updated, whose `grad` is the sum over micro-batches. For routers
-        and what is not trained it is the model's own parameter, and for all without masters.
+        Every parameter by name: the weight that is updated. Where it lies beside the bf16 one, its `grad` is the sum
+        over micro-batches; everywhere else that is the `grad` of the model's parameter. For what is not trained it is
+        the model's own parameter, for routers also unless it lies in host memory, and for all without masters.
     """
     routers = list(capture.routers.values()) if capture else []
     for router in routers:
@@ -41,13 +45,17 @@ def cast(model: nn.Module, capture: RouterCapture | None, masters: bool = True) 
     updated: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         updated[name] = parameter
-        if id(parameter) in exact or not parameter.requires_grad:
+        if not parameter.requires_grad:
             continue
-        if masters:
+        if masters == "host":
+            updated[name] = nn.Parameter(parameter.data.to("cpu", copy=True))
+        if id(parameter) in exact:
+            continue
+        if masters == "device":
             updated[name] = nn.Parameter(parameter.data)
             parameter.register_post_accumulate_grad_hook(_adding_to(updated[name]))
         parameter.data = parameter.data.bfloat16()
-        if not masters:
+        if masters != "device":
             parameter.grad_dtype = torch.float32
     return updated
 

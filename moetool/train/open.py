@@ -68,7 +68,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     balance.check(config, model)
     check_execution(config, model, accelerator.device)
     check_sharing(config, model)
-    optimizer.check(config)
+    optimizer.check(config, accelerator.device)
     accelerator.wait_for_everyone()
     with FolderLock(out) if main else nullcontext():
         with accelerator.main_process_first():

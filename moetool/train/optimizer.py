@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,7 +19,9 @@ EPSILON = 1e-8
 EIGHT_BIT_PARTS = ("codes", "scale", "qmap")  # of torchao's moments
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def adamw(
+    parameters: Iterable[nn.Parameter], config: TrainConfig, graded: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
     Tensors of two or more dimensions decay (projections, experts, routers, embeddings), norms and
@@ -27,7 +29,13 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.opti
     torch updates a group at once. The learning rate is set before each update. Moments of 8 bits
     (Dettmers et al. 2022, arXiv 2110.02861) or bf16, and updates of bf16 weights with stochastic rounding, are
     torchao's.
+
+    Args:
+        parameters: that are updated.
+        config: of the run.
+        graded: with `--moments offload`: what their gradients lie in, in the same order.
     """
+    parameters = list(parameters)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     found: dict[Any, list[nn.Parameter]] = {}
     for parameter in sorted(trained, key=lambda p: p.ndim < 2):
@@ -37,6 +45,8 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.opti
         for (decays, _), group in found.items()
     ]
     common: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": EPSILON}
+    if config.moments == "offload":
+        return Offloaded(groups, dict(zip(parameters, graded, strict=True)), **common)
     if plain(config):
         return torch.optim.AdamW(groups, fused=trained[0].device.type in ("cpu", "cuda"), **common)
     kind = _torchao(config.moments)
@@ -46,25 +56,73 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.opti
 
 def plain(config: TrainConfig) -> bool:
     """Whether torch's own AdamW does it."""
-    return config.moments == "fp32" and config.master_weights
+    return config.moments in ("fp32", "offload") and config.master_weights
 
 
-def check(config: TrainConfig) -> None:
+class Offloaded(torch.optim.AdamW):
+    """AdamW whose weights and moments lie in host memory; the processor updates them, one tensor after another.
+
+    torchao's CPUOffloadOptimizer copies each gradient in the backward, so before it is clipped, and knows no weights
+    of another precision.
+    """
+
+    def __init__(self, groups: Any, graded: Mapping[nn.Parameter, nn.Parameter], **common: Any) -> None:
+        """Make room for the gradient of one tensor.
+
+        Args:
+            groups: of weights in host memory.
+            graded: such a weight -> the model's parameter, in which its gradient lies.
+            common: of all groups.
+        """
+        super().__init__(groups, fused=True, **common)
+        self._graded = {weight: parameter for weight, parameter in graded.items() if parameter.requires_grad}
+        largest = max(self._graded.values(), key=torch.Tensor.numel)
+        # A GPU copies into memory that cannot be swapped out several times as fast.
+        self._gradient = torch.empty(largest.numel(), pin_memory=largest.is_cuda)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every weight whose parameter has a gradient, which is given up."""
+        for weight, parameter in self._graded.items():
+            if parameter.grad is not None:
+                weight.grad = self._gradient[: weight.numel()].view(weight.shape).copy_(parameter.grad)
+                parameter.grad = None
+                super().step()
+                weight.grad = None
+
+
+def check(config: TrainConfig, device: torch.device) -> None:
     """Refuse moments and weights that cannot be kept as asked for.
 
     Args:
         config: resolved.
+        device: that it trains on.
 
     Raises:
         ConfigError: says which.
     """
-    if plain(config):
+    if config.moments == "fp32" and config.master_weights:
         return
     option = "--no-master-weights" if config.moments == "fp32" else f"--moments {config.moments}"
     if not config.master_weights and config.precision != "bf16":
         raise ConfigError("--no-master-weights: fp32 has no other weights; leave it out, or use --precision bf16")
-    if find_spec("torchao") is None:
+    if config.moments == "offload":
+        _check_offload(config, device)
+    elif find_spec("torchao") is None:
         raise ConfigError(f"{option}: torchao is not installed; run pip install torchao")
+
+
+def _check_offload(config: TrainConfig, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--moments offload: this run is on {device}, not on a GPU with memory of its own; leave it out"
+        )
+    if config.precision != "bf16":
+        raise ConfigError("--moments offload: only with --precision bf16; use that, or leave it out")
+    if not config.master_weights:
+        raise ConfigError(
+            "--no-master-weights: --moments offload keeps master weights in host memory; leave one of them out"
+        )
 
 
 def _torchao(moments: str) -> Any:

@@ -71,6 +71,7 @@ def plan_run(
     mixture = mix(corpus, config)
     schedule = schedules.build(config.schedule, config.max_steps, vars(config))
     save_dtype = source_dtype(config.model) if config.save_dtype == "auto" else config.save_dtype
+    terms = balance.build_terms(config.balance)
     training = Training(
         seq_len=config.seq_len,
         micro_batch_size=config.micro_batch_size,
@@ -80,6 +81,7 @@ def plan_run(
         gradient_checkpointing=config.gradient_checkpointing,
         freeze_router=config.freeze_router,
         compiled_loss=config.compile or config.liger,
+        whole_logits=any("logits" in term.needs for term in terms.values()),
     )
     total, active = count_parameters(model)
     values: dict[str, Any] = {
@@ -113,7 +115,7 @@ def plan_run(
     }
     warnings = memory_warnings(values["memory"], device, lambda there: smaller(model, training, there, config.mesh))
     warnings += validation_warnings(values["val"], config)
-    terms, peak = balance.build_terms(config.balance), devices.peak_flops(device, config.precision)
+    peak = devices.peak_flops(device, config.precision)
     return RunPlan(
         config, accelerator, corpus, mixture, identity, step, save_dtype, schedule, terms, peak, values, warnings
     )
@@ -122,21 +124,28 @@ def plan_run(
 def memory_warnings(
     memory: Mapping[str, int], device: torch.device, fitting: Callable[[int], Sequence[tuple[str, int]]]
 ) -> list[str]:
-    """A warning where the estimate is more than a device has, with the options that would make the run fit.
+    """Warnings where the estimate is more than a device has, with the options that would make the run fit, or the host.
 
     Args:
         memory: see `estimate`.
         device: of this process.
         fitting: the bytes of a device -> options and what the run would need with them.
     """
-    there = devices.device_memory(device)
+    free, there = devices.free_memory("cpu"), devices.device_memory(device)
+    warnings: list[str] = []
+    if free is not None and memory["host"] > free:
+        warnings.append(
+            f"--moments offload: master weights and moments need about {memory['host'] / 1e9:.3g} GB of host memory per"
+            f" process, but {free / 1e9:.3g} GB are free; use --moments 8bit, or shard the weights (docs/multi-gpu.md)"
+        )
     if there is None or memory["total"] <= there:
-        return []
+        return warnings
     ways = [f"{options} ({need / 1e9:.3g} GB)" for options, need in fitting(there)]
     advice = f"it fits with {'; or with '.join(ways)}" if ways else "no option makes it fit"
     return [
+        *warnings,
         f"this run needs about {memory['total'] / 1e9:.3g} GB per process, but {device} has {there / 1e9:.3g} GB;"
-        f" {advice}; or shard the weights over more processes (--fsdp, docs/multi-gpu.md)"
+        f" {advice}; or shard the weights over more processes (--fsdp, docs/multi-gpu.md)",
     ]
 
 

@@ -1,6 +1,6 @@
 """Training speed of `moetool cpt` against a bare loop and the Hugging Face Trainer, in one run.
 
-    python -m tests.benchmarks.cpt_speed [--rounds 5] [--steps 12] [--folder DIR]
+    python -m tests.benchmarks.cpt_speed [--rounds 5] [--steps 12] [--folder DIR] [--precision bf16] [--processor-time]
 
 A random Mixtral (8 layers, hidden 512, intermediate 1024, 8 experts top-2, vocabulary 8192), 2048 tokens a
 step in sequences of 512, AdamW fused, gradients clipped at 1, the same windows of tokens. Sides:
@@ -10,7 +10,9 @@ step in sequences of 512, AdamW fused, gradients clipped at 1, the same windows 
 * trainer: the Hugging Face Trainer with the model's own pooled balance loss.
 
 Each round runs every side in a process of its own, in turn; of each the median step counts, the first
-quarter of the steps left out; then the medians over the rounds. On a GPU, in bf16.
+quarter of the steps left out; then the medians over the rounds. bf16, the default on a GPU, is autocast on the sides
+other than cpt. On a CPU that others use, --processor-time counts the seconds of all threads of a side, and not those
+that it waits; OMP_NUM_THREADS=1 then keeps threads from waiting for each other.
 """
 
 from __future__ import annotations
@@ -23,11 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 SIDES = ("cpt", "bare", "trainer")
+Clock = Callable[[], float]
 SEQ_LEN, BATCH = 512, 4
 VOCABULARY, LR = 8192, 3e-4
 
@@ -59,7 +65,7 @@ def prepare(folder: Path, steps: int) -> None:
     (folder / "text.txt").write_text("".join(words))
 
 
-def training(folder: Path, steps: int) -> tuple[Any, Any]:
+def training(folder: Path, steps: int, precision: Any) -> tuple[Any, Any]:
     """The run's resolved configuration and its mixture of tokens, as `moetool cpt` makes them."""
     import torch
 
@@ -78,22 +84,24 @@ def training(folder: Path, steps: int) -> tuple[Any, Any]:
         micro_batch_size=BATCH,
         lr=LR,
         save_every=steps,
+        precision=precision,
     ).resolve(SEQ_LEN, {"aux": 0.01, "z-loss": 0.001}, torch.cuda.is_available())
     return config, mix(open_corpus(config, VOCABULARY), config)
 
 
-def cpt(folder: Path, steps: int) -> list[float]:
+def cpt(folder: Path, steps: int, precision: Any, clock: Clock) -> list[float]:
     """Seconds of each step of the real command."""
+    from moetool.cli import run
+
     out = folder / "out"
-    subprocess.run(
-        [
-            sys.executable, "-m", "moetool", "cpt", folder / "model", out, "--train", f"text={folder / 'text.txt'}",
-            "--val-fraction", "0", "--document", "line", "--max-steps", str(steps), "--seq-len", str(SEQ_LEN),
-            "--global-batch-size", str(BATCH), "--micro-batch-size", str(BATCH), "--lr", str(LR),
-            "--save-every", str(steps), "--no-resume", "--quiet",
-        ],
-        check=True,
-    )  # fmt: skip
+    options = [
+        "--train", f"text={folder / 'text.txt'}", "--val-fraction", 0, "--document", "line", "--max-steps", steps,
+        "--seq-len", SEQ_LEN, "--global-batch-size", BATCH, "--micro-batch-size", BATCH, "--lr", LR,
+        "--save-every", steps, "--no-resume", "--quiet", *(["--precision", precision] if precision else []),
+    ]  # fmt: skip
+    with patch("moetool.train.loop.time", SimpleNamespace(perf_counter=clock)):
+        if code := run([str(argument) for argument in ("cpt", folder / "model", out, *options)]):
+            raise SystemExit(code)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [SEQ_LEN * BATCH / row["tokens_per_second"] for row in rows]
 
@@ -106,18 +114,18 @@ def load(folder: Path) -> Any:
     return MixtralForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).to(device)
 
 
-def bare(folder: Path, steps: int) -> list[float]:
+def bare(folder: Path, steps: int, precision: Any, clock: Clock) -> list[float]:
     """Seconds of each step of a loop that does no more than it must."""
     import torch
     from torch.nn import functional as F
 
-    config, mixture = training(folder, steps)
+    config, mixture = training(folder, steps, precision)
     model = load(folder).train()
     device = model.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     seconds = []
     for step in range(steps):
-        began = time.perf_counter()
+        began = clock()
         tokens = torch.stack([torch.from_numpy(mixture.tokens(n)) for n in mixture.batch(step)]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
@@ -127,16 +135,16 @@ def bare(folder: Path, steps: int) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # as every loop that shows its loss
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock() - began)
     return seconds
 
 
-def trainer(folder: Path, steps: int) -> list[float]:
+def trainer(folder: Path, steps: int, precision: Any, clock: Clock) -> list[float]:
     """Seconds of each step of the Hugging Face Trainer with the model's own balance loss."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    config, mixture = training(folder, steps)
+    config, mixture = training(folder, steps, precision)
     model = load(folder)
     model.config.output_router_logits = True
     model.config.router_aux_loss_coef = 0.01
@@ -151,16 +159,16 @@ def trainer(folder: Path, steps: int) -> list[float]:
 
     seconds: list[float] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Times(TrainerCallback):  # type: ignore[misc]
         began = 0.0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
+            self.began = clock()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - self.began)
+            seconds.append(clock() - self.began)
 
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
@@ -177,7 +185,7 @@ def trainer(folder: Path, steps: int) -> list[float]:
         report_to="none",
         disable_tqdm=True,
     )
-    Trainer(model=model, args=arguments, train_dataset=Windows(), callbacks=[Clock()]).train()
+    Trainer(model=model, args=arguments, train_dataset=Windows(), callbacks=[Times()]).train()
     return seconds
 
 
@@ -186,11 +194,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default=None)
+    parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        seconds = {"cpt": cpt, "bare": bare, "trainer": trainer}[arguments.side](arguments.folder, arguments.steps)
-        print(json.dumps(seconds))
+        clock = time.process_time if arguments.processor_time else time.perf_counter
+        measure = {"cpt": cpt, "bare": bare, "trainer": trainer}[arguments.side]
+        print(json.dumps(measure(arguments.folder, arguments.steps, arguments.precision, clock)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
@@ -202,6 +213,8 @@ def main() -> None:
             for side in SIDES[number % 3 :] + SIDES[: number % 3]:
                 command = [sys.executable, "-m", "tests.benchmarks.cpt_speed", "--side", side, "--folder", name]
                 command += ["--steps", str(arguments.steps)]
+                command += ["--precision", arguments.precision] if arguments.precision else []
+                command += ["--processor-time"] if arguments.processor_time else []
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 seconds = json.loads(done.stdout.splitlines()[-1])[arguments.steps // 4 :]
                 speeds[side].append(SEQ_LEN * BATCH / statistics.median(seconds))
@@ -209,7 +222,7 @@ def main() -> None:
     median = {side: statistics.median(values) for side, values in speeds.items()}
     for side in SIDES:
         print(f"{side:8}{median[side]:10.0f} tokens/s  ({', '.join(f'{value:.0f}' for value in speeds[side])})")
-    print(f"cpt / bare    {median['cpt'] / median['bare']:.3f}  (0.97 is asked for)")
+    print(f"cpt / bare    {median['cpt'] / median['bare']:.3f}  (at least 1 is asked for)")
     print(f"cpt / trainer {median['cpt'] / median['trainer']:.3f}")
     print(f"{os.cpu_count()} cores, torch {version('torch')}, transformers {version('transformers')}")
 

@@ -465,7 +465,7 @@ def options(bench: Bench) -> Rows:
     if bench.gpu and find_spec("liger_kernel"):
         arms.append(("--liger",))
     if bench.has("--moments"):
-        arms += [("--moments", "8bit"), ("--moments", "bf16")]
+        arms += [("--moments", moments) for moments in ("8bit", "bf16", "offload")]
     if bench.has("--no-master-weights"):
         arms.append(("--moments", "8bit", "--no-master-weights"))
     rows = [arm(bench, "qwen3", 1, (CHECKPOINTING, *each)) for each in arms]

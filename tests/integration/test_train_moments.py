@@ -30,6 +30,7 @@ WAYS = [
     ["--moments", "8bit", "--precision", "bf16"],
     ["--moments", "8bit", "--precision", "bf16", "--no-master-weights"],
     ["--precision", "bf16", "--no-master-weights"],
+    ["--moments", "offload", "--precision", "bf16"],
 ]
 
 
@@ -39,6 +40,12 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(sys.prefix) / "optional"))
     pytest.importorskip("torchao", reason="make puts torchao into .venv/optional")
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+
+
+@pytest.fixture
+def offloading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU is taken for a GPU: memory of the device and of the host are the same one."""
+    monkeypatch.setattr("moetool.train.optimizer._check_offload", lambda config, device: None)
 
 
 def cpt(model: Path, out: Path, text: Path, *more: object) -> tuple[int, str, str]:
@@ -58,6 +65,7 @@ def files(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.usefixtures("offloading")
 @pytest.mark.parametrize("options", WAYS, ids=" ".join)
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path, options: list[str]) -> None:
     model = tiny.save_mixtral(tmp_path / "model")
@@ -84,11 +92,32 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path, options:
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
+@pytest.mark.usefixtures("offloading")
+@pytest.mark.parametrize("save_dtype", ["bfloat16", "float32"])
+def test_offloading_changes_no_bit(tmp_path: Path, jsonl: Path, save_dtype: str) -> None:
+    """Clipped gradients, two micro-batches a step, saved weights and moments: all as without it."""
+    model = tiny.save_mixtral(tmp_path / "model")
+    options = ["--precision", "bf16", "--grad-clip", 0.1, "--save-dtype", save_dtype]
+    for name, more in {"here": [], "host": ["--moments", "offload"]}.items():
+        code, _, stderr = cpt(model, tmp_path / name, jsonl, *options, *more)
+        assert code == 0, stderr
+    assert rows(tmp_path / "host") == rows(tmp_path / "here")
+    here, host = files(tmp_path / "here"), files(tmp_path / "host")
+    assert host.keys() == here.keys()
+    assert all(torch.equal(host[name], here[name]) for name in here)
+    step = tmp_path / "host/checkpoints/step-000006"
+    code, _, stderr = cpt(step, tmp_path / "next", jsonl, *options, "--keep-optimizer")
+    assert code == 0, stderr
+
+
 def test_what_cannot_be_is_one_line(tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.save_mixtral(tmp_path / "model")
     code, _, stderr = cpt(model, tmp_path / "out", jsonl, "--no-master-weights", "--precision", "fp32")
     assert code == 1
     assert "--no-master-weights: fp32 has no other weights" in stderr
+    code, _, stderr = cpt(model, tmp_path / "out", jsonl, "--moments", "offload")
+    assert code == 1
+    assert "--moments offload: this run is on cpu, not on a GPU with memory of its own; leave it out" in stderr
     code, _, stderr = cpt(model, tmp_path / "out", jsonl, "--moments", "bf16")
     assert code == 0, stderr
     step = tmp_path / "out/checkpoints/step-000006"

@@ -15,6 +15,7 @@ from moetool.cost import devices, memory
 from moetool.cost.memory import Training
 from moetool.cost.operations import flops_per_token
 from moetool.cost.parameters import count_parameters, routing_size
+from moetool.mesh import Mesh
 from moetool.routing.capture import RouterCapture
 from moetool.train import mixed
 from moetool.train.batches import MicroBatch
@@ -76,7 +77,12 @@ def test_what_is_kept_of_weights_and_moments(mixtral: Path) -> None:
         run = training(precision="bf16", moments=moments, master_weights=masters)
         need = memory.estimate(model, run)
         assert [need["weights"], need["gradients"]] == [weights * total, 4 * total]
-        assert need["optimizer"] == int(optimizer * total)
+        assert [need["optimizer"], need["host"]] == [int(optimizer * total), 0]
+    offloaded = training(precision="bf16", moments="offload")
+    need = memory.estimate(model, offloaded)
+    assert [need[name] for name in ("weights", "gradients", "optimizer")] == [2 * total, 4 * total, 0]
+    assert need["host"] == 12 * total
+    assert memory.saving_bytes(model, offloaded, 1) == 12 * total + 8 * max(p.numel() for p in model.parameters())
     run = training(precision="bf16", micro_batch_size=2)
     every = memory.smaller(model, run, 10**12)
     assert [options for options, _ in every] == [
@@ -85,11 +91,45 @@ def test_what_is_kept_of_weights_and_moments(mixtral: Path) -> None:
         "--gradient-checkpointing --micro-batch-size 1 --moments bf16",
         "--gradient-checkpointing --micro-batch-size 1 --moments 8bit",
         "--gradient-checkpointing --micro-batch-size 1 --moments 8bit --no-master-weights",
+        "--gradient-checkpointing --micro-batch-size 1 --moments offload",
     ]
     assert [need for _, need in every] == sorted((need for _, need in every), reverse=True)
     assert memory.smaller(model, run, every[-1][1]) == every[-1:]
     eight = training(precision="bf16", micro_batch_size=1, gradient_checkpointing=True, moments="8bit")
-    assert [options for options, _ in memory.smaller(model, eight, 10**12)] == ["--no-master-weights"]
+    assert [options for options, _ in memory.smaller(model, eight, 10**12)] == [
+        "--no-master-weights",
+        "--moments offload",
+    ]
+    rounded = replace(eight, master_weights=False)
+    assert [options for options, _ in memory.smaller(model, rounded, 10**12)] == ["--moments offload --master-weights"]
+    assert [options for options, _ in memory.smaller(model, run, 10**12, Mesh(fsdp=2))] == [
+        "--gradient-checkpointing",
+        "--gradient-checkpointing --micro-batch-size 1",
+    ]
+
+
+def test_logits_of_all_tokens_count_where_they_are_made() -> None:
+    """In bf16 a chunk of them is enough, unless a term of the loss reads them or the family changes them."""
+    kind, settings = MODELS["llama"]
+    with torch.device("meta"):
+        model = kind(settings)
+    tokens, vocabulary = 2 * 4096 * 64, 1000  # two chunks' worth
+
+    def need(of: Any = model, **changes: Any) -> int:
+        run = training(seq_len=4096, micro_batch_size=128, precision="bf16", **changes)
+        return memory.estimate(of, run)["activations"]
+
+    assert tokens * vocabulary > memory.CHUNK_ELEMENTS
+    head = (4 + 12) * memory.CHUNK_ELEMENTS + 6 * vocabulary * 128
+    assert need(whole_logits=True) - need() == (2 + 4 + 4 + 4) * tokens * vocabulary - head
+    model.config.final_logit_softcapping = 30.0
+    capped = need()
+    del model.config.final_logit_softcapping
+    assert capped - need() == (2 + 4 + 4) * tokens * vocabulary - head
+    model.lm_head.bias = torch.nn.Parameter(torch.empty(vocabulary, device="meta"))
+    assert need() > capped  # by the bias, which is counted as a norm is
+    exact = training(precision="fp32")
+    assert memory.estimate(model, exact) == memory.estimate(model, replace(exact, whole_logits=True))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -134,13 +174,18 @@ def test_another_familys_router_is_read() -> None:
 def test_a_device_that_is_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moetool.cost.devices.device_memory", lambda device: 80 * 10**9)
     cuda = torch.device("cuda")
-    assert memory_warnings({"total": 70 * 10**9}, cuda, lambda there: []) == []
-    (warning,) = memory_warnings({"total": 120 * 10**9}, cuda, lambda there: [("--moments 8bit", there - 10**9)])
+    assert memory_warnings({"total": 70 * 10**9, "host": 0}, cuda, lambda there: []) == []
+    (warning,) = memory_warnings(
+        {"total": 120 * 10**9, "host": 0}, cuda, lambda there: [("--moments 8bit", there - 10**9)]
+    )
     assert (
         "needs about 120 GB per process, but cuda has 80 GB; it fits with --moments 8bit (79 GB); or shard" in warning
     )
-    (warning,) = memory_warnings({"total": 120 * 10**9}, cuda, lambda there: [])
+    (warning,) = memory_warnings({"total": 120 * 10**9, "host": 0}, cuda, lambda there: [])
     assert "no option makes it fit" in warning
+    monkeypatch.setattr("moetool.cost.devices.free_memory", lambda device: 64 * 10**9)
+    (warning,) = memory_warnings({"total": 70 * 10**9, "host": 82 * 10**9}, cuda, lambda there: [])
+    assert "need about 82 GB of host memory per process, but 64 GB are free; use --moments 8bit" in warning
     assert devices.peak_flops(torch.device("cpu"), "bf16") is None
 
 
