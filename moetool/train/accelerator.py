@@ -64,8 +64,8 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
     except torch.distributed.DistError as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"not all of the {launched} processes found each other ({reason}); start all of them, on every machine, with"
-            " the same address and port"
+            f"not all of the {launched} processes found each other ({reason}); start all of them, on every machine,"
+            " with the same address and port"
         ) from None
     accelerator.gradient_accumulation_steps = 1
     if accelerator.num_processes != launched:

@@ -54,9 +54,9 @@ def test_sizes_that_do_not_fit_the_processes(mesh: Mesh, launched: int, reason: 
 
 def test_sizes_that_do_not_fit_the_model(tmp_path: Path, mixtral: Path, llama: Path) -> None:
     six = skeleton(tiny.save_mixtral(tmp_path / "six", num_local_experts=6))
-    with pytest.raises(ConfigError, match="divide the model's 6 experts; it may be 1, 2$"):
+    with pytest.raises(ConfigError, match=r"divide the model's 6 experts; it may be 1, 2$"):
         check_model(Mesh(4, 4), six)
-    with pytest.raises(ConfigError, match="--tp 4 does not divide the 4 heads and 2 key-value heads .* be 1, 2$"):
+    with pytest.raises(ConfigError, match=r"--tp 4 does not divide the 4 heads and 2 key-value heads .* be 1, 2$"):
         check_model(Mesh(2, 1, 4), skeleton(mixtral))
     with pytest.raises(ConfigError, match="--ep 2: 'llama' is a dense model without experts; use --fsdp alone"):
         check_model(Mesh(2, 2), skeleton(llama))
