@@ -37,8 +37,8 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
         folder: for trackers that write files.
 
     Raises:
-        ConfigError: accelerate does not see as many processes as were launched: they would be separate
-            runs that write the same folder. Or it is configured for something that cpt cannot do, or a
+        ConfigError: a process is missing, or accelerate does not see as many as were launched: they would be
+            separate runs that write the same folder. Or it is configured for something that cpt cannot do, or a
             tracker's package is not installed.
     """
     known = [str(tracker) for tracker in get_available_trackers()]
@@ -53,14 +53,21 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
     # Nothing in a decoder adds to these in place, and whole tensors are wanted whatever it takes to gather them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    accelerator = Accelerator(
-        mixed_precision="no",
-        log_with=list(trackers) or None,
-        project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    accelerator.gradient_accumulation_steps = 1
     launched = launch.num_processes()
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no",
+            log_with=list(trackers) or None,
+            project_dir=folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+    except torch.distributed.DistError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"not all of the {launched} processes found each other ({reason}); start all of them, on every machine,"
+            " with the same address and port"
+        ) from None
+    accelerator.gradient_accumulation_steps = 1
     if accelerator.num_processes != launched:
         found = "" if torch.cuda.is_available() else " because there is no GPU"
         raise ConfigError(

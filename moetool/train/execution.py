@@ -65,6 +65,10 @@ def check_sharing(config: TrainConfig, model: Any) -> None:
             f"--tp {mesh.tp} alone: transformers adds up gradients over micro-batches correctly only under FSDP; use"
             " --fsdp or --replicas above 1 as well"
         )
+    if config.liger:
+        raise ConfigError(
+            f"--liger: it replaces forwards in which transformers exchanges between processes ({mesh}); leave it out"
+        )
     if config.compile and (mesh.ep > 1 or mesh.tp > 1):
         raise ConfigError(
             f"--compile: exchanges between processes ({mesh}) break each layer's graph; use --no-compile, or --fsdp"

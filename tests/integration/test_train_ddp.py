@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
+from moetool.errors import ConfigError
+from moetool.train import accelerator
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +56,16 @@ def unfinish(source: Path, out: Path, step: int) -> Path:
 def test_accelerate_reads_the_configuration() -> None:
     config = load_config_from_file(str(ROOT / "docs" / "accelerate" / "ddp.yaml"))  # raises at an unknown key
     assert config.distributed_type == "MULTI_GPU"
+
+
+def test_a_missing_process_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waiting(**_: object) -> None:
+        raise torch.distributed.DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined.")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(accelerator, "Accelerator", waiting)
+    with pytest.raises(ConfigError, match=r"not all of the 2 processes found each other \(Timed out .* 1/2 clients"):
+        accelerator.make_accelerator()
 
 
 @pytest.mark.parametrize("plugin", ["FSDP", "DeepSpeed"])
