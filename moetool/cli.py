@@ -25,6 +25,7 @@ from moetool.commands.eval import evaluate
 from moetool.commands.grow import grow
 from moetool.commands.inspect import inspect
 from moetool.commands.options import OpenPlaces, typer_command
+from moetool.commands.prune import prune
 from moetool.commands.quickstart import quickstart
 from moetool.commands.tokenize import tokenize
 from moetool.commands.upcycle import upcycle
@@ -53,6 +54,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "cpt": cpt,
     "average": average,
     "grow": grow,
+    "prune": prune,
     "analyze-routing": analyze_routing,
     "eval": evaluate,
 }
@@ -116,6 +118,7 @@ _LESS_MEMORY = {
     "convert": "use fewer --workers",
     "average": "use fewer --workers",
     "grow": "use fewer --workers",
+    "prune": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "cpt": "use a smaller --micro-batch-size or --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)",
     "analyze-routing": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "eval": "use a smaller --batch-size, --dtype bfloat16, or --device-map auto",

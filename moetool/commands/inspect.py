@@ -178,6 +178,12 @@ def lineage_line(entry: dict[str, Any]) -> str:
             f"grow of {source.get('name')} ({source.get('model_type')}): {recipe.get('num_experts')} experts,"
             f" top-{recipe.get('top_k')}, {recipe.get('start')}{asleep}"
         )
+    if entry.get("command") == "prune":
+        recipe, source = entry.get("recipe", {}), entry.get("source", {})
+        return (
+            f"prune of {source.get('name')} ({source.get('model_type')}): {recipe.get('keep_experts')} experts kept by"
+            f" {recipe.get('score')}"
+        )
     if entry.get("command") == "cpt":
         return f"cpt: {entry.get('steps')} steps, {entry.get('tokens')} tokens, seed {entry.get('seed')}"
     return str(entry.get("command"))
