@@ -118,8 +118,8 @@ def warnings(document: Mapping[str, Any], plan: Plan) -> list[str]:
     spec = detect(plan.config)
     if spec and spec.selection_bias and spec.ranked_by == "softmax":
         told.append(
-            "this family chooses by a softmax over all experts plus a selection bias: without some experts, the softmax is"
-            " larger and the bias counts less, which may change choices among the others"
+            "this family chooses by a softmax over all experts plus a selection bias: without some experts, the"
+            " softmax is larger and the bias counts less, which may change choices among the others"
         )
     return told
 

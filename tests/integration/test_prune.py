@@ -159,7 +159,7 @@ def test_logits_are_the_same_until_a_token_used_a_pruned_expert(family: str, jso
     gone = torch.stack([(~torch.isin(one, torch.tensor(kept[layer]))).any(-1) for layer, one in enumerate(chosen)]).any(
         0
     )
-    same = gone.reshape(24, -1).cumsum(1) == 0
+    same = gone.reshape(64, -1).cumsum(1) == 0
     assert 20 < int(same.sum()) < same.numel()
     scale = float(before.abs().max())
     assert float((after - before)[same].abs().max()) < 1e-5 * scale
