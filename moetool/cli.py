@@ -21,6 +21,7 @@ from moetool.commands.analyze_routing import analyze_routing
 from moetool.commands.average import average
 from moetool.commands.convert import convert
 from moetool.commands.cpt import cpt
+from moetool.commands.densify import densify
 from moetool.commands.eval import evaluate
 from moetool.commands.grow import grow
 from moetool.commands.inspect import inspect
@@ -55,6 +56,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "average": average,
     "grow": grow,
     "prune": prune,
+    "densify": densify,
     "analyze-routing": analyze_routing,
     "eval": evaluate,
 }
@@ -119,6 +121,7 @@ _LESS_MEMORY = {
     "average": "use fewer --workers",
     "grow": "use fewer --workers",
     "prune": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
+    "densify": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "cpt": "use a smaller --micro-batch-size or --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)",
     "analyze-routing": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "eval": "use a smaller --batch-size, --dtype bfloat16, or --device-map auto",

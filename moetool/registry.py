@@ -80,6 +80,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "average": "moetool.average.plan:OPERATION",
         "grow": "moetool.grow.plan:OPERATION",
         "prune": "moetool.prune.plan:OPERATION",
+        "densify": "moetool.densify.plan:OPERATION",
     },
     "score": {
         "weighted-ean": "moetool.prune.scores:weighted_ean",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from moetool.calibration.options import CalibrationOptions
 from moetool.commands.console import Console, escape
 from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import Output
@@ -35,7 +36,12 @@ class Folders:
 
 
 def prune(
-    context: typer.Context, models: Folders, asked: PruneOptions, writing: Writing, output: Output
+    context: typer.Context,
+    models: Folders,
+    asked: PruneOptions,
+    run: CalibrationOptions,
+    writing: Writing,
+    output: Output,
 ) -> dict[str, Any]:
     """Leave out the experts of a Mixture of Experts that do least on some text.
 
@@ -43,10 +49,10 @@ def prune(
     selection biases; everything else stays as it is. The result is a standard Hugging Face checkpoint. A
     killed run leaves nothing that loads, and the same command finishes it.
     """
+    from moetool.calibration.experts import layers_with_experts
+    from moetool.calibration.measure import calibration_of, load, losses, read_texts
     from moetool.checkpoint.model import pick_device
-    from moetool.data.text import TextSource
-    from moetool.data.tokens import tokenized
-    from moetool.prune.measure import losses_of, measure
+    from moetool.prune.choose import choose
     from moetool.prune.plan import check_numbers, plan_pruning
     from moetool.surgery.experts import open_moe
     from moetool.surgery.sources import open_sources
@@ -55,18 +61,17 @@ def prune(
     started = time.perf_counter()
     sources = context.with_resource(open_sources([models.model], models.out))
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "pruned")
-    num_groups = check_numbers(source, asked.keep_experts)
-    estimate = tell_weights(console, [folder], asked.dtype, pick_device(asked.device), asked.device_map)
+    groups, keep = check_numbers(source, asked.keep_experts), asked.keep_experts
+    estimate = tell_weights(console, [folder], run.dtype, pick_device(run.device), run.device_map)
     with console.progress() as progress, estimated(estimate):
-        texts, validation = (
-            {
-                name: tokenized(TextSource(path, asked.text_field, asked.document), folder, progress)
-                for name, path in named.items()
-            }
-            for named in (asked.data, asked.val)
-        )
-        choice, before = measure(folder, texts, validation, asked, num_groups, progress)
-    recipe = {"keep_experts": asked.keep_experts, "score": choice.score, "protect_super": asked.protect_super}
+        texts, validation = (read_texts(named, folder, run, progress) for named in (run.data, run.val))
+        model = load(folder, run)
+        measured = calibration_of(model, folder, texts, run, progress)
+        found = layers_with_experts(model)
+        choice = choose(found, measured, asked.score, keep, groups, asked.protect_super, asked.seed, progress)
+        before = losses(model, validation, run)
+        del model, found
+    recipe = {"keep_experts": keep, "score": choice.score, "protect_super": asked.protect_super}
     recipe |= {"data": {name: text.manifest["sha256"] for name, text in texts.items()}}
     plan = plan_pruning(sources.readers, recipe, choice.kept, parse_size(writing.max_shard_size))
     document = describe(plan, choice, source.num_experts, before, models.out, writing.num_workers)
@@ -77,9 +82,9 @@ def prune(
         return document
     carry_out(plan, sources, models.out, writing, started, document, context, console)
     with estimated(estimate):
-        for name, loss in losses_of(models.out, validation, asked).items():
+        for name, loss in losses(load(models.out, run), validation, run).items() if validation else ():
             document["val"][name]["after"] = loss
-    console.result(document, table(document), closing(document), healing(document, asked.data))
+    console.result(document, table(document), closing(document), healing(document, run.data))
     return document
 
 

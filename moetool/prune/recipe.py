@@ -2,61 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from moetool import registry
-from moetool.errors import ConfigError
-from moetool.option import (
-    check_device,
-    device_map_option,
-    device_option,
-    document_option,
-    dtype_option,
-    option,
-    text_field_option,
-)
-from moetool.values import named, parse_count
-
-RUN = "How the texts run"
-SCORES = ["auto", *registry.names("score"), "reconstruction", "random"]
+from moetool.option import option
 
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How many experts are kept, by which score, on which text."""
+    """How many experts are kept, by which score."""
 
     keep_experts: int = option("Routed experts per layer that are kept.", min=1, metavar="N")
-    data: Mapping[str, str] = option(
-        "Text, JSONL, Parquet or tokens that the experts are scored on (repeatable): a file, folder, glob or"
-        " hf:owner/name.",
-        dict, metavar="NAME=PATH", make=named,
-    )  # fmt: skip
     score: str = option(
         "How experts are scored; auto takes the score that changes the layers' outputs least on held-out tokens.",
-        "auto", names=SCORES, what="score",
+        "auto", names=["auto", *registry.names("score"), "reconstruction", "random"], what="score",
     )  # fmt: skip
     protect_super: bool = option(
         "Keep experts whose outputs have extreme entries, whatever their score.", False, flag="--protect-super"
     )
-    val: Mapping[str, str] = option(
-        "Text on which the loss is measured before and after (repeatable).", dict, metavar="NAME=PATH", make=named
-    )
     seed: int = option("Random seed of --score random.", 0, min=0)
-    text_field: str = text_field_option()
-    document: Literal["file", "line", "paragraph"] = document_option()
-    max_tokens: int = option("Tokens of each text, such as 1M.", 204_800, panel=RUN, metavar="N", parse=parse_count)
-    seq_len: int | None = option(
-        "Tokens per window.", None, panel=RUN, shown="2048, or the model's maximum if that is less", min=2
-    )
-    batch_size: int = option("Windows per forward pass.", 8, panel=RUN, min=1)
-    device: str = device_option(RUN)
-    dtype: str = dtype_option("Dtype of the weights in memory; auto keeps the saved one.", RUN)
-    device_map: str | None = device_map_option(RUN)
-
-    def check(self, typed: Collection[str]) -> None:
-        """Raise ConfigError if there is no text, or options contradict each other."""
-        if not self.data:
-            raise ConfigError("give a text to score the experts on: --data NAME=PATH")
-        check_device(self)

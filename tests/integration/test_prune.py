@@ -300,7 +300,7 @@ def test_a_plan_writes_nothing_and_a_calibration_is_made_once(
     assert code == 0, err
     planned = json.loads(out)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("moetool.prune.measure.calibrate", lambda *args, **more: pytest.fail("calibrated again"))
+    monkeypatch.setattr("moetool.calibration.measure.calibrate", lambda *args, **more: pytest.fail("calibrated again"))
     code, out, err = tiny.in_process(*arguments)
     assert code == 0, err
     assert f"moetool cpt {tmp_path / 'out'}" in out.replace("\n", "")
