@@ -21,10 +21,12 @@ from moetool.commands.analyze_routing import analyze_routing
 from moetool.commands.average import average
 from moetool.commands.convert import convert
 from moetool.commands.cpt import cpt
+from moetool.commands.densify import densify
 from moetool.commands.eval import evaluate
 from moetool.commands.grow import grow
 from moetool.commands.inspect import inspect
 from moetool.commands.options import OpenPlaces, typer_command
+from moetool.commands.prune import prune
 from moetool.commands.quickstart import quickstart
 from moetool.commands.tokenize import tokenize
 from moetool.commands.upcycle import upcycle
@@ -53,6 +55,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "cpt": cpt,
     "average": average,
     "grow": grow,
+    "prune": prune,
+    "densify": densify,
     "analyze-routing": analyze_routing,
     "eval": evaluate,
 }
@@ -116,6 +120,8 @@ _LESS_MEMORY = {
     "convert": "use fewer --workers",
     "average": "use fewer --workers",
     "grow": "use fewer --workers",
+    "prune": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
+    "densify": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "cpt": "use a smaller --micro-batch-size or --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)",
     "analyze-routing": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "eval": "use a smaller --batch-size, --dtype bfloat16, or --device-map auto",

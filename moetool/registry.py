@@ -79,6 +79,16 @@ REGISTRY: dict[str, dict[str, str]] = {
         "convert": "moetool.convert.plan:OPERATION",
         "average": "moetool.average.plan:OPERATION",
         "grow": "moetool.grow.plan:OPERATION",
+        "prune": "moetool.prune.plan:OPERATION",
+        "densify": "moetool.densify.plan:OPERATION",
+    },
+    "score": {
+        "weighted-ean": "moetool.prune.scores:weighted_ean",
+        "ean": "moetool.prune.scores:ean",
+        "frequency": "moetool.prune.scores:frequency",
+        "reap": "moetool.prune.scores:reap",
+        "man": "moetool.prune.scores:man",
+        "msan": "moetool.prune.scores:msan",
     },
     "router": {
         "normal": "moetool.upcycle.router:normal",

@@ -57,8 +57,8 @@ def grow(
         )
     if asked.start == "double-k":
         console.warn(
-            "with --start double-k, copies are chosen for the same tokens with the same weights, so training alone"
-            " keeps them the same; use sleeping or twins unless something else parts them"
+            "with --start double-k, copies are chosen for the same tokens with the same weights, so training keeps"
+            " them the same; use sleeping or twins unless something else parts them"
         )
     if writing.plan:
         console.result(document, table(document))

@@ -178,6 +178,13 @@ def lineage_line(entry: dict[str, Any]) -> str:
             f"grow of {source.get('name')} ({source.get('model_type')}): {recipe.get('num_experts')} experts,"
             f" top-{recipe.get('top_k')}, {recipe.get('start')}{asleep}"
         )
+    if entry.get("command") in ("prune", "densify"):
+        recipe, source = entry.get("recipe", {}), entry.get("source", {})
+        by = f" by {recipe['score']}" if recipe.get("score") else ""
+        return (
+            f"{entry['command']} of {source.get('name')} ({source.get('model_type')}): {recipe.get('keep_experts')}"
+            f" experts kept{by}"
+        )
     if entry.get("command") == "cpt":
         return f"cpt: {entry.get('steps')} steps, {entry.get('tokens')} tokens, seed {entry.get('seed')}"
     return str(entry.get("command"))

@@ -21,7 +21,9 @@ class VerifyOptions:
     """The options of `moetool verify`."""
 
     path: Path = option(
-        "A folder written by moetool upcycle, convert, average or grow.", positional=True, metavar="PATH"
+        "A folder written by moetool upcycle, convert, average, grow, prune or densify.",
+        positional=True,
+        metavar="PATH",
     )
     source: str | None = option(
         "The model it was made from.", None, shown="where moetool.json says it was", metavar="MODEL"
@@ -40,7 +42,7 @@ class VerifyOptions:
 
 
 def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict[str, Any]:
-    """Verify a folder written by upcycle, convert, average or grow against its sources.
+    """Verify a folder written by upcycle, convert, average, grow, prune or densify against its sources.
 
     Checks that kept weights equal the source bit for bit, that redrawn units differ from it and have the
     statistics of the weights they replaced, and that no file was changed, removed or added. (Hidden

@@ -44,7 +44,7 @@ def open_moe(reader: CheckpointReader, what: str) -> MoESource:
         raise ConfigError(f"a {model_type} cannot be {what}: it is dense, or of a family that moetool does not know")
     if not source.layers:
         raise CheckpointError(f"{folder} holds no experts under the names of a {model_type}; fetch it again")
-    known = set(_own_tensors(source))
+    known = set(own_tensors(source))
     for name in source.tensors:
         if _OF_EXPERTS.search(name) and name not in known:
             raise CheckpointError(f"{folder}: tensor {name[:100]} belongs to experts, and a {model_type} has none such")
@@ -63,7 +63,7 @@ def open_moe(reader: CheckpointReader, what: str) -> MoESource:
     return source
 
 
-def _own_tensors(source: MoESource) -> list[str]:
+def own_tensors(source: MoESource) -> list[str]:
     """The names of all routers, selection biases and experts of a checkpoint."""
     spec, found = source.spec, []
     experts = range(1 if spec.fused else source.num_experts)
@@ -99,7 +99,7 @@ def with_experts(
     """
     fills: list[Fill] = []
     layouts: dict[str, TensorLayout] = {}
-    own = set(_own_tensors(source))
+    own = set(own_tensors(source))
     for name, info in source.tensors.items():
         if name not in own:
             fills.append(

@@ -40,7 +40,7 @@ def run(folder: Path) -> tuple[Tensor, list[Tensor]]:
     model = load_model(folder).eval()
     capture = RouterCapture(model)
     with torch.no_grad(), capture.collect() as routes:
-        logits = model(torch.randint(1, 300, (2, 40), generator=torch.Generator().manual_seed(0))).logits
+        logits = model(torch.randint(1, 300, (64, 4), generator=torch.Generator().manual_seed(0))).logits
     return logits, [route.indices_TK for route in routes]
 
 

@@ -1,0 +1,1 @@
+"""What a model's experts do on some text, as sums that add up, measured once and kept."""

@@ -1,0 +1,104 @@
+"""The experts and routers of a loaded model, and what they compute for some tokens.
+
+Shapes: T tokens, E experts, K top-k, D hidden, F intermediate units.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetool.errors import CheckpointError
+from moetool.routing.capture import RouterCapture, read_output
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The experts and the router of one layer.
+
+    Attributes:
+        experts: transformers' module of all routed experts, which is called with hidden states, choices and weights.
+        router: chooses and weights them.
+        block: has both; a selection bias may lie in it.
+    """
+
+    experts: Any
+    router: nn.Module
+    block: nn.Module
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.experts.gate_up_proj.shape[0])
+
+    def output(self, expert: int, hidden_TD: Tensor) -> Tensor:
+        """(T, D), what an expert makes of some tokens."""
+        gate_TF, up_TF = nn.functional.linear(hidden_TD, self.experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        return nn.functional.linear(self.experts.act_fn(gate_TF) * up_TF, self.experts.down_proj[expert])
+
+    def routing(self, kept: Sequence[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """The family's own router with some of its experts only.
+
+        Args:
+            kept: experts, ascending.
+
+        Returns:
+            Hidden states (T, D) -> weights (T, K) in fp32, and choices (T, K) as positions in `kept`.
+        """
+        E, index = self.num_experts, torch.tensor(list(kept), device=self.experts.gate_up_proj.device)
+        router = copy.deepcopy(self.router).requires_grad_(False)
+        for module in router.modules():
+            for store in (module._parameters, module._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None and E in tensor.shape:
+                        axis = 0 if tensor.shape[0] == E else tensor.ndim - 1
+                        part = tensor.index_select(axis, index.to(tensor.device))
+                        store[name] = nn.Parameter(part, False) if store is module._parameters else part  # type: ignore[assignment]
+        if hasattr(router, "num_experts"):
+            router.num_experts = len(kept)  # type: ignore[assignment]
+        _, *others = signature(self.router.forward).parameters
+        more = [getattr(self.block, other, None) for other in others]
+        more = [one[index.to(one.device)] if isinstance(one, Tensor) else one for one in more]
+
+        def route(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+            _, weights_TK, indices_TK = read_output(router(hidden_TD, *more), type(router).__name__, -1)
+            return weights_TK.float(), indices_TK
+
+        return route
+
+
+def layers_with_experts(model: nn.Module) -> dict[int, Layer]:
+    """The layers of a model that have routed experts, ascending.
+
+    Raises:
+        CheckpointError: it has none, they lie on no device, or transformers builds them in a way that is not known.
+    """
+    routers = RouterCapture(model).routers
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
+    found: dict[int, Layer] = {}
+    for name, module in modules.items():
+        match = _LAYER.search(f".{name}.")
+        both, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+        whole = isinstance(both, Tensor) and isinstance(down, Tensor) and both.ndim == down.ndim == 3
+        if match and whole and hasattr(module, "act_fn") and int(match[1]) in routers:
+            router = routers[int(match[1])]
+            block = modules[names[router].rpartition(".")[0]]
+            found[int(match[1])] = Layer(module, router, block)
+    if found.keys() != routers.keys():
+        raise CheckpointError(
+            f"{type(model).__name__}: the experts of layer {min(routers.keys() - found.keys())} cannot be read in this"
+            " version of transformers"
+        )
+    if any(layer.experts.down_proj.is_meta for layer in found.values()):
+        raise CheckpointError("weights are offloaded from the device; leave --device-map out")
+    return dict(sorted(found.items()))

@@ -1,0 +1,72 @@
+"""A loaded model and its calibration, for a command that changes its experts; and the loss of any model."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetool.calibration.options import CalibrationOptions
+from moetool.calibration.store import kept
+from moetool.calibration.sums import Calibration
+from moetool.calibration.text_pass import calibrate, mean_loss
+from moetool.checkpoint.model import load_model, pick_device
+from moetool.data.text import TextSource
+from moetool.data.tokens import TokenStream, tokenized
+from moetool.errors import ConfigError
+from moetool.progress import Progress
+
+SEQ_LEN = 2048
+
+
+def read_texts(
+    named: Mapping[str, str], folder: Path, run: CalibrationOptions, progress: Progress
+) -> dict[str, TokenStream]:
+    """Texts as tokens of a model's own tokenizer.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    sources = {name: TextSource(path, run.text_field, run.document) for name, path in named.items()}
+    return {name: tokenized(source, folder, progress) for name, source in sources.items()}
+
+
+def load(folder: Path, run: CalibrationOptions) -> Any:
+    """A model, ready to run; the memory of one that was dropped before is free again."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    device = None if run.device_map else pick_device(run.device)
+    return load_model(folder, run.dtype, device, run.device_map).eval()
+
+
+def calibration_of(
+    model: Any, folder: Path, texts: Mapping[str, TokenStream], run: CalibrationOptions, progress: Progress
+) -> Calibration:
+    """The calibration of a model on texts: a kept one, or a new one.
+
+    Raises:
+        CheckpointError: its experts cannot be read.
+        DataError: a text has no tokens, or one that the model does not know.
+    """
+    limits = _limits(model, run)
+    # A batch's size, the dtype and the device change sums by rounding, which may change a choice between near equals.
+    settings = limits | {"dtype": str(model.dtype), "device": model.device.type}
+    manifests = {name: text.manifest for name, text in texts.items()}
+    return kept(folder, manifests, settings, lambda: calibrate(model, texts, **limits, progress=progress))
+
+
+def losses(model: Any, texts: Mapping[str, TokenStream], run: CalibrationOptions) -> dict[str, float]:
+    """The loss of a model on each text, in nats per token."""
+    return {name: mean_loss(model, text, name, **_limits(model, run)) for name, text in texts.items()}
+
+
+def _limits(model: Any, run: CalibrationOptions) -> dict[str, int]:
+    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN)
+    if run.seq_len and run.seq_len > positions:
+        raise ConfigError(f"--seq-len {run.seq_len}: the model has only {positions} positions; give at most that")
+    seq_len = run.seq_len or min(SEQ_LEN, positions)
+    return {"seq_len": seq_len, "batch_size": run.batch_size, "max_tokens": run.max_tokens}

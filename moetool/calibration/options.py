@@ -1,0 +1,51 @@
+"""How texts go through a model that is calibrated, as options of every command that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moetool.errors import ConfigError
+from moetool.option import (
+    check_device,
+    device_map_option,
+    device_option,
+    document_option,
+    dtype_option,
+    option,
+    text_field_option,
+)
+from moetool.values import named, parse_count
+
+RUN = "How the texts run"
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The texts, and how they run."""
+
+    data: Mapping[str, str] = option(
+        "Text, JSONL, Parquet or tokens that the experts are measured on (repeatable): a file, folder, glob or"
+        " hf:owner/name.",
+        dict, metavar="NAME=PATH", make=named,
+    )  # fmt: skip
+    val: Mapping[str, str] = option(
+        "Text on which the loss is measured before and after (repeatable).", dict, metavar="NAME=PATH", make=named
+    )
+    text_field: str = text_field_option()
+    document: Literal["file", "line", "paragraph"] = document_option()
+    max_tokens: int = option("Tokens of each text, such as 1M.", 204_800, panel=RUN, metavar="N", parse=parse_count)
+    seq_len: int | None = option(
+        "Tokens per window.", None, panel=RUN, shown="2048, or the model's maximum if that is less", min=2
+    )
+    batch_size: int = option("Windows per forward pass.", 8, panel=RUN, min=1)
+    device: str = device_option(RUN)
+    dtype: str = dtype_option("Dtype of the weights in memory; auto keeps the saved one.", RUN)
+    device_map: str | None = device_map_option(RUN)
+
+    def check(self, typed: Collection[str]) -> None:
+        """Raise ConfigError if there is no text, or options contradict each other."""
+        if not self.data:
+            raise ConfigError("give a text to measure the experts on: --data NAME=PATH")
+        check_device(self)

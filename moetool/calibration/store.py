@@ -1,0 +1,43 @@
+"""Calibrations that are kept, so that none is computed twice: a file for each model, text and way to run it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from moetool import __version__
+from moetool.calibration.sums import Calibration
+from moetool.checkpoint.folder import write_file
+from moetool.checkpoint.reader import content_fingerprint
+
+
+def kept(
+    folder: Path, texts: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any], make: Callable[[], Calibration]
+) -> Calibration:
+    """The calibration of a model: that of an earlier run, or a new one, which is kept in the cache.
+
+    Args:
+        folder: the checkpoint.
+        texts: name -> the manifest of its tokens.
+        settings: all else that the result depends on.
+        make: a new one.
+    """
+    parts = [__version__, content_fingerprint(folder), {name: one["sha256"] for name, one in texts.items()}, settings]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    cache = Path(os.environ.get("MOETOOL_CACHE") or "~/.cache/moetool").expanduser() / "calibration"
+    path = cache / f"{digest}.safetensors"
+    with suppress(OSError, SafetensorError, KeyError, ValueError, TypeError):  # absent, or damaged and made again
+        return Calibration.from_tensors(load_file(path))
+    made = make()
+    cache.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in made.to_tensors().items()}
+    write_file(path, save(tensors, {"provenance": json.dumps(parts, sort_keys=True)}))
+    return made

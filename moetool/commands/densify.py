@@ -1,0 +1,99 @@
+"""`moetool densify`: a dense model of a Mixture of Experts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from moetool.calibration.options import CalibrationOptions
+from moetool.commands.console import Console, escape
+from moetool.commands.memory_estimate import estimated, tell_weights
+from moetool.commands.options import Output
+from moetool.commands.plan_table import describe_files, file_rows, two_columns
+from moetool.commands.proof import Writing, carry_out, closing
+from moetool.option import option
+from moetool.values import parse_size
+
+
+@dataclass(frozen=True)
+class DensifyOptions:
+    """The model that is read, the folder that is written, and how many experts are kept."""
+
+    model: str = option("A Mixture of Experts: a folder, or owner/name\\[@revision].", positional=True, metavar="MODEL")
+    out: Path = option("The folder to write.", positional=True, metavar="OUT")
+    keep_experts: int = option("Routed experts of each layer that go into its FFN.", min=1, metavar="K")
+
+
+def densify(
+    context: typer.Context, asked: DensifyOptions, run: CalibrationOptions, writing: Writing, output: Output
+) -> dict[str, Any]:
+    """Make a dense model of a Mixture of Experts.
+
+    The FFN of each layer is the K experts that do most on --data side by side, each with its mean weight, and
+    the shared expert beside them. Everything else is copied to the dense family with the same attention. The
+    result is a standard Hugging Face checkpoint that needs training. A killed run leaves nothing that loads,
+    and the same command finishes it.
+    """
+    from moetool.calibration.experts import layers_with_experts
+    from moetool.calibration.measure import calibration_of, load, losses, read_texts
+    from moetool.checkpoint.model import pick_device
+    from moetool.densify.measure import parts_of
+    from moetool.densify.plan import check_source, plan_dense
+    from moetool.errors import ConfigError
+    from moetool.surgery.experts import open_moe
+    from moetool.surgery.sources import open_sources
+
+    console = Console(context, output.json, output.quiet)
+    started = time.perf_counter()
+    sources = context.with_resource(open_sources([asked.model], asked.out))
+    folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "densified")
+    check_source(source)
+    if asked.keep_experts > source.num_experts:
+        raise ConfigError(f"--keep-experts {asked.keep_experts}: {folder} has {source.num_experts} experts")
+    estimate = tell_weights(console, [folder], run.dtype, pick_device(run.device), run.device_map)
+    with console.progress() as progress, estimated(estimate):
+        texts, validation = (read_texts(named, folder, run, progress) for named in (run.data, run.val))
+        model = load(folder, run)
+        measured = calibration_of(model, folder, texts, run, progress)
+        parts = parts_of(source, layers_with_experts(model), measured, asked.keep_experts)
+        before = losses(model, validation, run)
+        del model
+    recipe = {"keep_experts": asked.keep_experts}
+    recipe |= {"data": {name: text.manifest["sha256"] for name, text in texts.items()}}  # type: ignore[dict-item]
+    plan = plan_dense(sources.readers, recipe, parts, parse_size(writing.max_shard_size))
+    document: dict[str, Any] = {
+        "out": str(asked.out),
+        "family": {"before": source.spec.model_type, "after": plan.config["model_type"]},
+        "num_experts": source.num_experts,
+        "intermediate_size": plan.config["intermediate_size"],
+        "layers": [{"layer": layer, **vars(part)} for layer, part in parts.items()],
+        "val": {name: {"before": loss, "after": None} for name, loss in before.items()},
+        **describe_files(plan, asked.out, writing.num_workers),
+    }
+    if not writing.plan:
+        carry_out(plan, sources, asked.out, writing, started, document, context, console)
+        with estimated(estimate):
+            for name, loss in losses(load(asked.out, run), validation, run).items() if validation else ():
+                document["val"][name]["after"] = loss
+    show(document, asked.keep_experts, console)
+    return document
+
+
+def show(document: dict[str, Any], keep: int, console: Console) -> None:
+    """Print the result, and the command that trains it further."""
+    family, weights = document["family"], [sum(row["weights"]) for row in document["layers"]]
+    rows = {
+        "family": f"{family['before']} -> {family['after']}",
+        "FFN": f"{document['intermediate_size']} units from {keep} of {document['num_experts']} experts",
+        "weights": f"of a layer's experts sum to {min(weights):.3f} to {max(weights):.3f}",
+    }
+    for name, loss in document["val"].items():
+        after = "" if loss["after"] is None else f" -> {loss['after']:.4f}"
+        rows[f"loss on {name}"] = f"{loss['before']:.4f}{after} nats"
+    lines = [closing(document)] if "seconds" in document else []
+    lines += [escape(f"train it further: moetool cpt {document['out']} ...")] if lines else []
+    console.result(document, two_columns({"model": rows.pop("family")} | rows | file_rows(document)), *lines)

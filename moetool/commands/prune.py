@@ -1,0 +1,153 @@
+"""`moetool prune`: fewer experts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from moetool.calibration.options import CalibrationOptions
+from moetool.commands.console import Console, escape
+from moetool.commands.memory_estimate import estimated, tell_weights
+from moetool.commands.options import Output
+from moetool.commands.plan_table import describe_files, file_rows, two_columns
+from moetool.commands.proof import Writing, carry_out, closing
+from moetool.option import option
+from moetool.prune.recipe import PruneOptions
+from moetool.values import parse_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moetool.prune.choose import Choice
+    from moetool.surgery.plan import Plan
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The model that is read, and the folder that is written."""
+
+    model: str = option("A Mixture of Experts: a folder, or owner/name\\[@revision].", positional=True, metavar="MODEL")
+    out: Path = option("The folder to write.", positional=True, metavar="OUT")
+
+
+def prune(
+    context: typer.Context,
+    models: Folders,
+    asked: PruneOptions,
+    run: CalibrationOptions,
+    writing: Writing,
+    output: Output,
+) -> dict[str, Any]:
+    """Leave out the experts of a Mixture of Experts that do least on some text.
+
+    The model runs on --data once. Every layer keeps the same number of experts, with their router rows and
+    selection biases; everything else stays as it is. The result is a standard Hugging Face checkpoint. A
+    killed run leaves nothing that loads, and the same command finishes it.
+    """
+    from moetool.calibration.experts import layers_with_experts
+    from moetool.calibration.measure import calibration_of, load, losses, read_texts
+    from moetool.checkpoint.model import pick_device
+    from moetool.prune.choose import choose
+    from moetool.prune.plan import check_numbers, plan_pruning
+    from moetool.surgery.experts import open_moe
+    from moetool.surgery.sources import open_sources
+
+    console = Console(context, output.json, output.quiet)
+    started = time.perf_counter()
+    sources = context.with_resource(open_sources([models.model], models.out))
+    folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "pruned")
+    groups, keep = check_numbers(source, asked.keep_experts), asked.keep_experts
+    estimate = tell_weights(console, [folder], run.dtype, pick_device(run.device), run.device_map)
+    with console.progress() as progress, estimated(estimate):
+        texts, validation = (read_texts(named, folder, run, progress) for named in (run.data, run.val))
+        model = load(folder, run)
+        measured = calibration_of(model, folder, texts, run, progress)
+        found = layers_with_experts(model)
+        choice = choose(found, measured, asked.score, keep, groups, asked.protect_super, asked.seed, progress)
+        before = losses(model, validation, run)
+        del model, found
+    recipe = {"keep_experts": keep, "score": choice.score, "protect_super": asked.protect_super}
+    recipe |= {"data": {name: text.manifest["sha256"] for name, text in texts.items()}}
+    plan = plan_pruning(sources.readers, recipe, choice.kept, parse_size(writing.max_shard_size))
+    document = describe(plan, choice, source.num_experts, before, models.out, writing.num_workers)
+    for warning in warnings(document, plan):
+        console.warn(warning)
+    if writing.plan:
+        console.result(document, table(document))
+        return document
+    carry_out(plan, sources, models.out, writing, started, document, context, console)
+    with estimated(estimate):
+        for name, loss in losses(load(models.out, run), validation, run).items() if validation else ():
+            document["val"][name]["after"] = loss
+    console.result(document, table(document), closing(document), healing(document, run.data))
+    return document
+
+
+def describe(
+    plan: Plan, choice: Choice, num_experts: int, losses: Mapping[str, float], out: Path, workers: int
+) -> dict[str, Any]:
+    """The plan as `--json` gives it."""
+    return {
+        "out": str(out),
+        "family": plan.config.get("model_type"),
+        "num_experts": {"before": num_experts, "after": plan.recipe["keep_experts"]},
+        "score": choice.score,
+        "errors": dict(choice.errors),
+        "layers": list(choice.layers),
+        "val": {name: {"before": loss, "after": None} for name, loss in losses.items()},
+        **describe_files(plan, out, workers),
+    }
+
+
+def warnings(document: Mapping[str, Any], plan: Plan) -> list[str]:
+    """What the calibration could not tell apart, and what changes beside the experts."""
+    from moetool.arch.spec import detect
+
+    dropped = document["num_experts"]["before"] - document["num_experts"]["after"]
+    rows = [row for row in document["layers"] if len(row["unused"]) > dropped]
+    told = [
+        f"layer {row['layer']} has {len(row['unused'])} experts without a token, and only {dropped} are left out, the"
+        " last ones; keep fewer, or give more text"
+        for row in rows[:3]
+    ]
+    if plan.config.get("norm_topk_prob") is False and plan.config.get("scoring_func", "softmax") == "softmax":
+        told.append(
+            "this model's weights are a softmax over all experts (norm_topk_prob is false): without some experts, the"
+            " others get more weight for every token"
+        )
+    spec = detect(plan.config)
+    if spec and spec.selection_bias and spec.ranked_by == "softmax":
+        told.append(
+            "this family chooses by a softmax over all experts plus a selection bias: without some experts, the"
+            " softmax is larger and the bias counts less, which may change choices among the others"
+        )
+    return told
+
+
+def table(document: dict[str, Any]) -> Table:
+    """The plan for people."""
+    experts, layers, errors = document["num_experts"], document["layers"], document["errors"]
+    masses, largest = [row["mass_kept"] for row in layers], [max(row["load"]) for row in layers]
+    shown = ", ".join(f"{name} {error:.4f}" for name, error in sorted(errors.items(), key=lambda one: one[1]))
+    rows = {
+        "family": str(document["family"]),
+        "experts": f"{experts['before']} -> {experts['after']} in each of {len(layers)} layers, by {document['score']}",
+        "output error": f"{shown} (of layers, relative, squared, on held-out tokens)",
+        "weight kept": f"{min(masses):.1%} to {max(masses):.1%} of what routers give",
+        "largest load": f"{max(largest):.1%} of the routes of a layer, once the others are gone",
+    }
+    for name, loss in document["val"].items():
+        after = "" if loss["after"] is None else f" -> {loss['after']:.4f}"
+        rows[f"loss on {name}"] = f"{loss['before']:.4f}{after} nats"
+    return two_columns(rows | file_rows(document))
+
+
+def healing(document: Mapping[str, Any], data: Mapping[str, str]) -> str:
+    """The command that trains the result further."""
+    train = " ".join(f"--train {name}={path}" for name, path in data.items())
+    return escape(f"train it further: moetool cpt {document['out']} {document['out']}-healed {train} --max-tokens 100M")

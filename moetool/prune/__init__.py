@@ -1,0 +1,1 @@
+"""A Mixture of Experts without the experts that do least on some text."""

@@ -1,0 +1,23 @@
+"""What is pruned, as options of `moetool prune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moetool import registry
+from moetool.option import option
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """How many experts are kept, by which score."""
+
+    keep_experts: int = option("Routed experts per layer that are kept.", min=1, metavar="N")
+    score: str = option(
+        "How experts are scored; auto takes the score that changes the layers' outputs least on held-out tokens.",
+        "auto", names=["auto", *registry.names("score"), "reconstruction", "random"], what="score",
+    )  # fmt: skip
+    protect_super: bool = option(
+        "Keep experts whose outputs have extreme entries, whatever their score.", False, flag="--protect-super"
+    )
+    seed: int = option("Random seed of --score random.", 0, min=0)
