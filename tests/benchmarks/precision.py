@@ -159,22 +159,19 @@ def measure(folder: Path, text: Path, steps: int, seeds: int, ways: Sequence[str
 
 def difference(found: Losses, way: str, base: str, what: str) -> list[float]:
     """Percent of a way's loss above that of another, of each seed."""
-    pairs = zip(found[way], found.get(base, []), strict=False)
-    return [100 * (one[what] / other[what] - 1) for one, other in pairs]
+    return [100 * (one[what] / other[what] - 1) for one, other in zip(found[way], found[base], strict=True)]
 
 
-def table(found: Losses) -> str:
-    """Markdown: the mean over seeds, and differences as mean (lowest to highest of the seeds)."""
-    lines = ["| | mean loss | against fp32 | against autocast | validation | against fp32 | against autocast |"]
-    lines.append("|---|---|---|---|---|---|---|")
+def table(found: Losses, what: str) -> str:
+    """Markdown: a loss's mean over seeds, and differences as mean (lowest to highest of the seeds)."""
+    bases = [way for way in ("fp32", "autocast", "bf16") if way in found]
+    lines = [f"| {what} loss | | {' | '.join(f'against {base}' for base in bases)} |", "|---" * (2 + len(bases)) + "|"]
     for way, seeds in found.items():
-        cells = [way]
-        for what in ("mean", "validation"):
-            cells.append(f"{statistics.fmean(entry[what] for entry in seeds):.4f}")
-            for base in ("fp32", "autocast"):
-                parts = difference(found, way, base, what) if way != base else []
-                low_high = f"{statistics.fmean(parts):+.3f} % ({min(parts):+.3f} to {max(parts):+.3f})" if parts else ""
-                cells.append(low_high)
+        cells = [way, f"{statistics.fmean(entry[what] for entry in seeds):.4f}"]
+        for base in bases:
+            parts = difference(found, way, base, what)
+            low_high = f"{statistics.fmean(parts):+.3f} % ({min(parts):+.3f} to {max(parts):+.3f})"
+            cells.append("" if way == base else low_high)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -200,7 +197,7 @@ def main() -> None:
         os.environ["MOETOOL_CACHE"] = str(folder / "cache")
         found = measure(folder, arguments.text, arguments.steps, arguments.seeds, arguments.only or list(WAYS))
     del kept
-    print(table(found))
+    print(table(found, "mean"), table(found, "validation"), sep="\n\n")
     if arguments.json:
         arguments.json.write_text(json.dumps({"steps": arguments.steps, "ways": found}, indent=2) + "\n")
 
