@@ -1,0 +1,162 @@
+"""Which mesh to use for two models on 8, 16 and 64 GPUs: computed from bytes and published bandwidths, not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from moetool.cost.memory import Training, estimate
+from moetool.cost.operations import flops_per_token
+from moetool.cost.parameters import routing_size
+from moetool.mesh import Mesh
+from tests.benchmarks.mesh_bytes import Group, Traffic, step_traffic, totals
+
+NODE = 8  # GPUs that NVLink connects
+NVLINK = 450e9  # bytes/s a direction and GPU: H100 SXM data sheet, 900 GB/s both ways
+NETWORK = 50e9  # bytes/s a direction and GPU: one NDR InfiniBand port (400 Gb/s) for each GPU, as in a DGX H100
+REACHED = 0.8  # of both: nccl-tests reach 360 GB/s in a node of 8 H100 (NVIDIA/nccl-tests#326)
+PEAK = 989e12  # dense bf16 operations/s: H100 SXM data sheet
+ALONE = 0.4  # of PEAK on one GPU; measured there: 0.37 and 0.48 (docs/benchmarks/cpt.md)
+SPARE = 0.9  # of a GPU's memory: the estimate knows no fragmentation and no buffers of NCCL
+
+SEQ_LEN, BATCH = 4096, 1024  # 4.2 M tokens a step
+CARDS = {"H100, 80 GB": 80e9, "H200, 141 GB": 141e9}
+GPUS = (8, 16, 64)
+
+
+class Choice(NamedTuple):
+    """A mesh and what it costs, computed.
+
+    Attributes:
+        mesh: of the GPUs.
+        training: options.
+        memory: bytes of each GPU, estimated.
+        sent: bytes that each GPU sends in a step, by kind.
+        alone: share of the step that is not communication, if nothing overlaps.
+        overlapped: the same, if FSDP's traffic hides behind the arithmetic, and that of tokens and layers does not.
+    """
+
+    mesh: Mesh
+    training: Training
+    memory: int
+    sent: dict[str, float]
+    alone: float
+    overlapped: float
+
+
+def models() -> dict[str, Any]:
+    """The two models, without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+
+    llama = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    qwen = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "vocab_size": 151936}
+    qwen |= {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    qwen |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    configs = {
+        "Llama-3.1-8B x 8": MixtralConfig(**llama, num_local_experts=8, num_experts_per_tok=2),  # type: ignore[arg-type]
+        "Qwen3-30B-A3B": Qwen3MoeConfig(**qwen),  # type: ignore[arg-type]
+    }
+    with torch.device("meta"):
+        return {name: AutoModelForCausalLM.from_config(config) for name, config in configs.items()}
+
+
+def seconds(traffic: Traffic) -> float:
+    """Time of collectives at REACHED of the published bandwidths.
+
+    A ring enters and leaves a node through as many network ports as it has members there. In an exchange, what goes to
+    other nodes passes the GPU's own port.
+    """
+    group = traffic.group
+    inside = _inside(group)
+    if traffic.operation == "exchange":
+        away = traffic.payload * (group.size - inside) / group.size
+        near = traffic.payload * (inside - 1) / group.size
+        return max(near / NVLINK, away / NETWORK) / REACHED
+    bandwidth = NVLINK if inside == group.size else min(NVLINK, NETWORK * inside)
+    return traffic.sent / bandwidth / REACHED
+
+
+def _inside(group: Group) -> int:
+    """Members of a group in one node."""
+    return max(1, min(group.size, NODE // group.stride))
+
+
+def choice(model: Any, mesh: Mesh, training: Training) -> Choice:
+    """What a mesh costs in a step of BATCH sequences."""
+    micro_batches = BATCH // training.micro_batch_size // mesh.data_parallel
+    traffic = step_traffic(model, mesh, training, micro_batches)
+    tokens = BATCH * training.seq_len / mesh.processes
+    compute = flops_per_token(model, training.seq_len) * tokens / PEAK / ALONE
+    hidden = sum(seconds(one) for one in traffic if one.kind in ("weights", "gradients", "replicas"))
+    waited = sum(map(seconds, traffic)) - hidden
+    return Choice(
+        mesh,
+        training,
+        estimate(model, training, mesh)["total"],
+        totals(traffic),
+        compute / (compute + hidden + waited),
+        compute / (max(compute, hidden) + waited),
+    )
+
+
+def meshes(model: Any, gpus: int) -> Iterator[Mesh]:
+    """All meshes of so many GPUs that divide the model, with `tp` and the shards of a replica within reason."""
+    num_experts, _ = routing_size(model)
+    powers = [2**n for n in range(7) if 2**n <= gpus]
+    for tp in (1, 2, 4):
+        for fsdp in powers:
+            if gpus % (fsdp * tp) == 0:
+                for ep in powers:
+                    fits = ep == 1 or (ep % tp == 0 and fsdp * tp % ep == 0 and num_experts % ep == 0)
+                    if fits and (fsdp > 1 or tp > 1):
+                        yield Mesh(fsdp, ep, tp, gpus // fsdp // tp)
+
+
+def choices(model: Any, gpus: int) -> list[Choice]:
+    """All meshes and micro-batches, the fastest first; with gradient checkpointing, in bf16."""
+    found = []
+    for mesh in meshes(model, gpus):
+        for size in (1, 2, 4, 8):
+            if BATCH % (size * mesh.data_parallel) == 0:
+                training = Training(SEQ_LEN, size, "bf16", gradient_checkpointing=True, compiled_loss=True)
+                found.append(choice(model, mesh, training))
+    return sorted(found, key=lambda one: (-round(one.overlapped, 2), -round(one.alone, 2), one.memory))
+
+
+def fitting(found: Sequence[Choice], memory: float) -> Choice | None:
+    """The first that fits a GPU."""
+    return next((one for one in found if one.memory <= SPARE * memory), None)
+
+
+def table() -> str:
+    """The recommendations as Markdown, beside plain FSDP2."""
+    lines = [
+        "| model | GPUs | card | mesh | micro-batch | memory a GPU | sent a GPU and step | efficiency |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, model in models().items():
+        for gpus in GPUS:
+            found = choices(model, gpus)
+            plain = [one for one in found if one.mesh == Mesh(gpus)]
+            for card, memory in CARDS.items():
+                start = f"| {name} | {gpus} | {card} |"
+                for label, some in (("", found), (" (plain FSDP2)", plain)):
+                    best = fitting(some, memory)
+                    lines.append(f"{start} {_row(best, label)}" if best else f"{start} none fits{label} | | | | |")
+    return "\n".join(lines)
+
+
+def _row(one: Choice, label: str) -> str:
+    mesh = one.mesh
+    flags = {"--fsdp": mesh.fsdp, "--ep": mesh.ep, "--tp": mesh.tp, "--replicas": mesh.replicas}
+    options = " ".join(f"{flag} {size}" for flag, size in flags.items() if size > 1)
+    parts = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in one.sent.items() if size > 1e8)
+    return (
+        f"`{options}`{label} | {one.training.micro_batch_size} | {one.memory / 1e9:.0f} GB |"
+        f" {sum(one.sent.values()) / 1e9:,.0f} GB ({parts}) | {one.alone:.0%} to {one.overlapped:.0%} |"
+    )
+
+
+if __name__ == "__main__":
+    print(table())
