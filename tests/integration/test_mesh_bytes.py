@@ -14,7 +14,7 @@ SHORT = {"seq_len": 32, "global_batch_size": 8}
 
 
 @pytest.mark.parametrize(
-    "meshes, options",
+    ("meshes", "options"),
     [
         pytest.param(
             [Mesh(fsdp=4, ep=2), Mesh(fsdp=2, ep=2, tp=2), Mesh(fsdp=2, ep=2, replicas=2), Mesh(fsdp=2, tp=2)],
