@@ -205,8 +205,12 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
 
 
 def accumulating(accelerator: Accelerator, model: Any, last: bool) -> AbstractContextManager[Any]:
-    """Around each backward of a step: only the last one's ends with DDP's sum over the processes.
+    """Around each backward of a step: only the last one's ends with a sum over processes that hold the same weights.
 
-    FSDP sums every micro-batch's, for it would hold whole gradients otherwise.
+    FSDP reduces every micro-batch's gradient to its shards, for it would hold whole gradients otherwise; the shards
+    are summed over the replicas with the last.
     """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+        return nullcontext()
     return nullcontext() if last else accelerator.no_sync(model)

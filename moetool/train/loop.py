@@ -208,7 +208,7 @@ class Run:
         self.model.train()
         for micro in batch:
             torch.manual_seed(micro.seed)
-            with accumulating(accelerator, self.model, micro is batch[-1] or not config.mesh.whole):
+            with accumulating(accelerator, self.model, micro is batch[-1]):
                 forward = self._forward(micro, counted)
                 sums, counted = self._backward(forward, step_tokens), forward.step_counts_LE
             flat = flat + sums.flat(dtype)

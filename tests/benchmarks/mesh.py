@@ -29,7 +29,7 @@ from moetool.mesh import Mesh
 from tests.launched import environment, launcher
 
 MESHES = {
-    2: [Mesh(replicas=2), Mesh(fsdp=2), Mesh(fsdp=2, ep=2), Mesh(tp=2), Mesh(tp=2, ep=2)],
+    2: [Mesh(replicas=2), Mesh(fsdp=2), Mesh(fsdp=2, ep=2)],
     4: [
         Mesh(replicas=4),
         Mesh(fsdp=4),

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from moetool.cost.memory import BFLOAT16, FLOAT32, Training
@@ -88,8 +89,9 @@ def step_traffic(model: Any, mesh: Mesh, training: Training, micro_batches: int,
     found: Counter[tuple[str, str, Group]] = Counter()
     calls: Counter[tuple[str, str, Group]] = Counter()
     for kind, operation, payload, group in _micro_batch(model, mesh, training):
-        found[kind, operation, group] += payload * micro_batches
-        calls[kind, operation, group] += micro_batches
+        times = 1 if kind == "replicas" else micro_batches  # these are summed with the step's last micro-batch
+        found[kind, operation, group] += payload * times
+        calls[kind, operation, group] += times
     world = Group(mesh.processes, 1)
     if mesh.whole:
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -160,6 +162,7 @@ def _units(model: Any, mesh: Mesh, exact: set[str]) -> dict[str, list[tuple[str,
     return units
 
 
+@cache
 def _pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 

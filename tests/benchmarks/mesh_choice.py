@@ -82,18 +82,28 @@ def _inside(group: Group) -> int:
     return max(1, min(group.size, NODE // group.stride))
 
 
-def choice(model: Any, mesh: Mesh, training: Training) -> Choice:
-    """What a mesh costs in a step of BATCH sequences."""
+def choice(model: Any, mesh: Mesh, training: Training, flops: int) -> Choice | None:
+    """What a mesh costs in a step of BATCH sequences; None where no card has the memory.
+
+    Args:
+        model: without weights.
+        mesh: of the GPUs.
+        training: options.
+        flops: operations of a token.
+    """
+    memory = estimate(model, training, mesh)["total"]
+    if memory > SPARE * max(CARDS.values()):
+        return None
     micro_batches = BATCH // training.micro_batch_size // mesh.data_parallel
     traffic = step_traffic(model, mesh, training, micro_batches)
     tokens = BATCH * training.seq_len / mesh.processes
-    compute = flops_per_token(model, training.seq_len) * tokens / PEAK / ALONE
+    compute = flops * tokens / PEAK / ALONE
     hidden = sum(seconds(one) for one in traffic if one.kind in ("weights", "gradients", "replicas"))
     waited = sum(map(seconds, traffic)) - hidden
     return Choice(
         mesh,
         training,
-        estimate(model, training, mesh)["total"],
+        memory,
         totals(traffic),
         compute / (compute + hidden + waited),
         compute / (max(compute, hidden) + waited),
@@ -115,12 +125,13 @@ def meshes(model: Any, gpus: int) -> Iterator[Mesh]:
 
 def choices(model: Any, gpus: int) -> list[Choice]:
     """All meshes and micro-batches, the fastest first; with gradient checkpointing, in bf16."""
-    found = []
+    found, flops = [], flops_per_token(model, SEQ_LEN)
     for mesh in meshes(model, gpus):
         for size in (1, 2, 4, 8):
-            if BATCH % (size * mesh.data_parallel) == 0:
-                training = Training(SEQ_LEN, size, "bf16", gradient_checkpointing=True, compiled_loss=True)
-                found.append(choice(model, mesh, training))
+            training = Training(SEQ_LEN, size, "bf16", gradient_checkpointing=True, compiled_loss=True)
+            if BATCH % (size * mesh.data_parallel) or not (one := choice(model, mesh, training, flops)):
+                break
+            found.append(one)
     return sorted(found, key=lambda one: (-round(one.overlapped, 2), -round(one.alone, 2), one.memory))
 
 
