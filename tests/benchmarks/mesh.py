@@ -97,7 +97,8 @@ def train(folder: Path, mesh: dict[str, int], options: dict[str, Any], steps: in
     with open_run(TrainConfig(**paths, **mesh, **options, max_steps=1000)) as opened:
         assert opened.plan is not None
         run = build_run(opened.plan)
-        run._update()
+        for _ in range(2):  # DDP orders its buckets anew in the second
+            run._update()
         with Count() as count:
             run._update()
         seconds = []

@@ -32,6 +32,7 @@ class Choice(NamedTuple):
         training: options.
         memory: bytes of each GPU, estimated.
         sent: bytes that each GPU sends in a step, by kind.
+        crossing: of these, through its network port.
         alone: share of the step that is not communication, if nothing overlaps.
         overlapped: the same, if FSDP's traffic hides behind the arithmetic, and that of tokens and layers does not.
     """
@@ -40,6 +41,7 @@ class Choice(NamedTuple):
     training: Training
     memory: int
     sent: dict[str, float]
+    crossing: float
     alone: float
     overlapped: float
 
@@ -64,17 +66,20 @@ def models() -> dict[str, Any]:
 def seconds(traffic: Traffic) -> float:
     """Time of collectives at REACHED of the published bandwidths.
 
-    A ring enters and leaves a node through as many network ports as it has members there. In an exchange, what goes to
-    other nodes passes the GPU's own port.
+    Rings of a group enter and leave a node through as many network ports as it has members there, each with its part.
+    In an exchange, what goes to other nodes passes the GPU's own port.
     """
-    group = traffic.group
-    inside = _inside(group)
+    return max(traffic.sent / NVLINK, crossing(traffic) / NETWORK) / REACHED
+
+
+def crossing(traffic: Traffic) -> float:
+    """Bytes that each GPU sends to other nodes."""
+    group, inside = traffic.group, _inside(traffic.group)
+    if inside == group.size:
+        return 0
     if traffic.operation == "exchange":
-        away = traffic.payload * (group.size - inside) / group.size
-        near = traffic.payload * (inside - 1) / group.size
-        return max(near / NVLINK, away / NETWORK) / REACHED
-    bandwidth = NVLINK if inside == group.size else min(NVLINK, NETWORK * inside)
-    return traffic.sent / bandwidth / REACHED
+        return traffic.payload * (group.size - inside) / group.size
+    return traffic.sent / inside
 
 
 def _inside(group: Group) -> int:
@@ -105,6 +110,7 @@ def choice(model: Any, mesh: Mesh, training: Training, flops: int) -> Choice | N
         training,
         memory,
         totals(traffic),
+        sum(map(crossing, traffic)),
         compute / (compute + hidden + waited),
         compute / (max(compute, hidden) + waited),
     )
@@ -124,15 +130,18 @@ def meshes(model: Any, gpus: int) -> Iterator[Mesh]:
 
 
 def choices(model: Any, gpus: int) -> list[Choice]:
-    """All meshes and micro-batches, the fastest first; with gradient checkpointing, in bf16."""
+    """All meshes and micro-batches, with gradient checkpointing, in bf16.
+
+    First come those whose efficiency is within a twentieth of the best's; of these, what sends least over the network.
+    """
     found, flops = [], flops_per_token(model, SEQ_LEN)
     for mesh in meshes(model, gpus):
         for size in (1, 2, 4, 8):
-            training = Training(SEQ_LEN, size, "bf16", gradient_checkpointing=True, compiled_loss=True)
+            training = Training(SEQ_LEN, size, "bf16", gradient_checkpointing=True)
             if BATCH % (size * mesh.data_parallel) or not (one := choice(model, mesh, training, flops)):
                 break
             found.append(one)
-    return sorted(found, key=lambda one: (-round(one.overlapped, 2), -round(one.alone, 2), one.memory))
+    return sorted(found, key=lambda one: (-round(20 * one.overlapped), one.crossing, -round(one.alone, 2), one.memory))
 
 
 def fitting(found: Sequence[Choice], memory: float) -> Choice | None:
@@ -143,8 +152,8 @@ def fitting(found: Sequence[Choice], memory: float) -> Choice | None:
 def table() -> str:
     """The recommendations as Markdown, beside plain FSDP2."""
     lines = [
-        "| model | GPUs | card | mesh | micro-batch | memory a GPU | sent a GPU and step | efficiency |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | GPUs | card | mesh | micro-batch | memory | GB sent a step | GB over the network | efficiency |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, model in models().items():
         for gpus in GPUS:
@@ -154,7 +163,7 @@ def table() -> str:
                 start = f"| {name} | {gpus} | {card} |"
                 for label, some in (("", found), (" (plain FSDP2)", plain)):
                     best = fitting(some, memory)
-                    lines.append(f"{start} {_row(best, label)}" if best else f"{start} none fits{label} | | | | |")
+                    lines.append(f"{start} {_row(best, label)}" if best else f"{start} none fits{label} | | | | | |")
     return "\n".join(lines)
 
 
@@ -162,12 +171,8 @@ def _row(one: Choice, label: str) -> str:
     mesh = one.mesh
     flags = {"--fsdp": mesh.fsdp, "--ep": mesh.ep, "--tp": mesh.tp, "--replicas": mesh.replicas}
     options = " ".join(f"{flag} {size}" for flag, size in flags.items() if size > 1)
-    parts = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in one.sent.items() if size > 1e8)
-    return (
-        f"`{options}`{label} | {one.training.micro_batch_size} | {one.memory / 1e9:.0f} GB |"
-        f" {sum(one.sent.values()) / 1e9:,.0f} GB ({parts}) | {one.alone:.0%} to {one.overlapped:.0%} |"
-    )
-
-
-if __name__ == "__main__":
-    print(table())
+    parts = ", ".join(f"{kind} {size / 1e9:,.0f}" for kind, size in one.sent.items() if size > 1e8)
+    total = f"{sum(one.sent.values()) / 1e9:,.0f} ({parts})"
+    cells = [f"`{options}`{label}", f"{one.training.micro_batch_size}", f"{one.memory / 1e9:.0f} GB", total]
+    cells += [f"{one.crossing / 1e9:,.0f}", f"{one.alone:.0%} to {one.overlapped:.0%}"]
+    return " | ".join(cells) + " |"

@@ -1,0 +1,90 @@
+"""The closed form of what a mesh sends, by hand, and the bandwidths behind the recommendations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from moetool.cost.memory import Training
+from moetool.mesh import Mesh
+from tests.benchmarks.mesh_bytes import Group, Traffic, step_traffic, totals
+from tests.benchmarks.mesh_choice import NETWORK, NVLINK, REACHED, crossing, seconds
+
+H, F, E, K, V, T = 32, 48, 8, 2, 64, 16
+EXPERT = 3 * H * F
+LAYER = 4 * H * H + E * H + 2 * H
+HEAD = V * H + H
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    config = MixtralConfig(
+        vocab_size=V, hidden_size=H, intermediate_size=F, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=E, num_experts_per_tok=K,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return MixtralForCausalLM(config)
+
+
+def sums(model: Any, mesh: Mesh, what: str = "payload", micro_batches: int = 1, **options: Any) -> dict[str, float]:
+    training = Training(seq_len=T, micro_batch_size=1, **({"precision": "fp32"} | options))
+    return totals(step_traffic(model, mesh, training, micro_batches), what)
+
+
+def test_fsdp_gathers_twice_but_for_the_head_and_reduces_once(model: Any) -> None:
+    found = sums(model, Mesh(fsdp=4), micro_batches=3)
+    layer = LAYER + E * EXPERT
+    assert found["weights"] == 3 * 4 * (2 * V * H + 2 * layer + HEAD)
+    assert found["gradients"] == 3 * 4 * (V * H + layer + HEAD)
+
+
+def test_more_processes_than_experts_pad(model: Any) -> None:
+    few, many = (sums(model, Mesh(fsdp=size))["gradients"] for size in (8, 32))
+    assert many - few > 4 * 2 * E * EXPERT  # as if there were 32 experts; the rest is the router's 8 rows
+
+
+def test_experts_exchange_tokens_and_are_not_gathered(model: Any) -> None:
+    found = sums(model, Mesh(fsdp=4, ep=4), micro_batches=3)
+    assert found["tokens forward"] == found["tokens backward"] == 3 * 2 * 4 * T * K * H
+    assert found["split sizes"] == 3 * 8 * E
+    assert found["weights"] == 3 * 4 * (2 * V * H + 2 * LAYER + HEAD)
+    again = sums(model, Mesh(fsdp=4, ep=4), micro_batches=3, gradient_checkpointing=True)
+    assert again["tokens backward"] == 2 * again["tokens forward"]
+
+
+def test_replicas_sum_their_shards_once_a_step(model: Any) -> None:
+    once, thrice = (sums(model, Mesh(fsdp=2, replicas=2), micro_batches=n) for n in (1, 3))
+    assert once["replicas"] == thrice["replicas"] == once["gradients"] / 2
+
+
+def test_bf16_halves_weights_but_not_routers_and_gradients(model: Any) -> None:
+    half, full = (sums(model, Mesh(fsdp=4), precision=precision) for precision in ("bf16", "fp32"))
+    assert half["weights"] == full["weights"] / 2 + 2 * 2 * E * H
+    assert half["gradients"] == full["gradients"]
+
+
+def test_whole_weights_sum_all_gradients_once(model: Any) -> None:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    found = sums(model, Mesh(replicas=4), "sent", micro_batches=3)
+    assert found["gradients"] == 2 * 3 / 4 * 4 * parameters
+    assert found.keys() == {"gradients", "metrics"}
+
+
+@pytest.mark.parametrize(
+    ("operation", "group", "sent", "across"),
+    [
+        ("gather", Group(8, 1), 7 / 8, 0),
+        ("gather", Group(16, 1), 15 / 16, 15 / 16 / 8),  # eight rings, each through a port of its own
+        ("reduce", Group(8, 8), 2 * 7 / 8, 2 * 7 / 8),  # one GPU of each node
+        ("reduce", Group(4, 4), 2 * 3 / 4, 3 / 4),  # two of each of two nodes
+        ("exchange", Group(16, 1), 15 / 16, 1 / 2),
+    ],
+)
+def test_bandwidths(operation: str, group: Group, sent: float, across: float) -> None:
+    traffic = Traffic("any", operation, 1e9, group, 1)
+    assert traffic.sent == pytest.approx(1e9 * sent)
+    assert crossing(traffic) == pytest.approx(1e9 * across)
+    assert seconds(traffic) == pytest.approx(1e9 * max(sent / NVLINK, across / NETWORK) / REACHED)
