@@ -6,6 +6,7 @@ efsdp x ep for these, over the same processes. Processes that differ in `tp` alo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,8 @@ def check_model(mesh: Mesh, model: Any) -> None:
         raise ConfigError(f"--ep {mesh.ep}: '{kind}' is a dense model without experts; use --fsdp alone")
     shown = " and ".join(map(str, sorted(experts)))
     _check_ep(mesh, lambda ep: not any(number % ep for number in experts), f", and divide the model's {shown} experts")
+    for number in experts:
+        _check_shares(mesh, number)
     heads = [config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads]
     if any(number % mesh.tp for number in heads):
         fitting = _sizes(lambda tp: not any(number % tp for number in heads), max(heads))
@@ -162,6 +165,23 @@ def check_model(mesh: Mesh, model: Any) -> None:
     for flag, absent in plans.items():
         if absent:
             raise ConfigError(f"{flag}: transformers has no plan for how to share '{kind}' in this way; leave it out")
+
+
+def _check_shares(mesh: Mesh, num_experts: int) -> None:
+    """Refuse a process without experts: FSDP deals out whole ones, and transformers cannot load none."""
+    processes, experts = (mesh.fsdp if mesh.ep == 1 else mesh.efsdp), num_experts // mesh.ep
+
+    def right(size: int) -> bool:
+        return math.ceil(experts / size) * (size - 1) < experts
+
+    if not right(processes):
+        most = max(size for size in range(1, processes) if right(size) and processes % size == 0)
+        spread = f" --ep {mesh.ep}" if mesh.ep > 1 else ""
+        raise ConfigError(
+            f"--fsdp {mesh.fsdp}{spread}: FSDP deals out whole experts, and {processes} processes cannot share"
+            f" {experts}; use --fsdp {mesh.fsdp * most // processes} with more --replicas, or --tp without --ep, which"
+            " divides experts"
+        )
 
 
 def _check_ep(mesh: Mesh, fits: Callable[[int], bool], more: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import product
 from typing import Any, NamedTuple
 
 from moetool.cost.memory import Training, estimate
 from moetool.cost.operations import flops_per_token
-from moetool.cost.parameters import routing_size
-from moetool.mesh import Mesh
+from moetool.errors import ConfigError
+from moetool.mesh import Mesh, check_model, check_sizes
 from tests.benchmarks.mesh_bytes import Group, Traffic, step_traffic, totals
 
 NODE = 8  # GPUs that NVLink connects
@@ -117,16 +119,17 @@ def choice(model: Any, mesh: Mesh, training: Training, flops: int) -> Choice | N
 
 
 def meshes(model: Any, gpus: int) -> Iterator[Mesh]:
-    """All meshes of so many GPUs that divide the model, with `tp` and the shards of a replica within reason."""
-    num_experts, _ = routing_size(model)
+    """All meshes of so many GPUs that `cpt` takes, with a `tp` of at most 4; but for whole weights."""
     powers = [2**n for n in range(7) if 2**n <= gpus]
-    for tp in (1, 2, 4):
-        for fsdp in powers:
-            if gpus % (fsdp * tp) == 0:
-                for ep in powers:
-                    fits = ep == 1 or (ep % tp == 0 and fsdp * tp % ep == 0 and num_experts % ep == 0)
-                    if fits and (fsdp > 1 or tp > 1):
-                        yield Mesh(fsdp, ep, tp, gpus // fsdp // tp)
+    for tp, fsdp, ep in product((1, 2, 4), powers, powers):
+        if gpus % (fsdp * tp):
+            continue
+        mesh = Mesh(fsdp, ep, tp, gpus // fsdp // tp)
+        with suppress(ConfigError):
+            check_sizes(mesh, gpus)
+            check_model(mesh, model)
+            if mesh.sharded:
+                yield mesh
 
 
 def choices(model: Any, gpus: int) -> list[Choice]:
@@ -163,7 +166,8 @@ def table() -> str:
                 start = f"| {name} | {gpus} | {card} |"
                 for label, some in (("", found), (" (plain FSDP2)", plain)):
                     best = fitting(some, memory)
-                    lines.append(f"{start} {_row(best, label)}" if best else f"{start} none fits{label} | | | | | |")
+                    none = f"{'none fits' if some else 'refused: 8 experts'}{label} | | | | | |"
+                    lines.append(f"{start} {_row(best, label) if best else none}")
     return "\n".join(lines)
 
 

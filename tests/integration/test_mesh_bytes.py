@@ -41,10 +41,3 @@ def test_bytes_are_those_of_the_closed_form(tmp_path: Path, meshes: list[Mesh], 
     wrong = [one for mesh, ranks in zip(meshes, found, strict=True) for one in differences(
         tmp_path, mesh, ranks, **SHORT, **options)]  # fmt: skip
     assert not wrong
-
-
-@pytest.mark.slow
-def test_more_processes_than_experts_send_as_if_there_were_as_many(tmp_path: Path) -> None:
-    prepare(tmp_path, **SMALL, num_local_experts=2)
-    [ranks] = measure(tmp_path, 4, [Mesh(fsdp=4)], 0, **SHORT)
-    assert not differences(tmp_path, Mesh(fsdp=4), ranks, **SHORT)

@@ -9,7 +9,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moetool.cost.memory import Training
-from moetool.mesh import Mesh
+from moetool.errors import ConfigError
+from moetool.mesh import Mesh, check_model
 from tests.benchmarks.mesh_bytes import Group, Traffic, step_traffic, totals
 from tests.benchmarks.mesh_choice import NETWORK, NVLINK, REACHED, crossing, seconds
 
@@ -41,9 +42,28 @@ def test_fsdp_gathers_twice_but_for_the_head_and_reduces_once(model: Any) -> Non
     assert found["gradients"] == 3 * 4 * (V * H + layer + HEAD)
 
 
-def test_more_processes_than_experts_pad(model: Any) -> None:
-    few, many = (sums(model, Mesh(fsdp=size))["gradients"] for size in (8, 32))
-    assert many - few > 4 * 2 * E * EXPERT  # as if there were 32 experts; the rest is the router's 8 rows
+def test_unevenly_dealt_experts_are_padded(model: Any) -> None:
+    even, uneven = (sums(model, Mesh(fsdp=size))["gradients"] for size in (4, 3))
+    assert uneven - even >= 4 * EXPERT  # a ninth one
+
+
+@pytest.mark.parametrize(
+    ("mesh", "instead"),
+    [
+        (Mesh(fsdp=16), "use --fsdp 8 with"),
+        (Mesh(fsdp=16, ep=8), "use --fsdp 8 with"),
+        (Mesh(fsdp=16, ep=4, tp=2), "use --fsdp 4 with"),
+        (Mesh(fsdp=6), "use --fsdp 3 with"),
+    ],
+)
+def test_a_process_without_experts_is_refused(model: Any, mesh: Mesh, instead: str) -> None:
+    with pytest.raises(ConfigError, match=instead):
+        check_model(mesh, model)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(fsdp=8), Mesh(fsdp=8, tp=4), Mesh(fsdp=8, ep=8), Mesh(fsdp=3), Mesh()])
+def test_meshes_that_leave_none_without_experts(model: Any, mesh: Mesh) -> None:
+    check_model(mesh, model)
 
 
 def test_experts_exchange_tokens_and_are_not_gathered(model: Any) -> None:
