@@ -41,7 +41,7 @@ def launch(processes: int, folder: Path, *commands: list[object]) -> list[list[D
     file.write_text(json.dumps([[str(word) for word in command] for command in commands]))
     done = subprocess.run(
         launcher(processes, "tests.launched", str(file)),
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=840, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(processes)]

@@ -21,6 +21,7 @@ from tests import tiny
 from tests.integration.test_train_ddp import assert_alike, rows, unfinish
 from tests.launched import ROOT, Done, environment, launch, launcher
 
+pytestmark = pytest.mark.timeout(900)  # a loaded machine takes minutes for a launch of four processes
 SIZE = ["--seq-len", 16, "--global-batch-size", 4, "--lr", 1e-3, "--val-fraction", 0.1]
 # The load of a whole step is the same in every mesh only where each process runs one micro-batch of it.
 STEP_LOAD = ["--balance", "global-aux", "--balance", "z-loss", "--balance", "loss-free=0.01"]
@@ -229,6 +230,7 @@ def test_analysis_and_evaluation_of_a_shared_model_equal_those_of_one_process(
     )
     for each in done:
         right(each)
+    assert "for weights on cpu of each process (fsdp 2 x ep 2)" in done[0][0].stdout
     for name in meshes:
         assert routes(tmp_path / name) == routes(tmp_path / "one")
     out = tmp_path / "shared"
