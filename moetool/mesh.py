@@ -72,6 +72,9 @@ class Mesh:
         return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
 
 
+ONE = Mesh()
+
+
 def fsdp_option(panel: str = SHARING) -> Any:
     """Over how many processes everything is sharded."""
     return option("Processes over which weights are sharded; each reads different text.", 1, panel=panel, min=1)

@@ -41,7 +41,7 @@ def launch(processes: int, folder: Path, *commands: list[object]) -> list[list[D
     file.write_text(json.dumps([[str(word) for word in command] for command in commands]))
     done = subprocess.run(
         launcher(processes, "tests.launched", str(file)),
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=840, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(processes)]
@@ -50,11 +50,14 @@ def launch(processes: int, folder: Path, *commands: list[object]) -> list[list[D
 
 def _main(file: str) -> None:
     from accelerate.state import AcceleratorState, GradientState, PartialState
+    from torch import distributed
 
     from tests import tiny
 
-    # A second process group over the same store would wait for ever.
-    PartialState.destroy_process_group = lambda *_, **__: None
+    # A second process group over the same store would wait for ever: all commands get the first one's.
+    join = distributed.init_process_group
+    distributed.init_process_group = lambda *args, **options: distributed.is_initialized() or join(*args, **options)
+    distributed.destroy_process_group = PartialState.destroy_process_group = lambda *_, **__: None
     results = []
     for command in json.loads(Path(file).read_text()):
         results.append(tiny.in_process(*command))

@@ -21,6 +21,7 @@ from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import Output, write_options
 from moetool.errors import ConfigError
 from moetool.launch import is_first
+from moetool.mesh import mesh_of
 from moetool.option import document_option, option, text_field_option
 from moetool.progress import Progress
 from moetool.routing.settings import COMPARE, Settings
@@ -131,7 +132,7 @@ def _measured(
         raise ConfigError(
             f"--compare: {asked.compare} and {asked.model} have different tokenizers; compare models with one"
         )
-    place = settings.dtype, pick_device(settings.device), settings.device_map
+    place = settings.dtype, pick_device(settings.device), settings.device_map, mesh_of(settings)
     estimate = tell_weights(console, [folder for _, folder in models], *place)
     streams = {
         name: tokenized(TextSource(path, asked.text_field, asked.document), models[0][1], progress)

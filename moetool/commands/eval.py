@@ -18,6 +18,7 @@ from moetool.commands.options import Output, write_options
 from moetool.errors import ConfigError, EvaluationError
 from moetool.evaluate.settings import Settings
 from moetool.launch import is_first
+from moetool.mesh import mesh_of
 from moetool.option import document_option, option, text_field_option
 from moetool.progress import Progress
 from moetool.values import named
@@ -86,7 +87,8 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
         with network(allowed=not asked.offline):
             folders = _distinct([asked.baseline, *asked.models] if asked.baseline else asked.models)
             evaluation.check_models(folders)
-    estimate = tell_weights(console, folders.values(), settings.dtype, hardware, settings.device_map)
+    place = settings.dtype, hardware, settings.device_map, mesh_of(settings)
+    estimate = tell_weights(console, folders.values(), *place)
     with ExitStack() as stack, console.progress() as progress, hushed(), estimated(estimate):
         from moetool.checkpoint.folder import FolderLock
         from moetool.evaluate.process_group import joined
@@ -98,8 +100,8 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
             if out is not None and is_first():
                 stack.enter_context(FolderLock(out))
                 write_options(context, out)
-            with joined(hardware, settings.device_map) as place:
-                settings = replace(settings, device=place)
+            with joined(hardware, settings.device_map) as device:
+                settings = replace(settings, device=device)
                 evaluated = evaluation.evaluate(folders, loaded, settings, out, progress)
         if not is_first():
             return {}

@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moetool.commands.console import Console, escape, size
+from moetool.mesh import ONE, Mesh
 
 
-def tell_weights(console: Console, folders: Iterable[Path], dtype: str, device: str, device_map: str | None) -> str:
-    """Print how much memory the weights of the largest model take, and warn if less is free.
+def tell_weights(
+    console: Console, folders: Iterable[Path], dtype: str, device: str, device_map: str | None, mesh: Mesh = ONE
+) -> str:
+    """Print how much memory the weights of the largest model take in each process, and warn if less is free.
 
     Args:
         console: of the command.
@@ -18,6 +21,7 @@ def tell_weights(console: Console, folders: Iterable[Path], dtype: str, device: 
         dtype: of the weights in memory; `auto`: as saved.
         device: the device of the weights.
         device_map: spreads a model over devices, so that no single one must hold it.
+        mesh: of the processes that share a model.
 
     Returns:
         The estimate, as printed.
@@ -25,14 +29,16 @@ def tell_weights(console: Console, folders: Iterable[Path], dtype: str, device: 
     from moetool.cost.devices import free_memory
     from moetool.cost.memory import weight_bytes
 
-    need = max(weight_bytes(folder, dtype) for folder in folders)
+    need = max(weight_bytes(folder, dtype, mesh) for folder in folders)
     free = None if device_map else free_memory(device)
     there = f", {size(free)} free" if free is not None else ""
-    estimate = f"memory about {size(need)} for weights on {device_map or device}{there}"
+    share = "" if mesh.whole else f" of each process ({mesh})"
+    estimate = f"memory about {size(need)} for weights on {device_map or device}{share}{there}"
     if not console.json:
         console.say(f"[dim]{escape(estimate)}; activations need more[/dim]")
     if free is not None and need > free:
         smaller = "--dtype bfloat16" if dtype in ("auto", "float32") else "a smaller model"
+        smaller += "" if mesh.whole else ", or more processes"
         console.warn(f"the weights need about {size(need)}, but {device} has {size(free)} free; try {smaller}")
     return estimate
 

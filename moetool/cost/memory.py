@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moetool.checkpoint.model import skeleton
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.cost.parameters import count_parameters, is_embedding, is_routed, is_router, routing_size
-from moetool.mesh import Mesh
+from moetool.mesh import ONE, Mesh
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of a moment: 8 bits, and an fp32 scale for each 256 of them (torchao).
 _MOMENT = {"fp32": 4.0, "offload": 4.0, "bf16": 2.0, "8bit": 1 + 4 / 256}
-_ONE = Mesh()
+_DIVIDING = ("colwise", "rowwise", "packed_", "embedding_")  # styles of tensor parallelism that divide a matrix
 CHUNK_ELEMENTS = 2**28  # logits that the loss in bf16 computes at a time: half a GiB
 
 
-def weight_bytes(folder: Path, dtype: str = "auto") -> int:
-    """Bytes of a checkpoint's weights in memory.
+def weight_bytes(folder: Path, dtype: str = "auto", mesh: Mesh = ONE) -> int:
+    """Bytes of a checkpoint's weights in the memory of each process that runs it.
+
+    In a mesh these are its shards, and what FSDP gathers: two layers, and embeddings and head.
 
     Args:
         folder: a safetensors checkpoint.
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        mesh: of the processes that share it.
 
     Raises:
         CheckpointError: it is not a readable checkpoint.
     """
     with CheckpointReader(folder) as reader:
-        return sum(
+        need = sum(
             info.size if dtype == "auto" else info.num_elements * _BYTES[dtype] for info in reader.tensors.values()
         )
+    if mesh.whole:
+        return need
+    model = skeleton(folder)
+    held = sum(shard_elements(model, mesh).values())
+    layer, ends = _gathered_elements(model, mesh) if mesh.sharded else (0, 0)
+    return int(need * (held + 2 * layer + ends) / sum(parameter.numel() for parameter in model.parameters()))
 
 
 @dataclass(frozen=True)
@@ -55,25 +66,43 @@ class Training:
     whole_logits: bool = False
 
 
-def shard_elements(name: str, parameter: Any, mesh: Mesh) -> int:
-    """The most elements of a parameter that a process of a mesh holds.
+def _parts(model: Any, mesh: Mesh) -> dict[str, int]:
+    """Into how many parts each parameter is divided, by name, before FSDP shards it.
 
-    FSDP deals out rows (of experts: experts), so that some processes hold one more than others. Tensor parallelism
-    divides every matrix but the routers' and, where `ep` spreads them, the experts'.
+    `ep` divides the experts, `tp` the matrices that transformers' plan for the family names: of some families all but
+    the routers, of others (GraniteMoeHybrid) the embeddings, the head and the experts alone.
     """
-    rows, rest = int(parameter.shape[0]), math.prod(map(int, parameter.shape[1:]))
-    if is_routed(name, parameter) and mesh.ep > 1:
-        return math.ceil(rows / mesh.ep / mesh.efsdp) * rest
-    divided = parameter.ndim > 1 and not is_router(name)
-    return math.ceil(rows / mesh.fsdp) * rest // (mesh.tp if divided else 1)
+    plan = {name for name, style in (model.tp_plan or {}).items() if style.startswith(_DIVIDING)}
+    parts = {}
+    for name, parameter in model.named_parameters():
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        divided = parameter.ndim > 1 and (kind in plan or kind.removesuffix(".weight") in plan)
+        parts[name] = mesh.ep if is_routed(name, parameter) and mesh.ep > 1 else mesh.tp if divided else 1
+    return parts
+
+
+def shard_elements(model: Any, mesh: Mesh) -> dict[str, int]:
+    """The most elements of each parameter that a process of a mesh holds, by name.
+
+    FSDP deals out rows (of experts: experts), so that some processes hold one more than others.
+    """
+    parts, shards = _parts(model, mesh), {}
+    for name, parameter in model.named_parameters():
+        rows, rest = int(parameter.shape[0]), math.prod(map(int, parameter.shape[1:]))
+        if is_routed(name, parameter) and mesh.ep > 1:
+            shards[name] = math.ceil(rows / mesh.ep / mesh.efsdp) * rest
+        else:
+            shards[name] = math.ceil(rows / mesh.fsdp) * rest // parts[name]
+    return shards
 
 
 def _gathered_elements(model: Any, mesh: Mesh) -> tuple[int, int]:
     """What FSDP gathers for a forward: the elements of the largest layer, and of the embeddings and the head."""
+    parts = _parts(model, mesh)
     layers: Counter[str] = Counter()
     ends = 0
     for name, parameter in model.named_parameters():
-        held = parameter.numel() // (mesh.ep if is_routed(name, parameter) and mesh.ep > 1 else mesh.tp)
+        held = parameter.numel() // parts[name]
         if is_embedding(name):
             ends += held
         else:
@@ -82,20 +111,19 @@ def _gathered_elements(model: Any, mesh: Mesh) -> tuple[int, int]:
     return max(layers.values()), ends
 
 
-def _token_elements(name: str, parameter: Any, hidden: int, top_k: int, mesh: Mesh) -> float:
+def _token_elements(name: str, parameter: Any, hidden: int, top_k: int, mesh: Mesh, parts: int) -> float:
     """Elements that a matrix keeps of each token: its input and output.
 
     Tensor parallelism divides all but the residual stream; of tokens that go to experts, each process sends its share.
     """
     sizes = [int(size) for size in parameter.shape[-2:]]
-    if not is_routed(name, parameter):
-        return sum(size if size == hidden else size / mesh.tp for size in sizes)
-    if mesh.ep > 1:
+    if is_routed(name, parameter) and mesh.ep > 1:
         return float(top_k * sum(sizes) / mesh.tp)
-    return float(top_k * sum(size if size == hidden else size / mesh.tp for size in sizes))
+    one = sum(size if size == hidden else size / parts for size in sizes)
+    return float(one * (top_k if is_routed(name, parameter) else 1))
 
 
-def estimate(model: Any, training: Training, mesh: Mesh = _ONE) -> dict[str, int]:
+def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]:
     """Bytes that each process needs on its device.
 
     In fp32: weights, gradients and both moments, 16 bytes per parameter. In bf16 the weights of the forward come on top
@@ -119,7 +147,7 @@ def estimate(model: Any, training: Training, mesh: Mesh = _ONE) -> dict[str, int
     _, top_k = routing_size(model)
     held = trained = total
     if not mesh.whole:
-        shards = {name: shard_elements(name, parameter, mesh) for name, parameter in model.named_parameters()}
+        shards = shard_elements(model, mesh)
         held = trained = sum(shards.values())
     if training.freeze_router:
         trained -= sum(p.numel() if mesh.whole else shards[n] for n, p in model.named_parameters() if is_router(n))
@@ -127,14 +155,14 @@ def estimate(model: Any, training: Training, mesh: Mesh = _ONE) -> dict[str, int
     compute = BFLOAT16 if half else FLOAT32
     text = model.config.get_text_config()
     token: float = 0
-    hidden = text.hidden_size
+    hidden, parts = text.hidden_size, _parts(model, mesh)
     for name, parameter in model.named_parameters():
         if is_embedding(name):
             continue
         if parameter.ndim == 1:
             token += 3 * FLOAT32 * parameter.numel()
         else:
-            token += compute * _token_elements(name, parameter, hidden, top_k, mesh)
+            token += compute * _token_elements(name, parameter, hidden, top_k, mesh, parts[name])
             if mesh.ep > 1 and is_routed(name, parameter):  # of two matrices: sent and come back
                 token += compute * top_k * hidden / mesh.tp
     if training.gradient_checkpointing:  # the inputs of all layers, and all of one
@@ -166,7 +194,7 @@ def _changes_logits(model: Any) -> bool:
     return getattr(head, "bias", None) is not None or bool(getattr(text, "final_logit_softcapping", None))
 
 
-def loading_bytes(model: Any, mesh: Mesh = _ONE, gpu: bool = False) -> int:
+def loading_bytes(model: Any, mesh: Mesh = ONE, gpu: bool = False) -> int:
     """Bytes of host memory that each process needs to load a model in fp32.
 
     Whole weights are read ahead, and copied to a GPU when all are there: measured, 2.3 times their bytes. Of a mesh a
@@ -177,7 +205,7 @@ def loading_bytes(model: Any, mesh: Mesh = _ONE, gpu: bool = False) -> int:
         mesh: of its processes.
         gpu: whether the device has memory of its own.
     """
-    held = [shard_elements(name, parameter, mesh) for name, parameter in model.named_parameters()]
+    held = shard_elements(model, mesh).values()
     return FLOAT32 * (2 * sum(held) if mesh.whole else (0 if gpu else sum(held)) + 2 * max(held))
 
 
@@ -196,7 +224,7 @@ def saving_bytes(model: Any, training: Training, num_processes: int) -> int:
     return int((FLOAT32 + 2 * _MOMENT[training.moments]) * total / num_processes) + 2 * FLOAT32 * largest
 
 
-def smaller(model: Any, training: Training, there: int, mesh: Mesh = _ONE) -> list[tuple[str, int]]:
+def smaller(model: Any, training: Training, there: int, mesh: Mesh = ONE) -> list[tuple[str, int]]:
     """The options with which a run that is too large would fit, and what it would need: what costs least comes first.
 
     Args:

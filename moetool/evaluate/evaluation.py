@@ -24,7 +24,7 @@ from moetool.evaluate.process_group import from_first
 from moetool.evaluate.settings import Settings
 from moetool.evaluate.tasks import Tasks, describe, digest
 from moetool.launch import is_first
-from moetool.mesh import Mesh, check_model, distributed
+from moetool.mesh import check_model, distributed, mesh_of
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
 from moetool.routing.report import domain_entry
@@ -139,7 +139,7 @@ def _nothing() -> Iterator[Any]:
 def _loaded(folder: Path, settings: Settings) -> Iterator[Harness]:
     """Load the model, and free it afterwards."""
     tokenizer = load_tokenizer(folder)
-    mesh = Mesh(settings.fsdp, settings.ep, settings.tp)
+    mesh = mesh_of(settings)
     device = None if settings.device_map or not mesh.whole else settings.device
     if not mesh.whole:
         check_model(mesh, skeleton(folder))

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from moetool.errors import ConfigError
-from moetool.mesh import Mesh, check_shared, ep_option, fsdp_option, tp_option
+from moetool.mesh import check_shared, ep_option, fsdp_option, mesh_of, tp_option
 from moetool.option import check_device, device_map_option, device_option, dtype_option, option
 
 
@@ -58,5 +58,5 @@ class Settings:
         """Raise ConfigError if options contradict each other."""
         check_device(self)
         check_shared(self)
-        if self.batch_size.startswith("auto") and not Mesh(self.fsdp, self.ep, self.tp).whole:
+        if self.batch_size.startswith("auto") and not mesh_of(self).whole:
             raise ConfigError("--batch-size auto: processes that share a model need the same number; give one")

@@ -11,7 +11,7 @@ import torch
 
 from moetool.checkpoint.model import load_model, load_tokenizer, pick_device, skeleton
 from moetool.errors import CheckpointError, ConfigError
-from moetool.mesh import Mesh, check_model, distributed
+from moetool.mesh import check_model, distributed, mesh_of
 from moetool.progress import Progress, silent
 from moetool.routing import load_metrics
 from moetool.routing.capture import RouterCapture
@@ -123,7 +123,7 @@ def _check_models(models: list[tuple[str, Path]], settings: Settings) -> None:
     longest: list[int] = []
     for name, folder in models:
         empty_model = skeleton(folder)
-        check_model(Mesh(settings.fsdp, settings.ep, settings.tp), empty_model)
+        check_model(mesh_of(settings), empty_model)
         try:
             capture = RouterCapture(empty_model)
         except CheckpointError as error:
@@ -147,7 +147,7 @@ def _shape(model: Any, capture: RouterCapture, empty: RoutingStats | None) -> di
 
 
 def _open(folder: Path, settings: Settings) -> tuple[Any, RouterCapture]:
-    mesh = Mesh(settings.fsdp, settings.ep, settings.tp)
+    mesh = mesh_of(settings)
     device = None if settings.device_map or not mesh.whole else pick_device(settings.device)
     model = load_model(folder, settings.dtype, device, settings.device_map, distributed(mesh))
     return model, RouterCapture(model)
@@ -156,7 +156,7 @@ def _open(folder: Path, settings: Settings) -> tuple[Any, RouterCapture]:
 def _unit_use(model: Any, origin: Origin | None, settings: Settings) -> UnitUse | None:
     if not (origin and origin.num_redrawn and settings.unit_use):
         return None
-    if not Mesh(settings.fsdp, settings.ep, settings.tp).whole:
+    if not mesh_of(settings).whole:
         raise ConfigError("--unit-use reads whole experts, which --fsdp, --ep and --tp share out; give --no-unit-use")
     return UnitUse(model, origin)
 

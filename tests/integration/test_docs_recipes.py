@@ -53,7 +53,7 @@ def figures(name: str, place: Path) -> dict[str, str]:
     from moetool.cost.memory import Training, estimate, loading_bytes
     from moetool.cost.operations import flops_per_token
     from moetool.cost.parameters import count_parameters
-    from moetool.mesh import Mesh
+    from moetool.mesh import Mesh, check_model
 
     folder = recipes.save_headers(name, place / name)
     assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 2e6  # holes take no disk
@@ -70,6 +70,7 @@ def figures(name: str, place: Path) -> dict[str, str]:
         meshes = {n: Mesh(fsdp=min(n, 8), tp=-(-n // 8)) for n in GPUS}  # FSDP divides 8 experts no further
         each = {n: estimate(model, training, mesh)["total"] for n, mesh in meshes.items()}
         gpus = next(n for n in GPUS if each[n] < 0.9 * GPU)
+        check_model(meshes[gpus], model)
         host = loading_bytes(model, meshes[gpus], gpu=True) * min(8, gpus)
         operations = flops_per_token(model, 4096)
     billions = {what: f"{number / 1e9:.2f} B" for what, number in plan["parameters"].items()}

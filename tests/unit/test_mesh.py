@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moetool.checkpoint.model import skeleton
-from moetool.cost.memory import Training, estimate, loading_bytes, shard_elements
+from moetool.cost.memory import Training, estimate, loading_bytes, shard_elements, weight_bytes
 from moetool.cost.parameters import count_parameters
 from moetool.errors import ConfigError
 from moetool.mesh import Mesh, check_model, check_shared, check_sizes, distributed, mesh_of
@@ -85,9 +85,9 @@ def test_what_a_process_holds(mixtral: Path) -> None:
     experts, query = "model.layers.0.mlp.experts.down_proj", "model.layers.0.self_attn.q_proj.weight"
     assert named[experts].shape == (4, 32, 64)
     for mesh, held in ((Mesh(2), 2), (Mesh(3), 2), (Mesh(8), 1), (Mesh(4, 4), 1), (Mesh(4, 2), 1), (Mesh(8, 4), 1)):
-        assert shard_elements(experts, named[experts], mesh) == held * 32 * 64
-    assert shard_elements(experts, named[experts], Mesh(2, 1, 2)) == 2 * 32 * 32
-    assert shard_elements(query, named[query], Mesh(2, 2, 2)) == 16 * 32 // 2
+        assert shard_elements(model, mesh)[experts] == held * 32 * 64
+    assert shard_elements(model, Mesh(2, 1, 2))[experts] == 2 * 32 * 32
+    assert shard_elements(model, Mesh(2, 2, 2))[query] == 16 * 32 // 2
     training = Training(seq_len=16, micro_batch_size=1, precision="fp32")
     total, _ = count_parameters(model)
     whole, two = estimate(model, training), estimate(model, training, Mesh(2))
@@ -96,6 +96,12 @@ def test_what_a_process_holds(mixtral: Path) -> None:
     assert two["activations"] == whole["activations"]
     assert estimate(model, training, Mesh(2, 1, 2))["activations"] < whole["activations"]
     assert loading_bytes(model, Mesh(2), gpu=True) < loading_bytes(model, Mesh(2)) < loading_bytes(model)
+    tp = Mesh(1, 1, 2)
+    assert weight_bytes(mixtral, "bfloat16", tp) == 2 * sum(shard_elements(model, tp).values())
+    assert weight_bytes(mixtral, mesh=Mesh(4, 4)) < weight_bytes(mixtral, mesh=Mesh(2, 2))
+    model._tp_plan = {name: style for name, style in model.tp_plan.items() if ".experts" in name}
+    assert shard_elements(model, Mesh(2, 1, 2))[experts] == 2 * 32 * 32
+    assert shard_elements(model, Mesh(2, 1, 2))[query] == 16 * 32  # which such a plan leaves whole
 
 
 def test_whole_weights_are_not_distributed() -> None:
