@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +56,12 @@ def _main(file: str) -> None:
 
     # A second process group over the same store would wait for ever: all commands get the first one's.
     join = distributed.init_process_group
-    distributed.init_process_group = lambda *args, **options: distributed.is_initialized() or join(*args, **options)
+
+    def joined(*args: Any, **options: Any) -> None:
+        if not distributed.is_initialized():
+            join(*args, **options)
+
+    distributed.init_process_group = joined
     distributed.destroy_process_group = PartialState.destroy_process_group = lambda *_, **__: None
     results = []
     for command in json.loads(Path(file).read_text()):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.benchmarks.mesh_bytes import sent
@@ -37,7 +37,7 @@ class Count(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent: Counter[str] = Counter()
+        self.sent: dict[str, float] = defaultdict(float)
         self.payload: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 
@@ -73,7 +73,7 @@ def _group(args: Any) -> Any:
     for arg in args:
         if isinstance(arg, str):
             try:
-                return _resolve_process_group(arg)
+                return distributed_c10d._resolve_process_group(arg)  # type: ignore[attr-defined, arg-type]
             except (RuntimeError, LookupError):  # the name of a reduction
                 continue
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):

@@ -49,7 +49,12 @@ def prepare(folder: Path, **changes: Any) -> None:
     """Write the model and a text."""
     from tests import tiny
 
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+    }
     sizes |= {"num_local_experts": 8, "vocab_size": 2048, "max_position_embeddings": 256, "initializer_range": 0.02}
     tiny.save_mixtral(folder / "model", **(sizes | changes))
     (folder / "text.txt").write_text("".join(f"{i} {i * i} {' '.join(tiny.TEXT)}\n" for i in range(3000)))
@@ -81,7 +86,7 @@ def measure(
     return [list(each) for each in zip(*ranks, strict=True)]
 
 
-def train(folder: Path, mesh: dict[str, int], options: dict[str, Any], steps: int) -> dict[str, Any]:
+def train(folder: Path, mesh: dict[str, Any], options: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train as `moetool cpt` does.
 
     Returns:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -86,7 +86,7 @@ def step_traffic(model: Any, mesh: Mesh, training: Training, micro_batches: int,
         micro_batches: of one process and step.
         num_terms: losses beside the language loss.
     """
-    found: Counter[tuple[str, str, Group]] = Counter()
+    found: dict[tuple[str, str, Group], float] = defaultdict(float)
     calls: Counter[tuple[str, str, Group]] = Counter()
     for kind, operation, payload, group in _micro_batch(model, mesh, training):
         times = 1 if kind == "replicas" else micro_batches  # these are summed with the step's last micro-batch

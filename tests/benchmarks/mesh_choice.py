@@ -58,8 +58,8 @@ def models() -> dict[str, Any]:
     qwen |= {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
     qwen |= {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
     configs = {
-        "Llama-3.1-8B x 8": MixtralConfig(**llama, num_local_experts=8, num_experts_per_tok=2),  # type: ignore[arg-type]
-        "Qwen3-30B-A3B": Qwen3MoeConfig(**qwen),  # type: ignore[arg-type]
+        "Llama-3.1-8B x 8": MixtralConfig(**llama, num_local_experts=8, num_experts_per_tok=2),
+        "Qwen3-30B-A3B": Qwen3MoeConfig(**qwen),
     }
     with torch.device("meta"):
         return {name: AutoModelForCausalLM.from_config(config) for name, config in configs.items()}
