@@ -163,7 +163,7 @@ class TrainConfig:
         UNSET, panel=RUN, shown="none", min=1, metavar="N",
     )  # fmt: skip
     average_last: int = option(
-        "At the end, write the mean of the last N of them to OUT/average, and validate it.",
+        "At the end, write the mean of the last N weights of --keep-weights to OUT/average, and validate it.",
         UNSET, panel=RUN, shown="none", min=1, metavar="N",
     )  # fmt: skip
     keep_optimizer: bool = option(
