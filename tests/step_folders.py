@@ -102,7 +102,7 @@ def save(
                 save_beside(layout, folder, source, {"command": "cpt"})
                 resume.save(folder, digests, layout.dtype != "float32", step, {"seed": 0})
 
-        state.save_step(out, step, fill, 3, saver.ranks)
+        state.save_step(state.step_folder(out, step), fill, 3, saver.ranks)
 
     saver.save(tensors, [*layout.units, *((name,) for name in moments)], contents, write)
 

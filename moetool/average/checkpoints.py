@@ -8,7 +8,7 @@ from typing import Any
 
 from moetool.average.recipe import SHAPES, AverageRecipe, coefficients
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
-from moetool.checkpoint.step_folder import step_folders
+from moetool.checkpoint.step_folder import STEPS, WEIGHTS, step_folders
 from moetool.data.tokens import tokenizer_sha256
 from moetool.errors import ConfigError
 from moetool.recipe import read_lineage, recorded_sources
@@ -21,11 +21,13 @@ _ADVICE = "average checkpoints of one model"
 
 
 def expand(names: Sequence[str], last: int | None) -> list[str]:
-    """The checkpoints that a command line names: a run's folder stands for its step folders.
+    """The checkpoints that a command line names: a run's folder stands for its snapshots, or else its step folders.
+
+    Step folders beside snapshots do not count: where a run was stopped, it has one more, out of the even distances.
 
     Args:
         names: folders, or models of the hub.
-        last: so many step folders of each run; None for all.
+        last: so many checkpoints of each run; None for all.
 
     Raises:
         ConfigError: a run has fewer, or there is no run.
@@ -33,12 +35,13 @@ def expand(names: Sequence[str], last: int | None) -> list[str]:
     found: list[str] = []
     runs = 0
     for name in names:
-        steps = step_folders(Path(name).expanduser())
+        of = {kind: [*step_folders(Path(name).expanduser(), kind).values()] for kind in (WEIGHTS, STEPS)}
+        steps = of[WEIGHTS] or of[STEPS]
         runs += bool(steps)
         if steps and last is not None and last > len(steps):
+            what = "snapshots" if of[WEIGHTS] else "step folders"
             raise ConfigError(
-                f"--last {last}: {name} has {len(steps)} step folders; give at most that (cpt --keep-checkpoints keeps"
-                " more)"
+                f"--last {last}: {name} has {len(steps)} {what}; give at most that (cpt --keep-weights keeps more)"
             )
         found += [str(step) for step in (steps[-last:] if last else steps)] or [name]
     if last is not None and not runs:

@@ -1,4 +1,4 @@
-"""The folders of a training run as sources: its step folders, and the fp32 weights in them."""
+"""The folders of a training run as sources: its step folders, the fp32 weights in them, and its snapshots."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from moetool.checkpoint.reader import CheckpointReader, TensorInfo, read_header
 from moetool.errors import CheckpointError
 from moetool.outside import read_json
 
-STEPS, STATE = "checkpoints", "training_state"
+STEPS, WEIGHTS, AVERAGE, STATE = "checkpoints", "weights", "average", "training_state"
 
 
-def step_folders(run: Path) -> list[Path]:
-    """The step folders of a run, ascending; none where a folder is not a run's."""
+def step_folders(run: Path, kind: str = STEPS) -> dict[int, Path]:
+    """The folders of a run by step, ascending; none where a folder is not a run's.
+
+    Args:
+        run: its folder.
+        kind: STEPS, which a run may go on from, or WEIGHTS, the snapshots of `--keep-weights`.
+    """
     found = {
-        int(match[1]): path for path in run.glob(f"{STEPS}/*") if (match := re.fullmatch(r"step-(\d+)", path.name))
+        int(match[1]): path for path in run.glob(f"{kind}/*") if (match := re.fullmatch(r"step-(\d{6,})", path.name))
     }
-    return [found[step] for step in sorted(found)]
+    return dict(sorted(found.items()))
 
 
 class StepReader(CheckpointReader):

@@ -32,10 +32,12 @@ class Checkpoints:
     out: Path = option("The folder to write.", positional=True, metavar="OUT")
     checkpoint: Sequence[str] = option(
         "Checkpoints of one model: folders, or owner/name\\[@revision]. The folder of a moetool cpt run stands for its"
-        " step folders.",
+        " snapshots (--keep-weights), or else its step folders.",
         positional=True, metavar="CHECKPOINT...",
     )  # fmt: skip
-    last: int | None = option("Only the last N step folders of each run.", None, shown="all", min=1, metavar="N")
+    last: int | None = option(
+        "Only the last N snapshots or step folders of each run.", None, shown="all", min=1, metavar="N"
+    )
 
 
 def average(

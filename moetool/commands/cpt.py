@@ -15,8 +15,11 @@ from moetool.commands.memory_estimate import estimated
 from moetool.commands.options import Output, write_options
 from moetool.launch import is_first
 from moetool.train.config import TrainConfig
+from moetool.values import parse_size
 
 if TYPE_CHECKING:
+    from moetool.progress import Progress
+    from moetool.train.loop import Run
     from moetool.train.run_plan import RunPlan
 
 
@@ -36,6 +39,11 @@ def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str
         with console.progress() as progress:
             opened = stack.enter_context(open_run(config, progress))
         summary = opened.summary if opened.plan is None else _train(context, console, opened.plan)
+    if opened.plan is None and config.average_last and "average" not in summary:
+        console.warn(
+            f"the run is finished, so --average-last is not done; moetool average NEW {config.out} --last"
+            f" {config.average_last} does it"
+        )
     document = {"out": str(config.out), "already_finished": opened.plan is None, **summary}
     if opened.plan:
         document |= {name: opened.plan.values[name] for name in ("memory", "loading_memory", "saving_memory")}
@@ -64,12 +72,40 @@ def _train(context: typer.Context, console: Console, plan: RunPlan) -> dict[str,
             write_options(context, out)
         try:
             with console.progress() as progress:
-                return run.train(progress)
+                run.train(progress)
         except (KeyboardInterrupt, SystemExit):
             saved = saved_steps(out)
             where = f"the checkpoint of step {saved[-1]}" if saved else "the beginning, because no checkpoint is saved"
             console.warn(f"stopped after step {run.step}; the same command continues from {where}")
             raise
+        with console.progress() as progress:
+            more = {"average": _average(run, plan.config.average_last, progress)} if plan.config.average_last else {}
+            return run.finish(more)
+
+
+def _average(run: Run, last: int, progress: Progress) -> dict[str, Any]:
+    """Write the mean of a run's last snapshots, and validate it; all processes must call."""
+    from moetool.average.checkpoints import expand, in_order
+    from moetool.average.plan import OPERATION, plan_average
+    from moetool.average.recipe import AverageRecipe
+    from moetool.checkpoint.step_folder import AVERAGE, WEIGHTS, step_folders
+    from moetool.commands.proof import Writing
+    from moetool.surgery.apply import prove, write_out
+    from moetool.surgery.sources import open_sources
+    from moetool.train.build import validate_other
+
+    out, writing, asked = run.plan.config.out / AVERAGE, Writing(), AverageRecipe()
+    names = expand([str(run.plan.config.out)], last)
+
+    def write() -> None:
+        with open_sources(names, out, reader=OPERATION.reader) as opened:
+            sources, recipe = in_order(opened, asked)
+            plan = plan_average(sources.readers, recipe, parse_size(writing.max_shard_size))
+            write_out(plan, sources, out, writing.num_workers, {}, False, progress)
+            prove(plan, sources, out, writing.verify, writing.num_workers, progress)
+
+    run.saver.ranks.together(lambda: write() if is_first() else None)
+    return {"steps": [*step_folders(out.parent, WEIGHTS)][-last:], "val": validate_other(run, out, progress)}
 
 
 def _plan_text(plan: Mapping[str, Any]) -> str:
@@ -107,15 +143,19 @@ def _memory_text(plan: Mapping[str, Any]) -> str:
 
 def _result_text(summary: dict[str, Any]) -> list[Any]:
     parts: list[Any] = []
+    average = summary.get("average")
     if summary["val"]:
         table = Table("domain", title="validation loss", title_justify="left")
         routed = summary.get("mri", {})
-        for name in ("before", "after", "change", *(["mri before", "mri after"] if routed else [])):
+        more = [*(["average"] if average else []), *(["mri before", "mri after"] if routed else [])]
+        for name in ("before", "after", "change", *more):
             table.add_column(name, justify="right")
         table.add_column("")
         for name, value in summary["val"].items():
             before, after = value["before"], value["after"]
             cells = [f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"]
+            if average:
+                cells.append(f"{average['val'][name]:.4f}")
             if routed:
                 cells += [f"{max(routed[name][when]):.2f}" for when in ("before", "after")]
             table.add_row(escape(name), *cells, "adaptation" if name in summary["adaptation"] else "forgetting")
@@ -132,5 +172,10 @@ def _result_text(summary: dict[str, Any]) -> list[Any]:
     parts.append(
         f"{done}{summary['steps']} steps, {count(summary['tokens'])} tokens{speed};"
         f" the checkpoint is in {escape(summary['out'])}"
+        + (
+            f", the average of steps {', '.join(map(str, average['steps']))} is in {escape(summary['out'])}/average"
+            if average
+            else ""
+        )
     )
     return parts

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from moetool.checkpoint.folder import write_file
+from moetool.checkpoint.step_folder import STEPS, WEIGHTS
 from moetool.recipe import read_lineage
 from moetool.routing.plots import plain_text, png
 
@@ -17,13 +18,13 @@ def training_tokens(folder: Path) -> tuple[str, int] | None:
     """The run that a checkpoint belongs to and the tokens it had seen; None if `cpt` did not make it.
 
     Args:
-        folder: RUN or RUN/checkpoints/step-NNNNNN, with the lineage that `moetool cpt` writes.
+        folder: RUN, RUN/checkpoints/step-NNNNNN or RUN/weights/step-NNNNNN, with the lineage that `cpt` writes.
     """
     last = ((read_lineage(folder) or {}).get("lineage") or [{}])[-1]
     if last.get("command") != "cpt" or not isinstance(last.get("tokens"), int):
         return None
     resolved = folder.resolve()
-    run = resolved.parent.parent if resolved.parent.name == "checkpoints" else resolved
+    run = resolved.parent.parent if resolved.parent.name in (STEPS, WEIGHTS) else resolved
     return str(run), last["tokens"]
 
 

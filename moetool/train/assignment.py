@@ -7,8 +7,8 @@ moment of the optimizer. It becomes some tensors on disk. Every part has a write
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -40,10 +40,11 @@ class Held:
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors that one process makes whole at the same time, and writes."""
+    """Tensors that one process makes whole at the same time, and writes, to files of some kinds."""
 
     names: tuple[str, ...]
     writer: int
+    kinds: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,13 @@ class Assignment:
         """The tensors of which a process gives a region, to another one or to itself."""
         return [name for name, regions in self.sources.items() if rank in regions]
 
+    def only(self, kinds: Collection[str]) -> Assignment:
+        """The part of it that is for some kinds of files: every process still gives and writes what it does for all."""
+        rounds = tuple(tuple(part for part in parts if not part.kinds.isdisjoint(kinds)) for parts in self.rounds)
+        names = [name for parts in rounds for part in parts for name in part.names]
+        files = tuple(file for file in self.files if file.kind in kinds)
+        return replace(self, rounds=rounds, sources={name: self.sources[name] for name in names}, files=files)
+
     def sent(self, rank: int) -> int:
         """Bytes that a process sends to others."""
         writers = {name: part.writer for parts in self.rounds for part in parts for name in part.names}
@@ -107,7 +115,7 @@ def assign(held: Mapping[str, Held], units: Sequence[tuple[str, ...]], contents:
     # The largest first, so that parts of one round take about the same time.
     order = sorted(range(len(units)), key=lambda i: (-sum(tensor.nbytes for _, _, tensor in made[i]), i))
     for i in order:
-        queues[writers[i]].append(Part(units[i], writers[i]))
+        queues[writers[i]].append(Part(units[i], writers[i], frozenset(kind for kind, _, _ in made[i])))
     rounds = tuple(tuple(part for part in parts if part) for parts in zip_longest(*queues))
     return Assignment(rounds, sources, held, tuple(_files(made, writers, size)))
 

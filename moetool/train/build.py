@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,21 @@ from moetool import launch
 from moetool.checkpoint.model import load_model, skeleton
 from moetool.errors import CheckpointError
 from moetool.mesh import distributed
+from moetool.progress import Progress
 from moetool.routing.capture import RouterCapture, has_routers
 from moetool.train import balance, mixed, resume, state
 from moetool.train.accelerator import prepare, reshard
+from moetool.train.config import TrainConfig
 from moetool.train.execution import apply_execution
 from moetool.train.export import lay_out
 from moetool.train.loop import Run
-from moetool.train.loss import chunked_loss, whole_loss
+from moetool.train.loss import LanguageLoss, chunked_loss, whole_loss
 from moetool.train.optimizer import adamw
 from moetool.train.ranks import new_ranks
 from moetool.train.run_plan import RunPlan, untrained_routers
 from moetool.train.saving import Saver
-from moetool.train.selection import is_selection_bias
-from moetool.train.validate import check_documents_apart
+from moetool.train.selection import Selection, is_selection_bias
+from moetool.train.validate import check_documents_apart, validate_all
 
 
 def build_run(plan: RunPlan) -> Run:
@@ -36,16 +39,14 @@ def build_run(plan: RunPlan) -> Run:
     config, accelerator, step = plan.config, plan.accelerator, plan.step
     start = state.step_folder(config.out, step) if step else config.model
     going_on, advice = bool(step or config.keep_optimizer), resume.ADVICE if step else resume.FRESH
-    mesh, empty, half = config.mesh, skeleton(config.model), config.precision == "bf16"
-    apart = mixed.exact_modules(empty) if half and not mesh.whole else []
+    mesh, half = config.mesh, config.precision == "bf16"
     try:
-        core = _load(start, accelerator.device, distributed(mesh, apart))
+        core, capture = _ready(config, accelerator.device, start)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {resume.ADVICE}" if step else str(error)) from None
-    if half and not mesh.whole:
-        mixed.gather_in_bf16(core, apart)
-    capture = RouterCapture(core) if has_routers(core) else None
-    selections = balance.build_selections(config.balance, core, capture, RouterCapture(empty)) if capture else []
+    selections: Sequence[Selection] = []
+    if capture:
+        selections = balance.build_selections(config.balance, core, capture, RouterCapture(skeleton(config.model)))
     warnings: list[str] = []
     if capture and config.freeze_router:
         balance.freeze_routers(capture)
@@ -57,8 +58,7 @@ def build_run(plan: RunPlan) -> Run:
         resume.load_weights(start, core, advice)
     masters: mixed.Masters = "host" if config.moments == "offload" else "device" if config.master_weights else "none"
     weights = mixed.cast(core, capture, masters) if config.keeps_copies else None
-    chunked = half and mesh.tp == 1  # which shares the head's matrix out
-    language_loss = (chunked_loss(core, config.compile or config.liger) if chunked else None) or whole_loss
+    language_loss = _language_loss(core, config)
     reshard(core)
     weights = weights or dict(core.named_parameters())
     apply_execution(config, core)
@@ -86,6 +86,50 @@ def build_run(plan: RunPlan) -> Run:
         warnings,
         step,
     )
+
+
+def validate_other(run: Run, folder: Path, progress: Progress) -> dict[str, float]:
+    """The losses of another checkpoint of a run's model on its validation sets, computed as the run's own.
+
+    All processes must call. The run has ended: its moments and gradients make room for the weights.
+
+    Args:
+        run: that has trained to its last step.
+        folder: the checkpoint.
+        progress: reports the sets.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    plan = run.plan
+    if not plan.corpus.val:
+        return {}
+    run.optimizer.state.clear()
+    run.optimizer.zero_grad()
+    core, capture = _ready(plan.config, plan.accelerator.device, folder)
+    if plan.config.keeps_copies:
+        mixed.cast(core, capture, "none")
+    apply_execution(plan.config, core)
+    losses, _ = validate_all(
+        core, capture, _language_loss(core, plan.config), plan.corpus.val, plan.config, plan.accelerator, progress
+    )
+    return losses
+
+
+def _ready(config: TrainConfig, device: torch.device, folder: Path) -> tuple[Any, RouterCapture | None]:
+    """A model with the weights of a folder, fp32 and sharded as the mesh says, and the capture on its routers."""
+    half = config.precision == "bf16" and not config.mesh.whole
+    apart = mixed.exact_modules(skeleton(config.model)) if half else []
+    core = _load(folder, device, distributed(config.mesh, apart))
+    if half:
+        mixed.gather_in_bf16(core, apart)
+    return core, RouterCapture(core) if has_routers(core) else None
+
+
+def _language_loss(core: Any, config: TrainConfig) -> LanguageLoss:
+    # Tensor parallelism shares the head's matrix out.
+    chunked = config.precision == "bf16" and config.mesh.tp == 1
+    return (chunked_loss(core, config.compile or config.liger) if chunked else None) or whole_loss
 
 
 def _load(folder: Path, device: torch.device, mesh: Any) -> Any:

@@ -158,6 +158,14 @@ class TrainConfig:
     save_every: int = option("Steps between checkpoints.", UNSET, panel=RUN, shown="a tenth of the run", min=1)
     eval_every: int = option("Steps between validations.", UNSET, panel=RUN, shown="a tenth of the run", min=1)
     keep_checkpoints: int = option("Number of step folders to keep.", 2, panel=RUN, min=1)
+    keep_weights: int = option(
+        "Also keep the weights alone every N steps, in OUT/weights, to be averaged.",
+        UNSET, panel=RUN, shown="none", min=1, metavar="N",
+    )  # fmt: skip
+    average_last: int = option(
+        "At the end, write the mean of the last N weights of --keep-weights to OUT/average, and validate it.",
+        UNSET, panel=RUN, shown="none", min=1, metavar="N",
+    )  # fmt: skip
     keep_optimizer: bool = option(
         "Start with the optimizer state and fp32 weights of MODEL, which must be a step folder. The schedule starts"
         " from its beginning.",
@@ -206,6 +214,8 @@ class TrainConfig:
         check_sizes(self.mesh, num_processes())
         micro_batch = self.micro_batch_size or default_micro_batch(self.global_batch_size)
         check_batches(self.global_batch_size, micro_batch, self.mesh.data_parallel)
+        if self.average_last and not self.keep_weights:
+            raise ConfigError(f"--average-last {self.average_last}: give --keep-weights N, the steps between weights")
         if self.balance and self.freeze_router:
             from moetool.train.balance import check_frozen
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moetool import __version__
+from moetool.checkpoint.step_folder import STEPS, WEIGHTS
 from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
@@ -29,13 +30,12 @@ from moetool.train.accelerator import (
     accumulating,
     clip_shards,
     mean_gradients,
-    reshard,
     sum_dtype,
     total,
     track,
 )
+from moetool.train.assignment import FILES
 from moetool.train.batches import MicroBatch, micro_batches
-from moetool.train.execution import evaluating
 from moetool.train.export import Layout, buffers, publish, save_beside
 from moetool.train.interrupt import noting
 from moetool.train.loss import LanguageLoss, logits, token_loss
@@ -45,7 +45,7 @@ from moetool.train.run_plan import RunPlan
 from moetool.train.saving import Saver
 from moetool.train.selection import Selection
 from moetool.train.terms import Forward, Need, Sums
-from moetool.train.validate import validate
+from moetool.train.validate import validate_all
 
 
 class Gradient(NamedTuple):
@@ -100,23 +100,20 @@ class Run:
             state.claim(config.out)
             if not config.resume:
                 state.clear(config.out)
-            state.set_aside(config.out, self.step)
+            state.go_back(config.out, self.step)
         if config.log_with:
             accelerator.init_trackers("moetool", {key: str(value) for key, value in config.to_json().items()})
 
-    def train(self, progress: Progress = silent) -> dict[str, Any]:
-        """Train to the end, validating and saving on the way, in an OUT that is claimed.
+    def train(self, progress: Progress = silent) -> None:
+        """Train to the last step, validating and saving on the way, in an OUT that is claimed.
 
         Ctrl-C and SIGTERM end it after the step that is under way, with a checkpoint; then they act.
-
-        Returns:
-            The summary, which also lies in OUT/summary.json.
 
         Raises:
             ConfigError: the loss or the gradient is not finite; nothing that led to it is saved.
         """
-        config, accelerator, out = self.plan.config, self.plan.accelerator, self.plan.config.out
-        log = MetricsLog(out / state.METRICS, self.step) if accelerator.is_main_process else None
+        config = self.plan.config
+        log = self._metrics()
 
         def tell() -> None:
             progress("train", self.step, config.max_steps, "stopping after this step; a second signal stops at once")
@@ -137,22 +134,42 @@ class Run:
                 stopping = signalled and not last
                 if failed:
                     self.saver.wait()
+                if config.keep_weights and self.step % config.keep_weights == 0:
+                    self._save(WEIGHTS)  # first: a run that goes on from this step must have it
                 if last or stopping or self.step % config.save_every == 0:
-                    self._save()
+                    self._save(STEPS)
                 if last or stopping:
                     self._saved()
                 if stopping:
                     break
         if self.step < config.max_steps:
             signal.raise_signal(noted.signum or signal.SIGTERM)
+
+    def finish(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the last step the run's result, and OUT a finished run.
+
+        Args:
+            more: what else is told in the summary.
+
+        Returns:
+            The summary, which also lies in OUT/summary.json; empty in all processes but the first.
+        """
+        config, accelerator, out = self.plan.config, self.plan.accelerator, self.plan.config.out
+        log = self._metrics()
         summary: dict[str, Any] = {}
         if log:
             summary = {**self._so_far(), **summarize(log, config.seq_len * config.global_batch_size, config.train)}
+            summary |= more
         publish(state.step_folder(out, self.step), out, {**summary, "identity": self.plan.identity}, self.saver.ranks)
         if log:
             state.release(out)
         accelerator.wait_for_everyone()
         return summary
+
+    def _metrics(self) -> MetricsLog | None:
+        """metrics.jsonl up to this step, in the process that writes it."""
+        config = self.plan.config
+        return MetricsLog(config.out / state.METRICS, self.step) if self.plan.accelerator.is_main_process else None
 
     def _log(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
         if log:
@@ -304,29 +321,20 @@ class Run:
 
     def _validate(self, log: MetricsLog | None, progress: Progress) -> None:
         """Validate on every set and log a row."""
-        config, accelerator, val = self.plan.config, self.plan.accelerator, self.plan.corpus.val
-        self.core.eval()
-        row: dict[str, Any] = {"step": self.step, "val": {}}
-        for done, (name, stream) in enumerate(val.items()):
-            progress("validate", done, len(val), name)
-            with evaluating(config):
-                row["val"][name], routing = validate(
-                    self.core, self.capture, self.language_loss, stream, config, accelerator
-                )
-            if routing:
-                row.setdefault("routing", {})[name] = routing
-        reshard(self.core)
-        if val:
-            progress("validate", len(val), len(val))
-            self._log(log, row)
+        plan = self.plan
+        losses, routing = validate_all(
+            self.core, self.capture, self.language_loss, plan.corpus.val, plan.config, plan.accelerator, progress
+        )
+        if losses:
+            self._log(log, {"step": self.step, "val": losses} | ({"routing": routing} if routing else {}))
 
     def _so_far(self) -> dict[str, Any]:
         samples, ledger = self.step * self.plan.config.global_batch_size, self.plan.mixture.ledger
         return {"steps": self.step, "tokens": samples * self.plan.config.seq_len, "ledger": ledger(samples)}
 
-    def _save(self) -> None:
-        """Have a step folder written, once the next step's loss and gradient show that the last update was no ruin."""
-        self._ahead = self._gradient()
+    def _save(self, kind: str) -> None:
+        """Have a step folder or a snapshot written, once the next step's gradient shows that the update was no ruin."""
+        self._ahead = self._ahead or self._gradient()
         plan, config, step, layout, ranks = self.plan, self.plan.config, self.step, self.layout, self.saver.ranks
         moments = dict(resume.moments(self.weights, self.optimizer))
         tensors = {**buffers(self.core), **self.weights, **moments}
@@ -339,8 +347,11 @@ class Run:
                 digests = put(folder)
                 if ranks.is_main:
                     save_beside(layout, folder, config.model, entry)
-                    resume.save(folder, digests, layout.dtype != "float32", step, plan.identity)
+                    if kind == STEPS:
+                        resume.save(folder, digests, layout.dtype != "float32", step, plan.identity)
 
-            state.save_step(config.out, step, fill, config.keep_checkpoints, ranks)
+            keep = config.keep_checkpoints if kind == STEPS else None
+            state.save_step(state.step_folder(config.out, step, kind), fill, keep, ranks)
 
-        self.saver.save(tensors, units, lambda whole: layout.contents(whole, step), write)
+        files = FILES if kind == STEPS else ("model",)
+        self.saver.save(tensors, units, lambda whole: layout.contents(whole, step), write, files)

@@ -11,6 +11,7 @@ from typing import Any
 from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import skeleton
 from moetool.checkpoint.reader import content_fingerprint
+from moetool.checkpoint.step_folder import WEIGHTS, step_folders
 from moetool.errors import ConfigError
 from moetool.mesh import check_model, check_sizes
 from moetool.progress import Progress, silent
@@ -75,6 +76,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
             corpus = open_corpus(config, model.get_input_embeddings().num_embeddings, progress)
         identity = config.identity(content_fingerprint(config.model), corpus.fingerprints)
         often = {"save-every": config.save_every, "eval-every": config.eval_every}
+        often |= {"keep-weights": config.keep_weights, "average-last": config.average_last}
         _alike(ranks, {**identity, **vars(mesh), **often})
         found = state.find(out, ranks) if config.resume else state.Found()
         if found.identity is not None:
@@ -82,6 +84,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
         if found.summary is not None:
             yield Opened(summary=found.summary)
             return
+        _check_average(config, found.step)
         plan = plan_run(config, accelerator, model, corpus, identity, found.step)
         damaged = [f"{reason}; continuing from step {found.step}" for reason in found.damaged]
         yield Opened(replace(plan, warnings=[*plan.warnings, *damaged]))
@@ -96,6 +99,19 @@ def _alike(ranks: Ranks, mine: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"process {rank} has other options or data than process 0: {'; '.join(changed)}. Start all with the"
                 " same command, and give them the same files"
+            )
+
+
+def _check_average(config: TrainConfig, step: int) -> None:
+    """Refuse an average of more snapshots than there will be at the end of a run that goes on from `step`."""
+    every = config.keep_weights
+    if config.average_last and every:
+        there = sum(saved <= step for saved in step_folders(config.out, WEIGHTS)) if config.resume else 0
+        count = there + config.max_steps // every - step // every
+        if config.average_last > count:
+            raise ConfigError(
+                f"--average-last {config.average_last}: --keep-weights {every} keeps {count} in this run of"
+                f" {config.max_steps} steps; give at most that, or keep them more often"
             )
 
 

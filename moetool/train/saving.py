@@ -6,7 +6,7 @@ gloo group of their own, so training may talk at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moetool.cost import devices
 from moetool.errors import CheckpointError
-from moetool.train.assignment import Assignment, Contents, Held, Part, assign
+from moetool.train.assignment import FILES, Assignment, Contents, Held, Part, assign
 from moetool.train.ranks import ALONE, Ranks
 from moetool.train.shards import Region, boxes, extent, local, region
 from moetool.train.tensor_file import TensorFile
@@ -70,6 +70,7 @@ class Saver:
         units: Sequence[tuple[str, ...]],
         contents: Contents,
         write: Callable[[Callable[[Path], dict[str, str]]], object],
+        kinds: Collection[str] = tuple(FILES),
     ) -> None:
         """Have a step written; training may change the tensors afterwards. All processes must call.
 
@@ -81,9 +82,15 @@ class Saver:
             contents: see `assign`.
             write: writes the step folder. It is given a function that writes this process's files of tensors into a
                 folder, together with the others, and returns the digests of all such files by path.
+            kinds: of files that are written (see `assignment.FILES`). Who writes what, and so which copies are kept,
+                does not depend on it.
         """
         self.wait()
-        assignment = self._assigned(tensors, units, contents)
+        assignment = self._assigned(tensors, units, contents).only(kinds)
+
+        def wanted(whole: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
+            return (made for made in contents(whole) if made[0] in kinds)
+
         if self._aside:
             self._copy({name: local(tensors[name]) for name in assignment.given(self.ranks.rank)})
             read = self._copies.__getitem__
@@ -93,9 +100,7 @@ class Saver:
                 return local(tensors[name]).cpu()
 
         def put(folder: Path) -> dict[str, str]:
-            digests = self.ranks.together(
-                lambda: write_files(assignment, self.ranks, read, contents, folder, self.go_on)
-            )
+            digests = self.ranks.together(lambda: write_files(assignment, self.ranks, read, wanted, folder, self.go_on))
             files = {path: digest for one in digests for path, digest in one.items()}
             absent = [path for path in files if not (folder / path).is_file()] if self.ranks.is_main else []
             if absent:

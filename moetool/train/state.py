@@ -1,14 +1,13 @@
 """The folder of a run: who may write it, its step folders, and what a resumed run starts from.
 
-A step folder is a stock checkpoint with `training_state/` beside it (resume.py). It appears under its
-name only when every byte of it is on disk.
+A step folder is a stock checkpoint with `training_state/` beside it (resume.py); a snapshot is one without. Both appear
+under their names only when every byte of them is on disk.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -18,13 +17,14 @@ from typing import Any
 
 from moetool.checkpoint.folder import PARTIAL, naming, remove, sync_folder, write_file
 from moetool.checkpoint.reader import INDEX
+from moetool.checkpoint.step_folder import AVERAGE, STEPS, WEIGHTS, step_folders
 from moetool.checkpoint.writer import foreign_files
 from moetool.errors import CheckpointError, ConfigError
 from moetool.outside import fits, read_json
 from moetool.train import resume
 from moetool.train.ranks import ALONE, Ranks
 
-METRICS, SUMMARY, STEPS, TRACKERS = "metrics.jsonl", "summary.json", "checkpoints", "trackers"
+METRICS, SUMMARY, TRACKERS = "metrics.jsonl", "summary.json", "trackers"
 
 
 _NUMBERS = {"*": float}
@@ -40,6 +40,7 @@ _SUMMARY = {
     "tokens_per_second": (float, type(None)),
     "identity": {},
 }
+_AVERAGE = {"steps": [int], "val": _NUMBERS}
 
 
 def check_folder(model: Path, out: Path, resume: bool = True) -> None:
@@ -70,7 +71,7 @@ def check_folder(model: Path, out: Path, resume: bool = True) -> None:
         raise CheckpointError(
             f"{out} holds {', '.join(sorted(names)[:3])} and no run of moetool cpt; choose another OUT"
         )
-    foreign = [] if resume else sorted(set(foreign_files(out)) - {METRICS, SUMMARY, STEPS, TRACKERS})
+    foreign = [] if resume else sorted(set(foreign_files(out)) - {METRICS, SUMMARY, STEPS, WEIGHTS, AVERAGE, TRACKERS})
     if foreign:
         raise CheckpointError(f"{out} also holds {', '.join(foreign[:3])}; move that away or choose another OUT")
 
@@ -112,10 +113,11 @@ def clear(out: Path) -> None:
     for name in ("config.json", INDEX):
         (out / name).unlink(missing_ok=True)
     sync_folder(out)
-    sweep(out)
-    for step in saved_steps(out):
-        _delete(step_folder(out, step))
-    for name in (STEPS, TRACKERS):
+    for kind in (STEPS, WEIGHTS):
+        for folder in step_folders(out, kind).values():
+            _delete(folder)
+    _discard(out / AVERAGE)
+    for name in (STEPS, WEIGHTS, TRACKERS):
         if (out / name).exists():
             remove(out / name)
     for path in out.iterdir():
@@ -123,9 +125,9 @@ def clear(out: Path) -> None:
             path.unlink()
 
 
-def step_folder(out: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return out / STEPS / f"step-{step:06d}"
+def step_folder(out: Path, step: int, kind: str = STEPS) -> Path:
+    """Where the checkpoint of a step lies, or its snapshot (WEIGHTS)."""
+    return out / kind / f"step-{step:06d}"
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def find(out: Path, ranks: Ranks = ALONE) -> Found:
     Raises:
         CheckpointError: the summary is damaged, or every step folder is.
     """
-    finished, steps = ranks.together(lambda: (_finished(out), _steps(out, "*")) if ranks.is_main else (None, []))[0]
+    finished, steps = ranks.together(lambda: (_finished(out), [*step_folders(out)]) if ranks.is_main else (None, []))[0]
     if finished:
         return finished
     damaged: list[str] = []
@@ -173,46 +175,50 @@ def _finished(out: Path) -> Found | None:
     if not ((out / SUMMARY).exists() and (out / "config.json").exists()) or (out / PARTIAL).exists():
         return None
     summary = read_json(out / SUMMARY)
-    if not fits(summary, _SUMMARY) or (summary["mri"] and not summary["val"].keys() <= summary["mri"].keys()):
+    whole = fits(summary, _SUMMARY | ({"average": _AVERAGE} if "average" in summary else {}))
+    told = [summary[name].keys() for name in ("mri",) if whole and summary[name]]
+    told += [summary["average"]["val"].keys()] if whole and "average" in summary else []
+    if not whole or not all(summary["val"].keys() <= names for names in told):
         raise CheckpointError(f"{out / SUMMARY} is damaged; start again with --no-resume, or choose another OUT")
     identity = summary.pop("identity")
     return Found(summary["steps"], identity, summary)
 
 
-def set_aside(out: Path, step: int) -> None:
-    """Take their names from the damaged folders after `step`; the next save deletes them."""
-    for damaged in _steps(out, "*"):
-        if damaged > step:
-            folder = step_folder(out, damaged)
+def go_back(out: Path, step: int) -> None:
+    """Leave only what lies before `step`, from which the run goes on.
+
+    Step folders after it are damaged: they lose their names, and the next save deletes them. Snapshots after it are
+    deleted: the run makes them again, and might make others. So is an average.
+    """
+    _discard(out / AVERAGE)
+    for later, folder in step_folders(out).items():
+        if later > step:
             os.rename(folder, folder.with_name(f".{folder.name}.damaged"))
+    for later, folder in step_folders(out, WEIGHTS).items():
+        if later > step:
+            _delete(folder)
 
 
 def saved_steps(out: Path) -> list[int]:
     """The steps that have a complete folder, ascending."""
-    return _steps(out, "*/training_state/state.json")
+    return [step for step, folder in step_folders(out).items() if (folder / resume.STATE / "state.json").exists()]
 
 
-def _steps(out: Path, pattern: str) -> list[int]:
-    names = (path.relative_to(out / STEPS).parts[0] for path in (out / STEPS).glob(pattern))
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{6,})", name)))
-
-
-def save_step(out: Path, step: int, fill: Callable[[Path], None], keep: int, ranks: Ranks = ALONE) -> Path:
-    """Make a step folder appear complete or not at all, then delete the oldest beyond `keep`.
+def save_step(folder: Path, fill: Callable[[Path], None], keep: int | None, ranks: Ranks = ALONE) -> Path:
+    """Make a step folder or a snapshot appear complete or not at all, then delete the oldest folders beyond `keep`.
 
     Args:
-        out: the run's folder.
-        step: of the model.
+        folder: see `step_folder`.
         fill: writes a process's part of the content into the folder that it is given.
-        keep: how many step folders stay.
+        keep: how many step folders stay; None: all.
         ranks: the processes that write it; all must call, and where one fails, all do.
     """
-    folder = step_folder(out, step)
     temporary = folder.with_name(f".{folder.name}.unfinished")
 
     def begin() -> None:
         folder.parent.mkdir(exist_ok=True)
-        sweep(out)
+        for leftover in folder.parent.glob(".step-*"):  # of a killed run: half-written or half-deleted
+            remove(leftover)
         temporary.mkdir()
 
     def end() -> None:
@@ -221,8 +227,8 @@ def save_step(out: Path, step: int, fill: Callable[[Path], None], keep: int, ran
             _delete(folder)
         os.rename(temporary, folder)
         sync_folder(folder.parent)
-        for old in saved_steps(out)[:-keep]:
-            _delete(step_folder(out, old))
+        for old in saved_steps(folder.parent.parent)[:-keep] if keep else []:
+            _delete(step_folder(folder.parent.parent, old))
 
     try:
         with naming(folder):
@@ -236,10 +242,10 @@ def save_step(out: Path, step: int, fill: Callable[[Path], None], keep: int, ran
     return folder
 
 
-def sweep(out: Path) -> None:
-    """Delete what a killed run left half-written or half-deleted."""
-    for leftover in (out / STEPS).glob(".step-*"):
-        remove(leftover)
+def _discard(average: Path) -> None:
+    if average.exists():
+        (average / "config.json").unlink(missing_ok=True)  # first: it makes the folder loadable
+        remove(average)
 
 
 def _delete(folder: Path) -> None:

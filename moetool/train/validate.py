@@ -5,6 +5,7 @@ Shapes: B sequences, S their length, T tokens that are predicted, V vocabulary, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,12 +14,39 @@ from torch import Tensor
 
 from moetool.data.tokens import TokenStream
 from moetool.errors import ConfigError
+from moetool.progress import Progress
 from moetool.routing.capture import Route, RouterCapture
-from moetool.train.accelerator import Accelerator, sum_dtype, total
+from moetool.train.accelerator import Accelerator, reshard, sum_dtype, total
 from moetool.train.batches import IGNORED, MicroBatch, validation_batches
 from moetool.train.config import TrainConfig
+from moetool.train.execution import evaluating
 from moetool.train.loss import LanguageLoss, logits
 from moetool.train.metrics_log import routing_row
+
+
+def validate_all(
+    model: Any,
+    capture: RouterCapture | None,
+    language_loss: LanguageLoss,
+    val: Mapping[str, TokenStream],
+    config: TrainConfig,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """`validate` on every set: losses and routing by name; routing is empty for a dense model."""
+    losses: dict[str, float] = {}
+    routings: dict[str, Any] = {}
+    model.eval()
+    for done, (name, stream) in enumerate(val.items()):
+        progress("validate", done, len(val), name)
+        with evaluating(config):
+            losses[name], routing = validate(model, capture, language_loss, stream, config, accelerator)
+        if routing:
+            routings[name] = routing
+    reshard(model)
+    if val:
+        progress("validate", len(val), len(val))
+    return losses, routings
 
 
 @torch.no_grad()

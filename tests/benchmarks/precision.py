@@ -130,6 +130,7 @@ def train(model: Path, out: Path, text: Path, steps: int, seed: int, way: str) -
                 run.core.set_experts_implementation("eager")  # autocast does not know grouped products
             run.claim()
             run.train()
+            run.finish({})
 
 
 def measure(folder: Path, text: Path, steps: int, seeds: int, ways: Sequence[str]) -> Losses:

@@ -90,7 +90,7 @@ def worker(folder: Path, rounds: int) -> None:
 
     def shares(out: Path, step: int) -> tuple[float, int]:
         def write(put: Any) -> None:
-            state.save_step(out, step, put, 1, ranks)
+            state.save_step(state.step_folder(out, step), put, 1, ranks)
 
         with Saver(1, ranks) as saver:
             began = time.perf_counter()

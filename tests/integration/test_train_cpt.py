@@ -19,10 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moetool.average.plan import rounded
 from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import load_model, skeleton
 from moetool.cost.operations import flops_per_token
 from moetool.errors import CheckpointError
+from moetool.recipe import recorded_sources
 from moetool.train import resume, tensor_file
 from moetool.train.batches import mix, open_corpus
 from moetool.train.config import TrainConfig
@@ -235,6 +237,7 @@ def test_a_step_folder_is_a_model(tmp_path: Path, llama: Path, jsonl: Path) -> N
         (["--max-steps", 1, "--weight", "x=1"], "--weight x: no --train or --replay has that name"),
         (["--max-steps", 1, "--weight", "new=0"], "above 0"),
         (["--max-steps", 1, "--weight", "new=2"], "--weight new has no effect: there is no other source of its kind"),
+        (["--max-steps", 1, "--average-last", 2], "--average-last 2: give --keep-weights N"),
         (["--max-steps", 1, "--lr", 0], "--lr 0: a number above 0 is needed"),
         (["--max-steps", 1, "--lr", "inf"], "--lr inf: a number above 0 is needed"),
         (["--max-steps", 1, "--val", "new=x", "--val-fraction", 0.1], "--val-fraction has no effect"),
@@ -528,6 +531,117 @@ def test_a_tracker_that_is_not_there(tmp_path: Path, llama: Path, jsonl: Path) -
     code, _, stderr = cpt(llama, tmp_path / "out", jsonl, "--log-with", "wandbb")
     assert code == 2
     assert "did you mean 'wandb'" in stderr
+
+
+def test_snapshots_are_weights_alone_and_none_is_deleted(tmp_path: Path, jsonl: Path) -> None:
+    model, out = tiny.save_mixtral(tmp_path / "model", dtype=torch.bfloat16), tmp_path / "out"
+    (model / "moetool.json").write_text(json.dumps({"format": 1, "lineage": [{"command": "upcycle"}]}))
+    options = ["--keep-weights", 2, "--save-every", 2, "--keep-checkpoints", 1]
+    assert cpt(model, out, jsonl, *options, "--eval-every", 7, steps=7)[0] == 0
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000007"]
+    snapshots = sorted((out / "weights").iterdir())
+    assert [path.name for path in snapshots] == ["step-000002", "step-000004", "step-000006"]
+    assert (
+        cpt(model, tmp_path / "without", jsonl, "--eval-every", 7, "--save-every", 2, "--keep-checkpoints", 4, steps=7)[
+            0
+        ]
+        == 0
+    )
+    for snapshot in snapshots:
+        step = tmp_path / "without" / "checkpoints" / snapshot.name
+        files = {path.name for path in step.iterdir()} - {"training_state"}
+        assert {path.name for path in snapshot.iterdir()} == files
+        assert (snapshot / "model.safetensors").read_bytes() == (step / "model.safetensors").read_bytes()
+        lineage, other = (json.loads((folder / "moetool.json").read_text())["lineage"] for folder in (snapshot, step))
+        assert lineage[-1]["tokens"] == other[-1]["tokens"] == int(snapshot.name[-1]) * 4 * 16
+        load_model(snapshot)
+    assert untimed(out) == untimed(tmp_path / "without")  # keeping them changes nothing
+    assert weights(out).keys() == weights(tmp_path / "without").keys()
+    assert all(torch.equal(value, weights(tmp_path / "without")[name]) for name, value in weights(out).items())
+    code, _, stderr = cpt(model, out, jsonl, *options, "--lr", 5e-4, "--no-resume", "--eval-every", 3, steps=3)
+    assert code == 0, stderr
+    assert [path.name for path in (out / "weights").iterdir()] == ["step-000002"]
+
+
+def mean_of(snapshots: list[Path]) -> dict[str, torch.Tensor]:
+    stored = [weights(folder) for folder in snapshots]
+    return {
+        name: rounded(torch.stack([one[name].double() for one in stored]).sum(0) / len(stored), stored[0][name].dtype)
+        for name in stored[0]
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_average_of_the_last_snapshots_lies_beside_the_last_model(
+    tmp_path: Path, jsonl: Path, precision: str
+) -> None:
+    model, out = tiny.save_mixtral(tmp_path / "model", dtype=torch.bfloat16), tmp_path / "out"
+    options = ["--precision", precision, "--keep-weights", 2, "--average-last", 2, "--val-fraction", 0.2, "--lr", 1e-2]
+    code, stdout, stderr = cpt(model, out, jsonl, *options, "--json", "--quiet", steps=7)
+    assert (code, stderr) == (0, "")
+    snapshots = sorted((out / "weights").iterdir())[-2:]
+    mean, found = mean_of(snapshots), weights(out / "average")
+    assert found.keys() == mean.keys()
+    assert all(torch.equal(found[name], mean[name]) for name in mean)
+    assert any(not torch.equal(found[name], weights(out)[name]) for name in mean)
+    lineage = json.loads((out / "average" / "moetool.json").read_text())["lineage"]
+    assert lineage[-1]["command"] == "average"
+    assert len(recorded_sources(lineage[-1])) == 2
+    assert tiny.in_process("verify", out / "average")[0] == 0
+    summary = json.loads((out / "summary.json").read_text())
+    told = summary["average"]
+    assert told == json.loads(stdout)["average"]
+    assert told["steps"] == [4, 6]
+    # A run that starts from the average measures the same before its first step.
+    again = tmp_path / "again"
+    copy = shutil.copytree(out / "average", tmp_path / "average")  # a run may not start from a part of another
+    assert cpt(copy, again, jsonl, *options[:2], "--val-fraction", 0.2, steps=1)[0] == 0
+    assert json.loads((again / "summary.json").read_text())["val"]["new"]["before"] == told["val"]["new"]
+    assert told["val"]["new"] != summary["val"]["new"]["after"]
+    code, stdout, _ = cpt(model, out, jsonl, *options, steps=7)
+    assert code == 0
+    assert "already finished" in stdout
+    assert f"{told['val']['new']:.4f}" in stdout
+    assert "steps 4, 6 is in" in " ".join(stdout.split())
+
+
+def test_a_run_killed_before_its_average_makes_it(
+    tmp_path: Path, mixtral: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--keep-weights", 1, "--save-every", 3, "--val-fraction", 0.2]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cpt(mixtral, one, jsonl, *options, "--average-last", 3)[0] == 0
+    for where in ("moetool.surgery.apply.write", "moetool.train.build.validate_other", "moetool.train.loop.publish"):
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(where, killed)
+            assert cpt(mixtral, two, jsonl, *options, "--average-last", 2)[0] == 130
+        assert not (two / "config.json").exists()
+    code, _, stderr = cpt(mixtral, two, jsonl, *options, "--average-last", 3)
+    assert code == 0, stderr
+    assert all(torch.equal(value, weights(one / "average")[name]) for name, value in weights(two / "average").items())
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (one, two)]
+    assert summaries[0]["average"] == summaries[1]["average"]
+    assert summaries[0]["val"] == summaries[1]["val"]
+    code, _, stderr = cpt(mixtral, two, jsonl, *options, "--average-last", 3, "--no-resume", "--lr", 5e-4)
+    assert code == 0, stderr
+
+
+def test_an_average_that_cannot_be_is_refused_before_the_run(tmp_path: Path, llama: Path, jsonl: Path) -> None:
+    code, _, stderr = cpt(llama, tmp_path / "out", jsonl, "--keep-weights", 2, "--average-last", 3)
+    assert code == 1
+    assert "--average-last 3: --keep-weights 2 keeps 2 in this run of 4 steps" in stderr
+    assert not (tmp_path / "out").exists()
+    assert cpt(llama, tmp_path / "out", jsonl, "--keep-weights", 2)[0] == 0
+    code, _, stderr = cpt(llama, tmp_path / "out", jsonl, "--keep-weights", 2, "--average-last", 2)
+    assert code == 0
+    assert "moetool average NEW" in stderr
+    assert tiny.in_process("average", tmp_path / "new", tmp_path / "out", "--last", 2)[0] == 0
+    mean, found = mean_of(sorted((tmp_path / "out" / "weights").iterdir())), weights(tmp_path / "new")
+    assert all(torch.equal(found[name], mean[name]) for name in mean)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

@@ -262,3 +262,39 @@ def test_analysis_and_evaluation_of_a_shared_model_equal_those_of_one_process(
         assert scores["results"]
         for part in ("results", "routing"):
             same_counts(scores[part], both[part])
+
+
+@pytest.mark.slow
+def test_two_processes_keep_and_average_snapshots_as_one(tmp_path: Path, glm: Path, text: Path) -> None:
+    kept = [*STEP_LOAD, "--keep-weights", 2, "--average-last", 3]
+    meshes: dict[str, list[object]] = {
+        "whole": [],
+        "ep": ["--fsdp", 2, "--ep", 2],
+        "half": ["--fsdp", 2, "--precision", "bf16"],
+    }
+    for precision in ("fp32", "bf16"):
+        alone(*command(glm, tmp_path / precision, text, *kept, "--precision", precision, micro=4, steps=6))
+    two = [command(glm, tmp_path / mesh, text, *kept, *more, micro=2, steps=6) for mesh, more in meshes.items()]
+    for each in launch(2, tmp_path, *two):
+        right(each)
+    for mesh in meshes:
+        one, other = tmp_path / ("bf16" if mesh == "half" else "fp32"), tmp_path / mesh
+        steps = sorted(path.name for path in (other / "weights").iterdir())
+        assert steps == ["step-000002", "step-000004", "step-000006"]
+        near = {"atol": 2e-3, "rtol": 2e-2} if mesh == "half" else {"atol": 1e-4, "rtol": 1e-2}
+        for folder in (*(f"weights/{step}" for step in steps), "average"):
+            ours, theirs = (
+                {
+                    name: tensor
+                    for file in (out / folder).glob("model*.safetensors")
+                    for name, tensor in load_file(file).items()
+                }
+                for out in (one, other)
+            )
+            assert ours.keys() == theirs.keys()
+            assert all(torch.allclose(tensor, theirs[name], **near) for name, tensor in ours.items()), (mesh, folder)
+        told = [json.loads((out / "summary.json").read_text()) for out in (one, other)]
+        assert told[0]["average"]["steps"] == told[1]["average"]["steps"] == [2, 4, 6]
+        for name, loss in told[0]["average"]["val"].items():
+            assert told[1]["average"]["val"][name] == pytest.approx(loss, abs=3e-3 if mesh == "half" else 1e-4)
+            assert loss != told[0]["val"][name]["after"]

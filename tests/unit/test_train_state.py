@@ -18,6 +18,7 @@ from torch import nn
 from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import load_model
 from moetool.checkpoint.reader import content_fingerprint
+from moetool.checkpoint.step_folder import step_folders
 from moetool.errors import CheckpointError, ConfigError
 from moetool.train import resume, state, tensor_file
 from moetool.train.config import TrainConfig
@@ -70,7 +71,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, advic
 
 def test_step_folders_appear_whole_and_the_oldest_go(tmp_path: Path) -> None:
     for step in (5, 10, 15):
-        state.save_step(tmp_path, step, fill, keep=2)
+        state.save_step(state.step_folder(tmp_path, step), fill, keep=2)
     assert state.saved_steps(tmp_path) == [10, 15]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000010", "step-000015"]
 
@@ -79,15 +80,29 @@ def test_step_folders_appear_whole_and_the_oldest_go(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        state.save_step(tmp_path, 20, fail, keep=2)
+        state.save_step(state.step_folder(tmp_path, 20), fail, keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000010", "step-000015"]
 
 
 def test_what_a_killed_save_left_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:
     fill(tmp_path / "checkpoints" / ".step-000020.unfinished")
     assert state.saved_steps(tmp_path) == []
-    state.save_step(tmp_path, 25, fill, keep=2)
+    state.save_step(state.step_folder(tmp_path, 25), fill, keep=2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000025"]
+
+
+def test_snapshots_are_not_counted_and_go_with_what_is_gone_back_on(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        state.save_step(state.step_folder(tmp_path, step, "weights"), lambda folder: (folder / "a").touch(), None)
+        state.save_step(state.step_folder(tmp_path, step), fill, keep=1)
+    assert state.saved_steps(tmp_path) == [15]
+    (tmp_path / "weights" / ".step-000020.unfinished").mkdir()
+    state.go_back(tmp_path, 10)
+    assert sorted(step_folders(tmp_path, "weights")) == [5, 10]
+    state.save_step(state.step_folder(tmp_path, 12, "weights"), lambda folder: (folder / "a").touch(), None)
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
+        f"step-{step:06d}" for step in (5, 10, 12)
+    ]
 
 
 def test_training_state_round_trip(tmp_path: Path) -> None:
@@ -160,7 +175,7 @@ def run_folder(out: Path) -> list[Path]:
         (folder / "model.safetensors").write_bytes(b"weights" * 100)
         save(folder, [("a/exp_avg", torch.ones(100))], identity={"seed": 0})
 
-    return [state.save_step(out, step, fill, keep=3) for step in (5, 10, 15)]
+    return [state.save_step(state.step_folder(out, step), fill, keep=3) for step in (5, 10, 15)]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training_state/optimizer.safetensors"])
@@ -180,9 +195,9 @@ def test_a_damaged_newest_step_is_not_gone_on_from(tmp_path: Path, name: str, da
     assert (found.step, found.identity) == (10, {"seed": 0})
     assert str(newest) in found.damaged[0]
     # With its name it would stand before good folders when old ones are deleted.
-    state.set_aside(tmp_path, found.step)
+    state.go_back(tmp_path, found.step)
     assert state.saved_steps(tmp_path) == [5, 10]
-    assert state.save_step(tmp_path, 20, fill, keep=2)
+    assert state.save_step(state.step_folder(tmp_path, 20), fill, keep=2)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000010", "step-000020"]
 
 
