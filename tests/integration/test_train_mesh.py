@@ -281,7 +281,7 @@ def test_two_processes_keep_and_average_snapshots_as_one(tmp_path: Path, glm: Pa
         one, other = tmp_path / ("bf16" if mesh == "half" else "fp32"), tmp_path / mesh
         steps = sorted(path.name for path in (other / "weights").iterdir())
         assert steps == ["step-000002", "step-000004", "step-000006"]
-        near = {"atol": 2e-3, "rtol": 2e-2} if mesh == "half" else {"atol": 1e-4, "rtol": 1e-2}
+        near: dict[str, Any] = {"atol": 2e-3, "rtol": 2e-2} if mesh == "half" else {"atol": 1e-4, "rtol": 1e-2}
         for folder in (*(f"weights/{step}" for step in steps), "average"):
             ours, theirs = (
                 {
