@@ -51,7 +51,6 @@ NAMED = {
     "python -m tests.benchmarks.": "takes minutes and measures; that its options exist is tested here",
     "python -m tests.clients": "takes an hour and measures; tests/unit/test_clients_table.py holds its results",
     "accelerate launch --cpu": "starts one process, as the page says",
-    "torchrun --nproc_per_node 2 -m moetool cpt": "tests/integration/test_train_cpt.py (slow) runs it",
     "torchrun --nproc_per_node 2 -m moetool eval": "tests/integration/test_eval_processes.py runs it",
     "torchrun --nnodes 2": "tests/integration/test_two_machines.py (slow) runs it",
     "hf download": "needs a network",
