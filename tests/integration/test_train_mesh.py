@@ -203,7 +203,7 @@ def test_processes_of_different_commands_are_refused(tmp_path: Path, glm: Path, 
     launch_ = [*launcher(2, "moetool")[:-2], str(script)]
     run = subprocess.run(launch_, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode != 0
-    assert "process 1 has other options or data than process 0: --seed (0 on process 0, 1 on this one)" in run.stderr
+    assert "process 1 has other options or data than process 0: --seed (0 on process 0, 1 on process 1)" in run.stderr
     assert not list((tmp_path / "out").glob("*"))
 
 
