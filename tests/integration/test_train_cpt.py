@@ -664,7 +664,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path) -> None:
     model = tiny.save_mixtral(tmp_path / "model", dtype=torch.bfloat16, attention_dropout=0.1)
 
     def arguments(out: Path) -> list[object]:
-        more = ["--save-every", 10, "--eval-every", 70, "--max-steps", 240]
+        more = ["--save-every", 10, "--eval-every", 70, "--max-steps", 240, "--keep-weights", 15, "--average-last", 16]
         return ["cpt", model, out, "--train", f"new={jsonl}", "--val-fraction", 0.2, *SMALL, *more]
 
     assert tiny.cli(*arguments(tmp_path / "whole")).returncode == 0
@@ -695,6 +695,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path) -> None:
     whole = weights(tmp_path / "whole")
     assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
     assert untimed(out) == untimed(tmp_path / "whole")
+    for folder in ("average", *(f"weights/step-{step:06d}" for step in range(15, 241, 15))):
+        one, other = ((run / folder / "model.safetensors").read_bytes() for run in (out, tmp_path / "whole"))
+        assert one == other, folder
+    assert len(list((out / "weights").iterdir())) == 16
     ours, theirs = (
         load_file(folder / "checkpoints" / "step-000240" / "training_state" / "master.safetensors")
         for folder in (out, tmp_path / "whole")
