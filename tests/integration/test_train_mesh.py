@@ -289,7 +289,8 @@ def test_two_processes_keep_and_average_snapshots(tmp_path: Path, glm: Path, tex
         assert last.keys() == average.keys() == snapshots[-1].keys()
         for name, tensor in average.items():
             assert torch.equal(last[name], snapshots[-1][name])
-            assert torch.equal(tensor, (sum(one[name].double() for one in snapshots) / 3).to(tensor.dtype)), name
+            first, second, third = (one[name].double() for one in snapshots)
+            assert torch.equal(tensor, ((first + second + third) / 3).to(tensor.dtype)), name
         copy = shutil.copytree(out / "average", tmp_path / f"{mesh}-average")
         precision = half if "bf16" in more else []
         alone(*command(copy, tmp_path / f"{mesh}-one", text, *STEP_LOAD, *precision, micro=4, steps=2))
