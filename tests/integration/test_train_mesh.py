@@ -273,7 +273,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_keep_and_average_snapshots(tmp_path: Path, glm: Path, text: Path) -> None:
     """The last snapshot is the result, the average is the snapshots' mean, and its loss is what one process finds."""
     kept = [*STEP_LOAD, "--keep-weights", 2, "--average-last", 3]
-    half = ["--precision", "bf16"]
+    half: list[object] = ["--precision", "bf16"]
     meshes: dict[str, list[object]] = {"whole": half, "ep": ["--fsdp", 2, "--ep", 2], "half": ["--fsdp", 2, *half]}
     two = [command(glm, tmp_path / mesh, text, *kept, *more, micro=2, steps=6) for mesh, more in meshes.items()]
     for each in launch(2, tmp_path, *two):
