@@ -251,7 +251,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_keep_and_average_snapshots(tmp_path: Path, glm: Path, text: Path) -> None:
     """The last snapshot is the result, the average is the snapshots' mean, and its loss is what one process finds."""
     kept = [*STEP_LOAD, "--keep-weights", 2, "--average-last", 3]
-    half = ["--precision", "bf16"]
+    half: list[object] = ["--precision", "bf16"]
     meshes: dict[str, list[object]] = {"whole": half, "ep": ["--fsdp", 2, "--ep", 2], "half": ["--fsdp", 2, *half]}
     two = [command(glm, tmp_path / mesh, text, *kept, *more, micro=2, steps=6) for mesh, more in meshes.items()]
     for each in launch(2, tmp_path, *two):
@@ -267,7 +267,9 @@ def test_two_processes_keep_and_average_snapshots(tmp_path: Path, glm: Path, tex
         assert last.keys() == average.keys() == snapshots[-1].keys()
         for name, tensor in average.items():
             assert torch.equal(last[name], snapshots[-1][name])
-            assert torch.equal(tensor, (sum(one[name].double() for one in snapshots) / 3).to(tensor.dtype)), name
+            assert torch.equal(
+                tensor, (torch.stack([one[name].double() for one in snapshots]).sum(0) / 3).to(tensor.dtype)
+            )
         copy = shutil.copytree(out / "average", tmp_path / f"{mesh}-average")
         precision = half if "bf16" in more else []
         alone(*command(copy, tmp_path / f"{mesh}-one", text, *STEP_LOAD, *precision, micro=4, steps=2))
