@@ -114,6 +114,7 @@ def clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
     sync_folder(out)
     for kind in (STEPS, WEIGHTS):
+        _sweep(out / kind)
         for folder in step_folders(out, kind).values():
             _delete(folder)
     _discard(out / AVERAGE)
@@ -194,6 +195,7 @@ def go_back(out: Path, step: int) -> None:
     for later, folder in step_folders(out).items():
         if later > step:
             os.rename(folder, folder.with_name(f".{folder.name}.damaged"))
+    _sweep(out / WEIGHTS)
     for later, folder in step_folders(out, WEIGHTS).items():
         if later > step:
             _delete(folder)
@@ -217,8 +219,7 @@ def save_step(folder: Path, fill: Callable[[Path], None], keep: int | None, rank
 
     def begin() -> None:
         folder.parent.mkdir(exist_ok=True)
-        for leftover in folder.parent.glob(".step-*"):  # of a killed run: half-written or half-deleted
-            remove(leftover)
+        _sweep(folder.parent)
         temporary.mkdir()
 
     def end() -> None:
@@ -240,6 +241,12 @@ def save_step(folder: Path, fill: Callable[[Path], None], keep: int | None, rank
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+def _sweep(folders: Path) -> None:
+    """Delete what a killed run left half-written or half-deleted."""
+    for leftover in folders.glob(".step-*"):
+        remove(leftover)
 
 
 def _discard(average: Path) -> None:

@@ -97,6 +97,7 @@ def test_snapshots_are_not_counted_and_go_with_what_is_gone_back_on(tmp_path: Pa
         state.save_step(state.step_folder(tmp_path, step), fill, keep=1)
     assert state.saved_steps(tmp_path) == [15]
     (tmp_path / "weights" / ".step-000020.unfinished").mkdir()
+    fill(tmp_path / "weights" / ".step-000015.deleted")  # a run was killed while it went back
     state.go_back(tmp_path, 10)
     assert sorted(step_folders(tmp_path, "weights")) == [5, 10]
     state.save_step(state.step_folder(tmp_path, 12, "weights"), lambda folder: (folder / "a").touch(), None)
