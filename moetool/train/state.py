@@ -258,8 +258,6 @@ def _discard(average: Path) -> None:
 def _delete(folder: Path) -> None:
     # Renamed first: a folder that bears a step's name is never half a checkpoint.
     doomed = folder.with_name(f".{folder.name}.deleted")
-    if doomed.exists():  # of a run that was killed here
-        remove(doomed)
     os.rename(folder, doomed)
     remove(doomed)
 
