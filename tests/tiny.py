@@ -268,3 +268,19 @@ def in_process(*arguments: object) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run([str(a) for a in arguments])
     return code, out.getvalue(), err.getvalue()
+
+
+def result(*arguments: object) -> dict[str, Any]:
+    """The JSON of a command that rewrites a checkpoint, and proves it."""
+    code, out, err = in_process(*arguments, "--json", "--verify", "full")
+    assert code == 0, err
+    return json.loads(out)  # type: ignore[no-any-return]
+
+
+def refusal(*arguments: object) -> str:
+    """The one line with which a command fails; warnings before it do not count."""
+    code, _, err = in_process(*arguments)
+    assert code == 1, err
+    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
+    assert len(lines) == 1
+    return lines[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -13,23 +12,26 @@ from moetool.calibration.options import CalibrationOptions
 from moetool.commands.console import Console, escape
 from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import Output
-from moetool.commands.plan_table import describe_files, file_rows, two_columns
-from moetool.commands.proof import Writing, carry_out, closing
+from moetool.commands.plan_table import describe_files, file_rows, loss_rows, two_columns
+from moetool.commands.proof import Folders, Writing, carry_out, closing
 from moetool.option import option
 from moetool.values import parse_size
 
 
 @dataclass(frozen=True)
 class DensifyOptions:
-    """The model that is read, the folder that is written, and how many experts are kept."""
+    """What becomes of the experts."""
 
-    model: str = option("A Mixture of Experts: a folder, or owner/name\\[@revision].", positional=True, metavar="MODEL")
-    out: Path = option("The folder to write.", positional=True, metavar="OUT")
     keep_experts: int = option("Routed experts of each layer that go into its FFN.", min=1, metavar="K")
 
 
 def densify(
-    context: typer.Context, asked: DensifyOptions, run: CalibrationOptions, writing: Writing, output: Output
+    context: typer.Context,
+    models: Folders,
+    asked: DensifyOptions,
+    run: CalibrationOptions,
+    writing: Writing,
+    output: Output,
 ) -> dict[str, Any]:
     """Make a dense model of a Mixture of Experts.
 
@@ -49,7 +51,7 @@ def densify(
 
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
-    sources = context.with_resource(open_sources([asked.model], asked.out))
+    sources = context.with_resource(open_sources([models.model], models.out))
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "densified")
     check_source(source)
     if asked.keep_experts > source.num_experts:
@@ -66,18 +68,18 @@ def densify(
     recipe |= {"data": {name: text.manifest["sha256"] for name, text in texts.items()}}  # type: ignore[dict-item]
     plan = plan_dense(sources.readers, recipe, parts, parse_size(writing.max_shard_size))
     document: dict[str, Any] = {
-        "out": str(asked.out),
+        "out": str(models.out),
         "family": {"before": source.spec.model_type, "after": plan.config["model_type"]},
         "num_experts": source.num_experts,
         "intermediate_size": plan.config["intermediate_size"],
         "layers": [{"layer": layer, **vars(part)} for layer, part in parts.items()],
         "val": {name: {"before": loss, "after": None} for name, loss in before.items()},
-        **describe_files(plan, asked.out, writing.num_workers),
+        **describe_files(plan, models.out, writing.num_workers),
     }
     if not writing.plan:
-        carry_out(plan, sources, asked.out, writing, started, document, context, console)
+        carry_out(plan, sources, models.out, writing, started, document, context, console)
         with estimated(estimate):
-            for name, loss in losses(load(asked.out, run), validation, run).items() if validation else ():
+            for name, loss in losses(load(models.out, run), validation, run).items() if validation else ():
                 document["val"][name]["after"] = loss
     show(document, asked.keep_experts, console)
     return document
@@ -87,13 +89,10 @@ def show(document: dict[str, Any], keep: int, console: Console) -> None:
     """Print the result, and the command that trains it further."""
     family, weights = document["family"], [sum(row["weights"]) for row in document["layers"]]
     rows = {
-        "family": f"{family['before']} -> {family['after']}",
+        "model": f"{family['before']} -> {family['after']}",
         "FFN": f"{document['intermediate_size']} units from {keep} of {document['num_experts']} experts",
-        "weights": f"of a layer's experts sum to {min(weights):.3f} to {max(weights):.3f}",
+        "mean weights": f"of a layer's experts sum to {min(weights):.3f} to {max(weights):.3f}",
     }
-    for name, loss in document["val"].items():
-        after = "" if loss["after"] is None else f" -> {loss['after']:.4f}"
-        rows[f"loss on {name}"] = f"{loss['before']:.4f}{after} nats"
     lines = [closing(document)] if "seconds" in document else []
     lines += [escape(f"train it further: moetool cpt {document['out']} ...")] if lines else []
-    console.result(document, two_columns({"model": rows.pop("family")} | rows | file_rows(document)), *lines)
+    console.result(document, two_columns(rows | loss_rows(document) | file_rows(document)), *lines)

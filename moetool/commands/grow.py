@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +11,14 @@ import typer
 from moetool.commands.console import Console
 from moetool.commands.options import Output
 from moetool.commands.plan_table import describe_files, file_rows, two_columns
-from moetool.commands.proof import Writing, carry_out, closing
+from moetool.commands.proof import Folders, Writing, carry_out, closing
 from moetool.grow.recipe import GrowRecipe
-from moetool.option import option
 from moetool.values import parse_size
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from moetool.grow.plan import Growth
-
-
-@dataclass(frozen=True)
-class Folders:
-    """The model that is read, and the folder that is written."""
-
-    model: str = option("A Mixture of Experts: a folder, or owner/name\\[@revision].", positional=True, metavar="MODEL")
-    out: Path = option("The folder to write.", positional=True, metavar="OUT")
 
 
 def grow(

@@ -44,6 +44,15 @@ def file_rows(document: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def loss_rows(document: Mapping[str, Any]) -> dict[str, str]:
+    """The losses before and after, for people; after is unknown while nothing is written."""
+    rows = {}
+    for name, loss in document["val"].items():
+        after = "" if loss["after"] is None else f" -> {loss['after']:.4f}"
+        rows[f"loss on {name}"] = f"{loss['before']:.4f}{after} nats"
+    return rows
+
+
 def two_columns(rows: Mapping[str, str]) -> Table:
     """Labels and what they stand for."""
     from rich.table import Table

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Folders:
+    """The Mixture of Experts that is read, and the folder that is written."""
+
+    model: str = option("A Mixture of Experts: a folder, or owner/name\\[@revision].", positional=True, metavar="MODEL")
+    out: Path = option("The folder to write.", positional=True, metavar="OUT")
+
+
+@dataclass(frozen=True)
 class Writing:
     """How a checkpoint is written."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,8 @@ from moetool.calibration.options import CalibrationOptions
 from moetool.commands.console import Console, escape
 from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import Output
-from moetool.commands.plan_table import describe_files, file_rows, two_columns
-from moetool.commands.proof import Writing, carry_out, closing
-from moetool.option import option
+from moetool.commands.plan_table import describe_files, file_rows, loss_rows, two_columns
+from moetool.commands.proof import Folders, Writing, carry_out, closing
 from moetool.prune.recipe import PruneOptions
 from moetool.values import parse_size
 
@@ -25,14 +23,6 @@ if TYPE_CHECKING:
 
     from moetool.prune.choose import Choice
     from moetool.surgery.plan import Plan
-
-
-@dataclass(frozen=True)
-class Folders:
-    """The model that is read, and the folder that is written."""
-
-    model: str = option("A Mixture of Experts: a folder, or owner/name\\[@revision].", positional=True, metavar="MODEL")
-    out: Path = option("The folder to write.", positional=True, metavar="OUT")
 
 
 def prune(
@@ -141,10 +131,7 @@ def table(document: dict[str, Any]) -> Table:
         "weight kept": f"{min(masses):.1%} to {max(masses):.1%} of what routers give",
         "largest load": f"{max(largest):.1%} of the routes of a layer, once the others are gone",
     }
-    for name, loss in document["val"].items():
-        after = "" if loss["after"] is None else f" -> {loss['after']:.4f}"
-        rows[f"loss on {name}"] = f"{loss['before']:.4f}{after} nats"
-    return two_columns(rows | file_rows(document))
+    return two_columns(rows | loss_rows(document) | file_rows(document))
 
 
 def healing(document: Mapping[str, Any], data: Mapping[str, str]) -> str:

@@ -61,6 +61,8 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
     folder = resolve_model(str(asked.path))
     entry = provable_entry(folder)
     operation, recorded = registry.load("operation", entry["command"]), recorded_sources(entry)
+    if operation.one_source and len(recorded) != 1:
+        raise CheckpointError(f"{folder}: moetool.json names {len(recorded)} sources of a command that has one")
     names = [one["name"] for one in recorded]
     if asked.donor and len(asked.donor) != len(names) - 1:
         raise typer.BadParameter(

@@ -163,8 +163,6 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
         CheckpointError: the entry is damaged, or see `plan_dense`.
         ConfigError: see `plan_dense`.
     """
-    if len(readers) != 1:
-        raise CheckpointError(f"moetool.json records one source but names {len(readers)}")
     found = entry.get("recipe", {})
     kept = read_experts(found.get("experts"), open_moe(readers[0], "densified").num_experts)
     weights, shared = found.get("weights"), found.get("shared")
@@ -181,4 +179,4 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     return plan_dense(readers, recipe, parts, max_shard_size)
 
 
-OPERATION = Operation("densified", replan)
+OPERATION = Operation("densified", replan, one_source=True)

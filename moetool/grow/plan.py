@@ -168,9 +168,7 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
         CheckpointError: the entry is damaged, or see `plan_growth`.
         ConfigError: see `plan_growth`.
     """
-    if len(readers) != 1:
-        raise CheckpointError(f"moetool.json records one source but names {len(readers)}")
     return plan_growth(readers, GrowRecipe.from_json(entry.get("recipe", {})), max_shard_size).plan
 
 
-OPERATION = Operation("grown", replan)
+OPERATION = Operation("grown", replan, one_source=True)

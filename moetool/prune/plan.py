@@ -81,11 +81,9 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
         CheckpointError: the entry is damaged, or see `plan_pruning`.
         ConfigError: see `plan_pruning`.
     """
-    if len(readers) != 1:
-        raise CheckpointError(f"moetool.json records one source but names {len(readers)}")
     recipe = {key: value for key, value in entry.get("recipe", {}).items() if key != "experts"}
     kept = read_experts(entry.get("recipe", {}).get("experts"), open_moe(readers[0], "pruned").num_experts)
     return plan_pruning(readers, recipe, kept, max_shard_size)
 
 
-OPERATION = Operation("pruned", replan)
+OPERATION = Operation("pruned", replan, one_source=True)

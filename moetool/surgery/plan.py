@@ -110,11 +110,13 @@ class Operation:
         done: what it does to its source, as messages say it: `upcycled`.
         replan: (sources, lineage entry, max_shard_size) -> the plan that the entry records.
         reader: opens its sources, except an adapter.
+        one_source: whether it has exactly one.
     """
 
     done: str
     replan: Callable[[Sequence[CheckpointReader], Mapping[str, Any], int], Plan]
     reader: type[CheckpointReader] = CheckpointReader
+    one_source: bool = False
 
 
 def lay_out(

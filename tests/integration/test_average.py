@@ -31,17 +31,11 @@ STEPS = ("step-000001", "step-000002", "step-000003")
 
 
 def average(*arguments: object) -> dict[str, Any]:
-    code, out, err = tiny.in_process("average", *arguments, "--json", "--verify", "full")
-    assert code == 0, err
-    return json.loads(out)  # type: ignore[no-any-return]
+    return tiny.result("average", *arguments)
 
 
 def fails(*arguments: object) -> str:
-    code, _, err = tiny.in_process("average", *arguments)
-    assert code == 1, err
-    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
-    assert len(lines) == 1
-    return lines[0]
+    return tiny.refusal("average", *arguments)
 
 
 def train(model: Path, out: Path, text: Path, *more: object) -> Path:

@@ -38,17 +38,11 @@ SOURCE_OF = {  # target family -> a dense one that fits it
 
 
 def convert(*arguments: object) -> dict[str, Any]:
-    code, out, err = tiny.in_process("convert", *arguments, "--json", "--verify", "full")
-    assert code == 0, err
-    return json.loads(out)  # type: ignore[no-any-return]
+    return tiny.result("convert", *arguments)
 
 
 def fails(*arguments: object) -> str:
-    code, _, err = tiny.in_process("convert", *arguments)
-    assert code == 1, err
-    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
-    assert len(lines) == 1
-    return lines[0]
+    return tiny.refusal("convert", *arguments)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,11 @@ NO_TWIN = ("granitemoe_swa", "granitemoehybrid", "lfm2_moe")  # the second with 
 
 
 def densify(*arguments: object) -> dict[str, Any]:
-    code, out, err = tiny.in_process("densify", *arguments, *SMALL, "--json", "--verify", "full")
-    assert code == 0, err
-    return json.loads(out)  # type: ignore[no-any-return]
+    return tiny.result("densify", *arguments, *SMALL)
 
 
 def fails(*arguments: object) -> str:
-    code, _, err = tiny.in_process("densify", *arguments, *SMALL)
-    assert code == 1, err
-    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
-    assert len(lines) == 1
-    return lines[0]
+    return tiny.refusal("densify", *arguments, *SMALL)
 
 
 def logits(folder: Path) -> torch.Tensor:

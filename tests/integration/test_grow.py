@@ -22,17 +22,11 @@ WITH_BIAS = ("ernie4_5_moe", "lfm2_moe", "glm4_moe", "dots1", "solar_open")
 
 
 def grow(*arguments: object) -> dict[str, Any]:
-    code, out, err = tiny.in_process("grow", *arguments, "--json", "--verify", "full")
-    assert code == 0, err
-    return json.loads(out)  # type: ignore[no-any-return]
+    return tiny.result("grow", *arguments)
 
 
 def fails(*arguments: object) -> str:
-    code, _, err = tiny.in_process("grow", *arguments)
-    assert code == 1, err
-    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
-    assert len(lines) == 1
-    return lines[0]
+    return tiny.refusal("grow", *arguments)
 
 
 def run(folder: Path) -> tuple[Tensor, list[Tensor]]:

@@ -29,17 +29,11 @@ SMALL = ("--seq-len", 16, "--batch-size", 2, "--max-tokens", 200)
 
 
 def prune(*arguments: object) -> dict[str, Any]:
-    code, out, err = tiny.in_process("prune", *arguments, *SMALL, "--json", "--verify", "full")
-    assert code == 0, err
-    return json.loads(out)  # type: ignore[no-any-return]
+    return tiny.result("prune", *arguments, *SMALL)
 
 
 def fails(*arguments: object) -> str:
-    code, _, err = tiny.in_process("prune", *arguments, *SMALL)
-    assert code == 1, err
-    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
-    assert len(lines) == 1
-    return lines[0]
+    return tiny.refusal("prune", *arguments, *SMALL)
 
 
 def stream(folder: Path, path: Path) -> TokenStream:
