@@ -118,20 +118,29 @@ def check_shared(options: Any) -> None:
     check_sizes(mesh, num_processes())
 
 
-def check_sizes(mesh: Mesh, launched: int) -> None:
+def check_sizes(mesh: Mesh, launched: int, replicas_follow: bool = False) -> None:
     """Refuse sizes that are not those of the launched processes, or contradict each other.
+
+    Args:
+        mesh: that was asked for.
+        launched: processes.
+        replicas_follow: whether the number of replicas is what the processes leave, rather than given.
 
     Raises:
         ConfigError: says which would do.
     """
     if mesh.processes != launched:
-        fitting = _sizes(lambda fsdp: launched % (fsdp * mesh.tp * mesh.replicas) == 0, launched)
+        replicas = 1 if replicas_follow else mesh.replicas
+        rest = mesh.tp * replicas
+        fitting = _sizes(
+            lambda fsdp: launched % (fsdp * rest) == 0 if replicas_follow else fsdp * rest == launched, launched
+        )
         fits = f"--fsdp may be {fitting}" if fitting else f"--tp x --replicas must divide {launched}"
-        copies = f" x --replicas {mesh.replicas}" if mesh.replicas > 1 else ""
+        given = f" x --replicas {replicas}" if replicas > 1 else ""
         raise ConfigError(
-            f"--fsdp {mesh.fsdp} x --tp {mesh.tp}{copies} = {mesh.processes} processes, but {launched}"
-            f" {'was' if launched == 1 else 'were'} launched; {fits}, or launch {mesh.processes} (torchrun"
-            f" --nproc_per_node {mesh.processes})"
+            f"--fsdp {mesh.fsdp} x --tp {mesh.tp}{given} = {mesh.fsdp * rest} processes, but {launched}"
+            f" {'was' if launched == 1 else 'were'} launched; {fits}, or launch {mesh.fsdp * rest} (torchrun"
+            f" --nproc_per_node {mesh.fsdp * rest})"
         )
     _check_ep(mesh, lambda ep: True, "")
 
@@ -182,8 +191,8 @@ def _check_shares(mesh: Mesh, num_experts: int) -> None:
         spread = f" --ep {mesh.ep}" if mesh.ep > 1 else ""
         raise ConfigError(
             f"--fsdp {mesh.fsdp}{spread}: FSDP deals out whole experts, and {processes} processes cannot share"
-            f" {experts}; use --fsdp {mesh.fsdp * most // processes} with more --replicas, or --tp without --ep, which"
-            " divides experts"
+            f" {experts}; use --fsdp {mesh.fsdp * most // processes} with replicas or fewer processes, or --tp without"
+            " --ep, which divides experts"
         )
 
 

@@ -95,9 +95,9 @@ def _average(run: Run, last: int, progress: Progress) -> dict[str, Any]:
     from moetool.train.build import validate_other
 
     out, writing, asked = run.plan.config.out / AVERAGE, Writing(), AverageRecipe()
-    names = expand([str(run.plan.config.out)], last)
 
     def write() -> None:
+        names = expand([str(run.plan.config.out)], last)
         with open_sources(names, out, reader=OPERATION.reader) as opened:
             sources, recipe = in_order(opened, asked)
             plan = plan_average(sources.readers, recipe, parse_size(writing.max_shard_size))

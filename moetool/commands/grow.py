@@ -26,9 +26,9 @@ def grow(
 ) -> dict[str, Any]:
     """Give a Mixture of Experts more experts: copies of those that it has, with their router rows.
 
-    With --start double-k and sleeping, the result computes exactly what the model does, and training makes
-    the copies different. The result is a standard Hugging Face checkpoint, written with bounded memory. A
-    killed run leaves nothing that loads, and the same command finishes it.
+    With --start double-k and sleeping, the result computes exactly what the model does. Training makes the
+    copies of sleeping and twins different. The result is a standard Hugging Face checkpoint, written with
+    bounded memory. A killed run leaves nothing that loads, and the same command finishes it.
     """
     from moetool.grow.plan import plan_growth
     from moetool.surgery.sources import open_sources

@@ -23,7 +23,7 @@ from moetool.evaluate.lookup import one_line
 from moetool.evaluate.process_group import from_first
 from moetool.evaluate.settings import Settings
 from moetool.evaluate.tasks import Tasks, describe, digest
-from moetool.launch import is_first
+from moetool.launch import is_first, num_processes
 from moetool.mesh import check_model, distributed, mesh_of
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
@@ -68,7 +68,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate every model on every task.
 
-    A pair that fails is recorded, and the others continue.
+    A pair that fails is recorded, and the others continue. With several processes it ends the evaluation, because the
+    others may wait for the one that has failed.
 
     Args:
         models: name -> checkpoint folder.
@@ -79,6 +80,7 @@ def evaluate(
 
     Raises:
         CheckpointError: a folder is not a complete checkpoint (before any is loaded).
+        EvaluationError: a pair has failed in one of several processes.
     """
     identities = {name: cache.checkpoint_identity(folder) for name, folder in models.items()}
     evaluation = Evaluation()
@@ -97,7 +99,7 @@ def evaluate(
         "log_samples": settings.log_samples,
         "limit": settings.limit,
     }
-    total = len(models) * len(digests)
+    total, several = len(models) * len(digests), num_processes() > 1
     for number, (model_name, folder) in enumerate(models.items()):
         keys = {task: cache.key(identities[model_name], digests[task], decisive) for task in digests}
         kept = {task: cache.read(out, key, task) for task, key in keys.items()} if is_first() else {}
@@ -114,7 +116,7 @@ def evaluate(
                             name, tasks.tasks[name], settings.limit, settings.allow_code_execution, progress
                         )
                     except Exception as error:  # a task runs its authors' code
-                        if lm.world_size > 1 and not isinstance(error, EvaluationError):
+                        if several and not isinstance(error, EvaluationError):
                             # The other processes may wait for this one; the launcher ends them.
                             raise EvaluationError(f"{name} on {model_name} failed: {one_line(error)}") from None
                         evaluation.failed.append({"model": model_name, "task": name, "reason": one_line(error)})
@@ -124,6 +126,8 @@ def evaluate(
                     entries[name] = _entry(lm, name, results, stats, configs[name], settings)
                     cache.write(out if is_first() else None, keys[name], entries[name])
         except (CheckpointError, DataError) as error:
+            if several:  # as above
+                raise
             evaluation.failed += [{"model": model_name, "task": name, "reason": str(error)} for name in left]
         evaluation.entries[model_name] = {name: entries[name] for name in digests if name in entries}
     progress("evaluate", total, total)

@@ -58,5 +58,7 @@ class Settings:
         """Raise ConfigError if options contradict each other."""
         check_device(self)
         check_shared(self)
+        if self.allow_code_execution and not mesh_of(self).whole:
+            raise ConfigError("--allow-code-execution: processes that share a model would each run all code; use one")
         if self.batch_size.startswith("auto") and not mesh_of(self).whole:
             raise ConfigError("--batch-size auto: processes that share a model need the same number; give one")

@@ -64,6 +64,8 @@ def analyze(
     """
     origin = read_origin(model[1])
     _check_models([model, compare] if compare else [model], settings)
+    if origin and origin.num_redrawn and settings.unit_use and not mesh_of(settings).whole:
+        raise ConfigError("--unit-use reads whole experts, which --fsdp, --ep and --tp share out; give --no-unit-use")
     loaded, capture = _open(model[1], settings)
     empty, seq_len = probe(loaded, capture), _seq_len(loaded, settings)
     shape = _shape(loaded, capture, empty)
@@ -156,8 +158,6 @@ def _open(folder: Path, settings: Settings) -> tuple[Any, RouterCapture]:
 def _unit_use(model: Any, origin: Origin | None, settings: Settings) -> UnitUse | None:
     if not (origin and origin.num_redrawn and settings.unit_use):
         return None
-    if not mesh_of(settings).whole:
-        raise ConfigError("--unit-use reads whole experts, which --fsdp, --ep and --tp share out; give --no-unit-use")
     return UnitUse(model, origin)
 
 

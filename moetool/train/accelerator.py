@@ -50,7 +50,7 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
                 f"accelerate is configured for {plugin}, which moetool cpt does not use; launch it without that, and"
                 " shard the weights with --fsdp N (docs/multi-gpu.md)"
             )
-    # Nothing in a decoder adds to these in place, and whole tensors are wanted whatever it takes to gather them.
+    # Nothing in a decoder adds to FSDP's outputs in place, and torch's notes on sharded tensors help no user.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     launched = launch.num_processes()

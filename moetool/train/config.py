@@ -211,7 +211,7 @@ class TrainConfig:
         if "min_lr" in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
             raise ConfigError("--min-lr has no effect with --constant-end 1: nothing anneals to it")
         self._check_sources(typed)
-        check_sizes(self.mesh, num_processes())
+        check_sizes(self.mesh, num_processes(), self.replicas is None)
         micro_batch = self.micro_batch_size or default_micro_batch(self.global_batch_size)
         check_batches(self.global_batch_size, micro_batch, self.mesh.data_parallel)
         if self.average_last and not self.keep_weights:

@@ -62,7 +62,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     default_balance = balance.parse([]) if has_routers(model) else {}
     mesh = config.mesh
-    check_sizes(mesh, accelerator.num_processes)
+    check_sizes(mesh, accelerator.num_processes, config.replicas is None)
     check_model(mesh, model)
     config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=mesh.whole)
     check_batches(config.global_batch_size, config.micro_batch_size, mesh.data_parallel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -82,7 +83,9 @@ def new_ranks() -> Ranks:
     """The processes of this run; all must call."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return ALONE
-    return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    # Others wait while the main process works alone: it averages snapshots, or brings a step folder to a slow disk.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return Ranks(dist.get_rank(), dist.get_world_size(), group)
 
 
 def _words(error: Exception) -> str:

@@ -18,7 +18,7 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [*command, "-m", "moetool", "eval", *map(str, arguments), "--device", "cpu"],
+        [*command, "-m", "moetool", "eval", *map(str, arguments)],
         capture_output=True, text=True, env=environment, check=False, timeout=240,
     )  # fmt: skip
 
@@ -43,11 +43,11 @@ def test_two_processes_give_the_scores_and_routes_of_one(mixtral: Path, llama: P
     evaluation.save_generation(folder, number=5)
     arguments = [
         mixtral, "--tasks", "choices,rolling,generation", "--include-path", folder, "--routing", "--json",
-        "--baseline", llama, "--log-samples",
+        "--baseline", llama, "--log-samples", "--device", "cpu",
     ]  # fmt: skip
     done = launch(*arguments, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    code, alone, stderr = tiny.in_process("eval", *arguments, "--out", tmp_path / "one", "--device", "cpu")
+    code, alone, stderr = tiny.in_process("eval", *arguments, "--out", tmp_path / "one")
     assert code == 0, stderr
     two, one = json.loads(done.stdout), json.loads(alone)
     for section in ("results", "routing"):
@@ -72,13 +72,14 @@ def test_accelerate_launch_gives_the_same(mixtral: Path, tmp_path: Path) -> None
         equal(json.loads(stdout)["results"], json.loads(done.stdout)["results"])
 
 
-def test_a_failure_in_one_process_ends_all(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [[], ["--fsdp", 2]], ids=["whole", "shared"])
+def test_a_failure_in_one_process_ends_all(llama: Path, tmp_path: Path, shared: list[object]) -> None:
     evaluation.save_generation(tmp_path, "broken", number=4)
     judge = "import os\ndef judge(doc, results):\n    assert os.environ['RANK'] == '0', 'not here'\n"
     (tmp_path / "judge.py").write_text(judge + "    return {'exact_match': 1}\n")
     with (tmp_path / "broken.yaml").open("a") as file:
         file.write("process_results: !function judge.judge\n")
-    done = launch(llama, "--tasks", "broken", "--include-path", tmp_path)
+    done = launch(llama, "--tasks", "broken", "--include-path", tmp_path, *shared)
     assert done.returncode != 0
     assert "moetool: broken on llama failed: AssertionError: not here" in done.stderr
 

@@ -35,19 +35,27 @@ def test_replicas_follow_from_the_processes(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("mesh", "launched", "reason"),
+    ("mesh", "launched", "follow", "reason"),
     [
-        (Mesh(3), 4, "--fsdp 3 x --tp 1 = 3 processes, but 4 were launched; --fsdp may be 1, 2, 4, or launch 3"),
-        (Mesh(2), 1, "--fsdp 2 x --tp 1 = 2 processes, but 1 was launched; --fsdp may be 1, or launch 2"),
-        (Mesh(2, 1, 3), 4, "= 6 processes, but 4 were launched; --tp x --replicas must divide 4"),
-        (Mesh(2, 1, 1, 3), 4, "--fsdp 2 x --tp 1 x --replicas 3 = 6 processes"),
-        (Mesh(4, 3), 4, "--ep 3 must be a multiple of --tp 1 and divide --fsdp x --tp = 4; it may be 1, 2, 4"),
-        (Mesh(4, 3, 2), 8, "--ep 3 must be a multiple of --tp 2 and divide --fsdp x --tp = 8; it may be 1, 2, 4, 8"),
+        (Mesh(3), 4, True, "--fsdp 3 x --tp 1 = 3 processes, but 4 were launched; --fsdp may be 1, 2, 4, or launch 3"),
+        (Mesh(2), 1, True, "--fsdp 2 x --tp 1 = 2 processes, but 1 was launched; --fsdp may be 1, or launch 2"),
+        (Mesh(2, 1, 3), 4, True, "= 6 processes, but 4 were launched; --tp x --replicas must divide 4"),
+        (Mesh(2, 1, 1, 3), 4, False, "--fsdp 2 x --tp 1 x --replicas 3 = 6 processes"),
+        (Mesh(2, 1, 1, 2), 8, False, "= 4 processes, but 8 were launched; --fsdp may be 4, or launch 4"),
+        (Mesh(3, 1, 1, 2), 8, True, "--fsdp 3 x --tp 1 = 3 processes, but 8 were launched; --fsdp may be 1, 2, 4, 8"),
+        (Mesh(4), 8, False, "--fsdp 4 x --tp 1 = 4 processes, but 8 were launched; --fsdp may be 8, or launch 4"),
+        (Mesh(4, 3), 4, True, "--ep 3 must be a multiple of --tp 1 and divide --fsdp x --tp = 4; it may be 1, 2, 4"),
+        (
+            Mesh(4, 3, 2),
+            8,
+            True,
+            "--ep 3 must be a multiple of --tp 2 and divide --fsdp x --tp = 8; it may be 1, 2, 4, 8",
+        ),
     ],
 )
-def test_sizes_that_do_not_fit_the_processes(mesh: Mesh, launched: int, reason: str) -> None:
+def test_sizes_that_do_not_fit_the_processes(mesh: Mesh, launched: int, follow: bool, reason: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        check_sizes(mesh, launched)
+        check_sizes(mesh, launched, follow)
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
 
