@@ -31,7 +31,7 @@ from moetool.commands.quickstart import quickstart
 from moetool.commands.tokenize import tokenize
 from moetool.commands.upcycle import upcycle
 from moetool.commands.verify import verify
-from moetool.errors import MoetoolError, out_of_memory
+from moetool.errors import MoetoolError, in_one_line, out_of_memory
 from moetool.outside import printable
 
 app = typer.Typer(
@@ -174,7 +174,7 @@ def run(arguments: list[str]) -> int:
         return _fail(f"{where}{os.strerror(error.errno or 0).lower()}; {advice}", 1)
     except Exception as error:
         if out_of_memory(error):
-            reason = " ".join(str(error).split())[:200]
+            reason = in_one_line(error) if str(error) else ""
             estimate = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
             advice = _LESS_MEMORY.get(next(iter(arguments), ""), "use a machine with more memory")
             return _fail(f"out of memory{reason and f' ({reason})'}{estimate}; {advice}", 1)

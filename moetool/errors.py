@@ -40,6 +40,11 @@ _NO_MEMORY = (
 )  # fmt: skip
 
 
+def in_one_line(error: BaseException, limit: int = 200) -> str:
+    """An error's message without its line breaks, cut to so many characters; its type where it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:limit]
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error of any library says that there is no memory left."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)

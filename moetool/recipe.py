@@ -276,8 +276,13 @@ def read_experts(recorded: Any, num_experts: int) -> dict[int, list[int]]:
 
 def _well_formed(entry: Any) -> bool:
     """An object whose parts, where they are there, are objects: what every reader of a lineage relies on."""
-    return isinstance(entry, dict) and all(
-        isinstance(entry.get(part, {}), dict) for part in ("recipe", "source", "redrawn_units")
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(part, {}), dict) for part in ("recipe", "source", "redrawn_units"))
+        and all(
+            isinstance(own := source.get("lineage", []), list) and all(map(_well_formed, own))
+            for source in recorded_sources(entry)
+        )
     )
 
 

@@ -36,7 +36,8 @@ def expand(names: Sequence[str], last: int | None) -> list[str]:
     runs = 0
     for name in names:
         of = {kind: [*step_folders(Path(name).expanduser(), kind).values()] for kind in (WEIGHTS, STEPS)}
-        steps = of[WEIGHTS] or of[STEPS]
+        path = Path(name).expanduser()
+        steps = of[WEIGHTS] or of[STEPS] or [*step_folders(path.parent, path.name).values()]
         runs += bool(steps)
         if steps and last is not None and last > len(steps):
             what = "snapshots" if of[WEIGHTS] else "step folders"
@@ -89,8 +90,7 @@ def tokens_trained(entries: Iterable[Mapping[str, Any]]) -> int:
         if entry.get("command") == "cpt" and type(entry.get("tokens")) is int:
             total += entry["tokens"]
         elif entry.get("command") == "average":
-            own = (source.get("lineage") for source in recorded_sources(dict(entry)))
-            total += max(tokens_trained(entries) for entries in (one if isinstance(one, list) else [] for one in own))
+            total += max(tokens_trained(source.get("lineage", [])) for source in recorded_sources(dict(entry)))
     return total
 
 
@@ -116,6 +116,11 @@ def check_one_model(readers: Sequence[CheckpointReader]) -> None:
                 f"{pair} do not come from one upcycling (moetool.json), so the units of their experts do not"
                 f" correspond; {_ADVICE}"
             )
+        starts = {start for reader in (other, first) if (start := _start(reader))}
+        if len(starts) > 1:
+            raise ConfigError(
+                f"{pair} were trained from two models (moetool.json), so their units do not correspond; {_ADVICE}"
+            )
         folders = [reader.folder for reader in (other, first) if (reader.folder / "tokenizer.json").is_file()]
         if len({tokenizer_sha256(folder) for folder in folders}) > 1:
             raise ConfigError(f"{pair} have different tokenizers; {_ADVICE}")
@@ -132,3 +137,9 @@ def _origin(reader: CheckpointReader) -> list[tuple[Any, ...]]:
         (entry.get("command"), entry.get("recipe"), [source.get("sha256") for source in recorded_sources(entry)])
         for entry in done
     ]
+
+
+def _start(reader: CheckpointReader) -> Any:
+    """The fingerprint of the model that was trained first; None where something else was done first, or is unknown."""
+    entries = lineage_of(reader)
+    return entries[0].get("model") if entries and entries[0].get("command") == "cpt" else None

@@ -73,7 +73,7 @@ def coefficients(weights: str, n: int) -> tuple[float, ...]:
         n: number of checkpoints.
 
     Raises:
-        ConfigError: there are as many numbers as checkpoints.
+        ConfigError: there are not as many numbers as checkpoints.
     """
     if weights == "mean":
         return (1.0,) * n

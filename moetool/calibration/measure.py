@@ -16,10 +16,8 @@ from moetool.calibration.text_pass import calibrate, mean_loss
 from moetool.checkpoint.model import load_model, pick_device
 from moetool.data.text import TextSource
 from moetool.data.tokens import TokenStream, tokenized
-from moetool.errors import ConfigError
 from moetool.progress import Progress
-
-SEQ_LEN = 2048
+from moetool.routing.text_pass import window
 
 
 def read_texts(
@@ -65,8 +63,4 @@ def losses(model: Any, texts: Mapping[str, TokenStream], run: CalibrationOptions
 
 
 def _limits(model: Any, run: CalibrationOptions) -> dict[str, int]:
-    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN)
-    if run.seq_len and run.seq_len > positions:
-        raise ConfigError(f"--seq-len {run.seq_len}: the model has only {positions} positions; give at most that")
-    seq_len = run.seq_len or min(SEQ_LEN, positions)
-    return {"seq_len": seq_len, "batch_size": run.batch_size, "max_tokens": run.max_tokens}
+    return {"seq_len": window(model, run.seq_len), "batch_size": run.batch_size, "max_tokens": run.max_tokens}

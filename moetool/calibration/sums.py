@@ -54,7 +54,7 @@ class Calibration:
     Attributes:
         sums: layer -> of its experts, over all tokens but those held out.
         fitted: layer -> (T, D), what experts and router receive, of some of the tokens in `sums`.
-        held_out: layer -> (T, D), the same of tokens that are in no sum.
+        held_out: layer -> (T, D), the same of tokens that are in no sum; empty if all texts are too short.
     """
 
     sums: Mapping[int, ExpertSums]

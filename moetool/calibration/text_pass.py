@@ -1,6 +1,6 @@
 """One forward of a model over texts, summing what its experts do; and its loss on a text.
 
-Shapes: B sequences, S tokens of each, T tokens of a batch without its padding, E experts, K top-k, D hidden, V
+Shapes: B windows, S tokens of each, T tokens of a batch, E experts, K top-k, D hidden, V
 vocabulary.
 """
 
@@ -16,7 +16,7 @@ from moetool.calibration.experts import Layer, layers_with_experts
 from moetool.calibration.sums import Calibration, ExpertSums
 from moetool.errors import DataError
 from moetool.progress import Progress, silent
-from moetool.routing.text_pass import Tokens, read_batches
+from moetool.routing.text_pass import Tokens, check_known, read_batches
 
 SAMPLE = 1024  # tokens of each kind whose hidden states are kept
 SAMPLE_BYTES = 10**9  # that the outputs of all experts of a layer on a sample may take
@@ -57,43 +57,44 @@ def calibrate(
     kept: dict[bool, dict[int, Tensor]] = {
         held: {number: torch.empty(0, D) for number in layers} for held in (False, True)
     }
-    batch_T: Tensor | None = None  # bool: the tokens of the batch that are text
-    held_out = False
+    text_T = held_T = torch.zeros(0, dtype=torch.bool)  # of a batch: which tokens are text, and which are held out
+    limit = 0  # of each sample so far, so that every text has its share
 
     def hook(number: int, layer: Layer) -> Callable[..., None]:
         def count(module: Any, inputs: tuple[Any, ...]) -> None:
             hidden_TD, indices_TK, weights_TK = (part.reshape(-1, part.shape[-1]) for part in inputs[:3])
-            if batch_T is not None:
-                hidden_TD, indices_TK, weights_TK = (part[batch_T] for part in (hidden_TD, indices_TK, weights_TK))
-            rows_TD = kept[held_out][number]
-            if len(rows_TD) < sample:
-                kept[held_out][number] = torch.cat([rows_TD, hidden_TD[: sample - len(rows_TD)].float().cpu()])
-            if not held_out:
-                sums[number] += layer_sums(layer, hidden_TD, indices_TK, weights_TK)
+            for held, which_T in ((False, text_T & ~held_T), (True, text_T & held_T)):
+                rows_TD = kept[held][number]
+                if len(rows_TD) < limit and bool(which_T.any()):
+                    more_TD = hidden_TD[which_T.to(hidden_TD.device)][: limit - len(rows_TD)]
+                    kept[held][number] = torch.cat([rows_TD, more_TD.float().cpu()])
+            own_T = (text_T & ~held_T).to(hidden_TD.device)
+            sums[number] += layer_sums(layer, hidden_TD[own_T], indices_TK[own_T], weights_TK[own_T])
 
         return count
 
     hooks = [layer.experts.register_forward_pre_hook(hook(number, layer)) for number, layer in layers.items()]
     device, vocabulary = model.get_input_embeddings().weight.device, model.get_input_embeddings().num_embeddings
     try:
-        for name, text in texts.items():
+        for position, (name, text) in enumerate(texts.items(), 1):
+            limit, window = sample * position // len(texts), 0
             total, done = min(text.num_tokens, max_tokens), 0
             if total < 1:
                 raise DataError(f"--data {name}: the text has no tokens; give a longer one")
-            for n, batch in enumerate(read_batches(text, seq_len, batch_size, total)):
-                _check_known(name, int(batch.tokens_N.max()), vocabulary)
-                full = all(len(rows_TD) >= sample for rows_TD in kept[True].values())
-                held_out = n % HELD_OUT == HELD_OUT - 1 and not full
-                batch_T = None if batch.mask_T is None else batch.mask_T.to(device)
+            for batch in read_batches(text, seq_len, batch_size, total):
+                check_known(f"--data {name}", batch, vocabulary)
+                B, S = batch.ids_BS.shape
+                full = all(len(rows_TD) >= limit for rows_TD in kept[True].values())
+                held_B = (torch.arange(window, window + B) % HELD_OUT == HELD_OUT - 1) & (not full)
+                held_T, window = held_B.repeat_interleave(S), window + B
+                text_T = torch.ones(B * S, dtype=torch.bool) if batch.mask_T is None else batch.mask_T
                 model.base_model(input_ids=batch.ids_BS.to(device), use_cache=False)
                 done += len(batch.tokens_N)
                 progress(f"calibrating on {name}", done, total)
     finally:
         for one in hooks:
             one.remove()
-    # A short text has one batch: what its sums came from is then all there is to compare on.
-    held = {number: rows_TD if len(rows_TD) else kept[False][number] for number, rows_TD in kept[True].items()}
-    return Calibration(sums, kept[False], held)
+    return Calibration(sums, kept[False], kept[True])
 
 
 def layer_sums(layer: Layer, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> ExpertSums:
@@ -125,7 +126,7 @@ def mean_loss(model: Any, text: Tokens, name: str, *, seq_len: int, batch_size: 
     device, vocabulary = model.get_input_embeddings().weight.device, model.get_input_embeddings().num_embeddings
     total, count = 0.0, 0
     for batch in read_batches(text, seq_len, batch_size, min(text.num_tokens, max_tokens)):
-        _check_known(name, int(batch.tokens_N.max()), vocabulary)
+        check_known(f"--val {name}", batch, vocabulary)
         ids_BS = batch.ids_BS.to(device)
         logits_TV = model(input_ids=ids_BS, use_cache=False).logits[:, :-1].float().flatten(0, 1)
         loss_T = nn.functional.cross_entropy(logits_TV, ids_BS[:, 1:].flatten(), reduction="none")
@@ -135,11 +136,3 @@ def mean_loss(model: Any, text: Tokens, name: str, *, seq_len: int, batch_size: 
     if not count:
         raise DataError(f"--val {name}: the text has no next token to predict; give a longer one")
     return total / count
-
-
-def _check_known(name: str, token: int, vocabulary: int) -> None:
-    if token >= vocabulary:
-        raise DataError(
-            f"{name}: token {token} is not among the model's {vocabulary} tokens; the text was tokenized for another"
-            " model"
-        )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetool.checkpoint.reader import CheckpointReader, check_entries
-from moetool.errors import CheckpointError, ConfigError, DataError, out_of_memory
+from moetool.errors import CheckpointError, ConfigError, DataError, in_one_line, out_of_memory
 from moetool.outside import read_json
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def load_model(
     except Exception as error:  # a damaged or foreign checkpoint fails in many ways
         if out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_one_line(error, 300)
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from None
     wrong = {kind: sorted(str(key) for key in info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
     for kind, keys in wrong.items():
@@ -149,7 +149,7 @@ def skeleton(folder: Path) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a damaged or foreign config fails in many ways
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_one_line(error, 300)
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from None
 
 
@@ -233,5 +233,5 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         with _nothing_printed():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_one_line(error, 300)
         raise DataError(f"{folder}: the tokenizer cannot be loaded: {reason}") from None

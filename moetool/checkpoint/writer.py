@@ -33,6 +33,8 @@ KNOWN_FILES = {
 # The files besides the weights that make a checkpoint usable; code (`auto_map`, *.py) is never copied.
 COMPANIONS = sorted(KNOWN_FILES - {"config.json", INDEX, SINGLE, PARTIAL, "moetool.json", "moetool.yaml"})
 
+_TAKEN = "choose another folder, or replace a checkpoint with --overwrite"
+
 
 @dataclass(frozen=True)
 class TensorLayout:
@@ -156,9 +158,10 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
         what = "is not empty"
         if (folder / "config.json").is_file():
             lineage = (read_lineage(folder) or {}).get("lineage") or []
-            recipes = [entry["recipe"] for entry in lineage if "recipe" in entry] or [None]
-            what = "is a different finished checkpoint" + _changes(recipes[-1], identity)
-        raise CheckpointError(f"{folder} {what}; choose another folder, or replace a checkpoint with --overwrite")
+            what = "is a different finished checkpoint" + (
+                _changes(lineage[-1].get("recipe"), identity) if lineage else ""
+            )
+        raise CheckpointError(f"{folder} {what}; {_TAKEN}")
     left = read_json(folder / PARTIAL)
     # Through JSON and back, so that both sides have the same types.
     wanted = json.loads(json.dumps(identity))
@@ -171,12 +174,33 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
         )
 
 
+def check_out(folder: Path, command: str) -> None:
+    """Refuse what `prepare` is going to refuse, for a command that works long before it knows what it writes.
+
+    Args:
+        folder: it is empty or absent, left unfinished, or may be what this command wrote before.
+        command: its name, as a lineage has it.
+
+    Raises:
+        CheckpointError: the folder holds something else.
+    """
+    if not folder.is_dir() or (folder / PARTIAL).is_file():
+        return
+    names = {entry.name for entry in folder.iterdir()} - {PARTIAL + UNFINISHED}
+    lineage = (read_lineage(folder) or {}).get("lineage") or [{}]
+    if names and ("config.json" not in names or lineage[-1].get("command") != command):
+        what = "is a different finished checkpoint" if "config.json" in names else "is not empty"
+        raise CheckpointError(f"{folder} {what}; {_TAKEN}")
+
+
 def _changes(old: Any, identity: Mapping[str, Any]) -> str:
     """A clause on the differences of a recipe from an earlier one: ` (drop_ratio 0.25 -> 0.5)`."""
     new = json.loads(json.dumps(identity)).get("recipe")
-    if not isinstance(old, dict) or not isinstance(new, dict):
+    if not isinstance(old, dict) or not isinstance(new, dict) or set(old) != set(new):  # or of another operation
         return ""
-    changes = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+    values = {key: (str(old[key]), str(new[key])) for key in new if old[key] != new[key]}
+    # Tables of experts are too long to be printed.
+    changes = [f"{key} {a} -> {b}" if len(a + b) < 80 else f"other {key}" for key, (a, b) in values.items()]
     return f" ({', '.join(changes)})" if changes else " (same recipe, but another or changed source)"
 
 

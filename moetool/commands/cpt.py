@@ -39,7 +39,8 @@ def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str
         with console.progress() as progress:
             opened = stack.enter_context(open_run(config, progress))
         summary = opened.summary if opened.plan is None else _train(context, console, opened.plan)
-    if opened.plan is None and config.average_last and "average" not in summary:
+    averaged = len(summary.get("average", {}).get("steps", ()))
+    if opened.plan is None and config.average_last not in (0, averaged):
         console.warn(
             f"the run is finished, so --average-last is not done; moetool average NEW {config.out} --last"
             f" {config.average_last} does it"
@@ -166,7 +167,7 @@ def _result_text(summary: dict[str, Any]) -> list[Any]:
     for name, entry in summary["ledger"].items():
         table.add_row(escape(name), count(entry["tokens"]), f"{entry['epochs']:.2g}")
     parts.append(table)
-    done = "already finished, with the same options: " if summary["already_finished"] else ""
+    done = "already finished: " if summary["already_finished"] else ""
     # Unknown where metrics.jsonl was deleted before the last step folder became the result.
     speed = f", {count(summary['tokens_per_second'])} tokens/s" if summary["tokens_per_second"] else ""
     parts.append(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from moetool.calibration.options import CalibrationOptions
-from moetool.commands.console import Console, escape
+from moetool.commands.console import Console
 from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import Output
 from moetool.commands.plan_table import describe_files, file_rows, loss_rows, two_columns
-from moetool.commands.proof import Folders, Writing, carry_out, closing
+from moetool.commands.proof import Folders, Writing, carry_out, closing, healing
 from moetool.option import option
 from moetool.values import parse_size
 
@@ -43,6 +45,7 @@ def densify(
     from moetool.calibration.experts import layers_with_experts
     from moetool.calibration.measure import calibration_of, load, losses, read_texts
     from moetool.checkpoint.model import pick_device
+    from moetool.checkpoint.writer import check_out
     from moetool.densify.measure import parts_of
     from moetool.densify.plan import check_source, plan_dense
     from moetool.errors import ConfigError
@@ -52,10 +55,14 @@ def densify(
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
     sources = context.with_resource(open_sources([models.model], models.out))
+    if not writing.plan and not writing.overwrite:
+        check_out(models.out, "densify")
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "densified")
     check_source(source)
     if asked.keep_experts > source.num_experts:
-        raise ConfigError(f"--keep-experts {asked.keep_experts}: {folder} has {source.num_experts} experts")
+        raise ConfigError(
+            f"--keep-experts {asked.keep_experts}: {folder} has {source.num_experts} experts; keep at most that"
+        )
     estimate = tell_weights(console, [folder], run.dtype, pick_device(run.device), run.device_map)
     with console.progress() as progress, estimated(estimate):
         texts, validation = (read_texts(named, folder, run, progress) for named in (run.data, run.val))
@@ -81,11 +88,11 @@ def densify(
         with estimated(estimate):
             for name, loss in losses(load(models.out, run), validation, run).items() if validation else ():
                 document["val"][name]["after"] = loss
-    show(document, asked.keep_experts, console)
+    show(document, asked.keep_experts, run.data, console)
     return document
 
 
-def show(document: dict[str, Any], keep: int, console: Console) -> None:
+def show(document: dict[str, Any], keep: int, data: Mapping[str, str], console: Console) -> None:
     """Print the result, and the command that trains it further."""
     family, weights = document["family"], [sum(row["weights"]) for row in document["layers"]]
     rows = {
@@ -94,5 +101,5 @@ def show(document: dict[str, Any], keep: int, console: Console) -> None:
         "mean weights": f"of a layer's experts sum to {min(weights):.3f} to {max(weights):.3f}",
     }
     lines = [closing(document)] if "seconds" in document else []
-    lines += [escape(f"train it further: moetool cpt {document['out']} ...")] if lines else []
+    lines += [healing(Path(document["out"]), data)] if lines else []
     console.result(document, two_columns(rows | loss_rows(document) | file_rows(document)), *lines)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -109,3 +110,15 @@ def closing(document: dict[str, Any]) -> str:
     lines = [proof_line(document["proof"])] if "proof" in document else []
     done = "was already finished" if document.get("already_finished") else f"written in {document['seconds']:.1f} s"
     return "\n".join([*lines, f"{escape(document['out'])} {done}"])
+
+
+def healing(out: Path, data: Mapping[str, str]) -> str:
+    """The command that trains a result further.
+
+    Args:
+        out: its folder.
+        data: the texts that it was measured on.
+    """
+    train = " ".join(f"--train {shlex.quote(f'{name}={path}')}" for name, path in data.items())
+    folders = shlex.join((str(out), f"{out}-healed"))
+    return escape(f"train it further: moetool cpt {folders} {train} --max-tokens 100M")

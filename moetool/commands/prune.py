@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from moetool.calibration.options import CalibrationOptions
-from moetool.commands.console import Console, escape
+from moetool.commands.console import Console
 from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import Output
 from moetool.commands.plan_table import describe_files, file_rows, loss_rows, two_columns
-from moetool.commands.proof import Folders, Writing, carry_out, closing
+from moetool.commands.proof import Folders, Writing, carry_out, closing, healing
 from moetool.prune.recipe import PruneOptions
 from moetool.values import parse_size
 
@@ -42,6 +42,7 @@ def prune(
     from moetool.calibration.experts import layers_with_experts
     from moetool.calibration.measure import calibration_of, load, losses, read_texts
     from moetool.checkpoint.model import pick_device
+    from moetool.checkpoint.writer import check_out
     from moetool.prune.choose import choose
     from moetool.prune.plan import check_numbers, plan_pruning
     from moetool.surgery.experts import open_moe
@@ -50,6 +51,8 @@ def prune(
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
     sources = context.with_resource(open_sources([models.model], models.out))
+    if not writing.plan and not writing.overwrite:
+        check_out(models.out, "prune")
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "pruned")
     groups, keep = check_numbers(source, asked.keep_experts), asked.keep_experts
     estimate = tell_weights(console, [folder], run.dtype, pick_device(run.device), run.device_map)
@@ -62,6 +65,7 @@ def prune(
         before = losses(model, validation, run)
         del model, found
     recipe = {"keep_experts": keep, "score": choice.score, "protect_super": asked.protect_super}
+    recipe |= {"seed": asked.seed} if choice.score == "random" else {}
     recipe |= {"data": {name: text.manifest["sha256"] for name, text in texts.items()}}
     plan = plan_pruning(sources.readers, recipe, choice.kept, parse_size(writing.max_shard_size))
     document = describe(plan, choice, source.num_experts, before, models.out, writing.num_workers)
@@ -74,7 +78,7 @@ def prune(
     with estimated(estimate):
         for name, loss in losses(load(models.out, run), validation, run).items() if validation else ():
             document["val"][name]["after"] = loss
-    console.result(document, table(document), closing(document), healing(document, run.data))
+    console.result(document, table(document), closing(document), healing(models.out, run.data))
     return document
 
 
@@ -88,6 +92,7 @@ def describe(
         "num_experts": {"before": num_experts, "after": plan.recipe["keep_experts"]},
         "score": choice.score,
         "errors": dict(choice.errors),
+        "held_out_tokens": choice.held_out,
         "layers": list(choice.layers),
         "val": {name: {"before": loss, "after": None} for name, loss in losses.items()},
         **describe_files(plan, out, workers),
@@ -101,10 +106,15 @@ def warnings(document: Mapping[str, Any], plan: Plan) -> list[str]:
     dropped = document["num_experts"]["before"] - document["num_experts"]["after"]
     rows = [row for row in document["layers"] if len(row["unused"]) > dropped]
     told = [
-        f"layer {row['layer']} has {len(row['unused'])} experts without a token, and only {dropped} are left out, the"
-        " last ones; keep fewer, or give more text"
+        f"layer {row['layer']} has {len(row['unused'])} experts without a token, and only {dropped} are left out; keep"
+        " fewer, or give more text"
         for row in rows[:3]
     ]
+    if not document["held_out_tokens"]:
+        told.append(
+            "the texts are too short to hold tokens out, so errors are those on the tokens of the scores; give 4"
+            " windows (--seq-len) or more of a text"
+        )
     if plan.config.get("norm_topk_prob") is False and plan.config.get("scoring_func", "softmax") == "softmax":
         told.append(
             "this model's weights are a softmax over all experts (norm_topk_prob is false): without some experts, the"
@@ -124,17 +134,13 @@ def table(document: dict[str, Any]) -> Table:
     experts, layers, errors = document["num_experts"], document["layers"], document["errors"]
     masses, largest = [row["mass_kept"] for row in layers], [max(row["load"]) for row in layers]
     shown = ", ".join(f"{name} {error:.4f}" for name, error in sorted(errors.items(), key=lambda one: one[1]))
+    held_out = document["held_out_tokens"]
+    compared = f"{held_out} held-out tokens" if held_out else "the tokens of the scores"
     rows = {
         "family": str(document["family"]),
         "experts": f"{experts['before']} -> {experts['after']} in each of {len(layers)} layers, by {document['score']}",
-        "output error": f"{shown} (of layers, relative, squared, on held-out tokens)",
+        "output error": f"{shown} (of layers, relative, squared, on {compared})",
         "weight kept": f"{min(masses):.1%} to {max(masses):.1%} of what routers give",
         "largest load": f"{max(largest):.1%} of the routes of a layer, once the others are gone",
     }
     return two_columns(rows | loss_rows(document) | file_rows(document))
-
-
-def healing(document: Mapping[str, Any], data: Mapping[str, str]) -> str:
-    """The command that trains the result further."""
-    train = " ".join(f"--train {name}={path}" for name, path in data.items())
-    return escape(f"train it further: moetool cpt {document['out']} {document['out']}-healed {train} --max-tokens 100M")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from moetool.errors import DataError
+from moetool.errors import DataError, in_one_line
 
 DOCUMENT_RULES = ("file", "line", "paragraph")
 
@@ -138,7 +138,7 @@ def _sound(file: Path, what: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise DataError(f"{file}: not a valid {what} ({_one_line(error)})") from None
+        raise DataError(f"{file}: not a valid {what} ({in_one_line(error)})") from None
 
 
 def _arrow_rows(batches: Iterator[Any], file: Path, field: str, num_rows: int | None) -> Rows:
@@ -167,7 +167,7 @@ def _open(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         try:
             yield (cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if file.suffix.lower() == ".gz" else raw), raw
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{file}: not a valid gzip file ({_one_line(error)})") from None
+            raise DataError(f"{file}: not a valid gzip file ({in_one_line(error)})") from None
 
 
 def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -226,10 +226,6 @@ def _no_field(field: str, names: list[str]) -> str:
     return f"no field '{field}'; fields are: {', '.join(names[:12]) or 'none'} (use --text-field)"
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 # The hub, through `datasets` streaming.
 
 
@@ -242,7 +238,7 @@ def _hub_name(path: str) -> dict[str, str | None]:
 
 def _hub_failed(path: str, error: Exception) -> DataError:
     return DataError(
-        f"{path}: the hub did not provide it ({type(error).__name__}: {_one_line(error)});"
+        f"{path}: the hub did not provide it ({type(error).__name__}: {in_one_line(error)});"
         " check the spelling and the network, or run `hf auth login`"
     )
 

@@ -21,7 +21,7 @@ from moetool.surgery.rows import read_rows
 def parts_of(
     source: MoESource, layers: Mapping[int, Layer], calibration: Calibration, keep: int
 ) -> dict[int, LayerParts]:
-    """The experts with the largest sum of g_j |f_j|, each with its mean weight over all tokens, E[g_j].
+    """The experts with the largest sum of g_j |f_j|, each with its mean weight over the tokens, E[g_j].
 
     Args:
         source: the experts, as files.

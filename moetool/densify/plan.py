@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from moetool.densify.twin import dense_config_of, twin
 from moetool.errors import CheckpointError, ConfigError
 from moetool.outside import fits
 from moetool.recipe import read_experts, recorded_experts
-from moetool.surgery.experts import open_moe, own_tensors
-from moetool.surgery.fill import Fill, Piece, Place, as_matrix, natural
+from moetool.surgery.experts import carried_whole, open_moe, own_tensors
+from moetool.surgery.fill import Fill, Piece, Place, natural
 from moetool.surgery.kinds import KINDS, Block, Kind
 from moetool.surgery.plan import Operation, Plan, lay_out
 
@@ -66,16 +67,16 @@ def plan_dense(
     family = check_source(source)
     if tuple(parts) != source.layers or len({len(one.experts) for one in parts.values()}) != 1:
         raise CheckpointError(f"the experts to keep are not those of the layers of {reader.folder}")
+    if any((part.shared is None) != (source.spec.shared is None) for part in parts.values()):
+        raise CheckpointError(f"the weights of shared experts are not those of {reader.folder}")
     fills: list[Fill] = []
     layouts: dict[str, TensorLayout] = {}
     ffn = {*own_tensors(source), *_shared_names(source)}
     tied = reader.config.get("tie_word_embeddings")
     for name, info in source.tensors.items():
         if name not in ffn and not (tied and name == LM_HEAD):
-            fills.append(
-                Fill("carried", (Piece(0, as_matrix(info)),), (Place(name),), info.dtype, as_matrix(info).shape)
-            )
-            layouts[name] = TensorLayout(name, info.dtype, info.shape)
+            fill, layouts[name] = carried_whole(name, info)
+            fills.append(fill)
     units = 0
     scales: dict[str, tuple[float, ...]] = {}
     for layer, part in parts.items():
@@ -167,7 +168,8 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     kept = read_experts(found.get("experts"), open_moe(readers[0], "densified").num_experts)
     weights, shared = found.get("weights"), found.get("shared")
     sound = fits(weights, [[float]]) and fits(shared, [(float, type(None))])
-    if not sound or {len(weights), len(shared)} != {len(kept)} or not math.isfinite(sum(map(sum, weights))):
+    numbers = [*chain.from_iterable(weights), *(one for one in shared if one is not None)] if sound else []
+    if not sound or {len(weights), len(shared)} != {len(kept)} or not all(map(math.isfinite, numbers)):
         raise CheckpointError(f"moetool.json: the weights of an entry cannot be read ({str(weights)[:100]})")
     parts = {
         layer: LayerParts(experts, one, other)

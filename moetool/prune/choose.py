@@ -28,6 +28,7 @@ class Choice:
     Attributes:
         score: the name of the score that was taken.
         errors: score -> the relative squared error of layers' outputs on held-out tokens, mean over layers.
+        held_out: how many tokens that were; 0: the texts are too short, and the errors are of tokens in the scores.
         layers: of each layer `layer`, `kept` (experts, ascending), `error`, `mass_kept` (the share of all weights that
             went to them), `unused` (experts without a token), `super` (protected ones), `load` (share of the routes of
             each kept expert once the others are gone) and `scores` (of all experts).
@@ -35,6 +36,7 @@ class Choice:
 
     score: str
     errors: Mapping[str, float]
+    held_out: int
     layers: Sequence[Mapping[str, Any]]
 
     @property
@@ -99,7 +101,8 @@ def choose(
         for name, score_E in scores.items():
             if not bool(torch.isfinite(score_E).all()):
                 raise ConfigError(f"layer {number}: the score {name} is not a number; check the model's weights")
-        sample = Sample.of(layer, calibration.held_out[number])
+        apart_TD = calibration.held_out[number]
+        sample = Sample.of(layer, apart_TD if len(apart_TD) else calibration.fitted[number])
         for name in candidates:
             if name == "reconstruction":
                 fitted = Sample.of(layer, calibration.fitted[number])
@@ -123,7 +126,8 @@ def choose(
     progress("comparing experts", len(layers), len(layers))
     errors = {name: sum(row["error"] for row in rows) / len(rows) for name, rows in found.items()}
     taken = min(candidates, key=lambda name: errors[name])
-    return Choice(taken, errors, found[taken])
+    held_out = min(map(len, calibration.held_out.values()))
+    return Choice(taken, errors, held_out, found[taken])
 
 
 def _groups(num_experts: int, num_groups: int) -> list[range]:

@@ -20,4 +20,4 @@ class PruneOptions:
     protect_super: bool = option(
         "Keep experts whose outputs have extreme entries, whatever their score.", False, flag="--protect-super"
     )
-    seed: int = option("Random seed of --score random.", 0, min=0)
+    seed: int = option("Random seed of --score random.", 0, min=0, needs=("score", "random".__eq__))

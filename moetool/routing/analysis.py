@@ -22,12 +22,11 @@ from moetool.routing.report import build_report
 from moetool.routing.settings import Settings
 from moetool.routing.shape import outline, probe
 from moetool.routing.stats import RoutingStats
-from moetool.routing.text_pass import Observer, Tokens, measure
+from moetool.routing.text_pass import Observer, Tokens, measure, window
 from moetool.routing.unit_use import UnitUse
 from moetool.routing.upcycling import build_upcycling
 from moetool.routing.vocabulary import TokenCounts, continual_specialization, distinct_tokens, table_size
 
-SEQ_LEN = 2048
 VOCABULARY_BYTES = 10**9  # what `--vocabulary-layers auto` may take
 
 
@@ -67,7 +66,7 @@ def analyze(
     if origin and origin.num_redrawn and settings.unit_use and not mesh_of(settings).whole:
         raise ConfigError("--unit-use reads whole experts, which --fsdp, --ep and --tp share out; give --no-unit-use")
     loaded, capture = _open(model[1], settings)
-    empty, seq_len = probe(loaded, capture), _seq_len(loaded, settings)
+    empty, seq_len = probe(loaded, capture), window(loaded, settings.seq_len)
     shape = _shape(loaded, capture, empty)
     limits = {
         "seq_len": seq_len,
@@ -131,7 +130,7 @@ def _check_models(models: list[tuple[str, Path]], settings: Settings) -> None:
         except CheckpointError as error:
             raise CheckpointError(f"--compare {name}: {error}" if shapes else str(error)) from None
         shapes.append(_shape(empty_model, capture, outline(empty_model, capture)))
-        longest.append(_seq_len(empty_model, settings))
+        longest.append(window(empty_model, settings.seq_len))
     name = models[-1][0]
     check_shapes(name, shapes[0], shapes[-1])
     if longest[-1] < longest[0]:
@@ -159,13 +158,6 @@ def _unit_use(model: Any, origin: Origin | None, settings: Settings) -> UnitUse 
     if not (origin and origin.num_redrawn and settings.unit_use):
         return None
     return UnitUse(model, origin)
-
-
-def _seq_len(model: Any, settings: Settings) -> int:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
-    if settings.seq_len and settings.seq_len > positions:
-        raise ConfigError(f"--seq-len {settings.seq_len}: the model has only {positions} positions; give at most that")
-    return settings.seq_len or min(SEQ_LEN, int(positions))
 
 
 def _vocabulary_layers(

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetool.errors import DataError
+from moetool.errors import ConfigError, DataError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
 from moetool.routing.shape import probe, run_layers
 from moetool.routing.stats import RoutingStats
+
+SEQ_LEN = 2048
 
 
 class Tokens(Protocol):
@@ -70,6 +72,31 @@ def read_batches(text: Tokens, seq_len: int, batch_size: int, num_tokens: int) -
         yield Batch(start, tokens_N, next_N, torch.from_numpy(ids_T).reshape(B, S), mask_T)
 
 
+def window(model: Any, seq_len: int | None) -> int:
+    """How many tokens of a text a model gets at a time.
+
+    Args:
+        model: it may have fewer positions than SEQ_LEN, the default.
+        seq_len: `--seq-len`.
+
+    Raises:
+        ConfigError: the model has fewer positions than `seq_len`.
+    """
+    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN)
+    if seq_len and seq_len > positions:
+        raise ConfigError(f"--seq-len {seq_len}: the model has only {positions} positions; give at most that")
+    return seq_len or min(SEQ_LEN, positions)
+
+
+def check_known(option: str, batch: Batch, vocabulary: int) -> None:
+    """Raise DataError if a text, named by the option that gave it, has a token that is not in the vocabulary."""
+    if (unknown := int(batch.tokens_N.max())) >= vocabulary:
+        raise DataError(
+            f"{option}: token {unknown} is not among the model's {vocabulary} tokens; the text was tokenized for"
+            " another model"
+        )
+
+
 @torch.no_grad()  # not inference mode, whose tensors FSDP cannot put in place
 def measure(
     model: Any,
@@ -110,11 +137,7 @@ def measure(
         stats[name] = sums = deepcopy(empty)
         began, done = time.monotonic(), 0
         for batch in read_batches(text, seq_len, batch_size, total):
-            if (unknown := int(batch.tokens_N.max())) >= vocabulary:
-                raise DataError(
-                    f"--data {name}: token {unknown} is not among the model's {vocabulary} tokens; the text was"
-                    " tokenized for another model"
-                )
+            check_known(f"--data {name}", batch, vocabulary)
             # Filling lies behind the text, where a causal model does not see it: no attention mask.
             with capture.collect(partial(_count, sums, observers, name, batch)):
                 run_layers(model, batch.ids_BS.to(device))

@@ -102,10 +102,8 @@ def with_experts(
     own = set(own_tensors(source))
     for name, info in source.tensors.items():
         if name not in own:
-            fills.append(
-                Fill("carried", (Piece(0, as_matrix(info)),), (Place(name),), info.dtype, as_matrix(info).shape)
-            )
-            layouts[name] = TensorLayout(name, info.dtype, info.shape)
+            fill, layouts[name] = carried_whole(name, info)
+            fills.append(fill)
     for layer, chosen in experts.items():
         for made, layout in (
             *(_matrices(source, layer, chosen, projection) for projection in PROJECTIONS),
@@ -116,6 +114,13 @@ def with_experts(
             layouts |= {one.name: one for one in layout}
     fills.sort(key=lambda fill: natural(fill.places[0].tensor))
     return fills, [layouts[name] for name in sorted(layouts, key=natural)]
+
+
+def carried_whole(name: str, info: TensorInfo) -> tuple[Fill, TensorLayout]:
+    """A tensor of the source as it is."""
+    matrix = as_matrix(info)
+    fill = Fill("carried", (Piece(0, matrix),), (Place(name),), info.dtype, matrix.shape)
+    return fill, TensorLayout(name, info.dtype, info.shape)
 
 
 def copies(chosen: Sequence[int]) -> dict[int, list[int]]:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moetool import launch
-from moetool.errors import ConfigError
+from moetool.errors import ConfigError, in_one_line
 from moetool.mesh import Mesh
 
 Value = TypeVar("Value")
@@ -62,7 +62,7 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
     except torch.distributed.DistError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error)
         raise ConfigError(
             f"not all of the {launched} processes found each other ({reason}); start all of them, on every machine,"
             " with the same address and port"

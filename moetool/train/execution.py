@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moetool.errors import ConfigError
+from moetool.errors import ConfigError, in_one_line
 from moetool.routing.capture import has_routers
 from moetool.train.config import TrainConfig
 from moetool.train.optimizer import plain
@@ -130,7 +130,7 @@ def _apply_liger(model: Any) -> None:
             model=model, cross_entropy=False, fused_linear_cross_entropy=False, swiglu=swiglu
         )
     except Exception as error:  # made for other versions of transformers, or for layers of another kind
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error)
         raise ConfigError(
             f"--liger: liger-kernel cannot change this model ({type(error).__name__}: {reason}); leave it out"
         ) from None
@@ -155,7 +155,7 @@ def executing(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        reason = in_one_line(error)
         if config.deterministic and "deterministic" in reason:
             raise ConfigError(f"--deterministic: {reason}; leave it out") from None
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

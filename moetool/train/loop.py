@@ -340,6 +340,7 @@ class Run:
         tensors = {**buffers(self.core), **self.weights, **moments}
         units = [*layout.units, *((name,) for name in moments)]
         entry = {"command": "cpt", "moetool": __version__, "torch": torch.__version__, "seed": config.seed}
+        entry |= {"model": plan.identity["model"]}
         entry |= {"options": config.to_json(), **self._so_far()}
 
         def write(put: Callable[[Path], dict[str, str]]) -> None:

@@ -11,9 +11,13 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from moetool.errors import CheckpointError
+from moetool.errors import CheckpointError, in_one_line
 
 Value = TypeVar("Value")
+
+
+class Severed(CheckpointError):
+    """A process cannot give what others wait for: it must end, which ends their waiting."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,11 @@ class Ranks:
         value, error = None, None
         try:
             value = do()
-        except CancelledError:  # this process is ending
+        except (CancelledError, Severed):  # this process is ending
             raise
         except Exception as failed:
             error = failed
-        outcomes = self.gather((value, error and _words(error)))
+        outcomes = self.gather((value, error and in_one_line(error, 1000)))
         if error:
             raise error
         for rank, (_, words) in enumerate(outcomes):
@@ -86,7 +90,3 @@ def new_ranks() -> Ranks:
     # Others wait while the main process works alone: it averages snapshots, or brings a step folder to a slow disk.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return Ranks(dist.get_rank(), dist.get_world_size(), group)
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

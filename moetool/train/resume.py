@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetool.errors import CheckpointError
+from moetool.errors import CheckpointError, in_one_line
 from moetool.outside import fits, read_json
 from moetool.train import tensor_file
 from moetool.train.assignment import FILES
@@ -184,7 +184,7 @@ def _told(folder: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # safetensors' own errors, absent files, shapes: all mean the same to the user
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error)
         raise CheckpointError(f"{folder / STATE} cannot be used ({type(error).__name__}: {reason}); {advice}") from None
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from moetool.cost import devices
-from moetool.errors import CheckpointError
+from moetool.errors import CheckpointError, in_one_line
 from moetool.train.assignment import FILES, Assignment, Contents, Held, Part, assign
-from moetool.train.ranks import ALONE, Ranks
+from moetool.train.ranks import ALONE, Ranks, Severed
 from moetool.train.shards import Region, boxes, extent, local, region
 from moetool.train.tensor_file import TensorFile
 
@@ -187,6 +187,7 @@ def write_files(
 
     Raises:
         Exception: what writing failed with.
+        Severed: this process cannot give what it holds, or another one does not.
     """
     files: dict[str, TensorFile] = {}
     places: dict[tuple[str, str], TensorFile] = {}
@@ -216,8 +217,13 @@ def write_files(
         attempt(begin)
         for parts in assignment.rounds:
             go_on()
-            sends = _give(assignment, ranks, parts, read)
-            if whole := _take(assignment, ranks, parts, read):
+            try:
+                sends = _give(assignment, ranks, parts, read)
+                whole = _take(assignment, ranks, parts, read)
+            except Exception as failed:
+                what = f"{folder} cannot be written: {in_one_line(failed)}; run the same command again"
+                raise Severed(what) from failed
+            if whole:
                 attempt(put)
             whole = {}
             for work, _ in sends:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from moetool.errors import ConfigError
+from moetool.errors import ConfigError, in_one_line
 from moetool.routing.capture import Route, RouterCapture, read_output
 from moetool.train.accelerator import share
 
@@ -132,7 +132,7 @@ def find_weighting(router: nn.Module, scoring: str) -> Weighting:
                 # Rounded: a factor is a number in a config, what is measured of it has float32's noise.
                 return Weighting(scoring, normalised, float(f"{factor:.5g}"))
     except Exception as error:  # a router that needs more than hidden states
-        reason = " ".join(str(error).split())[:120]
+        reason = in_one_line(error, 120)
         raise ConfigError(_NO_SINKHORN.format(type(router).__name__, f" ({reason})")) from None
     raise ConfigError(_NO_SINKHORN.format(type(router).__name__, ""))
 

@@ -67,7 +67,11 @@ class TensorFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path):
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._digests = {"": self._write(memoryview(text), 0)}
+        try:
+            self._digests = {"": self._write(memoryview(text), 0)}
+        except BaseException:
+            os.close(self._file)
+            raise
 
     def __enter__(self) -> TensorFile:
         return self

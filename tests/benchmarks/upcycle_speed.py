@@ -106,7 +106,7 @@ def measure(command: list[str]) -> Run:
 
     def sample(process: int) -> None:
         nonlocal anonymous, peak
-        while not ended.wait(0.05):
+        while not ended.wait(0.25):
             found, files = memory_of(process)
             anonymous, peak = max(anonymous, found), max(peak, found + files)
 

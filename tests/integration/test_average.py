@@ -233,6 +233,7 @@ def test_checkpoints_of_different_models_are_refused(run: Path, llama: Path, mix
     )
     assert "2 numbers, but there are 3 checkpoints" in fails(out, run, "--weights", "1,2")
     assert "has 3 step folders" in fails(out, run, "--last", 4)
+    assert len(average(out, run / "checkpoints", "--last", 2, "--plan")["checkpoints"]) == 2
     assert "is not the folder of a run" in fails(out, llama, "--last", 1)
     longer = Path(shutil.copytree(llama, tmp_path / "longer"))
     config = json.loads((longer / "config.json").read_text())
@@ -254,6 +255,20 @@ def test_checkpoints_of_different_models_are_refused(run: Path, llama: Path, mix
     save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
     assert "NaN" in fails(out, llama, bad)
     assert not out.exists()
+
+
+def test_runs_from_different_models_are_refused(jsonl: Path, tmp_path: Path) -> None:
+    starts = [tiny.save_llama(tmp_path / str(seed), seed) for seed in range(2)]
+    runs = [train(starts[n], tmp_path / f"run-{n}{name}", jsonl, *more) for n, name, more in (
+        (0, "", ()), (0, "-other", ("--seed", 1)), (1, "", ()),
+    )]  # fmt: skip
+    assert "were trained from two models" in fails(tmp_path / "out", runs[0], runs[2])
+    assert len(average(tmp_path / "out", runs[0], runs[1])["checkpoints"]) == 6
+    damaged = tmp_path / "out" / "moetool.json"
+    document = json.loads(damaged.read_text())
+    document["lineage"][0]["source"]["lineage"] = [3]
+    damaged.write_text(json.dumps(document))
+    assert "has no lineage or a damaged one" in fails(tmp_path / "more", tmp_path / "out", runs[0])
 
 
 def test_fp32_weights_that_do_not_fit_are_one_line(run: Path, tmp_path: Path) -> None:

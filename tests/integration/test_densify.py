@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from moetool import registry
+from moetool.calibration.text_pass import calibrate
 from moetool.checkpoint.model import load_model
 from tests import tiny
 from tests.integration.test_convert import SOURCE_OF, weights
@@ -74,8 +76,16 @@ def test_weights_are_means_over_all_tokens(mixtral: Path, jsonl: Path, tmp_path:
     assert document["intermediate_size"] == 192
     assert document["val"]["a"]["after"] > 0
     w, old = weights(tmp_path / "out"), weights(mixtral)
+    measured = calibrate(
+        load_model(mixtral).eval(), {"a": stream(mixtral, jsonl)}, seq_len=16, batch_size=2, max_tokens=200
+    )
     for row in document["layers"]:
         assert 0.5 < sum(row["weights"]) < 1
+        sums = measured.sums[row["layer"]]
+        mean_E, done_E = sums.gate_E / sums.tokens, sums.weighted_E
+        assert sorted(row["experts"]) == sorted(done_E.topk(3).indices.tolist())
+        assert row["weights"] == pytest.approx(mean_E[row["experts"]].tolist())
+        assert len(set(row["weights"])) == 3  # no mean over experts
         prefix, experts = f"model.layers.{row['layer']}", row["experts"]
         own = [f"{prefix}.block_sparse_moe.experts.{e}" for e in experts]
         assert torch.equal(w[f"{prefix}.mlp.gate_proj.weight"], torch.cat([old[f"{e}.w1.weight"] for e in own]))
@@ -85,12 +95,26 @@ def test_weights_are_means_over_all_tokens(mixtral: Path, jsonl: Path, tmp_path:
     every = densify(mixtral, tmp_path / "all", "--keep-experts", 4, *text)
     assert all(sum(row["weights"]) == pytest.approx(1) for row in every["layers"])
     assert "densify of" in tiny.in_process("inspect", tmp_path / "out")[1]
-    assert stream(mixtral, jsonl).num_tokens > 100
+    code, out, _ = tiny.in_process(
+        "densify", mixtral, tmp_path / "shown", "--keep-experts", 2, "--data", f"a={jsonl}", *SMALL, "--plan"
+    )
+    assert code == 0
+    assert "of a layer's experts sum to" in out
 
 
 def test_what_does_not_fit_is_one_line(mixtral: Path, llama: Path, jsonl: Path, tmp_path: Path) -> None:
     out, data = tmp_path / "out", ("--data", f"a={jsonl}")
     assert "has 4 experts" in fails(mixtral, out, "--keep-experts", 5, *data)
+    made = tmp_path / "made"
+    densify(mixtral, made, "--keep-experts", 2, *data, *SMALL)
+    document = json.loads((made / "moetool.json").read_text())
+    for shared in ([0.5, 0.5], [None, float("nan")], [None]):
+        document["lineage"][-1]["recipe"]["shared"] = shared
+        (made / "moetool.json").write_text(json.dumps(document))
+        code, _, err = tiny.in_process("verify", made)
+        assert (code, err.count("\n")) == (1, 1)
+        assert "weights of" in err
+    assert "is a different finished checkpoint" in fails(mixtral, llama, "--keep-experts", 2, *data)
     assert "a llama cannot be densified: it is dense" in fails(llama, out, "--keep-experts", 1, *data)
     glm = tiny.save_glm4_moe(tmp_path / "glm", partial_rotary_factor=1.0)
     assert "has experts in layers 1 to 2 of 3 only" in fails(glm, out, "--keep-experts", 2, *data)

@@ -19,6 +19,7 @@ from moetool.calibration.text_pass import calibrate, mean_loss
 from moetool.checkpoint.model import load_model
 from moetool.data.text import TextSource
 from moetool.data.tokens import TokenStream, tokenized
+from moetool.errors import ConfigError
 from moetool.prune.choose import choose, highest, super_experts
 from moetool.prune.reroute import Sample, by_reconstruction
 from tests import tiny
@@ -136,6 +137,62 @@ def test_sums_of_two_texts_add_up(mixtral: Path, jsonl: Path) -> None:
     assert all(torch.equal(again.sums[n].gate_E, both.sums[n].gate_E) for n in both.sums)
 
 
+def test_every_fourth_window_of_each_text_is_held_out(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
+    other = tiny.save_jsonl(tmp_path / "other.jsonl", ["router token expert layer gate " * 40])
+    model = load_model(mixtral).eval()
+    one, two = stream(mixtral, jsonl), stream(mixtral, other)
+    options: dict[str, int] = {"seq_len": 16, "max_tokens": 128}  # 8 windows of each
+    received: list[Tensor] = []
+    hook = layers_with_experts(model)[0].experts.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
+    found = [calibrate(model, {"a": one, "b": two}, batch_size=size, **options) for size in (8, 3)]
+    hook.remove()
+    windows = torch.cat([part.reshape(-1, 16, 32) for part in received[:2]])  # of both texts
+    held = [3, 7, 11, 15]
+    for calibration in found:
+        assert torch.allclose(calibration.held_out[0], windows[held].flatten(0, 1), atol=1e-6)
+        rest = [number for number in range(16) if number not in held]
+        assert torch.allclose(calibration.fitted[0], windows[rest].flatten(0, 1), atol=1e-6)
+        assert float(calibration.sums[0].tokens) == 12 * 16
+        assert float(calibration.sums[0].routes_E.sum()) == 2 * 12 * 16
+    short = calibrate(model, {"a": one}, batch_size=2, seq_len=16, max_tokens=48)
+    assert len(short.held_out[0]) == 0
+    assert choose(layers_with_experts(model), short, "auto", 3).held_out == 0
+
+
+def test_a_folder_that_is_taken_is_told_before_the_model_runs(
+    mixtral: Path, llama: Path, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moetool.calibration.measure.load", None)
+    options = ("--keep-experts", 3, "--data", f"a={jsonl}")
+    assert "is a different finished checkpoint; choose another folder" in fails(mixtral, llama, *options)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "is not empty; choose another folder" in fails(mixtral, tmp_path, *options)
+
+
+def test_a_short_text_is_told(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
+    few = ("--keep-experts", 3, "--data", f"a={jsonl}", "--seq-len", 16, "--max-tokens", 40, "--plan")
+    code, out, err = tiny.in_process("prune", mixtral, tmp_path / "out", *few)
+    assert code == 0
+    assert "too short to hold tokens out" in " ".join(err.split())
+    assert "on the tokens of the scores" in " ".join(out.split())
+
+
+def test_super_experts_are_kept_whatever_their_score(mixtral: Path, jsonl: Path) -> None:
+    model = load_model(mixtral).eval()
+    layers = layers_with_experts(model)
+    found = calibrate(model, {"a": stream(mixtral, jsonl)}, seq_len=16, batch_size=2, max_tokens=200)
+    lowest = int(found.sums[0].norm_E.argmin())
+    found.sums[0].largest_E[lowest] = 1e4
+    assert lowest not in choose(layers, found, "ean", 3).kept[0]
+    assert lowest in choose(layers, found, "ean", 3, protect_super=True).kept[0]
+    glm = {0: layers[0]}
+    found.sums[0].largest_E[:] = torch.tensor([1e4, 1e4, 0.0, 0.0])
+    found.sums[1].largest_E[:] = 0
+    assert super_experts(found)[0] == [0, 1]
+    with pytest.raises(ConfigError, match="layer 0 has 2 super experts, more than --keep-experts 2 lets it keep"):
+        choose(glm, found, "ean", 2, num_groups=2, protect_super=True)
+
+
 @pytest.mark.parametrize("family", registry.names("target"))
 def test_logits_are_the_same_until_a_token_used_a_pruned_expert(family: str, jsonl: Path, tmp_path: Path) -> None:
     moe = upcycled(family, tmp_path, "--num-experts", 8)
@@ -207,7 +264,7 @@ def test_dead_experts_go_without_a_change_of_the_loss(jsonl: Path, tmp_path: Pat
     for layer, experts in dead.items():
         tensors[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"][experts] = -5
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    for score in ("auto", "reap", "frequency"):
+    for score in ("auto", "reap", "frequency", "reconstruction"):
         out = tmp_path / score
         document = prune(
             source, out, "--keep-experts", 4, "--data", f"a={jsonl}", "--val", f"a={jsonl}", "--score", score
@@ -220,6 +277,9 @@ def test_dead_experts_go_without_a_change_of_the_loss(jsonl: Path, tmp_path: Pat
     code, _, err = tiny.in_process("prune", source, tmp_path / "b", "--keep-experts", 6, "--data", f"a={jsonl}", *SMALL)
     assert code == 0
     assert "has 4 experts without a token, and only 2 are left out" in " ".join(err.split())
+    for score in ("reap", "reconstruction"):  # of equal ones the last
+        document = prune(source, tmp_path / f"6-{score}", "--keep-experts", 6, "--data", f"a={jsonl}", "--score", score)
+        assert [sorted(set(range(8)) - set(row["kept"])) for row in document["layers"]] == [[4, 7], [5, 6]]
 
 
 def test_auto_takes_the_smallest_error_and_reconstruction_beats_chance(
@@ -303,7 +363,9 @@ def test_a_plan_writes_nothing_and_a_calibration_is_made_once(
     assert recorded["score"] == planned["score"]
     assert json.loads(tiny.in_process(*arguments, "--json")[1])["already_finished"]
     code, _, err = tiny.in_process(*arguments, "--score", "random", "--seed", 5)
-    assert code == 1
+    assert (code, "different finished checkpoint" in " ".join(err.split())) == (1, True)
+    code, _, err = tiny.in_process(*arguments, "--score", "ean", "--seed", 5)
+    assert (code, "--seed" in err) == (2, True)
 
 
 def test_the_lineage_goes_on(jsonl: Path, tmp_path: Path) -> None:

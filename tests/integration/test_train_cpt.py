@@ -626,6 +626,10 @@ def test_a_run_killed_before_its_average_makes_it(
     summaries = [json.loads((out / "summary.json").read_text()) for out in (one, two)]
     assert summaries[0]["average"] == summaries[1]["average"]
     assert summaries[0]["val"] == summaries[1]["val"]
+    code, stdout, stderr = cpt(mixtral, two, jsonl, *options, "--average-last", 2)
+    assert code == 0
+    assert "already finished" in stdout
+    assert "the run is finished, so --average-last is not done" in " ".join(stderr.split())
     code, _, stderr = cpt(mixtral, two, jsonl, *options, "--average-last", 3, "--no-resume", "--lr", 5e-4)
     assert code == 0, stderr
 
