@@ -67,7 +67,7 @@ def plan_dense(
     family = check_source(source)
     if tuple(parts) != source.layers or len({len(one.experts) for one in parts.values()}) != 1:
         raise CheckpointError(f"the experts to keep are not those of the layers of {reader.folder}")
-    if any((part.shared is None) != (source.spec.shared is None) for part in parts.values()):
+    if any((part.shared is None) != (source.shared(layer, "gate") is None) for layer, part in parts.items()):
         raise CheckpointError(f"the weights of shared experts are not those of {reader.folder}")
     fills: list[Fill] = []
     layouts: dict[str, TensorLayout] = {}

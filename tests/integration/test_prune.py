@@ -19,7 +19,6 @@ from moetool.calibration.text_pass import calibrate, mean_loss
 from moetool.checkpoint.model import load_model
 from moetool.data.text import TextSource
 from moetool.data.tokens import TokenStream, tokenized
-from moetool.errors import ConfigError
 from moetool.prune.choose import choose, highest, super_experts
 from moetool.prune.reroute import Sample, by_reconstruction
 from tests import tiny
@@ -177,6 +176,7 @@ def test_a_short_text_is_told(mixtral: Path, jsonl: Path, tmp_path: Path) -> Non
     assert "on the tokens of the scores" in " ".join(out.split())
 
 
+@torch.inference_mode()  # sums are changed in place
 def test_super_experts_are_kept_whatever_their_score(mixtral: Path, jsonl: Path) -> None:
     model = load_model(mixtral).eval()
     layers = layers_with_experts(model)
@@ -185,12 +185,7 @@ def test_super_experts_are_kept_whatever_their_score(mixtral: Path, jsonl: Path)
     found.sums[0].largest_E[lowest] = 1e4
     assert lowest not in choose(layers, found, "ean", 3).kept[0]
     assert lowest in choose(layers, found, "ean", 3, protect_super=True).kept[0]
-    glm = {0: layers[0]}
-    found.sums[0].largest_E[:] = torch.tensor([1e4, 1e4, 0.0, 0.0])
-    found.sums[1].largest_E[:] = 0
-    assert super_experts(found)[0] == [0, 1]
-    with pytest.raises(ConfigError, match="layer 0 has 2 super experts, more than --keep-experts 2 lets it keep"):
-        choose(glm, found, "ean", 2, num_groups=2, protect_super=True)
+    assert super_experts(found)[0] == [lowest]
 
 
 @pytest.mark.parametrize("family", registry.names("target"))

@@ -25,7 +25,7 @@ class Talking(Ranks):
 
 def test_a_process_that_cannot_give_what_it_holds_ends(tmp_path: Path) -> None:
     shape = (2, 3)
-    held = {"t": Held(torch.float32, shape, (everything(shape), ((0, 0), (0, 0))))}
+    held = {"t": Held(torch.float32, shape, (everything(shape), ((), ())))}
     assignment = assign(held, [("t",)], contents, 2)
 
     def read(name: str) -> Tensor:
