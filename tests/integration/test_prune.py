@@ -140,7 +140,7 @@ def test_every_fourth_window_of_each_text_is_held_out(mixtral: Path, jsonl: Path
     other = tiny.save_jsonl(tmp_path / "other.jsonl", ["router token expert layer gate " * 40])
     model = load_model(mixtral).eval()
     one, two = stream(mixtral, jsonl), stream(mixtral, other)
-    options: dict[str, int] = {"seq_len": 16, "max_tokens": 128}  # 8 windows of each
+    options: dict[str, Any] = {"seq_len": 16, "max_tokens": 128}  # 8 windows of each
     received: list[Tensor] = []
     hook = layers_with_experts(model)[0].experts.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
     found = [calibrate(model, {"a": one, "b": two}, batch_size=size, **options) for size in (8, 3)]
