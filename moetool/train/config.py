@@ -151,6 +151,11 @@ class TrainConfig:
         UNSET, panel=RUN, shown="on a GPU in bf16, without --liger",
     )  # fmt: skip
     liger: bool = option("Use the Triton kernels of liger-kernel (GPU only).", False, panel=RUN)
+    experts_implementation: Literal["auto", "grouped_mm", "batched_mm", "eager", "sonicmoe", "deepgemm"] = option(
+        "Which of transformers' functions computes the experts. auto lets transformers choose. Before training, the"
+        " outputs and gradients of any other are compared with those of eager.",
+        "auto", panel=RUN,
+    )  # fmt: skip
     deterministic: bool = option(
         "Use only deterministic kernels, so that a GPU reproduces results bit for bit.", False, panel=RUN
     )

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from moetool.calibration.experts import layers_with_experts
 from moetool.errors import ConfigError, in_one_line
 from moetool.routing.capture import has_routers
 from moetool.train.config import TrainConfig
 from moetool.train.optimizer import plain
+
+TOKENS = 256  # on which functions for the experts are compared
 
 
 def check_execution(config: TrainConfig, model: Any, device: torch.device) -> None:
@@ -34,6 +37,8 @@ def check_execution(config: TrainConfig, model: Any, device: torch.device) -> No
     """
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise ConfigError(f"--gradient-checkpointing: transformers has none for {type(model).__name__}; leave it out")
+    if config.experts_implementation != "auto" and not has_routers(model):
+        raise ConfigError(f"--experts-implementation: a {model.config.model_type} has no experts; leave it out")
     if config.liger:
         _check_liger(model.config.model_type, device)
     if config.compile:
@@ -69,6 +74,11 @@ def check_sharing(config: TrainConfig, model: Any) -> None:
         raise ConfigError(
             f"--liger: it replaces forwards in which transformers exchanges between processes ({mesh}); leave it out"
         )
+    if config.experts_implementation != "auto":
+        raise ConfigError(
+            f"--experts-implementation {config.experts_implementation}: only where each process holds all weights"
+            f" ({mesh}), because it is compared with another on whole experts; leave it out"
+        )
     if config.compile and (mesh.ep > 1 or mesh.tp > 1):
         raise ConfigError(
             f"--compile: exchanges between processes ({mesh}) break each layer's graph; use --no-compile, or --fsdp"
@@ -84,13 +94,15 @@ def apply_execution(config: TrainConfig, model: Any) -> None:
         model: of transformers, before it is wrapped; is changed in place, its tensors keep their names.
 
     Raises:
-        ConfigError: liger-kernel fails on it.
+        ConfigError: liger-kernel fails on it, or a function for the experts is not there or is wrong.
     """
     if config.liger:
         _apply_liger(model)
     if config.gradient_checkpointing:
         # The reentrant form would lose the gradient of the balance losses without a word.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if config.experts_implementation != "auto":
+        set_experts(model, config.experts_implementation)
     if config.compile:
         # Routes are collected in the forward and not again in the recomputation, which is this side effect.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = config.gradient_checkpointing
@@ -134,6 +146,53 @@ def _apply_liger(model: Any) -> None:
         raise ConfigError(
             f"--liger: liger-kernel cannot change this model ({type(error).__name__}: {reason}); leave it out"
         ) from None
+
+
+def set_experts(model: Any, name: str) -> None:
+    """Let a function of transformers compute the experts, after a comparison with the one that is written out.
+
+    One layer's experts get TOKENS random tokens. The outputs, and the gradients of the tokens, of their weights and of
+    the experts' matrices, may differ in norm by 0.03 in bf16, and by 1e-4 in fp32.
+
+    Args:
+        model: of transformers; its experts are whole.
+        name: as transformers has it.
+
+    Raises:
+        ConfigError: it does not run here, or its results are others; says which.
+    """
+    option = f"--experts-implementation {name}"
+    experts = next(iter(layers_with_experts(model).values())).experts
+    results = {}
+    for one in dict.fromkeys(("eager", name)):
+        try:
+            model.set_experts_implementation(one)
+            results[one] = _gradients(experts)
+        except Exception as error:  # no GPU, no package, no kernel for this card, no backward
+            raise ConfigError(
+                f"{option}: transformers cannot use it here ({in_one_line(error)}); leave it out"
+            ) from None
+    bound = 0.03 if experts.down_proj.dtype == torch.bfloat16 else 1e-4
+    for what, expected in results["eager"].items():
+        difference = float((results[name][what] - expected).norm() / expected.norm())
+        if not difference <= bound:  # not a number, neither
+            raise ConfigError(f"{option}: {what} differ by {difference:.1e} from those of eager; leave it out")
+
+
+def _gradients(experts: Any) -> dict[str, torch.Tensor]:
+    """What experts make of some tokens, and the gradients of a loss on it, in fp32."""
+    (E, D), device, dtype = experts.down_proj.shape[:2], experts.down_proj.device, experts.down_proj.dtype
+    draw, K = torch.Generator().manual_seed(0), min(2, experts.down_proj.shape[0])
+    hidden_TD = torch.randn(TOKENS, D, generator=draw).to(device, dtype).requires_grad_()
+    scores_TE = torch.randn(TOKENS, E, generator=draw).softmax(-1).to(device)
+    weights_TK, indices_TK = scores_TE.topk(K)
+    weights_TK = weights_TK.detach().requires_grad_()
+    target_TD = torch.randn(TOKENS, D, generator=draw).to(device)
+    output_TD = experts(hidden_TD, indices_TK, weights_TK.to(dtype)).float()
+    of = {"gradients of tokens": hidden_TD, "gradients of weights": weights_TK}
+    of |= {f"gradients of {name}": getattr(experts, name) for name in ("gate_up_proj", "down_proj")}
+    gradients = torch.autograd.grad((output_TD * target_TD).sum(), list(of.values()))
+    return {"outputs": output_TD.detach()} | {name: one.float() for name, one in zip(of, gradients, strict=True)}
 
 
 def evaluating(config: TrainConfig) -> AbstractContextManager[Any]:

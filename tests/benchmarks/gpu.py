@@ -464,6 +464,8 @@ def options(bench: Bench) -> Rows:
     arms: list[tuple[str, ...]] = [(switch,) for switch in switches(bench)]
     if bench.gpu and find_spec("liger_kernel"):
         arms.append(("--liger",))
+    if bench.gpu and find_spec("kernels"):
+        arms += [("--experts-implementation", name) for name in ("sonicmoe", "deepgemm")]
     if bench.has("--moments"):
         arms += [("--moments", moments) for moments in ("8bit", "bf16", "offload")]
     if bench.has("--no-master-weights"):

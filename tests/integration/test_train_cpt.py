@@ -265,6 +265,7 @@ def test_usage_mistakes(tmp_path: Path, llama: Path, jsonl: Path, options: list[
         (["--train", "more=absent.txt"], "absent.txt"),
         (["--replay-ratio", 0.5], "--replay"),
         (["--liger"], "--liger: liger-kernel's kernels need a GPU, but this run is on cpu; leave it out"),
+        (["--experts-implementation", "eager"], "a llama has no experts; leave it out"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(

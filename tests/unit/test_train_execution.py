@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from moetool import registry
 from moetool.checkpoint.model import load_model, skeleton
 from moetool.errors import ConfigError
 from moetool.train.config import TrainConfig
 from moetool.train.execution import apply_execution, check_execution, executing
+from tests.integration.test_grow import upcycled
 
 CPU = torch.device("cpu")
 
@@ -55,6 +57,32 @@ def test_liger_kernel_is_applied_to_the_model(monkeypatch: pytest.MonkeyPatch, m
         assert told.pop("model") is model
         # The loss is the loop's own, and experts are left to transformers.
         assert told == {"cross_entropy": False, "fused_linear_cross_entropy": False, "swiglu": folder == llama}
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("mixtral", "bfloat16"), *((family, "float32") for family in registry.names("target"))]
+)
+def test_functions_for_the_experts_are_compared_before_they_are_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, dtype: str
+) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    model = load_model(upcycled(family, tmp_path), dtype)
+    for name in ("eager", "batched_mm", "grouped_mm"):
+        apply_execution(config(experts_implementation=name), model)
+        assert model.config._experts_implementation == name
+    right = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+    def without_a_gradient(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return right(self, hidden, index, weights.detach()) + 0 * weights.sum()
+
+    def no_kernel(*_: Any) -> torch.Tensor:
+        raise ImportError("no kernel\nfor this card")
+
+    for wrong, told in ((without_a_gradient, "gradients of weights differ by 1.0e"), (no_kernel, "no kernel for this")):
+        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, "sonicmoe", wrong)
+        with pytest.raises(ConfigError, match=told):
+            apply_execution(config(experts_implementation="sonicmoe"), model)
 
 
 def test_liger_kernel_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch, mixtral: Path) -> None:
