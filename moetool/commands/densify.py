@@ -15,7 +15,7 @@ from moetool.commands.console import Console
 from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import Output
 from moetool.commands.plan_table import describe_files, file_rows, loss_rows, two_columns
-from moetool.commands.proof import Folders, Writing, carry_out, closing, healing
+from moetool.commands.proof import Folders, Writing, carry_out, closing, healing, open_model
 from moetool.option import option
 from moetool.values import parse_size
 
@@ -45,18 +45,14 @@ def densify(
     from moetool.calibration.experts import layers_with_experts
     from moetool.calibration.measure import calibration_of, load, losses, read_texts
     from moetool.checkpoint.model import pick_device
-    from moetool.checkpoint.writer import check_out
     from moetool.densify.measure import parts_of
     from moetool.densify.plan import check_source, plan_dense
     from moetool.errors import ConfigError
     from moetool.surgery.experts import open_moe
-    from moetool.surgery.sources import open_sources
 
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
-    sources = context.with_resource(open_sources([models.model], models.out))
-    if not writing.plan and not writing.overwrite:
-        check_out(models.out, "densify")
+    sources = open_model(context, models, writing, "densify")
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "densified")
     check_source(source)
     if asked.keep_experts > source.num_experts:

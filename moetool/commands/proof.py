@@ -51,6 +51,27 @@ class Writing:
         parse_size(self.max_shard_size)
 
 
+def open_model(context: typer.Context, models: Folders, writing: Writing, command: str) -> Sources:
+    """Open the model of a command that runs it before it knows what it writes; OUT is looked at first.
+
+    Args:
+        context: of the command, which closes the model.
+        models: what is read and written.
+        writing: how.
+        command: its name.
+
+    Raises:
+        CheckpointError: the model cannot be read, or OUT holds something else.
+    """
+    from moetool.checkpoint.writer import check_out
+    from moetool.surgery.sources import open_sources
+
+    sources = context.with_resource(open_sources([models.model], models.out))
+    if not writing.plan and not writing.overwrite:
+        check_out(models.out, command)
+    return sources
+
+
 def carry_out(
     plan: Plan,
     sources: Sources,

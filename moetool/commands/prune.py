@@ -14,7 +14,7 @@ from moetool.commands.console import Console
 from moetool.commands.memory_estimate import estimated, tell_weights
 from moetool.commands.options import Output
 from moetool.commands.plan_table import describe_files, file_rows, loss_rows, two_columns
-from moetool.commands.proof import Folders, Writing, carry_out, closing, healing
+from moetool.commands.proof import Folders, Writing, carry_out, closing, healing, open_model
 from moetool.prune.recipe import PruneOptions
 from moetool.values import parse_size
 
@@ -42,17 +42,13 @@ def prune(
     from moetool.calibration.experts import layers_with_experts
     from moetool.calibration.measure import calibration_of, load, losses, read_texts
     from moetool.checkpoint.model import pick_device
-    from moetool.checkpoint.writer import check_out
     from moetool.prune.choose import choose
     from moetool.prune.plan import check_numbers, plan_pruning
     from moetool.surgery.experts import open_moe
-    from moetool.surgery.sources import open_sources
 
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
-    sources = context.with_resource(open_sources([models.model], models.out))
-    if not writing.plan and not writing.overwrite:
-        check_out(models.out, "prune")
+    sources = open_model(context, models, writing, "prune")
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "pruned")
     groups, keep = check_numbers(source, asked.keep_experts), asked.keep_experts
     estimate = tell_weights(console, [folder], run.dtype, pick_device(run.device), run.device_map)

@@ -170,7 +170,7 @@ def set_experts(model: Any, name: str) -> None:
             results[one] = _gradients(experts)
         except Exception as error:  # no GPU, no package, no kernel for this card, no backward
             raise ConfigError(
-                f"{option}: transformers cannot use it here ({in_one_line(error)}); leave it out"
+                f"{option}: transformers cannot use it here ({in_one_line(error).rstrip('.')}); leave it out"
             ) from None
     bound = 0.03 if experts.down_proj.dtype == torch.bfloat16 else 1e-4
     for what, expected in results["eager"].items():
