@@ -5,8 +5,8 @@ Shapes: T tokens, E experts, M of them that are kept, K top-k, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,13 @@ class Sample:
         outputs_ETD = torch.stack([layer.output(expert, hidden_TD).float() for expert in range(layer.num_experts)])
         every = range(layer.num_experts)
         return cls(layer, hidden_TD, outputs_ETD, _combined(layer, hidden_TD, outputs_ETD, every)[0])
+
+    def with_outputs(self, outputs: Mapping[int, Tensor]) -> Sample:
+        """The same with other outputs (T, D) of some experts, beside what all gave together before."""
+        outputs_ETD = self.outputs_ETD.clone()
+        for expert, output_TD in outputs.items():
+            outputs_ETD[expert] = output_TD
+        return replace(self, outputs_ETD=outputs_ETD)
 
     def compare(self, kept: Sequence[int]) -> tuple[float, Tensor]:
         """The layer with some experts only, the router choosing among them.
