@@ -13,6 +13,8 @@ from torch import Tensor
 
 from moetool.calibration.experts import Layer
 
+ROUNDING = 10  # decimals of a relative error; what differs beyond them differs by the order of sums
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -86,6 +88,6 @@ def by_reconstruction(sample: Sample, groups: Sequence[Sequence[int]], per_group
         free = [
             e for group in groups if len(kept & set(group)) > per_group for e in group if e in kept and e not in held
         ]
-        errors = {expert: sample.compare(sorted(kept - {expert}))[0] for expert in free}
+        errors = {expert: round(sample.compare(sorted(kept - {expert}))[0], ROUNDING) for expert in free}
         kept.remove(min(free, key=lambda expert: (errors[expert], -expert)))
     return sorted(kept)
