@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moetool.arch.moe_source import MoESource
@@ -67,9 +66,9 @@ def merged_fill(fill: Fill, merged: Blends, source: MoESource) -> Fill:
 
 
 def weighted_mean(merged: Blends, block: Block) -> Tensor:
-    """Rows of a merged expert: c + sum_j w_j (e_j - c), c the first expert and e_j the others in the order of its units.
+    """Rows of a merged expert: c + sum_j w_j (e_j - c), c the first and e_j the others in the order of its units.
 
-    In fp64, expert by expert, so that the bits are the same on any machine, and rounded once; equal experts give
+    In fp64, expert by expert, so that the bits are the same on any machine, and rounded once. Equal experts give
     themselves exactly.
     """
     assert block.fill.layer is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def merge(
         groups, error = merge_layer(
             layer, row["kept"], scores, router_groups(layer.num_experts, num_groups), row["super"],
             calibration.fitted[number], apart_TD if len(apart_TD) else calibration.fitted[number],
-            lambda expert, other, number=number: order(number, expert, other),
+            partial(order, number),
         )  # fmt: skip
         rows.append({**row, "groups": [asdict(group) for group in groups], "merged_error": error})
     progress("merging experts", len(rows), len(rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,7 +76,8 @@ def plan_pruning(
     check_numbers(source, keep)
     fills, layouts = with_experts(source, kept)
     recipe = {**recipe, "experts": recorded_experts(source.layers, list(kept.values()))}
-    kinds, recorded = KINDS, dict
+    kinds: Mapping[str, Kind] = KINDS
+    recorded: Callable[[], dict[str, Any]] = dict
     if groups is not None:
         recipe["merged"] = recorded_groups(groups)
         merged = blends(groups, kept, order or unit_orders(source))
