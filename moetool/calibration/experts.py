@@ -42,8 +42,21 @@ class Layer:
 
     def output(self, expert: int, hidden_TD: Tensor) -> Tensor:
         """(T, D), what an expert makes of some tokens."""
-        gate_TF, up_TF = nn.functional.linear(hidden_TD, self.experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        return nn.functional.linear(self.experts.act_fn(gate_TF) * up_TF, self.experts.down_proj[expert])
+        return self.ffn(self.experts.gate_up_proj[expert], self.experts.down_proj[expert], hidden_TD)
+
+    def ffn(self, gate_up_GD: Tensor, down_DF: Tensor, hidden_TD: Tensor) -> Tensor:
+        """(T, D), what an expert of these weights makes of some tokens; G is gate and up, 2 F."""
+        gate_TF, up_TF = nn.functional.linear(hidden_TD, gate_up_GD).chunk(2, dim=-1)
+        return nn.functional.linear(self.experts.act_fn(gate_TF) * up_TF, down_DF)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """(T, E) in fp32, what the router computes of each expert before it chooses."""
+        return read_output(self.router(hidden_TD, *self._others()), type(self.router).__name__, -1)[0]
+
+    def _others(self) -> list[Any]:
+        """What the router is called with beside hidden states: a selection bias that lies in the block."""
+        _, *names = signature(self.router.forward).parameters
+        return [getattr(self.block, name, None) for name in names]
 
     def routing(self, kept: Sequence[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """The family's own router with some of its experts only.
@@ -65,9 +78,7 @@ class Layer:
                         store[name] = nn.Parameter(part, False) if store is module._parameters else part  # type: ignore[assignment]
         if hasattr(router, "num_experts"):
             router.num_experts = len(kept)  # type: ignore[assignment]
-        _, *others = signature(self.router.forward).parameters
-        more = [getattr(self.block, other, None) for other in others]
-        more = [one[index.to(one.device)] if isinstance(one, Tensor) else one for one in more]
+        more = [one[index.to(one.device)] if isinstance(one, Tensor) else one for one in self._others()]
 
         def route(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
             _, weights_TK, indices_TK = read_output(router(hidden_TD, *more), type(router).__name__, -1)

@@ -181,9 +181,10 @@ def lineage_line(entry: dict[str, Any]) -> str:
     if entry.get("command") in ("prune", "densify"):
         recipe, source = entry.get("recipe", {}), entry.get("source", {})
         by = f" by {recipe['score']}" if recipe.get("score") else ""
+        merged = f", the others merged into them ({recipe['merge']})" if recipe.get("merge") else ""
         return (
             f"{entry['command']} of {source.get('name')} ({source.get('model_type')}): {recipe.get('keep_experts')}"
-            f" experts kept{by}"
+            f" experts kept{by}{merged}"
         )
     if entry.get("command") == "cpt":
         return f"cpt: {entry.get('steps')} steps, {entry.get('tokens')} tokens, seed {entry.get('seed')}"

@@ -21,6 +21,7 @@ from moetool.values import parse_size
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from moetool.data.tokens import TokenStream
     from moetool.prune.choose import Choice
     from moetool.surgery.plan import Plan
 
@@ -36,13 +37,16 @@ def prune(
     """Leave out the experts of a Mixture of Experts that do least on some text.
 
     The model runs on --data once. Every layer keeps the same number of experts, with their router rows and
-    selection biases; everything else stays as it is. The result is a standard Hugging Face checkpoint. A
-    killed run leaves nothing that loads, and the same command finishes it.
+    selection biases. The others are left out or, with --merge ream, merged into those. Everything else stays as it
+    is. The result is a standard Hugging Face checkpoint. A killed run leaves nothing that loads, and the same
+    command finishes it.
     """
     from moetool.calibration.experts import layers_with_experts
     from moetool.calibration.measure import calibration_of, load, losses, read_texts
     from moetool.checkpoint.model import pick_device
+    from moetool.prune.align import unit_orders
     from moetool.prune.choose import choose
+    from moetool.prune.merge import merge
     from moetool.prune.plan import check_numbers, plan_pruning
     from moetool.surgery.experts import open_moe
 
@@ -50,6 +54,7 @@ def prune(
     started = time.perf_counter()
     sources = open_model(context, models, writing, "prune")
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "pruned")
+    order = unit_orders(source)
     groups, keep = check_numbers(source, asked.keep_experts), asked.keep_experts
     estimate = tell_weights(console, [folder], run.dtype, pick_device(run.device), run.device_map)
     with console.progress() as progress, estimated(estimate):
@@ -58,12 +63,12 @@ def prune(
         measured = calibration_of(model, folder, texts, run, progress)
         found = layers_with_experts(model)
         choice = choose(found, measured, asked.score, keep, groups, asked.protect_super, asked.seed, progress)
+        if asked.merge == "ream":
+            choice = merge(found, measured, choice, groups, order, progress)
         before = losses(model, validation, run)
         del model, found
-    recipe = {"keep_experts": keep, "score": choice.score, "protect_super": asked.protect_super}
-    recipe |= {"seed": asked.seed} if choice.score == "random" else {}
-    recipe |= {"data": {name: text.manifest["sha256"] for name, text in texts.items()}}
-    plan = plan_pruning(sources.readers, recipe, choice.kept, parse_size(writing.max_shard_size))
+    recipe, size = recipe_of(asked, choice, texts), parse_size(writing.max_shard_size)
+    plan = plan_pruning(sources.readers, recipe, choice.kept, size, choice.groups, order)
     document = describe(plan, choice, source.num_experts, before, models.out, writing.num_workers)
     for warning in warnings(document, plan):
         console.warn(warning)
@@ -78,6 +83,14 @@ def prune(
     return document
 
 
+def recipe_of(asked: PruneOptions, choice: Choice, texts: Mapping[str, TokenStream]) -> dict[str, Any]:
+    """What was asked, as the lineage records it; where nothing is merged, it says nothing of it."""
+    recipe = {"keep_experts": asked.keep_experts, "score": choice.score, "protect_super": asked.protect_super}
+    recipe |= {"merge": asked.merge} if choice.groups else {}
+    recipe |= {"seed": asked.seed} if choice.score == "random" else {}
+    return recipe | {"data": {name: text.manifest["sha256"] for name, text in texts.items()}}
+
+
 def describe(
     plan: Plan, choice: Choice, num_experts: int, losses: Mapping[str, float], out: Path, workers: int
 ) -> dict[str, Any]:
@@ -89,9 +102,27 @@ def describe(
         "score": choice.score,
         "errors": dict(choice.errors),
         "held_out_tokens": choice.held_out,
+        "merge": describe_merge(choice, plan, num_experts),
         "layers": list(choice.layers),
         "val": {name: {"before": loss, "after": None} for name, loss in losses.items()},
         **describe_files(plan, out, workers),
+    }
+
+
+def describe_merge(choice: Choice, plan: Plan, num_experts: int) -> dict[str, Any] | None:
+    """What was merged, and the error of layers' outputs without and with it (mean over layers); None: nothing."""
+    if choice.groups is None:
+        return None
+    groups = [group for those in choice.groups.values() for group in those]
+    errors = {"none": [row["error"] for row in choice.layers], "ream": [row["merged_error"] for row in choice.layers]}
+    merged = sum(len(group.experts) - 1 for group in groups)
+    dropped = (num_experts - plan.recipe["keep_experts"]) * len(choice.layers)
+    return {
+        "method": plan.recipe["merge"],
+        "merged": merged,
+        "into": len(groups),
+        "left_out": dropped - merged,
+        "errors": {name: sum(those) / len(those) for name, those in errors.items()},
     }
 
 
@@ -122,7 +153,24 @@ def warnings(document: Mapping[str, Any], plan: Plan) -> list[str]:
             "this family chooses by a softmax over all experts plus a selection bias: without some experts, the"
             " softmax is larger and the bias counts less, which may change choices among the others"
         )
+    if (merge := document["merge"]) and merge["errors"]["ream"] > merge["errors"]["none"]:
+        told.append(
+            f"merged experts change the layers' outputs more ({merge['errors']['ream']:.4f}) than leaving experts out"
+            f" does ({merge['errors']['none']:.4f}); leave --merge out, unless the model is trained further"
+        )
     return told
+
+
+def merge_rows(document: Mapping[str, Any]) -> dict[str, str]:
+    """What was merged, for people."""
+    if not (merge := document["merge"]):
+        return {}
+    groups = [group for row in document["layers"] for group in row["groups"]]
+    largest = max((len(group["experts"]) for group in groups), default=0)
+    alone = f"; {merge['left_out']} left out" if merge["left_out"] else ""
+    told = f"{merge['merged']} experts into {merge['into']}, {largest} in the largest group{alone}"
+    errors = ", ".join(f"{name} {error:.4f}" for name, error in merge["errors"].items())
+    return {"merged": f"{told} ({merge['method']}, all layers)", "error by merge": f"{errors} (on the same tokens)"}
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -139,4 +187,4 @@ def table(document: dict[str, Any]) -> Table:
         "weight kept": f"{min(masses):.1%} to {max(masses):.1%} of what routers give",
         "largest load": f"{max(largest):.1%} of the routes of a layer, once the others are gone",
     }
-    return two_columns(rows | loss_rows(document) | file_rows(document))
+    return two_columns(rows | merge_rows(document) | loss_rows(document) | file_rows(document))

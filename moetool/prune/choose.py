@@ -17,6 +17,7 @@ from moetool.calibration.experts import Layer
 from moetool.calibration.sums import Calibration
 from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
+from moetool.prune.group import Group
 from moetool.prune.reroute import Sample, by_reconstruction
 from moetool.recipe import generator
 
@@ -31,7 +32,8 @@ class Choice:
         held_out: how many tokens that were; 0: the texts are too short, and the errors are of tokens in the scores.
         layers: of each layer `layer`, `kept` (experts, ascending), `error`, `mass_kept` (the share of all weights that
             went to them), `unused` (experts without a token), `super` (protected ones), `load` (share of the routes of
-            each kept expert once the others are gone) and `scores` (of all experts).
+            each kept expert once the others are gone) and `scores` (of all experts); where experts are merged, also
+            `groups` (see `Group`) and `merged_error` (as `error`, once they are).
     """
 
     score: str
@@ -43,6 +45,13 @@ class Choice:
     def kept(self) -> dict[int, list[int]]:
         """Layer -> experts, ascending."""
         return {row["layer"]: row["kept"] for row in self.layers}
+
+    @property
+    def groups(self) -> dict[int, list[Group]] | None:
+        """Layer -> experts that become one; None where none are merged."""
+        if not all("groups" in row for row in self.layers):
+            return None
+        return {row["layer"]: [Group(**one) for one in row["groups"]] for row in self.layers}
 
 
 def super_experts(calibration: Calibration) -> dict[int, list[int]]:
@@ -91,7 +100,7 @@ def choose(
     for done, (number, layer) in enumerate(layers.items()):
         progress("comparing experts", done, len(layers))
         sums, held = calibration.sums[number], set(protected.get(number, ()))
-        groups = _groups(layer.num_experts, num_groups)
+        groups = router_groups(layer.num_experts, num_groups)
         if any(len(held & set(group)) > keep // num_groups for group in groups):
             raise ConfigError(
                 f"layer {number} has {len(held)} super experts, more than --keep-experts {keep} lets it keep; keep"
@@ -130,7 +139,8 @@ def choose(
     return Choice(taken, errors, held_out, found[taken])
 
 
-def _groups(num_experts: int, num_groups: int) -> list[range]:
+def router_groups(num_experts: int, num_groups: int) -> list[range]:
+    """Experts next to each other, among which a router chooses."""
     size = num_experts // num_groups
     return [range(first, first + size) for first in range(0, num_experts, size)]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from moetool.arch.moe_source import MoESource
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
+from moetool.prune.align import Order, unit_orders
+from moetool.prune.blend import blends, digests, merged_fill, weighted_mean
+from moetool.prune.group import Group, read_groups, recorded_groups
 from moetool.recipe import read_experts, recorded_experts
 from moetool.surgery.experts import config_with, open_moe, with_experts
-from moetool.surgery.kinds import KINDS
+from moetool.surgery.kinds import KINDS, Kind
 from moetool.surgery.plan import Operation, Plan, lay_out
 
 
@@ -46,6 +50,8 @@ def plan_pruning(
     recipe: Mapping[str, Any],
     kept: Mapping[int, Sequence[int]],
     max_shard_size: int,
+    groups: Mapping[int, Sequence[Group]] | None = None,
+    order: Order | None = None,
 ) -> Plan:
     """Lay out a checkpoint with some of its experts.
 
@@ -54,6 +60,8 @@ def plan_pruning(
         recipe: what was asked, as JSON.
         kept: layer -> experts, ascending; all layers keep as many.
         max_shard_size: bytes of tensor data per file.
+        groups: layer -> experts that become one; None where none are merged.
+        order: of the experts' units, of this checkpoint; None: found anew.
 
     Raises:
         ConfigError: see `open_moe` and `check_numbers`.
@@ -67,10 +75,17 @@ def plan_pruning(
     (keep,) = numbers
     check_numbers(source, keep)
     fills, layouts = with_experts(source, kept)
+    recipe = {**recipe, "experts": recorded_experts(source.layers, list(kept.values()))}
+    kinds: Mapping[str, Kind] = KINDS
+    recorded: Callable[[], dict[str, Any]] = dict
+    if groups is not None:
+        recipe["merged"] = recorded_groups(groups)
+        merged = blends(groups, kept, order or unit_orders(source))
+        fills = [merged_fill(fill, merged, source) for fill in fills]
+        kinds, recorded = {**KINDS, "merged": Kind(partial(weighted_mean, merged))}, partial(digests, groups, merged)
     return lay_out(
-        "prune", {**recipe, "experts": recorded_experts(source.layers, list(kept.values()))}, readers,
-        config_with(reader.config, source, keep, source.top_k), fills, layouts, max_shard_size, KINDS,
-        [str(reader.config.get("model_type"))], continues=1,
+        "prune", recipe, readers, config_with(reader.config, source, keep, source.top_k), fills, layouts,
+        max_shard_size, kinds, [str(reader.config.get("model_type"))], continues=1, recorded=recorded,
     )  # fmt: skip
 
 
@@ -81,9 +96,12 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
         CheckpointError: the entry is damaged, or see `plan_pruning`.
         ConfigError: see `plan_pruning`.
     """
-    recipe = {key: value for key, value in entry.get("recipe", {}).items() if key != "experts"}
-    kept = read_experts(entry.get("recipe", {}).get("experts"), open_moe(readers[0], "pruned").num_experts)
-    return plan_pruning(readers, recipe, kept, max_shard_size)
+    found = entry.get("recipe", {})
+    recipe = {key: value for key, value in found.items() if key not in ("experts", "merged")}
+    num_experts = open_moe(readers[0], "pruned").num_experts
+    kept = read_experts(found.get("experts"), num_experts)
+    groups = read_groups(found["merged"], kept, num_experts) if "merged" in found else None
+    return plan_pruning(readers, recipe, kept, max_shard_size, groups)
 
 
 OPERATION = Operation("pruned", replan, one_source=True)

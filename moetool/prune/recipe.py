@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from moetool import registry
 from moetool.option import option
@@ -10,7 +11,7 @@ from moetool.option import option
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How many experts are kept, by which score."""
+    """How many experts are kept, by which score, and what becomes of the others."""
 
     keep_experts: int = option("Routed experts per layer that are kept.", min=1, metavar="N")
     score: str = option(
@@ -19,5 +20,8 @@ class PruneOptions:
     )  # fmt: skip
     protect_super: bool = option(
         "Keep experts whose outputs have extreme entries, whatever their score.", False, flag="--protect-super"
+    )
+    merge: Literal["none", "ream"] = option(
+        "What becomes of experts that are not kept: left out, or merged into those that are (REAM).", "none"
     )
     seed: int = option("Random seed of --score random.", 0, min=0, needs=("score", "random".__eq__))

@@ -5,13 +5,15 @@ Shapes: T tokens, E experts, M of them that are kept, K top-k, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moetool.calibration.experts import Layer
+
+ROUNDING = 10  # decimals of a relative error; what differs beyond them differs by the order of sums
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class Sample:
         outputs_ETD = torch.stack([layer.output(expert, hidden_TD).float() for expert in range(layer.num_experts)])
         every = range(layer.num_experts)
         return cls(layer, hidden_TD, outputs_ETD, _combined(layer, hidden_TD, outputs_ETD, every)[0])
+
+    def with_outputs(self, outputs: Mapping[int, Tensor]) -> Sample:
+        """The same with other outputs (T, D) of some experts, beside what all gave together before."""
+        outputs_ETD = self.outputs_ETD.clone()
+        for expert, output_TD in outputs.items():
+            outputs_ETD[expert] = output_TD
+        return replace(self, outputs_ETD=outputs_ETD)
 
     def compare(self, kept: Sequence[int]) -> tuple[float, Tensor]:
         """The layer with some experts only, the router choosing among them.
@@ -79,6 +88,6 @@ def by_reconstruction(sample: Sample, groups: Sequence[Sequence[int]], per_group
         free = [
             e for group in groups if len(kept & set(group)) > per_group for e in group if e in kept and e not in held
         ]
-        errors = {expert: sample.compare(sorted(kept - {expert}))[0] for expert in free}
-        kept.remove(min(free, key=lambda expert: (round(errors[expert], 10), -expert)))
+        errors = {expert: round(sample.compare(sorted(kept - {expert}))[0], ROUNDING) for expert in free}
+        kept.remove(min(free, key=lambda expert: (errors[expert], -expert)))
     return sorted(kept)
