@@ -11,7 +11,7 @@ import typer
 
 from moetool.calibration.options import CalibrationOptions
 from moetool.commands.console import Console
-from moetool.commands.memory_estimate import estimated, tell_weights
+from moetool.commands.memory_estimate import estimated, tell_calibration
 from moetool.commands.options import Output
 from moetool.commands.plan_table import describe_files, file_rows, loss_rows, two_columns
 from moetool.commands.proof import Folders, Writing, carry_out, closing, healing
@@ -41,7 +41,6 @@ def prune(
     """
     from moetool.calibration.experts import layers_with_experts
     from moetool.calibration.measure import calibration_of, load, losses, read_texts
-    from moetool.checkpoint.model import pick_device
     from moetool.checkpoint.writer import check_out
     from moetool.prune.choose import choose
     from moetool.prune.plan import check_numbers, plan_pruning
@@ -55,14 +54,14 @@ def prune(
         check_out(models.out, "prune")
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "pruned")
     groups, keep = check_numbers(source, asked.keep_experts), asked.keep_experts
-    estimate = tell_weights(console, [folder], run.dtype, pick_device(run.device), run.device_map)
+    estimate = tell_calibration(console, folder, run)
     with console.progress() as progress, estimated(estimate):
         texts, validation = (read_texts(named, folder, run, progress) for named in (run.data, run.val))
         model = load(folder, run)
         measured = calibration_of(model, folder, texts, run, progress)
         found = layers_with_experts(model)
         choice = choose(found, measured, asked.score, keep, groups, asked.protect_super, asked.seed, progress)
-        before = losses(model, validation, run)
+        before = losses(model, validation, run, progress)
         del model, found
     recipe = {"keep_experts": keep, "score": choice.score, "protect_super": asked.protect_super}
     recipe |= {"seed": asked.seed} if choice.score == "random" else {}
@@ -75,8 +74,8 @@ def prune(
         console.result(document, table(document))
         return document
     carry_out(plan, sources, models.out, writing, started, document, context, console)
-    with estimated(estimate):
-        for name, loss in losses(load(models.out, run), validation, run).items() if validation else ():
+    with console.progress() as progress, estimated(estimate):
+        for name, loss in losses(load(models.out, run), validation, run, progress).items() if validation else ():
             document["val"][name]["after"] = loss
     console.result(document, table(document), closing(document), healing(models.out, run.data))
     return document
