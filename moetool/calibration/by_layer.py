@@ -82,7 +82,8 @@ class LayeredModel:
                 self._inside[int(found[1])][name] = info
         self._load_all_but_layers()
         fit_experts(self.core)
-        self._loaded = self._running = None
+        self._loaded: int | None = None
+        self._running: int | None = None
         self._given: Tensor | None = None
         self._made: Tensor | None = None
         for number, layer in enumerate(layers):

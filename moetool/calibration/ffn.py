@@ -52,7 +52,7 @@ def dense_ffns(model: nn.Module) -> dict[int, FFN]:
             raise CheckpointError(
                 f"{type(model).__name__}: the FFN of layer {number} cannot be read in this version of transformers"
             )
-        found[number] = FFN(modules[name.rpartition(".")[0]], modules[name])  # type: ignore[arg-type]
+        found[number] = FFN(modules[name.rpartition(".")[0]], modules[name])
     if not found:
         raise CheckpointError(f"{type(model).__name__} has no list of layers, so its FFNs cannot be read")
     return found

@@ -16,6 +16,7 @@ from moetool import registry
 from moetool.calibration import hidden, measure, text_pass
 from moetool.calibration.by_layer import LayeredModel
 from moetool.calibration.experts import layers_with_experts
+from moetool.calibration.options import CalibrationOptions
 from moetool.calibration.sums import Calibration
 from moetool.calibration.text_pass import calibrate, calibrate_dense, mean_losses
 from moetool.checkpoint.model import load_model
@@ -27,7 +28,11 @@ from moetool.prune.choose import choose
 from tests import tiny
 from tests.integration.test_grow import upcycled
 
-RUN = {"seq_len": 16, "batch_size": 2, "max_tokens": 200}  # 13 windows in 7 batches, the last window filled up
+RUN: dict[str, Any] = {
+    "seq_len": 16,
+    "batch_size": 2,
+    "max_tokens": 200,
+}  # 13 windows in 7 batches, the last window filled up
 SMALL = ("--seq-len", 16, "--batch-size", 2, "--max-tokens", 200)
 
 
@@ -278,7 +283,7 @@ def test_moments_add_up_over_texts_and_are_kept_apart(
             added = getattr(apart[0], name)[layer] + getattr(apart[1], name)[layer]
             for field, value in vars(getattr(both, name)[layer]).items():
                 assert torch.allclose(value, getattr(added, field), rtol=1e-5, atol=1e-5)
-    run = measure.CalibrationOptions(data={"a": "unused"}, seq_len=16, max_tokens=48)
+    run = CalibrationOptions(data={"a": "unused"}, seq_len=16, max_tokens=48)
     kept = measure.calibration_of(model, llama, data, run, lambda *_: None, moments=True)
     monkeypatch.setattr(text_pass, "_run", None)
     assert not differing(kept, measure.calibration_of(model, llama, data, run, lambda *_: None, moments=True))
