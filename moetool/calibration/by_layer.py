@@ -6,8 +6,8 @@ Shapes: B windows, S tokens of each, D hidden, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moetool.calibration.hidden import HiddenStates
 from moetool.checkpoint.model import check_complete, check_size, fit_experts, loading, one_tensor_at_a_time, skeleton
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
 from moetool.surgery.rows import TORCH_DTYPES, raw_bytes
@@ -33,7 +33,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 class _Unread:
     """A tensor on disk, which transformers reads by `[...]`. Bytes come by `pread`, not through a memory map."""
 
-    reader: CheckpointReader
+    files: BlockFile
     info: TensorInfo
 
     def __getitem__(self, every: Any) -> Tensor:
@@ -42,7 +42,7 @@ class _Unread:
         dtype, buffer = TORCH_DTYPES[self.info.dtype], torch.empty(self.info.size + CACHE_LINE, dtype=torch.uint8)
         first = (self.info.start - buffer.data_ptr()) % CACHE_LINE
         raw = buffer[first - first % dtype.itemsize :][: self.info.size]
-        self.reader.read_into(self.info, 0, raw_bytes(raw))
+        self.files.read_into(self.info, 0, raw_bytes(raw))
         return raw.view(dtype).view(self.info.shape)
 
 
@@ -67,20 +67,28 @@ class LayeredModel:
     """
 
     def __init__(self, folder: Path, dtype: str = "auto", device: str = "cpu") -> None:
-        self._reader = CheckpointReader(folder)
-        self.core = skeleton(folder, _dtype(self._reader, dtype)).eval()
+        reader = CheckpointReader(folder)
+        self.core = skeleton(folder, _dtype(reader, dtype)).eval()
         check_size(folder, self.core)
         layers = getattr(self.core.base_model, "layers", None)
         if not isinstance(layers, nn.ModuleList):
             raise CheckpointError(f"{type(self.core).__name__} has no list of layers; leave --stream out")
         self.layers = layers
-        self._device = device
+        self._folder, self._device = folder, device
         self._inside: list[dict[str, TensorInfo]] = [{} for _ in layers]  # the tensors of each layer
-        for name, info in self._reader.tensors.items():
+        outside = dict(reader.tensors)
+        for name in reader.tensors:
             found = _LAYER.search(name)
             if found and int(found[1]) < len(layers):
-                self._inside[int(found[1])][name] = info
-        self._load_all_but_layers()
+                self._inside[int(found[1])][name] = outside.pop(name)
+        self._config = LoadStateDictConfig(
+            pretrained_model_name_or_path=str(folder),
+            device_map={"": device},
+            dtype=self.core.dtype,
+            dtype_plan=self.core._get_dtype_plan(self.core.dtype),
+            weight_mapping=get_model_conversion_mapping(self.core),
+        )
+        self._load_all_but_layers(outside)
         fit_experts(self.core)
         self._loaded: int | None = None
         self._running: int | None = None
@@ -89,28 +97,19 @@ class LayeredModel:
         for number, layer in enumerate(layers):
             layer.forward = partial(self._decode, number, layer.forward)
 
-    def _load_all_but_layers(self) -> None:
+    def _load_all_but_layers(self, outside: Mapping[str, TensorInfo]) -> None:
         """Load as transformers does, with tensors without bytes in place of those of decoder layers."""
-        folder, core = self._reader.folder, self.core
-        unread = {name: _Unread(self._reader, info) for name, info in self._reader.tensors.items()}
-        empty = {
+        inside = {
             name: torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype], device="meta")
             for layer in self._inside
             for name, info in layer.items()
         }
-        self._config = LoadStateDictConfig(
-            pretrained_model_name_or_path=str(folder),
-            device_map={"": self._device},
-            dtype=core.dtype,
-            dtype_plan=core._get_dtype_plan(core.dtype),
-            weight_mapping=get_model_conversion_mapping(core),
-        )
-        where = {"": self._device, f"{core.base_model_prefix}.layers": "meta"}
-        with loading(folder), one_tensor_at_a_time():
-            apart = LoadStateDictConfig(**vars(self._config) | {"device_map": where})
-            info, _ = convert_and_load_state_dict_in_model(core, unread | empty, apart)
-            core._finalize_model_loading(core, self._config, info)
-        check_complete(folder, info.to_dict())
+        where = {**self._config.device_map, f"{self.core.base_model_prefix}.layers": "meta"}
+        with loading(self._folder), one_tensor_at_a_time(), BlockFile(self._folder) as files:
+            tensors = inside | {name: _Unread(files, info) for name, info in outside.items()}
+            info, _ = convert_and_load_state_dict_in_model(self.core, tensors, replace(self._config, device_map=where))
+            self.core._finalize_model_loading(self.core, self._config, info)
+        check_complete(self._folder, info.to_dict())
 
     def load(self, number: int) -> nn.Module:
         """A decoder layer with its weights; any other loses its own.
@@ -118,14 +117,20 @@ class LayeredModel:
         Raises:
             CheckpointError: the files have changed since the model was opened.
         """
-        if self._loaded != number:
-            self.free()
-            tensors = {name: _Unread(self._reader, info) for name, info in self._inside[number].items()}
-            with torch.inference_mode(False), loading(self._reader.folder), one_tensor_at_a_time():
-                info, _ = convert_and_load_state_dict_in_model(self.core, tensors, self._config)
+        if self._loaded == number:
+            return self.layers[number]
+        self.free()
+        self._loaded = number
+        try:
+            with torch.inference_mode(False), loading(self._folder), BlockFile(self._folder) as files:
+                tensors = {name: _Unread(files, info) for name, info in self._inside[number].items()}
+                with one_tensor_at_a_time():
+                    info, _ = convert_and_load_state_dict_in_model(self.core, tensors, self._config)
                 for failure in info.conversion_errors.values():
                     raise RuntimeError(" ".join(failure.split())[-300:])
-            self._loaded = number
+        except BaseException:
+            self.free()
+            raise
         return self.layers[number]
 
     def free(self) -> None:
@@ -167,8 +172,7 @@ class LayeredModel:
         Returns:
             What the last layer gives.
         """
-        width = self.core.config.get_text_config().hidden_size * self.core.dtype.itemsize
-        states = HiddenStates([ids_BS.numel() * width for ids_BS in batches])
+        states = HiddenStates([])
         done, total = 0, len(self.layers) * sum(ids_BS.numel() for ids_BS in batches)
         try:
             for number in range(len(self.layers)):
@@ -179,6 +183,9 @@ class LayeredModel:
                     self._given = states[index].to(self._device) if number else None
                     self.core.base_model(input_ids=ids_BS.to(self._device), use_cache=False)
                     assert self._made is not None
+                    if number == index == 0:
+                        width = self._made.nbytes // ids_BS.numel()
+                        states = HiddenStates([ids_BS.numel() * width for ids_BS in batches])
                     states[index] = self._made
                     done += ids_BS.numel()
                     progress(task, done, total, f"layer {number + 1} of {len(self.layers)}")

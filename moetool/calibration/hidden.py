@@ -9,11 +9,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from moetool.calibration.options import IN_MEMORY
 from moetool.calibration.store import cache_folder
 from moetool.checkpoint.folder import unnamed_file
 from moetool.surgery.rows import raw_bytes
-
-IN_MEMORY = 2**30  # bytes of hidden states that are kept in memory
 
 
 class HiddenStates:

@@ -19,6 +19,7 @@ from moetool.option import (
 from moetool.values import named, parse_count
 
 RUN = "How the texts run"
+IN_MEMORY = 2**30  # bytes of hidden states between two layers that are kept in memory, not in a file
 
 
 @dataclass(frozen=True)

@@ -50,16 +50,19 @@ def tell_calibration(console: Console, folder: Path, run: CalibrationOptions) ->
     Returns:
         The estimate, as printed.
     """
+    from moetool.calibration.options import IN_MEMORY
     from moetool.checkpoint.model import pick_device
-    from moetool.cost.memory import layer_bytes, weight_bytes
+    from moetool.cost.memory import hidden_bytes, layer_bytes, weight_bytes
 
     device = pick_device(run.device)
     if not run.stream:
         need = weight_bytes(folder, run.dtype)
         smaller = ["--stream", *(["--dtype bfloat16"] if run.dtype in ("auto", "float32") else [])]
         return _tell(console, need, "weights", device, run.device_map, "", smaller)
-    need = layer_bytes(folder, run.dtype)
-    return _tell(console, need, "one layer, embeddings and head", device, None, "", ["a smaller --dtype"])
+    tokens = run.max_tokens * max(len(run.data), len(run.val))
+    need = layer_bytes(folder, run.dtype) + min(IN_MEMORY, hidden_bytes(folder, run.dtype, tokens))
+    what = "one layer, embeddings, head and hidden states"
+    return _tell(console, need, what, device, None, "", ["a smaller --dtype", "fewer --max-tokens"])
 
 
 def _tell(

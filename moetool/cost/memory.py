@@ -69,6 +69,24 @@ def layer_bytes(folder: Path, dtype: str = "auto") -> int:
     return outside + max(layers.values(), default=0) * 5 // 3
 
 
+def hidden_bytes(folder: Path, dtype: str, tokens: int) -> int:
+    """Bytes of the hidden states of tokens between two layers.
+
+    Args:
+        folder: a safetensors checkpoint.
+        dtype: `auto` (as most weights are saved), `float32`, `bfloat16` or `float16`.
+        tokens: how many.
+
+    Raises:
+        CheckpointError: it is not a readable checkpoint.
+    """
+    with CheckpointReader(folder) as reader:
+        width = reader.config.get("hidden_size")
+        largest = max(reader.tensors.values(), key=lambda info: info.size)
+    each = _BYTES.get(dtype, largest.size // max(1, largest.num_elements))
+    return tokens * each * width if isinstance(width, int) else 0
+
+
 @dataclass(frozen=True)
 class Training:
     """The options of `moetool cpt` that decide how much memory training takes, under their names there.

@@ -20,7 +20,7 @@ from moetool.calibration.options import CalibrationOptions
 from moetool.calibration.sums import Calibration
 from moetool.calibration.text_pass import calibrate, calibrate_dense, mean_losses
 from moetool.checkpoint.model import load_model
-from moetool.cost.memory import layer_bytes, weight_bytes
+from moetool.cost.memory import hidden_bytes, layer_bytes, weight_bytes
 from moetool.data.text import TextSource
 from moetool.data.tokens import TokenStream, tokenized
 from moetool.errors import CheckpointError
@@ -179,7 +179,7 @@ def test_what_is_kept_serves_both(mixtral: Path, jsonl: Path, tmp_path: Path, mo
 def test_the_estimate_is_that_of_a_layer(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
     options = ("--keep-experts", 3, "--data", f"a={jsonl}", "--plan", "--stream")
     _, out, err = tiny.in_process("prune", mixtral, tmp_path / "out", *options, *SMALL)
-    assert "for one layer, embeddings and head on" in " ".join((out + err).split())
+    assert "for one layer, embeddings, head and hidden states on" in " ".join((out + err).split())
     # A layer of the Mixtral: 4 experts of three 64 x 32 matrices, q and o 32 x 32, k and v 16 x 32, router 4 x 32, two
     # norms; outside of layers embeddings and head of 300 x 32, and a norm.
     layer = 4 * 3 * 64 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 4 * 32 + 2 * 32
@@ -187,6 +187,7 @@ def test_the_estimate_is_that_of_a_layer(mixtral: Path, jsonl: Path, tmp_path: P
     assert layer_bytes(mixtral) == 4 * outside + 4 * layer * 5 // 3
     assert weight_bytes(mixtral, "bfloat16") == 2 * (outside + 2 * layer)
     assert layer_bytes(mixtral, "bfloat16") == 2 * outside + 2 * layer * 5 // 3
+    assert hidden_bytes(mixtral, "auto", 200) == 200 * 32 * 4 == 2 * hidden_bytes(mixtral, "float16", 200)
 
 
 def test_what_is_wrong_is_told_as_without(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
