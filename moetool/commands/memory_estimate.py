@@ -77,7 +77,7 @@ def _tell(
         console.say(f"[dim]{escape(estimate)}; activations need more[/dim]")
     if free is not None and need > free:
         advice = ", or ".join(smaller)
-        console.warn(f"the weights need about {size(need)}, but {device} has {size(free)} free; try {advice}")
+        console.warn(f"{what} need about {size(need)}, but {device} has {size(free)} free; try {advice}")
     return estimate
 
 
