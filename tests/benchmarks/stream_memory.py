@@ -1,8 +1,8 @@
 """Peak memory and time of `moetool prune` with the whole model in memory, and with one layer of it (`--stream`).
 
-    python -m tests.benchmarks.stream_memory [--sizes 0.1B 0.4B 1B] [--rounds 3] [--tokens 2048] [--folder DIR]
+    python -m tests.benchmarks.stream_memory [--sizes 0.1B 0.4B 1B] [--rounds 3] [--tokens 1024] [--folder DIR]
 
-Random Qwen3-MoE models in bf16 with 16 experts, of which a token goes to 2. Each size has few wide layers or many
+Random Qwen3-MoE models in fp32 with 16 experts, of which a token goes to 2. Each size has few wide layers or many
 narrow ones. A round runs each side once, in turn and in a process of its own, without kept calibrations. Peak memory
 is that of the process (VmHWM), with the libraries; files that it maps count as long as they are mapped. Time is the
 processor's, which other processes of the machine change less.
@@ -42,7 +42,6 @@ def save(folder: Path, layers: int, hidden: int) -> int:
         num_experts_per_tok=2, norm_topk_prob=True, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
     model = Qwen3MoeForCausalLM(config)
     model.save_pretrained(folder)
     tiny.save_tokenizer(folder)
@@ -55,7 +54,7 @@ def measured(model: Path, text: Path, tokens: int, folder: Path, more: list[str]
     for place in (out, cache):
         shutil.rmtree(place, ignore_errors=True)
     command = [sys.executable, "-m", "moetool", "prune", str(model), str(out), "--keep-experts", "12"]
-    command += ["--data", f"text={text}", "--val", f"text={text}", "--max-tokens", str(tokens), "--seq-len", "256"]
+    command += ["--data", f"text={text}", "--max-tokens", str(tokens), "--seq-len", "256"]
     command += ["--score", "weighted-ean", "--verify", "none", "--workers", "1", "--json", *more]
     process = subprocess.Popen(command, env=os.environ | {"MOETOOL_CACHE": str(cache)}, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
@@ -89,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--folder", type=Path, help="for models and results; a temporary one by default")
     arguments = parser.parse_args()
     print("| parameters | layers | hidden | whole | `--stream` | time whole | time `--stream` |")
