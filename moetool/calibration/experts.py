@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetool.calibration.by_layer import LayeredModel
 from moetool.errors import CheckpointError
 from moetool.routing.capture import RouterCapture, read_output
 
@@ -87,11 +88,45 @@ class Layer:
         return route
 
 
-def layers_with_experts(model: nn.Module) -> dict[int, Layer]:
+class _OneAtATime(Mapping[int, Layer]):
+    """The layers of a model of which only the one that was asked for last is in memory."""
+
+    def __init__(self, model: LayeredModel) -> None:
+        self._model, self._layers = model, find_experts(model.core)
+
+    def __getitem__(self, number: int) -> Layer:
+        layer = self._layers[number]
+        self._model.load(number)
+        return layer
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def layers_with_experts(model: nn.Module | LayeredModel) -> Mapping[int, Layer]:
     """The layers of a model that have routed experts, ascending.
+
+    Of a model that is not in memory, the layer that is asked for is read.
 
     Raises:
         CheckpointError: it has none, they lie on no device, or transformers builds them in a way that is not known.
+    """
+    if isinstance(model, LayeredModel):
+        return _OneAtATime(model)
+    found = find_experts(model)
+    if any(layer.experts.down_proj.is_meta for layer in found.values()):
+        raise CheckpointError("weights are offloaded from the device; leave --device-map out")
+    return found
+
+
+def find_experts(model: nn.Module) -> dict[int, Layer]:
+    """The same, wherever its weights are.
+
+    Raises:
+        CheckpointError: it has none, or transformers builds them in a way that is not known.
     """
     routers = RouterCapture(model).routers
     modules = dict(model.named_modules())
@@ -110,6 +145,4 @@ def layers_with_experts(model: nn.Module) -> dict[int, Layer]:
             f"{type(model).__name__}: the experts of layer {min(routers.keys() - found.keys())} cannot be read in this"
             " version of transformers"
         )
-    if any(layer.experts.down_proj.is_meta for layer in found.values()):
-        raise CheckpointError("weights are offloaded from the device; leave --device-map out")
     return dict(sorted(found.items()))

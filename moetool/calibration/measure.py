@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
+from moetool.calibration.by_layer import LayeredModel, core_of
 from moetool.calibration.options import CalibrationOptions
 from moetool.calibration.store import kept
 from moetool.calibration.sums import Calibration
-from moetool.calibration.text_pass import calibrate, mean_loss
+from moetool.calibration.text_pass import calibrate, calibrate_dense, mean_losses
 from moetool.checkpoint.model import load_model, pick_device
 from moetool.data.text import TextSource
 from moetool.data.tokens import TokenStream, tokenized
-from moetool.progress import Progress
+from moetool.progress import Progress, silent
+from moetool.routing.capture import has_routers
 from moetool.routing.text_pass import window
 
 
@@ -33,34 +35,63 @@ def read_texts(
 
 
 def load(folder: Path, run: CalibrationOptions) -> Any:
-    """A model, ready to run; the memory of one that was dropped before is free again."""
+    """A model, ready to run, or with `--stream` to be read layer by layer; memory of one before it is free again."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if run.stream:
+        return LayeredModel(folder, run.dtype, pick_device(run.device))
     device = None if run.device_map else pick_device(run.device)
     return load_model(folder, run.dtype, device, run.device_map).eval()
 
 
 def calibration_of(
-    model: Any, folder: Path, texts: Mapping[str, TokenStream], run: CalibrationOptions, progress: Progress
+    model: Any,
+    folder: Path,
+    texts: Mapping[str, TokenStream],
+    run: CalibrationOptions,
+    progress: Progress,
+    moments: bool = False,
 ) -> Calibration:
     """The calibration of a model on texts: a kept one, or a new one.
 
+    Args:
+        model: see `load`; what is measured is the same.
+        folder: that it comes from.
+        texts: as tokens.
+        run: how they run.
+        progress: of the pass.
+        moments: whether what the FFNs receive is summed too, and what the units of a dense model do.
+
     Raises:
-        CheckpointError: its experts cannot be read.
+        CheckpointError: its experts, or the FFNs of a dense model, cannot be read.
         DataError: a text has no tokens, or one that the model does not know.
     """
-    limits = _limits(model, run)
+    core, limits = core_of(model), _limits(model, run)
     # A batch's size, the dtype and the device change sums by rounding, which may change a choice between near equals.
-    settings = limits | {"dtype": str(model.dtype), "device": model.device.type}
+    settings = {
+        **limits,
+        "dtype": str(core.dtype),
+        "device": core.device.type,
+        **({"moments": True} if moments else {}),
+    }
     manifests = {name: text.manifest for name, text in texts.items()}
-    return kept(folder, manifests, settings, lambda: calibrate(model, texts, **limits, progress=progress))
+
+    def make() -> Calibration:
+        if moments and not has_routers(core):
+            return calibrate_dense(model, texts, **limits, progress=progress)
+        return calibrate(model, texts, **limits, moments=moments, progress=progress)
+
+    return kept(folder, manifests, settings, make)
 
 
-def losses(model: Any, texts: Mapping[str, TokenStream], run: CalibrationOptions) -> dict[str, float]:
+def losses(
+    model: Any, texts: Mapping[str, TokenStream], run: CalibrationOptions, progress: Progress = silent
+) -> dict[str, float]:
     """The loss of a model on each text, in nats per token."""
-    return {name: mean_loss(model, text, name, **_limits(model, run)) for name, text in texts.items()}
+    return mean_losses(model, texts, **_limits(model, run), progress=progress) if texts else {}
 
 
 def _limits(model: Any, run: CalibrationOptions) -> dict[str, int]:
-    return {"seq_len": window(model, run.seq_len), "batch_size": run.batch_size, "max_tokens": run.max_tokens}
+    seq_len = window(core_of(model), run.seq_len)
+    return {"seq_len": seq_len, "batch_size": run.batch_size, "max_tokens": run.max_tokens}

@@ -19,6 +19,7 @@ from moetool.option import (
 from moetool.values import named, parse_count
 
 RUN = "How the texts run"
+IN_MEMORY = 2**30  # bytes of hidden states between two layers that are kept in memory, not in a file
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,15 @@ class CalibrationOptions:
     device: str = device_option(RUN)
     dtype: str = dtype_option("Dtype of the weights in memory; auto keeps the saved one.", RUN)
     device_map: str | None = device_map_option(RUN)
+    stream: bool = option(
+        "Hold one layer of the model in memory, through which all texts go before the next is read.", False,
+        panel=RUN, flag="--stream",
+    )  # fmt: skip
 
     def check(self, typed: Collection[str]) -> None:
         """Raise ConfigError if there is no text, or options contradict each other."""
         if not self.data:
             raise ConfigError("give a text to measure the experts on: --data NAME=PATH")
         check_device(self)
+        if self.stream and self.device_map:
+            raise ConfigError("--stream and --device-map exclude each other")

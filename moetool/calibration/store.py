@@ -19,6 +19,11 @@ from moetool.checkpoint.folder import write_file
 from moetool.checkpoint.reader import content_fingerprint
 
 
+def cache_folder() -> Path:
+    """Where calibrations are kept."""
+    return Path(os.environ.get("MOETOOL_CACHE") or "~/.cache/moetool").expanduser() / "calibration"
+
+
 def kept(
     folder: Path, texts: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any], make: Callable[[], Calibration]
 ) -> Calibration:
@@ -32,12 +37,11 @@ def kept(
     """
     parts = [__version__, content_fingerprint(folder), {name: one["sha256"] for name, one in texts.items()}, settings]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    cache = Path(os.environ.get("MOETOOL_CACHE") or "~/.cache/moetool").expanduser() / "calibration"
-    path = cache / f"{digest}.safetensors"
+    path = cache_folder() / f"{digest}.safetensors"
     with suppress(OSError, SafetensorError, KeyError, ValueError, TypeError):  # absent, or damaged and made again
         return Calibration.from_tensors(load_file(path))
     made = make()
-    cache.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous().clone() for name, tensor in made.to_tensors().items()}
     write_file(path, save(tensors, {"provenance": json.dumps(parts, sort_keys=True)}))
     return made

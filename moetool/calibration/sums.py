@@ -1,12 +1,13 @@
-"""Sums over the tokens that reach each expert of a layer; two texts, or parts of one, merge by addition.
+"""Sums over tokens of a text, of which two texts, or parts of one, merge by addition.
 
-Shapes: E experts, T tokens, D hidden.
+Shapes: E experts, T tokens, D hidden, F intermediate units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -48,31 +49,97 @@ class ExpertSums:
 
 
 @dataclass(frozen=True)
+class InputSums:
+    """Of x, what the FFN of one layer receives and its router sees; moments of any router's logits follow from them.
+
+    Attributes:
+        tokens: (), float64.
+        sum_D: sum of x, float64.
+        second_DD: sum of x x^T, float32: 64 MB at 4096.
+    """
+
+    tokens: Tensor
+    sum_D: Tensor
+    second_DD: Tensor
+
+    @classmethod
+    def of(cls, hidden_TD: Tensor) -> InputSums:
+        """Of some tokens."""
+        hidden_TD = hidden_TD.float()
+        tokens = torch.tensor(float(len(hidden_TD)), dtype=torch.float64)
+        return cls(tokens, hidden_TD.sum(0).double().cpu(), (hidden_TD.T @ hidden_TD).cpu())
+
+    def __add__(self, other: InputSums) -> InputSums:
+        """Of both texts together."""
+        return InputSums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class UnitSums:
+    """Of the units of the FFN of one dense layer, h = act(gate x) * up x, float64.
+
+    A unit's mean contribution to the FFN's output is the mean of |h_i| times the norm of its column of `down`.
+
+    Attributes:
+        absolute_F: sum of |h_i|.
+        square_F: sum of h_i^2.
+    """
+
+    absolute_F: Tensor
+    square_F: Tensor
+
+    @classmethod
+    def of(cls, units_TF: Tensor) -> UnitSums:
+        """Of some tokens."""
+        units_TF = units_TF.float()
+        return cls(units_TF.abs().sum(0).double().cpu(), units_TF.square().sum(0).double().cpu())
+
+    def __add__(self, other: UnitSums) -> UnitSums:
+        """Of both texts together."""
+        return UnitSums(self.absolute_F + other.absolute_F, self.square_F + other.square_F)
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What a pass over some text gives.
 
     Attributes:
-        sums: layer -> of its experts, over all tokens but those held out.
-        fitted: layer -> (T, D), what experts and router receive, of some of the tokens in `sums`.
+        sums: layer -> of its experts, over all tokens but those held out; none of a dense model.
+        fitted: layer -> (T, D), what its FFN (experts and router) receives, of some of the tokens in `sums`.
         held_out: layer -> (T, D), the same of tokens that are in no sum; empty if all texts are too short.
+        inputs: layer -> of what its FFN receives, over the tokens in `sums`; none unless they were asked for.
+        units: layer -> of the units of its dense FFN, over the same tokens; none unless they were asked for.
     """
 
     sums: Mapping[int, ExpertSums]
     fitted: Mapping[int, Tensor]
     held_out: Mapping[int, Tensor]
+    inputs: Mapping[int, InputSums] = field(default_factory=dict)
+    units: Mapping[int, UnitSums] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """As tensors by name."""
-        found = {f"{layer}/{f.name}": getattr(one, f.name) for layer, one in self.sums.items() for f in fields(one)}
-        for name in ("fitted", "held_out"):
-            found |= {f"{layer}/{name}": rows_TD for layer, rows_TD in getattr(self, name).items()}
+        found = {f"{layer}/{name}": rows_TD for name in _SAMPLES for layer, rows_TD in getattr(self, name).items()}
+        for name in _SUMS:
+            for layer, one in getattr(self, name).items():
+                found |= {f"{layer}/{name}/{part.name}": getattr(one, part.name) for part in fields(one)}
         return found
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Calibration:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """The inverse of `to_tensors`."""
         layers = sorted({int(name.partition("/")[0]) for name in tensors})
-        names = [field.name for field in fields(ExpertSums)]
-        sums = {layer: ExpertSums(*(tensors[f"{layer}/{name}"] for name in names)) for layer in layers}
-        fitted, held_out = ({layer: tensors[f"{layer}/{name}"] for layer in layers} for name in ("fitted", "held_out"))
-        return cls(sums, fitted, held_out)
+        found = {name: {layer: tensors[f"{layer}/{name}"] for layer in layers} for name in _SAMPLES}
+        sums = {
+            name: {
+                layer: kind(**{part.name: tensors[f"{layer}/{name}/{part.name}"] for part in fields(kind)})
+                for layer in layers
+                if f"{layer}/{name}/{fields(kind)[0].name}" in tensors
+            }
+            for name, kind in _SUMS.items()
+        }
+        return cls(**found, **sums)  # type: ignore[arg-type]
+
+
+_SAMPLES = ("fitted", "held_out")
+_SUMS = {"sums": ExpertSums, "inputs": InputSums, "units": UnitSums}

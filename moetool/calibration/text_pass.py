@@ -1,26 +1,58 @@
-"""One forward of a model over texts, summing what its experts do; and its loss on a text.
+"""One forward of a model over texts, summing what its FFNs receive and do; and its loss on texts.
 
-Shapes: B windows, S tokens of each, T tokens of a batch, E experts, K top-k, D hidden, V
+Shapes: B windows, S tokens of each, T tokens of a batch, E experts, K top-k, D hidden, F intermediate units, V
 vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moetool.calibration.experts import Layer, layers_with_experts
-from moetool.calibration.sums import Calibration, ExpertSums
+from moetool.calibration.by_layer import LayeredModel, core_of
+from moetool.calibration.experts import Layer, find_experts, layers_with_experts
+from moetool.calibration.ffn import dense_ffns
+from moetool.calibration.parts import Part, parts_of_texts
+from moetool.calibration.sums import Calibration, ExpertSums, InputSums, UnitSums
 from moetool.errors import DataError
 from moetool.progress import Progress, silent
-from moetool.routing.text_pass import Tokens, check_known, read_batches
+from moetool.routing.text_pass import Batch, Tokens, check_known, read_batches
 
 SAMPLE = 1024  # tokens of each kind whose hidden states are kept
 SAMPLE_BYTES = 10**9  # that the outputs of all experts of a layer on a sample may take
-HELD_OUT = 4  # every so many windows of a text are held out, until the sample is full
+
+
+class _Gathered:
+    """What hooks gather of each layer; they read the part that is on its way."""
+
+    def __init__(self) -> None:
+        self.part: Part | None = None
+        self.sums: dict[int, ExpertSums] = {}
+        self.inputs: dict[int, InputSums] = {}
+        self.units: dict[int, UnitSums] = {}
+        self.samples: dict[bool, dict[int, Tensor]] = {False: {}, True: {}}  # by whether they are held out
+
+    def begin(self, part: Part) -> None:
+        """From now on hooks see this part."""
+        self.part = part
+
+    def own(self, rows: Tensor) -> Tensor:
+        """The rows of tokens that are in sums."""
+        assert self.part is not None
+        return rows[self.part.own_T.to(rows.device)]
+
+    def keep(self, layer: int, hidden_TD: Tensor) -> None:
+        """Fill the samples of a layer."""
+        part = self.part
+        assert part is not None
+        for held, which_T in ((False, part.own_T), (True, part.held_T)):
+            rows_TD = self.samples[held].setdefault(layer, torch.empty(0, hidden_TD.shape[-1]))
+            if len(rows_TD) < part.limit and bool(which_T.any()):
+                more_TD = hidden_TD[which_T.to(hidden_TD.device)][: part.limit - len(rows_TD)]
+                self.samples[held][layer] = torch.cat([rows_TD, more_TD.float().cpu()])
 
 
 @torch.inference_mode()
@@ -31,6 +63,7 @@ def calibrate(
     seq_len: int,
     batch_size: int,
     max_tokens: int,
+    moments: bool = False,
     progress: Progress = silent,
 ) -> Calibration:
     """Sum what the experts of a model do on texts.
@@ -38,7 +71,61 @@ def calibrate(
     Only experts that a token is routed to are computed, with the weights that the model itself gives them.
 
     Args:
-        model: a causal language model of transformers; its head is not run.
+        model: a causal language model of transformers, or of which one layer at a time is in memory; its head is not
+            run. The sums are the same.
+        texts: name -> tokens.
+        seq_len: tokens per window; windows do not see each other.
+        batch_size: windows per forward.
+        max_tokens: the first so many tokens of each text.
+        moments: whether the first two moments of what the FFNs receive are summed too.
+        progress: reports tokens.
+
+    Raises:
+        CheckpointError: its experts cannot be read.
+        DataError: a text has no tokens, or one that the model does not know.
+    """
+    layers = find_experts(model.core) if isinstance(model, LayeredModel) else layers_with_experts(model)
+    _, first = next(iter(layers.items()))
+    E, D = first.num_experts, first.experts.gate_up_proj.shape[-1]
+    sample = max(1, min(SAMPLE, SAMPLE_BYTES // (4 * E * D)))
+    gathered = _Gathered()
+    gathered.sums = {number: ExpertSums.zeros(layer.num_experts) for number, layer in layers.items()}
+
+    def hook(number: int, layer: Layer) -> Callable[..., None]:
+        def count(module: Any, inputs: tuple[Any, ...]) -> None:
+            hidden_TD, indices_TK, weights_TK = (part.reshape(-1, part.shape[-1]) for part in inputs[:3])
+            gathered.keep(number, hidden_TD)
+            own_TD = gathered.own(hidden_TD)
+            gathered.sums[number] += layer_sums(layer, own_TD, gathered.own(indices_TK), gathered.own(weights_TK))
+            if moments:
+                _add(gathered.inputs, number, InputSums.of(own_TD))
+
+        return count
+
+    hooks = [layer.experts.register_forward_pre_hook(hook(number, layer)) for number, layer in layers.items()]
+    options = {"seq_len": seq_len, "batch_size": batch_size, "max_tokens": max_tokens}
+    try:
+        _run(model, texts, sample, options, gathered.begin, progress)
+    finally:
+        for one in hooks:
+            one.remove()
+    return _calibration(gathered)
+
+
+@torch.inference_mode()
+def calibrate_dense(
+    model: Any,
+    texts: Mapping[str, Tokens],
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_tokens: int,
+    progress: Progress = silent,
+) -> Calibration:
+    """Sum what the FFNs of a dense model receive, and what their units do, on texts.
+
+    Args:
+        model: see `calibrate`.
         texts: name -> tokens.
         seq_len: tokens per window; windows do not see each other.
         batch_size: windows per forward.
@@ -46,55 +133,66 @@ def calibrate(
         progress: reports tokens.
 
     Raises:
-        CheckpointError: its experts cannot be read.
+        CheckpointError: its FFNs cannot be read.
         DataError: a text has no tokens, or one that the model does not know.
     """
-    layers = layers_with_experts(model)
-    _, first = next(iter(layers.items()))
-    E, D = first.num_experts, first.experts.gate_up_proj.shape[-1]
-    sample = max(1, min(SAMPLE, SAMPLE_BYTES // (4 * E * D)))
-    sums = {number: ExpertSums.zeros(layer.num_experts) for number, layer in layers.items()}
-    kept: dict[bool, dict[int, Tensor]] = {
-        held: {number: torch.empty(0, D) for number in layers} for held in (False, True)
-    }
-    text_T = held_T = torch.zeros(0, dtype=torch.bool)  # of a batch: which tokens are text, and which are held out
-    limit = 0  # of each sample so far, so that every text has its share
+    gathered = _Gathered()
 
-    def hook(number: int, layer: Layer) -> Callable[..., None]:
+    def receives(number: int) -> Callable[..., None]:
         def count(module: Any, inputs: tuple[Any, ...]) -> None:
-            hidden_TD, indices_TK, weights_TK = (part.reshape(-1, part.shape[-1]) for part in inputs[:3])
-            for held, which_T in ((False, text_T & ~held_T), (True, text_T & held_T)):
-                rows_TD = kept[held][number]
-                if len(rows_TD) < limit and bool(which_T.any()):
-                    more_TD = hidden_TD[which_T.to(hidden_TD.device)][: limit - len(rows_TD)]
-                    kept[held][number] = torch.cat([rows_TD, more_TD.float().cpu()])
-            own_T = (text_T & ~held_T).to(hidden_TD.device)
-            sums[number] += layer_sums(layer, hidden_TD[own_T], indices_TK[own_T], weights_TK[own_T])
+            hidden_TD = inputs[0].flatten(0, -2)
+            gathered.keep(number, hidden_TD)
+            _add(gathered.inputs, number, InputSums.of(gathered.own(hidden_TD)))
 
         return count
 
-    hooks = [layer.experts.register_forward_pre_hook(hook(number, layer)) for number, layer in layers.items()]
-    device, vocabulary = model.get_input_embeddings().weight.device, model.get_input_embeddings().num_embeddings
+    def does(number: int) -> Callable[..., None]:
+        def count(module: Any, inputs: tuple[Any, ...]) -> None:
+            _add(gathered.units, number, UnitSums.of(gathered.own(inputs[0].flatten(0, -2))))
+
+        return count
+
+    hooks = []
+    for number, ffn in dense_ffns(core_of(model)).items():
+        hooks.append(ffn.whole.register_forward_pre_hook(receives(number)))
+        hooks.append(ffn.down.register_forward_pre_hook(does(number)))
+    options = {"seq_len": seq_len, "batch_size": batch_size, "max_tokens": max_tokens}
     try:
-        for position, (name, text) in enumerate(texts.items(), 1):
-            limit, window = sample * position // len(texts), 0
-            total, done = min(text.num_tokens, max_tokens), 0
-            if total < 1:
-                raise DataError(f"--data {name}: the text has no tokens; give a longer one")
-            for batch in read_batches(text, seq_len, batch_size, total):
-                check_known(f"--data {name}", batch, vocabulary)
-                B, S = batch.ids_BS.shape
-                full = all(len(rows_TD) >= limit for rows_TD in kept[True].values())
-                held_B = (torch.arange(window, window + B) % HELD_OUT == HELD_OUT - 1) & (not full)
-                held_T, window = held_B.repeat_interleave(S), window + B
-                text_T = torch.ones(B * S, dtype=torch.bool) if batch.mask_T is None else batch.mask_T
-                model.base_model(input_ids=batch.ids_BS.to(device), use_cache=False)
-                done += len(batch.tokens_N)
-                progress(f"calibrating on {name}", done, total)
+        _run(model, texts, SAMPLE, options, gathered.begin, progress)
     finally:
         for one in hooks:
             one.remove()
-    return Calibration(sums, kept[False], kept[True])
+    return _calibration(gathered)
+
+
+def _add(sums: dict[int, Any], number: int, more: Any) -> None:
+    sums[number] = sums[number] + more if number in sums else more
+
+
+def _calibration(gathered: _Gathered) -> Calibration:
+    fitted, held_out = gathered.samples[False], gathered.samples[True]
+    return Calibration(gathered.sums, fitted, held_out, gathered.inputs, gathered.units)
+
+
+def _run(
+    model: Any,
+    texts: Mapping[str, Tokens],
+    sample: int,
+    options: Mapping[str, int],
+    begin: Callable[[Part], None],
+    progress: Progress,
+) -> None:
+    """Send texts through the layers of a model; `begin` is called with each part before it goes through a layer."""
+    embeddings = core_of(model).get_input_embeddings()
+    parts = parts_of_texts(texts, sample, embeddings.num_embeddings, **options)
+    if isinstance(model, LayeredModel):
+        every = list(parts)
+        model.run([part.ids_BS for part in every], lambda index: begin(every[index]), "calibrating", progress)
+        return
+    for part in parts:
+        begin(part)
+        model.base_model(input_ids=part.ids_BS.to(embeddings.weight.device), use_cache=False)
+        progress(f"calibrating on {part.text}", part.done, part.total)
 
 
 def layer_sums(layer: Layer, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> ExpertSums:
@@ -117,22 +215,63 @@ def layer_sums(layer: Layer, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: 
 
 
 @torch.inference_mode()
-def mean_loss(model: Any, text: Tokens, name: str, *, seq_len: int, batch_size: int, max_tokens: int) -> float:
-    """The mean cross-entropy in nats of each next token within the windows of a text.
+def mean_losses(
+    model: Any,
+    texts: Mapping[str, Tokens],
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_tokens: int,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """The mean cross-entropy in nats of each next token within the windows of each text.
+
+    Args:
+        model: see `calibrate`.
+        texts: name -> tokens.
+        seq_len: tokens per window; windows do not see each other.
+        batch_size: windows per forward.
+        max_tokens: the first so many tokens of each text.
+        progress: reports tokens of layers, where these are read one at a time.
 
     Raises:
-        DataError: the text has fewer than two tokens, or one that the model does not know.
+        DataError: a text has fewer than two tokens, or one that the model does not know.
     """
-    device, vocabulary = model.get_input_embeddings().weight.device, model.get_input_embeddings().num_embeddings
-    total, count = 0.0, 0
-    for batch in read_batches(text, seq_len, batch_size, min(text.num_tokens, max_tokens)):
-        check_known(f"--val {name}", batch, vocabulary)
-        ids_BS = batch.ids_BS.to(device)
-        logits_TV = model(input_ids=ids_BS, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-        loss_T = nn.functional.cross_entropy(logits_TV, ids_BS[:, 1:].flatten(), reduction="none")
-        if batch.mask_T is not None:
-            loss_T = loss_T[batch.mask_T.reshape(ids_BS.shape)[:, 1:].flatten().to(device)]
-        total, count = total + float(loss_T.double().sum()), count + len(loss_T)
-    if not count:
-        raise DataError(f"--val {name}: the text has no next token to predict; give a longer one")
-    return total / count
+    vocabulary = core_of(model).get_input_embeddings().num_embeddings
+    total, count = dict.fromkeys(texts, 0.0), dict.fromkeys(texts, 0)
+
+    def batches() -> Iterator[tuple[str, Batch]]:
+        for name, text in texts.items():
+            for batch in read_batches(text, seq_len, batch_size, min(text.num_tokens, max_tokens)):
+                check_known(f"--val {name}", batch, vocabulary)
+                yield name, batch
+
+    for (name, batch), logits_BSV in _with_logits(model, batches(), progress):
+        loss_T = _next_losses(batch, logits_BSV)
+        total[name], count[name] = total[name] + float(loss_T.double().sum()), count[name] + len(loss_T)
+    for name in texts:
+        if not count[name]:
+            raise DataError(f"--val {name}: the text has no next token to predict; give a longer one")
+    return {name: total[name] / count[name] for name in texts}
+
+
+def _with_logits(
+    model: Any, batches: Iterator[tuple[str, Batch]], progress: Progress
+) -> Iterator[tuple[tuple[str, Batch], Tensor]]:
+    if isinstance(model, LayeredModel):
+        every = list(batches)
+        yield from zip(every, model.logits([batch.ids_BS for _, batch in every], progress), strict=True)
+        return
+    device = model.get_input_embeddings().weight.device
+    for name, batch in batches:
+        yield (name, batch), model(input_ids=batch.ids_BS.to(device), use_cache=False).logits
+
+
+def _next_losses(batch: Batch, logits_BSV: Tensor) -> Tensor:
+    """The cross-entropy of each next token, (T,), without those of the filling."""
+    ids_BS = batch.ids_BS.to(logits_BSV.device)
+    logits_TV = logits_BSV[:, :-1].float().flatten(0, 1)
+    loss_T = nn.functional.cross_entropy(logits_TV, ids_BS[:, 1:].flatten(), reduction="none")
+    if batch.mask_T is None:
+        return loss_T
+    return loss_T[batch.mask_T.reshape(ids_BS.shape)[:, 1:].flatten().to(loss_T.device)]

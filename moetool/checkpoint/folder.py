@@ -7,11 +7,13 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 from moetool.errors import CheckpointError
 from moetool.outside import read_json
@@ -100,6 +102,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def unnamed_file(folder: Path, size: int) -> IO[bytes]:
+    """A file without a name whose bytes are all on the disk; it goes with the process, however that ends.
+
+    Written through a map, a file with holes would kill the process when the disk is full.
+
+    Raises:
+        OSError: they do not fit.
+    """
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        file.close()
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+    return file
 
 
 class FolderLock:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetool.checkpoint.reader import CheckpointReader, check_entries
-from moetool.errors import CheckpointError, ConfigError, DataError, in_one_line, out_of_memory
+from moetool.errors import CheckpointError, ConfigError, DataError, MoetoolError, in_one_line, out_of_memory
 from moetool.outside import read_json
 
 if TYPE_CHECKING:
@@ -67,23 +67,49 @@ def load_model(
     torch_dtype: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
     options |= {"distributed_config": distributed} if distributed else {}
-    _check_size(folder, skeleton(folder))
+    check_size(folder, skeleton(folder))
+    with loading(folder), one_tensor_at_a_time() if distributed else nullcontext():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,  # otherwise pickles in a folder without safetensors would be read
+            **options,
+        )
+    check_complete(folder, info)
+    if distributed:
+        model.config.distributed_config = None  # by which save_pretrained would gather, in all processes
+    fit_experts(model)
+    return model.to(device) if device else model
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Turn what transformers fails with while it reads a checkpoint into an error that names the folder.
+
+    Raises:
+        CheckpointError: it failed, other than for lack of memory.
+    """
     try:
-        with _one_tensor_at_a_time() if distributed else nullcontext():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch_dtype,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,  # otherwise pickles in a folder without safetensors would be read
-                **options,
-            )
+        yield
     except Exception as error:  # a damaged or foreign checkpoint fails in many ways
-        if out_of_memory(error):
+        if out_of_memory(error) or isinstance(error, MoetoolError):
             raise
-        reason = in_one_line(error, 300)
-        raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from None
+        raise CheckpointError(f"{folder} cannot be loaded by transformers: {in_one_line(error, 300)}") from None
+
+
+def check_complete(folder: Path, info: Mapping[str, Collection[Any]]) -> None:
+    """Refuse a model unless every tensor was found and used.
+
+    Args:
+        folder: of the checkpoint.
+        info: transformers' `missing_keys`, `unexpected_keys` and `mismatched_keys`.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
     wrong = {kind: sorted(str(key) for key in info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
     for kind, keys in wrong.items():
         if keys:
@@ -91,18 +117,21 @@ def load_model(
             raise CheckpointError(
                 f"{folder}: {kind} tensors {', '.join(keys[:3])}{more}; the checkpoint does not match its config.json"
             )
-    if distributed:
-        model.config.distributed_config = None  # by which save_pretrained would gather, in all processes
-    # torch's grouped matrix product, the faster one, fails unless rows are multiples of 16 bytes. 8 elements are
-    # enough in every dtype (training may compute in another dtype than the weights').
+
+
+def fit_experts(model: Any) -> None:
+    """Choose how a model computes its experts.
+
+    torch's grouped matrix product, the faster one, fails unless rows are multiples of 16 bytes. 8 elements are enough
+    in every dtype (training may compute in another dtype than the weights').
+    """
     experts = [_here(p).shape for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
     if any(size % 8 for shape in experts for size in shape[1:]):
         model.set_experts_implementation("eager")
-    return model.to(device) if device else model
 
 
 @contextmanager
-def _one_tensor_at_a_time() -> Iterator[None]:
+def one_tensor_at_a_time() -> Iterator[None]:
     """Keep transformers from reading all tensors of a process ahead in threads, which takes as much memory again."""
     before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
@@ -129,8 +158,12 @@ def _quiet() -> None:
         logging.set_verbosity(logging.CRITICAL)
 
 
-def skeleton(folder: Path) -> Any:
+def skeleton(folder: Path, dtype: Any = None) -> Any:
     """A checkpoint's model without its weights (on torch's meta device), in seconds at any size.
+
+    Args:
+        folder: a Hugging Face checkpoint.
+        dtype: of torch; None is that of config.json.
 
     Raises:
         CheckpointError: transformers knows no causal language model for its config.json.
@@ -147,7 +180,7 @@ def skeleton(folder: Path) -> Any:
         if layers > num_tensors:  # each would be built before it turns out that it has no weights
             raise ValueError(f"{layers} layers, but only {num_tensors} tensors in its files")
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
     except Exception as error:  # a damaged or foreign config fails in many ways
         reason = in_one_line(error, 300)
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from None
@@ -187,7 +220,7 @@ def _values(document: Any) -> list[Any]:
     return document if isinstance(document, list) else [document]
 
 
-def _check_size(folder: Path, model: Any) -> None:
+def check_size(folder: Path, model: Any) -> None:
     """Refuse weights that config.json announces but the files lack: transformers would initialise them at random."""
     if getattr(model.config, "quantization_config", None) is not None:
         return  # several parameters per element

@@ -12,7 +12,7 @@ import typer
 
 from moetool.calibration.options import CalibrationOptions
 from moetool.commands.console import Console
-from moetool.commands.memory_estimate import estimated, tell_weights
+from moetool.commands.memory_estimate import estimated, tell_calibration
 from moetool.commands.options import Output
 from moetool.commands.plan_table import describe_files, file_rows, loss_rows, two_columns
 from moetool.commands.proof import Folders, Writing, carry_out, closing, healing, open_model
@@ -42,9 +42,7 @@ def densify(
     result is a standard Hugging Face checkpoint that needs training. A killed run leaves nothing that loads,
     and the same command finishes it.
     """
-    from moetool.calibration.experts import layers_with_experts
     from moetool.calibration.measure import calibration_of, load, losses, read_texts
-    from moetool.checkpoint.model import pick_device
     from moetool.densify.measure import parts_of
     from moetool.densify.plan import check_source, plan_dense
     from moetool.errors import ConfigError
@@ -59,13 +57,13 @@ def densify(
         raise ConfigError(
             f"--keep-experts {asked.keep_experts}: {folder} has {source.num_experts} experts; keep at most that"
         )
-    estimate = tell_weights(console, [folder], run.dtype, pick_device(run.device), run.device_map)
+    estimate = tell_calibration(console, folder, run)
     with console.progress() as progress, estimated(estimate):
         texts, validation = (read_texts(named, folder, run, progress) for named in (run.data, run.val))
         model = load(folder, run)
         measured = calibration_of(model, folder, texts, run, progress)
-        parts = parts_of(source, layers_with_experts(model), measured, asked.keep_experts)
-        before = losses(model, validation, run)
+        parts = parts_of(source, measured, asked.keep_experts)
+        before = losses(model, validation, run, progress)
         del model
     recipe = {"keep_experts": asked.keep_experts}
     recipe |= {"data": {name: text.manifest["sha256"] for name, text in texts.items()}}  # type: ignore[dict-item]
@@ -81,8 +79,8 @@ def densify(
     }
     if not writing.plan:
         carry_out(plan, sources, models.out, writing, started, document, context, console)
-        with estimated(estimate):
-            for name, loss in losses(load(models.out, run), validation, run).items() if validation else ():
+        with console.progress() as progress, estimated(estimate):
+            for name, loss in losses(load(models.out, run), validation, run, progress).items() if validation else ():
                 document["val"][name]["after"] = loss
     show(document, asked.keep_experts, run.data, console)
     return document

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetool.commands.console import Console, escape, size
 from moetool.mesh import ONE, Mesh
+
+if TYPE_CHECKING:
+    from moetool.calibration.options import CalibrationOptions
 
 
 def tell_weights(
@@ -26,20 +30,54 @@ def tell_weights(
     Returns:
         The estimate, as printed.
     """
-    from moetool.cost.devices import free_memory
     from moetool.cost.memory import weight_bytes
 
     need = max(weight_bytes(folder, dtype, mesh) for folder in folders)
+    share = "" if mesh.whole else f" of each process ({mesh})"
+    smaller = ["--dtype bfloat16" if dtype in ("auto", "float32") else "a smaller model"]
+    smaller += [] if mesh.whole else ["more processes"]
+    return _tell(console, need, "weights", device, device_map, share, smaller)
+
+
+def tell_calibration(console: Console, folder: Path, run: CalibrationOptions) -> str:
+    """The same of a model through which texts run, with `--stream` one layer at a time.
+
+    Args:
+        console: of the command.
+        folder: the model.
+        run: how the texts run.
+
+    Returns:
+        The estimate, as printed.
+    """
+    from moetool.calibration.options import IN_MEMORY
+    from moetool.checkpoint.model import pick_device
+    from moetool.cost.memory import hidden_bytes, layer_bytes, weight_bytes
+
+    device = pick_device(run.device)
+    if not run.stream:
+        need = weight_bytes(folder, run.dtype)
+        smaller = ["--stream", *(["--dtype bfloat16"] if run.dtype in ("auto", "float32") else [])]
+        return _tell(console, need, "weights", device, run.device_map, "", smaller)
+    tokens = run.max_tokens * max(len(run.data), len(run.val))
+    need = layer_bytes(folder, run.dtype) + min(IN_MEMORY, hidden_bytes(folder, run.dtype, tokens))
+    what = "one layer, embeddings, head and hidden states"
+    return _tell(console, need, what, device, None, "", ["a smaller --dtype", "fewer --max-tokens"])
+
+
+def _tell(
+    console: Console, need: int, what: str, device: str, device_map: str | None, share: str, smaller: list[str]
+) -> str:
+    from moetool.cost.devices import free_memory
+
     free = None if device_map else free_memory(device)
     there = f", {size(free)} free" if free is not None else ""
-    share = "" if mesh.whole else f" of each process ({mesh})"
-    estimate = f"memory about {size(need)} for weights on {device_map or device}{share}{there}"
+    estimate = f"memory about {size(need)} for {what} on {device_map or device}{share}{there}"
     if not console.json:
         console.say(f"[dim]{escape(estimate)}; activations need more[/dim]")
     if free is not None and need > free:
-        smaller = "--dtype bfloat16" if dtype in ("auto", "float32") else "a smaller model"
-        smaller += "" if mesh.whole else ", or more processes"
-        console.warn(f"the weights need about {size(need)}, but {device} has {size(free)} free; try {smaller}")
+        advice = ", or ".join(smaller)
+        console.warn(f"{what} need about {size(need)}, but {device} has {size(free)} free; try {advice}")
     return estimate
 
 

@@ -11,7 +11,7 @@ import typer
 
 from moetool.calibration.options import CalibrationOptions
 from moetool.commands.console import Console
-from moetool.commands.memory_estimate import estimated, tell_weights
+from moetool.commands.memory_estimate import estimated, tell_calibration
 from moetool.commands.options import Output
 from moetool.commands.plan_table import describe_files, file_rows, loss_rows, two_columns
 from moetool.commands.proof import Folders, Writing, carry_out, closing, healing, open_model
@@ -43,7 +43,6 @@ def prune(
     """
     from moetool.calibration.experts import layers_with_experts
     from moetool.calibration.measure import calibration_of, load, losses, read_texts
-    from moetool.checkpoint.model import pick_device
     from moetool.prune.align import unit_orders
     from moetool.prune.choose import choose
     from moetool.prune.merge import merge
@@ -56,7 +55,7 @@ def prune(
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "pruned")
     order = unit_orders(source)
     groups, keep = check_numbers(source, asked.keep_experts), asked.keep_experts
-    estimate = tell_weights(console, [folder], run.dtype, pick_device(run.device), run.device_map)
+    estimate = tell_calibration(console, folder, run)
     with console.progress() as progress, estimated(estimate):
         texts, validation = (read_texts(named, folder, run, progress) for named in (run.data, run.val))
         model = load(folder, run)
@@ -65,7 +64,7 @@ def prune(
         choice = choose(found, measured, asked.score, keep, groups, asked.protect_super, asked.seed, progress)
         if asked.merge == "ream":
             choice = merge(found, measured, choice, groups, order, progress)
-        before = losses(model, validation, run)
+        before = losses(model, validation, run, progress)
         del model, found
     recipe, size = recipe_of(asked, choice, texts), parse_size(writing.max_shard_size)
     plan = plan_pruning(sources.readers, recipe, choice.kept, size, choice.groups, order)
@@ -76,8 +75,8 @@ def prune(
         console.result(document, table(document))
         return document
     carry_out(plan, sources, models.out, writing, started, document, context, console)
-    with estimated(estimate):
-        for name, loss in losses(load(models.out, run), validation, run).items() if validation else ():
+    with console.progress() as progress, estimated(estimate):
+        for name, loss in losses(load(models.out, run), validation, run, progress).items() if validation else ():
             document["val"][name]["after"] = loss
     console.result(document, table(document), closing(document), healing(models.out, run.data))
     return document

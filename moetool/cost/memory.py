@@ -47,6 +47,46 @@ def weight_bytes(folder: Path, dtype: str = "auto", mesh: Mesh = ONE) -> int:
     return int(need * (held + 2 * layer + ends) / sum(parameter.numel() for parameter in model.parameters()))
 
 
+def layer_bytes(folder: Path, dtype: str = "auto") -> int:
+    """Bytes of a checkpoint's weights in memory where its decoder layers are read one at a time.
+
+    These are what is in no layer, and the largest layer. While the gates and ups of its experts are put into one
+    tensor, they are there twice: two thirds of a layer of experts more.
+
+    Args:
+        folder: a safetensors checkpoint.
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        CheckpointError: it is not a readable checkpoint.
+    """
+    layers: Counter[str] = Counter()
+    with CheckpointReader(folder) as reader:
+        for name, info in reader.tensors.items():
+            found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+            layers[found[1] if found else ""] += info.size if dtype == "auto" else info.num_elements * _BYTES[dtype]
+    outside = layers.pop("", 0)
+    return outside + max(layers.values(), default=0) * 5 // 3
+
+
+def hidden_bytes(folder: Path, dtype: str, tokens: int) -> int:
+    """Bytes of the hidden states of tokens between two layers.
+
+    Args:
+        folder: a safetensors checkpoint.
+        dtype: `auto` (as most weights are saved), `float32`, `bfloat16` or `float16`.
+        tokens: how many.
+
+    Raises:
+        CheckpointError: it is not a readable checkpoint.
+    """
+    with CheckpointReader(folder) as reader:
+        width = reader.config.get("hidden_size")
+        largest = max(reader.tensors.values(), key=lambda info: info.size)
+    each = _BYTES.get(dtype, largest.size // max(1, largest.num_elements))
+    return tokens * each * width if isinstance(width, int) else 0
+
+
 @dataclass(frozen=True)
 class Training:
     """The options of `moetool cpt` that decide how much memory training takes, under their names there.

@@ -5,12 +5,9 @@ Shapes: E experts, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from moetool.arch.moe_source import MoESource
-from moetool.calibration.experts import Layer
 from moetool.calibration.sums import Calibration
 from moetool.densify.plan import LayerParts
 from moetool.prune.choose import highest
@@ -18,14 +15,11 @@ from moetool.prune.scores import weighted_ean
 from moetool.surgery.rows import read_rows
 
 
-def parts_of(
-    source: MoESource, layers: Mapping[int, Layer], calibration: Calibration, keep: int
-) -> dict[int, LayerParts]:
+def parts_of(source: MoESource, calibration: Calibration, keep: int) -> dict[int, LayerParts]:
     """The experts with the largest sum of g_j |f_j|, each with its mean weight over the tokens, E[g_j].
 
     Args:
         source: the experts, as files.
-        layers: the same, loaded.
         calibration: of the model.
         keep: experts of each layer.
     """
@@ -41,7 +35,7 @@ def parts_of(
         if weight and gate:
             row_1D = read_rows(source.reader, gate, 0, 1).double()
             weight = float(torch.sigmoid(calibration.fitted[layer].double() @ row_1D[0]).mean())
-        experts = highest(weighted_ean(sums), [range(layers[layer].num_experts)], keep, set())
+        experts = highest(weighted_ean(sums), [range(source.num_experts)], keep, set())
         weights_E = half * sums.gate_E / sums.tokens.clamp(min=1)
         weights = [float(weights_E[expert]) for expert in experts]
         found[layer] = LayerParts(experts, weights, half * weight if weight else None)

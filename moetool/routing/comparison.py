@@ -5,15 +5,14 @@ Shapes: E experts, K top-k, L layers, N tokens of a text.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from moetool.checkpoint.folder import unnamed_file
 from moetool.errors import ConfigError
 from moetool.routing import load_metrics
 from moetool.routing.capture import Route
@@ -41,7 +40,9 @@ class RouteFile:
         self.size = sum(int(np.prod(shape)) for shape in shapes.values()) * np.dtype(dtype).itemsize
         folder.mkdir(parents=True, exist_ok=True)
         self._routes = {
-            name: np.memmap(_reserved(folder, int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype, "r+", shape=shape)
+            name: np.memmap(
+                unnamed_file(folder, int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype, "r+", shape=shape
+            )
             for name, shape in shapes.items()
         }
         self._row = {layer: row for row, layer in enumerate(like.layers)}
@@ -86,21 +87,6 @@ def check_shapes(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) ->
             raise ConfigError(
                 f"--compare {name}: the models differ in {what} ({ours} and {theirs}); compare checkpoints of one model"
             )
-
-
-def _reserved(folder: Path, size: int) -> IO[bytes]:
-    """An unnamed file whose bytes are all on the disk: written through a map, a full disk kills the process.
-
-    Raises:
-        OSError: they do not fit.
-    """
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        file.close()
-        raise OSError(error.errno, error.strerror, str(folder)) from None
-    return file
 
 
 def saturation_by_chance(one: RoutingStats, other: RoutingStats) -> list[float]:

@@ -15,10 +15,11 @@ from torch import Tensor
 from moetool import registry
 from moetool.calibration.experts import layers_with_experts
 from moetool.calibration.sums import Calibration, ExpertSums
-from moetool.calibration.text_pass import calibrate, mean_loss
+from moetool.calibration.text_pass import calibrate, mean_losses
 from moetool.checkpoint.model import load_model
 from moetool.data.text import TextSource
 from moetool.data.tokens import TokenStream, tokenized
+from moetool.errors import ConfigError
 from moetool.prune.choose import choose, highest, super_experts
 from moetool.prune.reroute import Sample, by_reconstruction
 from tests import tiny
@@ -396,5 +397,5 @@ def test_the_loss_is_that_of_transformers(mixtral: Path, jsonl: Path) -> None:
             model(ids[None, a:b], labels=ids[None, a:b]).loss.item() * (b - a - 1)
             for a, b in ((0, 16), (16, 32), (32, 40))
         ]
-    found = mean_loss(model, text, "a", seq_len=16, batch_size=2, max_tokens=40)
+    found = mean_losses(model, {"a": text}, seq_len=16, batch_size=2, max_tokens=40)["a"]
     assert found == pytest.approx(sum(parts) / (15 + 15 + 7), rel=1e-5)

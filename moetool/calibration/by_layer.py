@@ -1,0 +1,218 @@
+"""A model of which one decoder layer at a time is in memory: all texts go through it before the next one is read.
+
+Shapes: B windows, S tokens of each, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from moetool.calibration.hidden import HiddenStates
+from moetool.checkpoint.model import check_complete, check_size, fit_experts, loading, one_tensor_at_a_time, skeleton
+from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
+from moetool.errors import CheckpointError
+from moetool.progress import Progress, silent
+from moetool.surgery.rows import TORCH_DTYPES, raw_bytes
+
+CACHE_LINE = 64  # bytes
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A tensor on disk, which transformers reads by `[...]`. Bytes come by `pread`, not through a memory map."""
+
+    files: BlockFile
+    info: TensorInfo
+
+    def __getitem__(self, every: Any) -> Tensor:
+        # A whole model's weights lie in a map of the file, and the last bits of a product depend on a matrix's place in
+        # a cache line: so it gets the same place here.
+        dtype, buffer = TORCH_DTYPES[self.info.dtype], torch.empty(self.info.size + CACHE_LINE, dtype=torch.uint8)
+        first = (self.info.start - buffer.data_ptr()) % CACHE_LINE
+        raw = buffer[first - first % dtype.itemsize :][: self.info.size]
+        self.files.read_into(self.info, 0, raw_bytes(raw))
+        return raw.view(dtype).view(self.info.shape)
+
+
+class LayeredModel:
+    """A causal language model of transformers of which at most one decoder layer is in memory.
+
+    The model's own forward runs, so that embeddings, masks, positions and the head are those of its family: a decoder
+    layer that is not in memory hands on what it gets, the first one what all texts were before the layer that is.
+
+    Attributes:
+        core: transformers' model; decoder layers without weights are on torch's meta device.
+        layers: its decoder layers.
+
+    Args:
+        folder: a Hugging Face checkpoint.
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        device: such as `cpu` or `cuda`.
+
+    Raises:
+        CheckpointError: it cannot be loaded, tensors are missing, left over or of another shape, or it has no list of
+            decoder layers.
+    """
+
+    def __init__(self, folder: Path, dtype: str = "auto", device: str = "cpu") -> None:
+        reader = CheckpointReader(folder)
+        self.core = skeleton(folder, _dtype(reader, dtype)).eval()
+        check_size(folder, self.core)
+        layers = getattr(self.core.base_model, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise CheckpointError(f"{type(self.core).__name__} has no list of layers; leave --stream out")
+        self.layers = layers
+        self._folder, self._device = folder, device
+        self._inside: list[dict[str, TensorInfo]] = [{} for _ in layers]  # the tensors of each layer
+        outside = dict(reader.tensors)
+        for name in reader.tensors:
+            found = _LAYER.search(name)
+            if found and int(found[1]) < len(layers):
+                self._inside[int(found[1])][name] = outside.pop(name)
+        self._config = LoadStateDictConfig(
+            pretrained_model_name_or_path=str(folder),
+            device_map={"": device},
+            dtype=self.core.dtype,
+            dtype_plan=self.core._get_dtype_plan(self.core.dtype),
+            weight_mapping=get_model_conversion_mapping(self.core),
+        )
+        self._load_all_but_layers(outside)
+        fit_experts(self.core)
+        self._loaded: int | None = None
+        self._running: int | None = None
+        self._given: Tensor | None = None
+        self._made: Tensor | None = None
+        for number, layer in enumerate(layers):
+            layer.forward = partial(self._decode, number, layer.forward)
+
+    def _load_all_but_layers(self, outside: Mapping[str, TensorInfo]) -> None:
+        """Load as transformers does, with tensors without bytes in place of those of decoder layers."""
+        inside = {
+            name: torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype], device="meta")
+            for layer in self._inside
+            for name, info in layer.items()
+        }
+        where = {**self._config.device_map, f"{self.core.base_model_prefix}.layers": "meta"}
+        with loading(self._folder), one_tensor_at_a_time(), BlockFile(self._folder) as files:
+            tensors = inside | {name: _Unread(files, info) for name, info in outside.items()}
+            info, _ = convert_and_load_state_dict_in_model(self.core, tensors, replace(self._config, device_map=where))
+            self.core._finalize_model_loading(self.core, self._config, info)
+        check_complete(self._folder, info.to_dict())
+
+    def load(self, number: int) -> nn.Module:
+        """A decoder layer with its weights; any other loses its own.
+
+        Raises:
+            CheckpointError: the files have changed since the model was opened.
+        """
+        if self._loaded == number:
+            return self.layers[number]
+        self.free()
+        self._loaded = number
+        try:
+            with torch.inference_mode(False), loading(self._folder), BlockFile(self._folder) as files:
+                tensors = {name: _Unread(files, info) for name, info in self._inside[number].items()}
+                with one_tensor_at_a_time():
+                    info, _ = convert_and_load_state_dict_in_model(self.core, tensors, self._config)
+                for failure in info.conversion_errors.values():
+                    raise RuntimeError(" ".join(failure.split())[-300:])
+        except BaseException:
+            self.free()
+            raise
+        return self.layers[number]
+
+    def free(self) -> None:
+        """Take the weights of the decoder layer that has some."""
+        if self._loaded is None:
+            return
+        for module in self.layers[self._loaded].modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    module._parameters[name] = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    module._buffers[name] = buffer.to("meta")
+        self._loaded = None
+
+    def _decode(self, number: int, forward: Callable[..., Any], hidden_BSD: Tensor, *more: Any, **named: Any) -> Any:
+        """The forward of a decoder layer."""
+        if number == 0 and self._given is not None:
+            hidden_BSD = self._given
+        if number != self._running:
+            return hidden_BSD
+        made_BSD = forward(hidden_BSD, *more, **named)
+        if not isinstance(made_BSD, Tensor) or made_BSD.shape != hidden_BSD.shape:
+            raise CheckpointError(f"a layer of {type(self.core).__name__} gives more than states; leave --stream out")
+        self._made = made_BSD
+        return made_BSD
+
+    def run(
+        self, batches: Sequence[Tensor], begin: Callable[[int], None], task: str, progress: Progress = silent
+    ) -> HiddenStates:
+        """Send batches through all decoder layers, each layer after the one before is done with all of them.
+
+        Args:
+            batches: tokens (B, S) of each.
+            begin: called with the number of a batch each time before it goes through a layer.
+            task: its name for `progress`.
+            progress: reports tokens of layers.
+
+        Returns:
+            What the last layer gives.
+        """
+        states = HiddenStates([])
+        done, total = 0, len(self.layers) * sum(ids_BS.numel() for ids_BS in batches)
+        try:
+            for number in range(len(self.layers)):
+                self.load(number)
+                self._running = number
+                for index, ids_BS in enumerate(batches):
+                    begin(index)
+                    self._given = states[index].to(self._device) if number else None
+                    self.core.base_model(input_ids=ids_BS.to(self._device), use_cache=False)
+                    assert self._made is not None
+                    if number == index == 0:
+                        width = self._made.nbytes // ids_BS.numel()
+                        states = HiddenStates([ids_BS.numel() * width for ids_BS in batches])
+                    states[index] = self._made
+                    done += ids_BS.numel()
+                    progress(task, done, total, f"layer {number + 1} of {len(self.layers)}")
+        finally:
+            self._running = self._given = self._made = None
+            self.free()
+        return states
+
+    def logits(self, batches: Sequence[Tensor], progress: Progress = silent) -> Iterator[Tensor]:
+        """(B, S, V) of each batch, after all have gone through all layers."""
+        states = self.run(batches, lambda batch: None, "validating", progress)
+        for index, ids_BS in enumerate(batches):
+            self._given = states[index].to(self._device)
+            yield self.core(input_ids=ids_BS.to(self._device), use_cache=False).logits
+        self._given = None
+
+
+def core_of(model: Any) -> Any:
+    """transformers' own module of a model, of which all or one layer is in memory."""
+    return model.core if isinstance(model, LayeredModel) else model
+
+
+def _dtype(reader: CheckpointReader, dtype: str) -> torch.dtype | None:
+    """The dtype that transformers would load a checkpoint in; None leaves it to config.json."""
+    if dtype != "auto":
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    if reader.config.get("dtype") or reader.config.get("torch_dtype"):
+        return None
+    floating = (TORCH_DTYPES[info.dtype] for info in reader.tensors.values())
+    return next((found for found in floating if found.is_floating_point), None)
