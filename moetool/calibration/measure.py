@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from moetool.calibration.gradient import expert_gradients
 from moetool.calibration.options import CalibrationOptions
 from moetool.calibration.store import kept
 from moetool.calibration.sums import Calibration
@@ -55,6 +57,13 @@ def calibration_of(
     settings = limits | {"dtype": str(model.dtype), "device": model.device.type}
     manifests = {name: text.manifest for name, text in texts.items()}
     return kept(folder, manifests, settings, lambda: calibrate(model, texts, **limits, progress=progress))
+
+
+def gradients_of(
+    model: Any, texts: Mapping[str, TokenStream], run: CalibrationOptions, progress: Progress
+) -> dict[int, Tensor]:
+    """See `expert_gradients`, whose errors it raises."""
+    return expert_gradients(model, texts, **_limits(model, run), progress=progress)
 
 
 def losses(model: Any, texts: Mapping[str, TokenStream], run: CalibrationOptions) -> dict[str, float]:

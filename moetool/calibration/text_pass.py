@@ -16,7 +16,7 @@ from moetool.calibration.experts import Layer, layers_with_experts
 from moetool.calibration.sums import Calibration, ExpertSums
 from moetool.errors import DataError
 from moetool.progress import Progress, silent
-from moetool.routing.text_pass import Tokens, check_known, read_batches
+from moetool.routing.text_pass import Batch, Tokens, check_known, read_batches
 
 SAMPLE = 1024  # tokens of each kind whose hidden states are kept
 SAMPLE_BYTES = 10**9  # that the outputs of all experts of a layer on a sample may take
@@ -123,16 +123,23 @@ def mean_loss(model: Any, text: Tokens, name: str, *, seq_len: int, batch_size: 
     Raises:
         DataError: the text has fewer than two tokens, or one that the model does not know.
     """
-    device, vocabulary = model.get_input_embeddings().weight.device, model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().num_embeddings
     total, count = 0.0, 0
     for batch in read_batches(text, seq_len, batch_size, min(text.num_tokens, max_tokens)):
         check_known(f"--val {name}", batch, vocabulary)
-        ids_BS = batch.ids_BS.to(device)
-        logits_TV = model(input_ids=ids_BS, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-        loss_T = nn.functional.cross_entropy(logits_TV, ids_BS[:, 1:].flatten(), reduction="none")
-        if batch.mask_T is not None:
-            loss_T = loss_T[batch.mask_T.reshape(ids_BS.shape)[:, 1:].flatten().to(device)]
+        loss_T = next_token_losses(model, batch)
         total, count = total + float(loss_T.double().sum()), count + len(loss_T)
     if not count:
         raise DataError(f"--val {name}: the text has no next token to predict; give a longer one")
     return total / count
+
+
+def next_token_losses(model: Any, batch: Batch) -> Tensor:
+    """(T,), the cross-entropy in nats of each next token within a batch's windows; filling has none."""
+    ids_BS = batch.ids_BS.to(model.get_input_embeddings().weight.device)
+    logits_TV = model(input_ids=ids_BS, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+    ids_T = ids_BS[:, 1:].flatten().to(logits_TV.device)
+    loss_T = nn.functional.cross_entropy(logits_TV, ids_T, reduction="none")
+    if batch.mask_T is not None:
+        loss_T = loss_T[batch.mask_T.reshape(ids_BS.shape)[:, 1:].flatten().to(loss_T.device)]
+    return loss_T
