@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moetool.calibration.gradient import expert_gradients
@@ -106,7 +106,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_texts(mixtral: Path, jsonl: P
     stream = tokenized(TextSource(str(jsonl)), mixtral)
     ids_BS = windows(mixtral, jsonl)
     model = load_model(mixtral)
-    options = {"seq_len": 16, "batch_size": 1}
+    options: Any = {"seq_len": 16, "batch_size": 1}
     parts = {"a": stream.documents(torch.arange(1).numpy()), "b": stream}
     one = expert_gradients(model, {"b": stream}, **options, max_tokens=48)
     two = expert_gradients(model, {"b": stream, "c": stream}, **options, max_tokens=48)
