@@ -98,10 +98,10 @@ def line_up(folders: tuple[Path, Path], num_experts: tuple[int, int], layers: Se
     shared = 0
     while shared < min(map(len, lineages)) and first[shared] == second[shared]:
         shared += 1
-    if not shared and not _same_beginning(folders, first, second):
-        return None
     tails = [lineage[shared:] for lineage in lineages]
     if not any(_experts_of(entry) for tail in tails for entry in tail):
+        return None
+    if not shared and not _same_beginning(folders, first, second):  # last, because it may have to read a whole model
         return None
     # A checkpoint whose experts nobody has changed has as many as the model that both come from.
     sides = list(zip(tails, num_experts, folders, strict=True))

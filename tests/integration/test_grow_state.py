@@ -208,3 +208,22 @@ def test_the_state_is_part_of_the_folder(sigmoid: Path, jsonl: Path, tmp_path: P
     shutil.rmtree(sigmoid / STATE)
     code, _, err = tiny.in_process("verify", grown)
     assert (code, "has another training state than when it was grown" in " ".join(err.split())) == (1, True)
+
+
+def test_an_interrupted_growth_goes_on(sigmoid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grown, sleeping = tmp_path / "grown", ("--num-experts", 8, "--start", "sleeping", "--max-shard-size", "60KB")
+    grow(sigmoid, tmp_path / "whole", *sleeping)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("moetool.grow.plan.state_document", full)
+        assert "no space left" in fails(sigmoid, grown, *sleeping)
+    assert not (grown / "config.json").exists()
+    assert (grown / STATE / "optimizer.safetensors").is_file()
+    (grown / STATE / "optimizer.safetensors").unlink()  # of two kinds of files, one is left
+    grow(sigmoid, grown, *sleeping)
+    for path in sorted((tmp_path / "whole").rglob("*")):
+        if path.is_file() and path.name != "moetool.yaml":
+            assert path.read_bytes() == (grown / path.relative_to(tmp_path / "whole")).read_bytes(), path.name
