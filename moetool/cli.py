@@ -119,7 +119,7 @@ _LESS_MEMORY = {
     "verify": "use fewer --workers",
     "convert": "use fewer --workers",
     "average": "use fewer --workers",
-    "grow": "use fewer --workers",
+    "grow": "use fewer --workers, with a text a smaller --batch-size or --seq-len, or --dtype bfloat16",
     "prune": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "densify": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "cpt": "use a smaller --micro-batch-size or --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)",

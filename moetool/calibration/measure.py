@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moetool.calibration.by_layer import LayeredModel, core_of
+from moetool.calibration.gradient import expert_gradients
 from moetool.calibration.options import CalibrationOptions
 from moetool.calibration.store import kept
 from moetool.calibration.sums import Calibration
@@ -83,6 +85,13 @@ def calibration_of(
         return calibrate(model, texts, **limits, moments=moments, progress=progress)
 
     return kept(folder, manifests, settings, make)
+
+
+def gradients_of(
+    model: Any, texts: Mapping[str, TokenStream], run: CalibrationOptions, progress: Progress
+) -> dict[int, Tensor]:
+    """See `expert_gradients`, whose errors it raises."""
+    return expert_gradients(model, texts, **_limits(model, run), progress=progress)
 
 
 def losses(

@@ -53,6 +53,10 @@ class CalibrationOptions:
         """Raise ConfigError if there is no text, or options contradict each other."""
         if not self.data:
             raise ConfigError("give a text to measure the experts on: --data NAME=PATH")
+        self.check_run()
+
+    def check_run(self) -> None:
+        """Raise ConfigError if options of how texts run contradict each other."""
         check_device(self)
         if self.stream and self.device_map:
             raise ConfigError("--stream and --device-map exclude each other")

@@ -247,7 +247,7 @@ def mean_losses(
                 yield name, batch
 
     for (name, batch), logits_BSV in _with_logits(model, batches(), progress):
-        loss_T = _next_losses(batch, logits_BSV)
+        loss_T = next_token_losses(batch, logits_BSV)
         total[name], count[name] = total[name] + float(loss_T.double().sum()), count[name] + len(loss_T)
     for name in texts:
         if not count[name]:
@@ -267,8 +267,8 @@ def _with_logits(
         yield (name, batch), model(input_ids=batch.ids_BS.to(device), use_cache=False).logits
 
 
-def _next_losses(batch: Batch, logits_BSV: Tensor) -> Tensor:
-    """The cross-entropy of each next token, (T,), without those of the filling."""
+def next_token_losses(batch: Batch, logits_BSV: Tensor) -> Tensor:
+    """(T,), the cross-entropy in nats of each next token within a batch's windows; filling has none."""
     ids_BS = batch.ids_BS.to(logits_BSV.device)
     logits_TV = logits_BSV[:, :-1].float().flatten(0, 1)
     loss_T = nn.functional.cross_entropy(logits_TV, ids_BS[:, 1:].flatten(), reduction="none")

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetool.checkpoint.folder import PARTIAL, UNFINISHED, create, naming, sync_folder, write_file
+from moetool.checkpoint.folder import PARTIAL, UNFINISHED, create, naming, remove, sync_folder, write_file
 from moetool.checkpoint.reader import INDEX, ITEM_SIZE, MAX_OPEN, SINGLE, read_header
+from moetool.checkpoint.step_folder import STATE, in_state
 from moetool.errors import CheckpointError
 from moetool.outside import read_json
-from moetool.recipe import read_lineage
+from moetool.recipe import LINEAGE, read_lineage
 
 # Files that `--overwrite` may delete: those of a checkpoint's layout and moetool's own.
 KNOWN_FILES = {
@@ -77,25 +78,28 @@ def layout_shards(tensors: Sequence[TensorLayout], max_shard_size: int) -> list[
             filled = 0
         groups[-1].append(tensor)
         filled += tensor.size
-    shards = []
-    for number, group in enumerate(groups, start=1):
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset, offsets = 0, {}
-        for tensor in group:
-            entries[tensor.name] = {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, offset + tensor.size],
-            }
-            offsets[tensor.name] = offset
-            offset += tensor.size
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        header = len(text).to_bytes(8, "little") + text
-        name = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        starts = {tensor: len(header) + start for tensor, start in offsets.items()}
-        shards.append(Shard(name, header, starts, len(header) + offset))
-    return shards
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    names = [SINGLE] if len(groups) == 1 else names
+    return [lay_out_file(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def lay_out_file(name: str, tensors: Sequence[TensorLayout], prefix: str = "") -> Shard:
+    """One file of tensors, in the given order; a prefix of their names is left out in the file."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset, offsets = 0, {}
+    for tensor in tensors:
+        entries[tensor.name.removeprefix(prefix)] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size],
+        }
+        offsets[tensor.name] = offset
+        offset += tensor.size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    starts = {tensor: len(header) + start for tensor, start in offsets.items()}
+    return Shard(name, header, starts, len(header) + offset)
 
 
 def index_file(shards: Sequence[Shard]) -> dict[str, bytes]:
@@ -115,7 +119,15 @@ def foreign_files(folder: Path) -> list[str]:
         name = name.removesuffix(UNFINISHED)
         return name in KNOWN_FILES or (name.startswith("model-") and name.endswith(".safetensors"))
 
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or not known(entry.name))
+    own = {STATE} if _wrote_state(folder) else set()
+    return sorted(e.name for e in folder.iterdir() if e.name not in own and (e.is_dir() or not known(e.name)))
+
+
+def _wrote_state(folder: Path) -> bool:
+    """Whether a folder's training state was, or was going to be, written with its checkpoint; else it is a run's."""
+    documents = [read_json(folder / name) for name in (PARTIAL, LINEAGE) if (folder / name).is_file()]
+    named = [document.get("shards") for document in documents]
+    return any(in_state(name) for shards in named if isinstance(shards, dict) for name in shards)
 
 
 def clear(folder: Path) -> None:
@@ -135,7 +147,7 @@ def clear(folder: Path) -> None:
     sync_folder(folder)
     # moetool.partial.json last: until then it marks the folder as unfinished.
     for entry in sorted(folder.iterdir(), key=lambda e: e.name == PARTIAL):
-        entry.unlink()
+        remove(entry) if entry.name == STATE else entry.unlink()
 
 
 def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
@@ -242,6 +254,7 @@ class CheckpointWriter:
     def open(self, shard: Shard) -> None:
         """Create a shard at its full size (so that a full disk fails now) and write its header."""
         path = self.folder / (shard.name + UNFINISHED)
+        path.parent.mkdir(exist_ok=True)
         descriptor = create(path)
         self._files[shard.name] = descriptor
         with naming(path):
@@ -267,7 +280,7 @@ class CheckpointWriter:
         finally:
             os.close(descriptor)
         os.replace(self.folder / (shard.name + UNFINISHED), self.folder / shard.name)
-        sync_folder(self.folder)
+        sync_folder((self.folder / shard.name).parent)
         with self._lock:
             self._note["complete"][shard.name] = digest
             self._write_note()

@@ -48,7 +48,10 @@ class AnalyzeOptions:
     text_field: str = text_field_option()
     document: Literal["file", "line", "paragraph"] = document_option()
     compare: str | None = option(
-        "Another checkpoint of the same shape, run on the same tokens.", None, panel=COMPARE, metavar="MODEL2"
+        "Another checkpoint, run on the same tokens: of the same shape, or made of the same model by prune or grow.",
+        None,
+        panel=COMPARE,
+        metavar="MODEL2",
     )
     counts: Path | None = option(
         "Route counts from another engine, instead of MODEL: {domain: {layer: \\[count per expert]}}.",

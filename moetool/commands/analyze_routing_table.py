@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moetool.commands.console import escape
+from moetool.routing.lined_up import how_lined_up
 
 _TONE = {"balanced": "green", "skewed": "yellow", "collapsed": "red"}
 
@@ -55,6 +56,8 @@ def summary(report: dict[str, Any], page: str) -> str:
         rows = [row for domain in report["comparison"]["domains"].values() for row in domain["layers"]]
         kept = sum(row["saturation"] for row in rows) / len(rows)
         lines.append(f"{kept:.0%} of the expert choices are the same in {escape(report['comparison']['model'])}.")
+        if report["comparison"]["experts"]:
+            lines.append(escape(" ".join(how_lined_up(report))))
     if report["upcycling"]:
         lines.append(escape(_experts(report)))
     return "\n".join([*lines, f"The report is in {escape(page)}"])

@@ -174,9 +174,10 @@ def lineage_line(entry: dict[str, Any]) -> str:
     if entry.get("command") == "grow":
         recipe, source = entry.get("recipe", {}), entry.get("source", {})
         asleep = f" for {recipe['wake_after']} steps" if recipe.get("wake_after") else ""
+        by = f", copies by {recipe['utility']}" if recipe.get("utility", "none") != "none" else ""
         return (
             f"grow of {source.get('name')} ({source.get('model_type')}): {recipe.get('num_experts')} experts,"
-            f" top-{recipe.get('top_k')}, {recipe.get('start')}{asleep}"
+            f" top-{recipe.get('top_k')}, {recipe.get('start')}{asleep}{by}"
         )
     if entry.get("command") in ("prune", "densify"):
         recipe, source = entry.get("recipe", {}), entry.get("source", {})

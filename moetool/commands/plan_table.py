@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,12 @@ def describe_files(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
     from moetool.surgery.plan import free_disk
 
     dtypes: dict[str, int] = {}
-    for fill in plan.fills:
-        dtypes[fill.dtype] = dtypes.get(fill.dtype, 0) + fill.num_elements * len(fill.places)
+    for tensor in plan.model_tensors:
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     return {
         "parameters": plan.num_parameters,
         "dtypes": dtypes,
-        "num_tensors": len(plan.tensors),
+        "num_tensors": len(plan.model_tensors),
         "num_bytes": plan.num_bytes,
         "num_shards": len(plan.shards),
         "free_disk_bytes": free_disk(out),

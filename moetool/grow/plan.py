@@ -8,15 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from moetool.arch.moe_source import MoESource
-from moetool.checkpoint.reader import CheckpointReader
+from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.step_folder import TrainingReader
 from moetool.errors import CheckpointError, ConfigError
 from moetool.grow.recipe import RATE, GrowRecipe
-from moetool.recipe import recorded_experts
+from moetool.grow.state import grown_state, state_document
+from moetool.grow.utility import MOST
+from moetool.recipe import LINEAGE, read_experts, recorded_experts
 from moetool.surgery.experts import config_with, copies, open_moe, row_fills, with_experts
 from moetool.surgery.fill import Fill
 from moetool.surgery.kinds import KINDS, Block, Kind
@@ -31,49 +35,93 @@ class Growth:
     Attributes:
         recipe: with all numbers.
         source: its experts before.
-        used: different experts of the source that a token goes to at most, before and after.
+        experts: layer -> the expert before of each expert after.
+        used: different experts of the source that a token goes to at least, before and after.
         plan: what is written.
     """
 
     recipe: GrowRecipe
     source: MoESource
+    experts: Mapping[int, Sequence[int]]
     used: tuple[int, int]
     plan: Plan
 
 
-def plan_growth(readers: Sequence[CheckpointReader], recipe: GrowRecipe, max_shard_size: int) -> Growth:
-    """Check a source and a recipe against each other and lay out the result.
-
-    The experts keep their numbers; expert E + j is a copy of expert j mod E.
-
-    Args:
-        readers: the checkpoint.
-        recipe: what to change.
-        max_shard_size: bytes of tensor data per file.
+def settle(source: MoESource, recipe: GrowRecipe) -> GrowRecipe:
+    """A recipe with all numbers, checked against the experts that it is for.
 
     Raises:
         ConfigError: the family cannot start that way, or the numbers do not fit the source.
         CheckpointError: the source is damaged.
     """
-    (reader,) = readers
-    source = open_moe(reader, "grown")
     E, N = source.num_experts, recipe.num_experts
     if N <= E:
-        raise ConfigError(f"--num-experts {N}: {reader.folder} has {E} experts already; give more")
-    recipe = _settled(recipe, source, reader.config)
-    chosen = [expert % E for expert in range(N)]
+        raise ConfigError(f"--num-experts {N}: {source.reader.folder} has {E} experts already; give more")
+    if recipe.utility != "none" and N > E * (1 + MOST):
+        raise ConfigError(
+            f"--num-experts {N}: with --utility {recipe.utility} no expert is copied more than {MOST} times; give at"
+            f" most {E * (1 + MOST)}"
+        )
+    return _settled(recipe, source, source.reader.config)
+
+
+def plan_growth(
+    readers: Sequence[CheckpointReader],
+    recipe: GrowRecipe,
+    max_shard_size: int,
+    experts: Mapping[int, Sequence[int]] | None = None,
+    data: Mapping[str, str] | None = None,
+) -> Growth:
+    """Check a source and a recipe against each other and lay out the result.
+
+    Args:
+        readers: the checkpoint.
+        recipe: what to change.
+        max_shard_size: bytes of tensor data per file.
+        experts: layer -> the expert before of each expert after. The first are the old ones, with their numbers. By
+            default expert E + j is a copy of expert j mod E.
+        data: SHA-256 of the texts that `experts` were chosen on.
+
+    Raises:
+        ConfigError: see `settle`.
+        CheckpointError: the source is damaged, or `experts` are not of it.
+    """
+    (reader,) = readers
+    source = open_moe(reader, "grown")
+    recipe = settle(source, recipe)
+    E, N = source.num_experts, recipe.num_experts
+    experts = dict(experts or {layer: [expert % E for expert in range(N)] for layer in source.layers})
+    if tuple(experts) != source.layers or any(
+        len(chosen) != N or list(chosen[:E]) != list(range(E)) for chosen in experts.values()
+    ):
+        raise CheckpointError(f"{LINEAGE}: the copies of an entry are not of the experts of {reader.folder}")
     biases: dict[str, list[Fill]] = {}
-    for layer in source.layers:
-        biases |= _biases(source, layer, chosen, recipe)
-    fills, layouts = with_experts(source, dict.fromkeys(source.layers, chosen), biases)
+    for layer, chosen in experts.items():
+        info, name = source.selection_bias(layer), source.spec.selection_bias
+        if info and name:
+            biases |= _biases(source, recipe, info, name.format(layer=layer), chosen)
+    fills, layouts = with_experts(source, experts, biases)
+    state_fills, state = grown_state(source, experts, recipe, partial(_biases, source, recipe))
     assert recipe.top_k is not None
+    recorded = asdict(recipe) | ({"data": dict(data)} if data else {}) | {"training_state": bool(state)}
+    recorded |= {"experts": recorded_experts(source.layers, list(experts.values()))}
     plan = lay_out(
-        "grow", asdict(recipe) | {"experts": recorded_experts(source.layers, [chosen] * len(source.layers))}, readers,
-        config_with(reader.config, source, N, recipe.top_k), fills, layouts, max_shard_size,
-        {**KINDS, "moved": Kind(_moved)}, [str(reader.config.get("model_type"))], continues=1,
+        "grow", recorded, readers, config_with(reader.config, source, N, recipe.top_k), [*fills, *state_fills], layouts,
+        max_shard_size, {**KINDS, "moved": Kind(_moved)}, [str(reader.config.get("model_type"))], continues=1,
+        state=state, beside=partial(state_document, reader) if state else None,
     )  # fmt: skip
-    most = max(map(len, copies(chosen).values()))
-    return Growth(recipe, source, (source.top_k, math.ceil(recipe.top_k / most)), plan)
+    used = min(_fewest(chosen, recipe.top_k) for chosen in experts.values())
+    return Growth(recipe, source, experts, (source.top_k, used), plan)
+
+
+def _fewest(chosen: Sequence[int], top_k: int) -> int:
+    """Different experts before that a token goes to, where all copies of one are chosen before those of the next."""
+    found, left = 0, top_k
+    for number in sorted(map(len, copies(chosen).values()), reverse=True):
+        found, left = found + 1, left - number
+        if left <= 0:
+            break
+    return found
 
 
 def _settled(recipe: GrowRecipe, source: MoESource, config: Mapping[str, Any]) -> GrowRecipe:
@@ -91,6 +139,11 @@ def _settled(recipe: GrowRecipe, source: MoESource, config: Mapping[str, Any]) -
     softmax_and_bias = source.spec.ranked_by == "softmax" and source.selection_bias(source.layers[0]) is not None
     if N % E and (recipe.start == "double-k" or softmax_and_bias):
         raise ConfigError(f"--num-experts {N}: {start} needs a multiple of the model's {E} experts in this family")
+    if recipe.utility != "none" and softmax_and_bias:
+        raise ConfigError(
+            f"--utility {recipe.utility}: {start} needs as many copies of each expert in this family, because its"
+            " scores are a softmax over all of them; leave --utility out, or use twins"
+        )
     wanted = K * N // E if recipe.start == "double-k" else K
     if recipe.top_k not in (None, wanted):
         raise ConfigError(f"--top-k {recipe.top_k}: {start} is exact with {wanted} only; leave it out, or use twins")
@@ -129,18 +182,24 @@ def _least_steps(source: MoESource) -> int:
     return int((1 + spread) / RATE) + 2
 
 
-def _biases(source: MoESource, layer: int, chosen: Sequence[int], recipe: GrowRecipe) -> dict[str, list[Fill]]:
-    """The selection bias of a layer where it changes.
+def _biases(
+    source: MoESource, recipe: GrowRecipe, info: TensorInfo, name: str, chosen: Sequence[int]
+) -> dict[str, list[Fill]]:
+    """The selection bias of a layer by its name in the result, where it changes.
 
     Copies sleep behind a bias that is lower by `wake_after` steps of `loss-free`. Where scores are a softmax over all
     experts, m copies of each have scores that are m times smaller, and the biases beside them must be, too.
+
+    Args:
+        source: of the experts.
+        recipe: settled.
+        info: the bias before.
+        name: of the bias after.
+        chosen: the expert before of each expert after.
     """
-    info = source.selection_bias(layer)
     smaller = source.spec.ranked_by == "softmax" and recipe.start != "twins"
-    if info is None or not (smaller or recipe.start == "sleeping"):
+    if not (smaller or recipe.start == "sleeping"):
         return {}
-    assert source.spec.selection_bias
-    name = source.spec.selection_bias.format(layer=layer)
     E, factor = source.num_experts, source.num_experts / recipe.num_experts if smaller else 1.0
     asleep = recipe.start == "sleeping"
     fills: list[Fill] = []
@@ -165,10 +224,18 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     """The plan that a lineage entry records.
 
     Raises:
-        CheckpointError: the entry is damaged, or see `plan_growth`.
+        CheckpointError: the entry is damaged, the source has lost its training state, or see `plan_growth`.
         ConfigError: see `plan_growth`.
     """
-    return plan_growth(readers, GrowRecipe.from_json(entry.get("recipe", {})), max_shard_size).plan
+    (reader,), recorded = readers, entry.get("recipe", {})
+    recipe, data = GrowRecipe.from_json(recorded), recorded.get("data")
+    experts = read_experts(recorded.get("experts"), open_moe(reader, "grown").num_experts)
+    found = plan_growth(readers, recipe, max_shard_size, experts, data if isinstance(data, dict) else None)
+    if found.plan.recipe["training_state"] != recorded.get("training_state"):
+        raise CheckpointError(
+            f"{reader.folder} has another training state than when it was grown; copy the step folder again"
+        )
+    return found.plan
 
 
-OPERATION = Operation("grown", replan, one_source=True)
+OPERATION = Operation("grown", replan, TrainingReader, one_source=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
 
+from moetool.calibration.options import CalibrationOptions
 from moetool.errors import CheckpointError, ConfigError
-from moetool.option import option
+from moetool.option import flag, option
 
 RATE = 0.001  # by which `loss-free` moves a selection bias in a step, unless the user says
 
@@ -34,15 +35,25 @@ class GrowRecipe:
         "Steps of cpt --balance loss-free=0.001 after which a sleeping copy is as likely as its original.",
         None, min=1, shown="as few as are exact", metavar="STEPS", needs=("start", "sleeping".__eq__), unread=0,
     )  # fmt: skip
+    utility: Literal["none", "frequency", "gate", "gradient"] = option(
+        "Which experts are copied: all in turn; or up to three times each, in every layer, those with the most tokens"
+        " of --data, with the largest sum of weights, or on whose weights the loss depends most.",
+        "none",
+    )
 
     def check(self, typed: Collection[str]) -> None:
-        """Refuse numbers that contradict each other.
+        """Refuse options that contradict each other.
 
         Raises:
             ConfigError: names them.
         """
         if self.top_k is not None and self.top_k > self.num_experts:
             raise ConfigError(f"--top-k {self.top_k} is more than --num-experts {self.num_experts}")
+        if self.utility != "none" and self.start == "double-k":
+            raise ConfigError(
+                f"--utility {self.utility}: --start double-k needs as many copies of each expert, because a token goes"
+                " to all of them; use --start sleeping or twins"
+            )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> GrowRecipe:
@@ -53,6 +64,23 @@ class GrowRecipe:
         """
         numbers = [values.get(name) for name in ("num_experts", "top_k", "wake_after")]
         sound = all(type(number) is int and 0 <= number < 2**31 for number in numbers)
-        if not sound or values.get("start") not in ("double-k", "sleeping", "twins"):
+        words = {name: get_args(get_type_hints(cls)[name]) for name in ("start", "utility")}
+        if not sound or any(values.get(name) not in known for name, known in words.items()):
             raise CheckpointError(f"moetool.json: the recipe cannot be read ({str(dict(values))[:100]})")
         return cls(**{name: values[name] for name in asdict(cls(2))})
+
+
+@dataclass(frozen=True)
+class GrowTexts(CalibrationOptions):
+    """The texts that a utility is measured on, and those whose loss is compared; there may be none."""
+
+    def check(self, typed: Collection[str]) -> None:
+        """Refuse options about texts where there is none.
+
+        Raises:
+            ConfigError: names the first.
+        """
+        own = [field.name for field in fields(self) if field.name in typed]
+        if own and not (self.data or self.val):
+            raise ConfigError(f"{flag(own[0])} has no effect without a text; give --data (for --utility) or --val")
+        self.check_run()

@@ -14,8 +14,9 @@ from moetool.errors import CheckpointError, ConfigError
 from moetool.mesh import check_model, distributed, mesh_of
 from moetool.progress import Progress, silent
 from moetool.routing import load_metrics
+from moetool.routing.alignment import Alignment, line_up
 from moetool.routing.capture import RouterCapture
-from moetool.routing.comparison import RouteFile, build_comparison, check_shapes
+from moetool.routing.comparison import MAY_DIFFER, RouteFile, build_comparison, check_shapes
 from moetool.routing.drift import drift
 from moetool.routing.origin import Origin, first_entry, read_origin
 from moetool.routing.report import build_report
@@ -62,7 +63,7 @@ def analyze(
         ConfigError: the checkpoints differ in shape, or the settings do not fit the model.
     """
     origin = read_origin(model[1])
-    _check_models([model, compare] if compare else [model], settings)
+    alignment = _check_models([model, compare] if compare else [model], settings)
     if origin and origin.num_redrawn and settings.unit_use and not mesh_of(settings).whole:
         raise ConfigError("--unit-use reads whole experts, which --fsdp, --ep and --tp share out; give --no-unit-use")
     loaded, capture = _open(model[1], settings)
@@ -75,7 +76,7 @@ def analyze(
     }
     counted = _vocabulary_layers(settings, texts, empty, notice)
     tokens = TokenCounts(texts, settings.max_tokens, empty, counted) if counted else None
-    routes = RouteFile(scratch or Path.cwd(), texts, settings.max_tokens, empty) if compare else None
+    routes = RouteFile(scratch or Path.cwd(), texts, settings.max_tokens, empty, alignment) if compare else None
     if routes:
         notice(f"the choices of {model[0]} take {routes.size / 1e6:.1f} MB of disk while the comparison runs")
     use = _unit_use(loaded, origin, settings)
@@ -88,9 +89,10 @@ def analyze(
     comparison = None
     if compare and routes:
         loaded, capture = _open(compare[1], settings)
-        check_shapes(compare[0], shape, _shape(loaded, capture, probe(loaded, capture)))
-        tokens_after = TokenCounts(texts, settings.max_tokens, empty, counted) if counted else None
-        same = origin if origin and first_entry(compare[1]) == origin.entry else None
+        like = probe(loaded, capture)
+        check_shapes(compare[0], shape, _comparable(_shape(loaded, capture, like), alignment))
+        tokens_after = TokenCounts(texts, settings.max_tokens, like, counted, alignment) if counted else None
+        same = read_origin(compare[1]) if origin and first_entry(compare[1]) == origin.entry else None
         use_after = _unit_use(loaded, same, settings)
         observers = [
             routes.compare,
@@ -100,8 +102,8 @@ def analyze(
         after = measure(loaded, capture, texts, **limits, observers=observers, progress=_named(progress, compare[0]))
         del loaded, capture
         _free()
-        continual = continual_specialization(tokens, tokens_after) if tokens and tokens_after else None
-        drifted = drift(model[1], compare[1], empty.num_experts, progress)
+        continual = continual_specialization(tokens, tokens_after, alignment) if tokens and tokens_after else None
+        drifted = drift(model[1], compare[1], (empty.num_experts, like.num_experts), progress, alignment)
         upcycling = build_upcycling(same, compare[1], use_after, _named(progress, compare[0]))
         comparison = build_comparison(compare[0], stats, after, routes, drifted, continual, upcycling)
     specialization = None
@@ -118,10 +120,15 @@ def analyze(
     )
 
 
-def _check_models(models: list[tuple[str, Path]], settings: Settings) -> None:
-    """Refuse, before any weights are loaded, a dense model, and a MODEL2 of another shape than MODEL."""
+def _check_models(models: list[tuple[str, Path]], settings: Settings) -> Alignment | None:
+    """Refuse, before any weights are loaded, a dense model, and a MODEL2 of another shape than MODEL.
+
+    Returns:
+        How the experts of the two correspond, where not by their numbers.
+    """
     shapes: list[dict[str, Any]] = []
     longest: list[int] = []
+    outlines: list[RoutingStats | None] = []
     for name, folder in models:
         empty_model = skeleton(folder)
         check_model(mesh_of(settings), empty_model)
@@ -129,12 +136,22 @@ def _check_models(models: list[tuple[str, Path]], settings: Settings) -> None:
             capture = RouterCapture(empty_model)
         except CheckpointError as error:
             raise CheckpointError(f"--compare {name}: {error}" if shapes else str(error)) from None
-        shapes.append(_shape(empty_model, capture, outline(empty_model, capture)))
+        outlines.append(outline(empty_model, capture))
+        shapes.append(_shape(empty_model, capture, outlines[-1]))
         longest.append(window(empty_model, settings.seq_len))
-    name = models[-1][0]
-    check_shapes(name, shapes[0], shapes[-1])
+    name, alignment, (first, second) = models[-1][0], None, (outlines[0], outlines[-1])
+    if len(models) > 1 and first and second and first.layers == second.layers:
+        folders = models[0][1], models[1][1]
+        alignment = line_up(folders, (first.num_experts, second.num_experts), first.layers)
+    check_shapes(name, shapes[0], _comparable(shapes[-1], alignment))
     if longest[-1] < longest[0]:
         raise ConfigError(f"--seq-len {longest[0]}: {name} has only {longest[-1]} positions; give at most that")
+    return alignment
+
+
+def _comparable(shape: dict[str, Any], alignment: Alignment | None) -> dict[str, Any]:
+    """What of a second model's shape must be that of the first."""
+    return {what: value for what, value in shape.items() if not (alignment and what in MAY_DIFFER)}
 
 
 def _shape(model: Any, capture: RouterCapture, empty: RoutingStats | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from moetool import __version__
 from moetool.routing.coactivation import MATRIX_EXPERTS
+from moetool.routing.lined_up import copies_in_words, how_lined_up, listed
 from moetool.routing.load_metrics import DEAD_LOAD
 from moetool.routing.upcycling_page import beginning, changed_units, notes, similarity_series, tiles, use_series
 
@@ -42,6 +43,7 @@ def render(report: dict[str, Any]) -> str:
     environment.filters |= {"visible": visible, "percent": percent, "number": number, "heat": heat}
     environment.globals |= {"line_chart": line_chart, "bars": bars, "column": column, "drift_series": drift_series}
     environment.globals |= {"upcycling_tiles": tiles, "similarity_series": similarity_series, "use_series": use_series}
+    environment.globals |= {"how_lined_up": how_lined_up, "copies_in_words": copies_in_words, "listed": listed}
     environment.globals |= {"beginning": beginning, "chart_notes": notes, "changed_units": changed_units}
     drawn = report["coactivation"] and report["num_experts"] <= MATRIX_EXPERTS
     matrices = list(report["coactivation"].values()) if drawn else None  # in the order of the picker

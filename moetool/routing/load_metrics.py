@@ -109,7 +109,11 @@ def domain_divergence(one: RoutingStats, other: RoutingStats) -> list[float]:
 
     H((f + g) / 2) - (H(f) + H(g)) / 2: 0 when both use the experts alike, 1 when they share none.
     """
-    f_LE, g_LE = load(one), load(other)
+    return divergence(load(one), load(other))
+
+
+def divergence(f_LE: Array, g_LE: Array) -> list[float]:
+    """The same of two loads (L, E)."""
 
     def bits(p_LE: Array) -> Array:
         terms_LE: Array = p_LE * np.log2(p_LE, out=np.zeros_like(p_LE), where=p_LE > 0)

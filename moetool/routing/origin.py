@@ -5,7 +5,7 @@ Shapes: F intermediate units of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from moetool.recipe import (
     LINEAGE,
     PROJECTIONS,
     UpcycleRecipe,
-    read_experts,
     read_lineage,
     recorded_sources,
     redrawn_units,
     units_digest,
 )
+from moetool.routing.alignment import originals
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,9 @@ def read_origin(folder: Path) -> Origin | None:
         _check_recipe(recipe)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}; delete it to analyse the checkpoint without it") from None
-    experts = _experts(folder, recipe.num_experts, source.layers)
-    if {len(layer) for layer in experts} != {source.num_experts}:
-        raise CheckpointError(
-            f"{path} says {len(experts[0])} experts, but config.json says {source.num_experts}; delete it to analyse"
-            " the checkpoint without it"
-        )
+    entries = (read_lineage(folder) or {"lineage": []})["lineage"][1:]
+    found = originals(entries, source.num_experts, source.layers, path, recipe.num_experts)
+    experts = tuple(tuple(found[layer]) for layer in source.layers)
     sources = recorded_sources(entry)
     named = all(isinstance(source.get("name"), str) and isinstance(source.get("sha256"), dict) for source in sources)
     if not named or len(sources) != recipe.num_donors:
@@ -129,19 +126,6 @@ def read_origin(folder: Path) -> Origin | None:
     if origin.num_redrawn:
         _check_digests(origin, path)
     return origin
-
-
-def _experts(folder: Path, num_experts: int, layers: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Of each layer, the expert of the upcycling that each expert comes from, through all that was done since."""
-    now = {layer: list(range(num_experts)) for layer in layers}
-    for entry in (read_lineage(folder) or {"lineage": []})["lineage"][1:]:
-        recorded = entry.get("recipe", {}).get("experts")
-        if recorded is not None:
-            before = read_experts(recorded, len(next(iter(now.values()))))
-            if before.keys() != now.keys():
-                raise CheckpointError(f"{folder / LINEAGE}: the layers of an entry are others than those with experts")
-            now = {layer: [now[layer][expert] for expert in before[layer]] for layer in layers}
-    return tuple(tuple(now[layer]) for layer in layers)
 
 
 def _check_recipe(recipe: UpcycleRecipe) -> None:

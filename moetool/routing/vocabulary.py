@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetool.routing.alignment import Alignment
 from moetool.routing.capture import Route
 from moetool.routing.load_metrics import Array
 from moetool.routing.stats import RoutingStats
@@ -33,16 +34,33 @@ class TokenCounts:
         size: bytes of the counts.
     """
 
-    def __init__(self, texts: Mapping[str, Tokens], max_tokens: int, like: RoutingStats, layers: Sequence[int]) -> None:
+    def __init__(
+        self,
+        texts: Mapping[str, Tokens],
+        max_tokens: int,
+        like: RoutingStats,
+        layers: Sequence[int],
+        alignment: Alignment | None = None,
+    ) -> None:
+        """Make the tables.
+
+        Args:
+            texts: that are going to be counted.
+            max_tokens: of each.
+            like: has the model's shape.
+            layers: that are counted.
+            alignment: the model is the second of it, and each original is counted once per token instead of its copies.
+        """
         self.types_U = distinct_tokens(texts, max_tokens)
         self.layers = list(layers)
-        self.num_experts, self.top_k = like.num_experts, like.top_k
-        shape = (len(self.types_U), like.num_experts)
+        self.num_experts, self.top_k = alignment.num_originals if alignment else like.num_experts, like.top_k
+        self._originals = {layer: alignment.map(1, layer) for layer in layers} if alignment else {}
+        shape = (len(self.types_U), self.num_experts)
         self._counts: dict[str, dict[int, Tensor]] = {
             kind: {layer: torch.zeros(shape, dtype=torch.int32) for layer in self.layers} for kind in ("input", "next")
         }
         self._totals = {kind: np.zeros(len(self.types_U), dtype=np.int64) for kind in ("input", "next")}
-        self.size = table_size(len(self.types_U), like.num_experts, len(self.layers))
+        self.size = table_size(len(self.types_U), self.num_experts, len(self.layers))
 
     def observe(self, name: str, route: Route, batch: Batch) -> None:
         """Count the routes of a batch."""
@@ -51,9 +69,14 @@ class TokenCounts:
         for kind, tokens in (("input", batch.tokens_N), ("next", batch.next_N)):
             rows_N = np.searchsorted(self.types_U, tokens)
             experts_NK = route.indices_TK[: len(tokens)].cpu()
+            once_NK = torch.ones(1, dtype=torch.int32).expand(experts_NK.shape)
+            if route.layer in self._originals:
+                experts_NK = self._originals[route.layer][experts_NK].sort(dim=1).values
+                once_NK = torch.ones_like(experts_NK, dtype=torch.int32)
+                once_NK[:, 1:] = experts_NK[:, 1:] != experts_NK[:, :-1]
             places = torch.from_numpy(rows_N)[:, None] * self.num_experts + experts_NK
             counts = self._counts[kind][route.layer].view(-1)
-            counts.scatter_add_(0, places.flatten(), torch.ones(1, dtype=torch.int32).expand(places.numel()))
+            counts.scatter_add_(0, places.flatten(), once_NK.flatten())
             if route.layer == self.layers[0]:
                 np.add.at(self._totals[kind], rows_N, 1)
 
@@ -114,11 +137,13 @@ class TokenCounts:
         return experts
 
 
-def continual_specialization(before: TokenCounts, after: TokenCounts) -> dict[str, Any]:
+def continual_specialization(
+    before: TokenCounts, after: TokenCounts, alignment: Alignment | None = None
+) -> dict[str, Any]:
     """Continual vocabulary specialisation (arXiv 2503.05029): does a token still go where it went?
 
     Each token is mapped to the expert that took it most often in the first checkpoint; the value is the
-    share of its occurrences that this expert takes in the second. `before` is the same share in the
+    share of its occurrences that this expert, or a copy of it, takes in the second. `before` is the same share in the
     first checkpoint, where it is the specialisation itself.
     """
     rows = []
@@ -127,6 +152,8 @@ def continual_specialization(before: TokenCounts, after: TokenCounts) -> dict[st
         for kind in ("input", "next"):
             first_UE, second_UE = before.counts_UE(kind, layer), after.counts_UE(kind, layer)
             home_U = first_UE.argmax(axis=1)
+            if alignment:
+                home_U = alignment.map(0, layer).numpy()[home_U]
             stayed_U = np.take_along_axis(second_UE, home_U[:, None], axis=1)[:, 0]
             totals_U = before.totals_U(kind)
             row[kind] = _means(stayed_U, totals_U) | {"before": _means(first_UE.max(axis=1), totals_U)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moetool.amounts import size
 from moetool.checkpoint.folder import FolderLock
+from moetool.checkpoint.step_folder import STATE
 from moetool.checkpoint.writer import prepare
 from moetool.errors import CheckpointError
 from moetool.progress import Progress
@@ -48,7 +49,8 @@ def write_out(
         if not overwrite and is_finished(plan, sources.readers, out, workers):
             return True
         prepare(out, plan.identity(), overwrite)
-        written = sum(path.stat().st_size for path in out.glob("model*.safetensors*"))
+        left = [*out.glob("model*.safetensors*"), *(out / STATE).glob("*.safetensors*")]
+        written = sum(path.stat().st_size for path in left)
         need, free = plan.num_bytes, free_disk(out) + written
         if need > free:
             raise CheckpointError(

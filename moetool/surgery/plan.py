@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moetool.checkpoint.reader import ITEM_SIZE, BlockFile, CheckpointReader, TensorInfo
-from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, layout_shards
+from moetool.checkpoint.step_folder import in_state
+from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, lay_out_file, layout_shards
 from moetool.errors import CheckpointError
 from moetool.recipe import read_lineage
 from moetool.surgery.fill import BLOCK_ELEMENTS, Fill, Place
@@ -39,6 +41,7 @@ class Plan:
         fingerprint: of the sources as they were when the plan was made.
         recorded: what the lineage records beyond that, so that a proof can tell whether it is rebuilt exactly.
         also: checks of the result that only this operation knows; what they found is added to the proof.
+        beside: folder -> small files, by path, that are made from the shards there once all are written.
     """
 
     command: str
@@ -56,6 +59,7 @@ class Plan:
     fingerprint: str
     recorded: Callable[[], dict[str, Any]] = dict
     also: Callable[[Plan, BlockFile], dict[str, Any]] = lambda plan, written: {}
+    beside: Callable[[Path], dict[str, bytes]] | None = None
 
     @cached_property
     def num_bytes(self) -> int:
@@ -63,9 +67,19 @@ class Plan:
         return sum(shard.size for shard in self.shards)
 
     @cached_property
+    def model_shards(self) -> tuple[Shard, ...]:
+        """The files of the checkpoint itself, without those of a training state."""
+        return tuple(shard for shard in self.shards if not in_state(shard.name))
+
+    @cached_property
+    def model_tensors(self) -> tuple[TensorLayout, ...]:
+        """The tensors in them."""
+        return tuple(tensor for tensor in self.tensors if not in_state(tensor.name))
+
+    @cached_property
     def num_parameters(self) -> int:
-        """Elements of all tensors."""
-        return sum(fill.num_elements * len(fill.places) for fill in self.fills)
+        """Elements of the checkpoint's tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.model_tensors)
 
     def peak_memory(self, workers: int) -> int:
         """Resident bytes that writing takes, about.
@@ -130,6 +144,7 @@ def lay_out(
     kinds: Mapping[str, Kind],
     model_types: Sequence[str],
     continues: int = 0,
+    state: Mapping[str, Sequence[TensorLayout]] | None = None,
     **more: Any,
 ) -> Plan:
     """Lay fills out on disk; the other arguments are `Plan`'s.
@@ -138,6 +153,7 @@ def lay_out(
         readers: the sources; companions are carried over from the first.
         continues: so many of the first sources are the same model as the result: its lineage continues what theirs
             have in common. The rest of each source's own is recorded in the new entry.
+        state: of each file of a training state its tensors, whose names begin with the file's and a slash.
 
     Raises:
         CheckpointError: config.json holds a number that JSON does not have, or a source's lineage is damaged.
@@ -154,8 +170,11 @@ def lay_out(
         recipe=recipe,
         config=config,
         fills=tuple(fills),
-        tensors=tuple(tensors),
-        shards=tuple(layout_shards(tensors, max_shard_size)),
+        tensors=(*tensors, *(tensor for one in (state or {}).values() for tensor in one)),
+        shards=(
+            *layout_shards(tensors, max_shard_size),
+            *(lay_out_file(file, one, f"{file}/") for file, one in (state or {}).items()),
+        ),
         max_shard_size=max_shard_size,
         kinds=kinds,
         companions=tuple(name for name in COMPANIONS if (readers[0].folder / name).is_file()),

@@ -82,7 +82,7 @@ def verify(
     """
     proof = Proof(level)
     check_config(plan, out)
-    if set(CheckpointReader(out).tensors) != {tensor.name for tensor in plan.tensors}:
+    if set(CheckpointReader(out).tensors) != {tensor.name for tensor in plan.model_tensors}:
         raise CheckpointError(f"{out} does not hold the tensors that this recipe writes")
     check_written(out, plan.shards)
     proof.files = check_files(plan, out)

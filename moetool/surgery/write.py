@@ -62,7 +62,7 @@ def write(
         raise
     files = dict(files) | {name: (readers[0].folder / name).read_bytes() for name in plan.companions}
     files["config.json"] = json.dumps(plan.config, indent=2).encode() + b"\n"
-    files |= index_file(plan.shards)
+    files |= index_file(plan.model_shards) | (plan.beside(out) if plan.beside else {})
     files[LINEAGE] = lineage(plan, names, examined.sha256, digests, files)
     writer.finish(files)
 

@@ -18,16 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetool.checkpoint.file_digest import digest
+from moetool.checkpoint.step_folder import STATE, STATE_FILE, STATE_FORMAT, read_state
 from moetool.errors import CheckpointError, in_one_line
-from moetool.outside import fits, read_json
-from moetool.train import tensor_file
 from moetool.train.assignment import FILES
 from moetool.train.optimizer import parts, state_from
 from moetool.train.ranks import ALONE, Ranks
 from moetool.train.tensor_file import Stored, stored
 
-STATE = "training_state"
-_FORMAT = 2
 # What to do when it does not fit: where a run goes on, and where it begins with another run's.
 ADVICE = "delete that step folder to continue from the one before it"
 FRESH = "give a step folder of a run with the same layers, or leave --keep-optimizer out"
@@ -57,15 +55,12 @@ def intact(folder: Path, ranks: Ranks = ALONE, within: str = "") -> dict[str, An
 
 def _files(folder: Path) -> dict[str, str]:
     """Digests of a step folder's files, by path."""
-    files = read_json(folder / STATE / "state.json").get("files", {})
-    if not fits(files, {"*": str}):
-        raise CheckpointError(f"{folder / STATE / 'state.json'} is damaged (files)")
-    return dict(files)
+    return dict(read_state(folder)["files"])
 
 
-def _damage(path: Path, digest: str) -> str:
+def _damage(path: Path, recorded: str) -> str:
     try:
-        if tensor_file.digest(path) == digest:
+        if digest(path) == recorded:
             return ""
     except FileNotFoundError:
         return "is missing"
@@ -98,11 +93,11 @@ def save(folder: Path, digests: Mapping[str, str], master: bool, step: int, iden
         identity: of the run, see TrainConfig.identity.
     """
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: digests.get(name) or tensor_file.digest(path) for name, path in paths.items()}
-    document = {"format": _FORMAT, "step": step, "master": master, "identity": identity}
+    files = {name: digests.get(name) or digest(path) for name, path in paths.items()}
+    document = {"format": STATE_FORMAT, "step": step, "master": master, "identity": identity}
     document |= {"torch": torch.__version__, "files": files}
     (folder / STATE).mkdir(exist_ok=True)
-    (folder / STATE / "state.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (folder / STATE_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -111,10 +106,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: state.json is absent, damaged or of another format.
     """
-    document = read_json(folder / STATE / "state.json")
-    if document.get("format") != _FORMAT or not isinstance(document.get("identity"), dict):
-        raise CheckpointError(f"{folder / STATE} was made by another version of moetool")
-    return dict(document["identity"])
+    return dict(read_state(folder)["identity"])
 
 
 @torch.no_grad()
@@ -131,7 +123,7 @@ def load_weights(folder: Path, model: nn.Module, advice: str) -> None:
     """
     with _told(folder, advice), _stored(folder, "master") as weights:
         # Without them a rounded model would be trained on.
-        if read_json(folder / STATE / "state.json")["master"]:
+        if read_state(folder)["master"]:
             parameters = dict(model.named_parameters())
             if absent := sorted(parameters.keys() - weights.keys()):
                 raise ValueError(f"the fp32 weights lack {absent[0]}")

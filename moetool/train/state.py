@@ -17,7 +17,7 @@ from typing import Any
 
 from moetool.checkpoint.folder import PARTIAL, naming, remove, sync_folder, write_file
 from moetool.checkpoint.reader import INDEX
-from moetool.checkpoint.step_folder import AVERAGE, STEPS, WEIGHTS, step_folders
+from moetool.checkpoint.step_folder import AVERAGE, STATE, STATE_FILE, STEPS, WEIGHTS, step_folders
 from moetool.checkpoint.writer import foreign_files
 from moetool.errors import CheckpointError, ConfigError
 from moetool.outside import fits, read_json
@@ -85,13 +85,13 @@ def check_start(model: Path, keep_optimizer: bool, ranks: Ranks) -> None:
     """
     if not keep_optimizer:
         return
-    if not (model / resume.STATE / "state.json").is_file():
+    if not (model / STATE_FILE).is_file():
         raise ConfigError(
-            f"--keep-optimizer: {model} holds no optimizer state ({resume.STATE}/); give a step folder of a run"
+            f"--keep-optimizer: {model} holds no optimizer state ({STATE}/); give a step folder of a run"
             " (OUT/checkpoints/step-NNNNNN), or leave the option out for a fresh optimizer"
         )
     try:
-        resume.intact(model, ranks, resume.STATE)
+        resume.intact(model, ranks, STATE)
     except CheckpointError as error:
         raise CheckpointError(f"--keep-optimizer: {error}; give another step folder, or leave the option out") from None
 
@@ -203,7 +203,7 @@ def go_back(out: Path, step: int) -> None:
 
 def saved_steps(out: Path) -> list[int]:
     """The steps that have a complete folder, ascending."""
-    return [step for step, folder in step_folders(out).items() if (folder / resume.STATE / "state.json").exists()]
+    return [step for step, folder in step_folders(out).items() if (folder / STATE_FILE).exists()]
 
 
 def save_step(folder: Path, fill: Callable[[Path], None], keep: int | None, ranks: Ranks = ALONE) -> Path:

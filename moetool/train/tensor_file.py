@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,10 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from moetool.checkpoint.file_digest import PIECE, joined
 from moetool.checkpoint.folder import naming
-from moetool.checkpoint.reader import read_header
-from moetool.errors import CheckpointError
 from moetool.train.shards import boxes, extent, placed, region
 
-_PIECE = 1 << 24  # bytes
 # safetensors sorts a file's tensors by dtype in this order, then by name.
 _DTYPES = {
     torch.int64: "I64",
@@ -89,9 +86,9 @@ class TensorFile:
     def _write(self, data: memoryview, at: int) -> bytes:
         hashed = xxhash.xxh3_128()
         with naming(self._path):
-            for start in range(0, len(data), _PIECE):
+            for start in range(0, len(data), PIECE):
                 self._go_on()
-                piece = data[start : start + _PIECE]
+                piece = data[start : start + PIECE]
                 hashed.update(piece)
                 while piece:
                     written = os.pwrite(self._file, piece, at)
@@ -99,10 +96,10 @@ class TensorFile:
         return hashed.digest()
 
     def finish(self) -> str:
-        """Bring the file to the disk, once all of its tensors are written; returns its digest, see `digest`."""
+        """Bring the file to the disk, once all of its tensors are written; returns its digest, see `file_digest`."""
         with naming(self._path):
             os.fsync(self._file)
-        return _joined(self._digests[name] for name in ("", *self._names))
+        return joined(self._digests[name] for name in ("", *self._names))
 
 
 @dataclass(frozen=True)
@@ -134,33 +131,3 @@ def stored(paths: Iterable[Path]) -> Iterator[dict[str, Stored]]:
                 part = file.get_slice(name)
                 found[name] = Stored(part, dtypes[part.get_dtype()], tuple(part.get_shape()))
         yield found
-
-
-def digest(path: Path, go_on: Callable[[], None] = lambda: None) -> str:
-    """XXH3-128 over the XXH3-128 of a file's header and of each tensor, in hexadecimal digits.
-
-    Tensors are written in any order, and each is hashed on its way. A file that is not safetensors is one part.
-
-    Args:
-        path: of the file.
-        go_on: called between pieces of 16 MiB; may raise.
-    """
-    bounds = [0, path.stat().st_size]
-    if path.suffix == ".safetensors":
-        with suppress(CheckpointError):  # of a damaged header: as one part it has another digest
-            tensors, _ = read_header(path)
-            bounds[1:1] = [info.start for info in sorted(tensors.values(), key=lambda info: (info.start, info.size))]
-    parts: list[bytes] = []
-    with path.open("rb", buffering=0) as file:
-        for begin, end in pairwise(bounds):
-            hashed, left = xxhash.xxh3_128(), end - begin
-            while left and (piece := file.read(min(left, _PIECE))):
-                go_on()
-                hashed.update(piece)
-                left -= len(piece)
-            parts.append(hashed.digest())
-    return _joined(parts)
-
-
-def _joined(parts: Iterable[bytes]) -> str:
-    return xxhash.xxh3_128(b"".join(parts)).hexdigest()

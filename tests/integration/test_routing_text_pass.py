@@ -185,10 +185,11 @@ def test_a_model_against_itself_is_saturated(mixtral: Path, tmp_path: Path) -> N
     assert all(value == 0 for row in drift(mixtral, mixtral, 4) for value in (row["router"], *row["experts"]))
 
 
-def test_chance_saturation_of_balanced_routers_is_k_over_e(mixtral: Path) -> None:
-    model = load_model(mixtral)
-    empty = probe(model, RouterCapture(model))
-    assert saturation_by_chance(empty, empty) == [0.5, 0.5]
+def test_chance_saturation_is_the_share_of_tokens_that_reach_an_expert() -> None:
+    balanced, reached = np.full((2, 4), 0.25), np.full((2, 4), 0.5)  # top-2 of 4
+    assert saturation_by_chance(balanced, reached) == [0.5, 0.5]
+    # 0.5 x 1 + 0.3 x 0.6 + 0.2 x 0.4
+    assert saturation_by_chance(np.array([[0.5, 0.3, 0.2]]), np.array([[1, 0.6, 0.4]])) == pytest.approx([0.76])
 
 
 def test_refusals(mixtral: Path) -> None:

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetool.average.plan import rounded
+from moetool.checkpoint.file_digest import digest
 from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import load_model, skeleton
 from moetool.cost.operations import flops_per_token
 from moetool.errors import CheckpointError
 from moetool.recipe import recorded_sources
-from moetool.train import resume, tensor_file
+from moetool.train import resume
 from moetool.train.batches import mix, open_corpus
 from moetool.train.config import TrainConfig
 from tests import tiny
@@ -435,7 +436,7 @@ def test_an_optimizer_that_is_not_there_or_does_not_fit(tmp_path: Path, llama: P
     # Another step's, whole in itself, but of another model.
     save_file({**stored, "lm_head.weight/exp_avg": torch.zeros(3)}, moments)
     state = json.loads((step / "training_state" / "state.json").read_text())
-    state["files"]["training_state/optimizer.safetensors"] = tensor_file.digest(moments)
+    state["files"]["training_state/optimizer.safetensors"] = digest(moments)
     (step / "training_state" / "state.json").write_text(json.dumps(state))
     code, _, stderr = cpt(step, tmp_path / "out", jsonl, "--keep-optimizer")
     assert code == 1
