@@ -187,6 +187,8 @@ def test_refusals(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
     assert "--seq-len has no effect without a text" in usage(*twins, "--seq-len", 8)
     more = ("--start", "twins", "--utility", "gate", *data, *SMALL)
     assert "no expert is copied more than 3 times; give at most 16" in fails(mixtral, out, "--num-experts", 17, *more)
+    gradient = ("--start", "twins", "--utility", "gradient", *data, "--stream")
+    assert "--utility gradient needs the whole model" in fails(mixtral, out, "--num-experts", 8, *gradient)
     ernie = upcycled("ernie4_5_moe", tmp_path)
     message = fails(ernie, out, "--num-experts", 8, "--start", "sleeping", "--utility", "gate", *data)
     assert "needs as many copies of each expert in this family" in message
@@ -194,6 +196,13 @@ def test_refusals(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note").write_text("mine")
     assert "is not empty" in fails(mixtral, tmp_path / "full", "--num-experts", 8, *more)
+
+
+def test_layers_one_at_a_time_give_the_same_growth(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
+    how = ("--num-experts", 6, "--start", "twins", "--utility", "gate", "--data", f"a={jsonl}", "--val", f"a={jsonl}")
+    found = [grow(mixtral, tmp_path / name, *how, *SMALL, *more) for name, more in (("a", ()), ("b", ("--stream",)))]
+    assert found[0]["layers"] == found[1]["layers"]
+    assert found[0]["val"] == found[1]["val"]
 
 
 def test_the_loss_of_twins_is_measured(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
