@@ -155,7 +155,7 @@ def warnings(document: Mapping[str, Any], plan: Plan) -> list[str]:
     if (merge := document["merge"]) and merge["errors"]["ream"] > merge["errors"]["none"]:
         told.append(
             f"merged experts change the layers' outputs more ({merge['errors']['ream']:.4f}) than leaving experts out"
-            f" does ({merge['errors']['none']:.4f}); leave --merge out, unless the model is trained further"
+            f" does ({merge['errors']['none']:.4f}); leave --merge out"
         )
     return told
 
