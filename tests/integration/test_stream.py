@@ -152,7 +152,7 @@ def command(*arguments: object) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in ("out", "seconds", "free_disk_bytes", "proof")}
 
 
-@pytest.mark.parametrize("name", ["prune", "densify"])
+@pytest.mark.parametrize("name", ["prune", "prune --merge ream", "densify"])
 def test_the_command_gives_the_same_checkpoint(
     name: str, mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +161,8 @@ def test_the_command_gives_the_same_checkpoint(
     documents = []
     for out, more in (("whole", ()), ("layers", ("--stream",))):
         monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / f"cache-{out}"))
-        documents.append(command(name, mixtral, tmp_path / out, *options, *more))
+        command_name, *how = name.split()
+        documents.append(command(command_name, mixtral, tmp_path / out, *how, *options, *more))
     assert documents[0] == documents[1]
     assert documents[0]["val"]["b"]["after"] != documents[0]["val"]["b"]["before"]
     shards = [load_file(tmp_path / out / "model.safetensors") for out in ("whole", "layers")]
