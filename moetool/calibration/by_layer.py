@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from ctypes import CDLL
 from dataclasses import dataclass, replace
 from functools import partial
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +34,19 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class _Unread:
-    """A tensor on disk, which transformers reads by `[...]`. Bytes come by `pread`, not through a memory map."""
+    """A tensor on disk, which transformers reads by `[...]`. Bytes come by `pread`, not through a map of the file."""
 
     files: BlockFile
     info: TensorInfo
 
     def __getitem__(self, every: Any) -> Tensor:
-        # A whole model's weights lie in a map of the file, and the last bits of a product depend on a matrix's place in
-        # a cache line: so it gets the same place here.
-        dtype, buffer = TORCH_DTYPES[self.info.dtype], torch.empty(self.info.size + CACHE_LINE, dtype=torch.uint8)
-        first = (self.info.start - buffer.data_ptr()) % CACHE_LINE
-        raw = buffer[first - first % dtype.itemsize :][: self.info.size]
+        dtype = TORCH_DTYPES[self.info.dtype]
+        # Pages of its own, which go back to the system at once: the allocator would keep those of matrices that become
+        # part of a larger one, about a layer. A whole model's weights lie in a map of the file, and the last bits of a
+        # product depend on a matrix's place in a cache line: so it gets the same place here.
+        first = self.info.start % CACHE_LINE // dtype.itemsize * dtype.itemsize
+        pages = torch.frombuffer(mmap(-1, first + self.info.size + 1), dtype=torch.uint8)
+        raw = pages[first : first + self.info.size]
         self.files.read_into(self.info, 0, raw_bytes(raw))
         return raw.view(dtype).view(self.info.shape)
 
@@ -145,6 +150,8 @@ class LayeredModel:
                 if buffer is not None and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = buffer.to("meta")
         self._loaded = None
+        with suppress(AttributeError):  # of glibc alone: pages between those of what lives on go back to the system
+            CDLL(None).malloc_trim(0)
 
     def _decode(self, number: int, forward: Callable[..., Any], hidden_BSD: Tensor, *more: Any, **named: Any) -> Any:
         """The forward of a decoder layer."""
@@ -158,6 +165,7 @@ class LayeredModel:
         self._made = made_BSD
         return made_BSD
 
+    @torch.inference_mode()  # a graph would keep the weights of all layers
     def run(
         self, batches: Sequence[Tensor], begin: Callable[[int], None], task: str, progress: Progress = silent
     ) -> HiddenStates:
@@ -194,6 +202,7 @@ class LayeredModel:
             self.free()
         return states
 
+    @torch.inference_mode()
     def logits(self, batches: Sequence[Tensor], progress: Progress = silent) -> Iterator[Tensor]:
         """(B, S, V) of each batch, after all have gone through all layers."""
         states = self.run(batches, lambda batch: None, "validating", progress)

@@ -53,21 +53,18 @@ def densify(
     sources = open_model(context, models, writing, "densify")
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "densified")
     check_source(source)
-    if asked.keep_experts > source.num_experts:
-        raise ConfigError(
-            f"--keep-experts {asked.keep_experts}: {folder} has {source.num_experts} experts; keep at most that"
-        )
+    if (keep := asked.keep_experts) > source.num_experts:
+        raise ConfigError(f"--keep-experts {keep}: {folder} has {source.num_experts} experts; keep at most that")
     estimate = tell_calibration(console, folder, run)
     with console.progress() as progress, estimated(estimate):
         texts, validation = (read_texts(named, folder, run, progress) for named in (run.data, run.val))
         model = load(folder, run)
         measured = calibration_of(model, folder, texts, run, progress)
-        parts = parts_of(source, measured, asked.keep_experts)
+        parts = parts_of(source, measured, keep)
         before = losses(model, validation, run, progress)
         del model
-    recipe = {"keep_experts": asked.keep_experts}
-    recipe |= {"data": {name: text.manifest["sha256"] for name, text in texts.items()}}  # type: ignore[dict-item]
-    plan = plan_dense(sources.readers, recipe, parts, parse_size(writing.max_shard_size))
+    data = {name: text.manifest["sha256"] for name, text in texts.items()}
+    plan = plan_dense(sources.readers, {"keep_experts": keep, "data": data}, parts, parse_size(writing.max_shard_size))
     document: dict[str, Any] = {
         "out": str(models.out),
         "family": {"before": source.spec.model_type, "after": plan.config["model_type"]},
@@ -82,7 +79,7 @@ def densify(
         with console.progress() as progress, estimated(estimate):
             for name, loss in losses(load(models.out, run), validation, run, progress).items() if validation else ():
                 document["val"][name]["after"] = loss
-    show(document, asked.keep_experts, run.data, console)
+    show(document, keep, run.data, console)
     return document
 
 
