@@ -157,15 +157,17 @@ class Study:
             for short, folder in document["models"].items()
         }
 
-    def cpt(self, model: str, out: str, tokens: float, *words: object, train: Sequence[str]) -> str:
-        """`moetool cpt` on some domains, validated on all, unless it is finished."""
+    def cpt(
+        self, model: str, out: str, tokens: float, *words: object, train: Sequence[str], evaluations: int = 5
+    ) -> str:
+        """`moetool cpt` on some domains, validated on all at the start and so many times more, unless it is finished."""
         if not (self.folder / out / "summary.json").exists():
             steps = max(8, self.steps(tokens))
             named = [word for name in train for word in ("--train", f"{name}=corpus/{name}-train.jsonl")]
             val = [word for name in self.domains for word in ("--val", f"{name}=corpus/{name}-val.jsonl")]
             size = ["--seq-len", self.seq_len, "--global-batch-size", self.batch, "--micro-batch-size", self.batch]
             size += ["--max-steps", steps]
-            often = ["--eval-every", max(1, steps // 5), "--save-every", max(1, steps // 4)]
+            often = ["--eval-every", max(1, steps // evaluations), "--save-every", max(1, steps // 4)]
             self.run("cpt", model, out, *named, *words, *val, *size, *often, "--keep-checkpoints", 1, "--quiet")
         return out
 

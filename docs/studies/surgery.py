@@ -13,10 +13,10 @@ from typing import Any
 from study import Study, figure, keep, mean, options, texts
 
 MODEL = {
-    "vocab_size": 1024,
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
@@ -28,7 +28,7 @@ SEQ_LEN, BATCH = 128, 8
 STEP = SEQ_LEN * BATCH  # tokens
 DENSE, YOUNG, LONG, HEAL = 400 * STEP, 200 * STEP, 800 * STEP, 50 * STEP
 EVERY = 20 * STEP  # between snapshots
-FIRST, SECOND = 300 * STEP, 400 * STEP  # before and after growth
+FIRST, SECOND = 200 * STEP, 200 * STEP  # before and after growth
 RATE = ("--lr", "2e-3")
 CONSTANT = (*RATE, "--schedule", "constant")
 
@@ -40,8 +40,8 @@ MEANS: dict[str, tuple[object, ...]] = {
     "minus-sqrt of the last 5": ("--last", 5, "--weights", "minus-sqrt"),
     "minus-sqrt of the last 10": ("--last", 10, "--weights", "minus-sqrt"),
 }
-# The same run, but the last steps decay linearly to 0: the share of the run that does not.
-DECAYS = {"decay over the last 100 steps": 0.875, "decay over the last 200 steps": 0.75}
+# The same run, but the steps of the last 10 snapshots decay linearly to 0: the share of the run that does not.
+DECAYS = {"decay over the last 200 steps": 0.75}
 LAST = "last checkpoint"
 
 SCORES = ("frequency", "ean", "weighted-ean", "man", "reap", "reconstruction", "auto", "random")
@@ -51,7 +51,7 @@ UNPRUNED = "not pruned"
 
 LOSS_FREE = ("--balance", "loss-free")
 GROW: dict[str, tuple[object, ...]] = {
-    "sleeping": ("--start", "sleeping", "--wake-after", 100),
+    "sleeping": ("--start", "sleeping", "--wake-after", 50),
     "twins": ("--start", "twins"),
 }
 UNCHANGED, EIGHT = "4 experts, trained on", "8 experts from the start"
@@ -100,7 +100,8 @@ def pruned(study: Study, seed: int, age: str, model: str, number: int) -> dict[s
 def healed(study: Study, seed: int, model: str, out: str = "") -> list[float]:
     """The loss of a model before and after a few more steps, mean of the domains; not on text of its first steps."""
     words = (*RATE, "--seed", 1000 + seed)
-    losses = study.losses(study.cpt(model, out or f"{model}-healed", HEAL, *words, train=study.domains))
+    run = study.cpt(model, out or f"{model}-healed", HEAL, *words, train=study.domains, evaluations=1)
+    losses = study.losses(run)
     return [mean(losses[place][1].values()) for place in (0, -1)]
 
 
@@ -108,13 +109,12 @@ def growths(study: Study, seed: int) -> dict[str, list[tuple[int, float]]]:
     """(tokens, loss) of 4 experts that are trained on, grown to 8 and trained, and of 8 from the start."""
     start, found = {}, {}
     for number in (4, 8):
-        words = ("--target", "glm4_moe", "--num-experts", number, "--seed", seed)
-        moe = study.upcycle(f"s{seed}/dense", f"s{seed}/glm-{number}", *words)
-        words = (*CONSTANT, *LOSS_FREE, "--seed", seed)
-        start[number] = study.cpt(moe, f"s{seed}/glm-{number}-first", FIRST, *words, train=study.domains)
+        made = ("--target", "glm4_moe", "--num-experts", number, "--seed", seed)
+        moe, first = study.upcycle(f"s{seed}/dense", f"s{seed}/glm-{number}", *made), f"s{seed}/glm-{number}-first"
+        start[number] = study.cpt(moe, first, FIRST, *CONSTANT, *LOSS_FREE, "--seed", seed, train=study.domains)
     models = {UNCHANGED: start[4], EIGHT: start[8]}
-    for name, words in GROW.items():
-        models[name] = study.grow(start[4], f"s{seed}/{name}", "--num-experts", 8, *words)
+    for name, how in GROW.items():
+        models[name] = study.grow(start[4], f"s{seed}/{name}", "--num-experts", 8, *how)
     for name, model in models.items():
         words = (*RATE, *LOSS_FREE, "--seed", 1000 + seed)
         run = study.cpt(model, f"s{seed}/second-{slug(name)}", SECOND, *words, train=study.domains)
@@ -129,7 +129,9 @@ def seed_runs(study: Study, seed: int) -> dict[str, Any]:
     moe = study.upcycle(dense, f"s{seed}/moe", "--seed", seed)
     snapshots = ("--keep-weights", study.steps(EVERY))
     run = study.cpt(moe, f"s{seed}/constant", LONG, *CONSTANT, *snapshots, "--seed", seed, train=study.domains)
-    ages = {age: f"{run}/weights/step-{study.steps(tokens):06d}" for age, tokens in zip(AGES, (YOUNG, LONG), strict=True)}
+    ages = {
+        age: f"{run}/weights/step-{study.steps(tokens):06d}" for age, tokens in zip(AGES, (YOUNG, LONG), strict=True)
+    }
     prune: dict[str, Any] = {}
     for age, model in ages.items():
         prune[age] = {str(number): pruned(study, seed, age, model, number) for number in KEEP}

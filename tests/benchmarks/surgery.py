@@ -54,7 +54,8 @@ def main() -> None:
         start = measure(IMPORTS)
         print("\n| parameters | command | read GB | written GB | seconds | processor s | peak MB | of it anonymous |")
         print("|---|---|---|---|---|---|---|---|")
-        print(f"| | imports only | | | {start.seconds:.1f} | {start.cpu:.1f} | {start.peak:.0f} | {start.anonymous:.0f} |")
+        cells = [f"{start.seconds:.1f}", f"{start.cpu:.1f}", f"{start.peak:.0f}", f"{start.anonymous:.0f}"]
+        print(f"| | imports only | | | {' | '.join(cells)} |")
         for size in SIZES:
             folder, out = top / size, top / "out"
             # In a process of its own: a child's peak memory counts what it had of its parent's.
@@ -67,11 +68,10 @@ def main() -> None:
                 for source in sources:
                     settle(source)
                 ran = measure(with_out(words, out))
-                print(
-                    f"| {size} | `{command}` | {sum(map(size_of, sources)):.2f} | {size_of(out):.2f} | {ran.seconds:.1f}"
-                    f" | {ran.cpu:.1f} | {ran.peak:.0f} | {ran.anonymous:.0f} |",
-                    flush=True,
-                )
+                read = sum(map(size_of, sources))
+                cells = [size, f"`{command}`", f"{read:.2f}", f"{size_of(out):.2f}", f"{ran.seconds:.1f}"]
+                cells += [f"{ran.cpu:.1f}", f"{ran.peak:.0f}", f"{ran.anonymous:.0f}"]
+                print(f"| {' | '.join(cells)} |", flush=True)
                 shutil.rmtree(out)
                 shutil.rmtree(top / "cache", ignore_errors=True)
             shutil.rmtree(folder)

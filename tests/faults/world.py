@@ -207,7 +207,7 @@ class World:
             "prune": [["prune", moe, out, "--keep-experts", 3, *data]],
             "densify": [["densify", moe, out, "--keep-experts", 2, *data]],
         }
-        return [[*job, "--verify", "none"] for job in jobs[command]]
+        return [[*job, "--verify", "none", "--quiet"] for job in jobs[command]]
 
 
 RECIPES: list[list[object]] = [
