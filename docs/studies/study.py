@@ -104,7 +104,7 @@ class Study:
         return name
 
     def run(self, *words: object, to: Path | None = None) -> None:
-        """Run a moetool command in the folder, printed as it is typed there; standard output goes to a file if given."""
+        """Run a moetool command in the folder, printed as it is typed there; `to` takes its standard output."""
         command = [str(word) for word in words]
         redirected = f" > {to.relative_to(self.folder)}" if to else ""
         print(f"$ moetool {shlex.join(command)}{redirected}", flush=True)
@@ -149,7 +149,7 @@ class Study:
     def evaluate(self, name: str, models: Sequence[str]) -> dict[str, dict[str, float]]:
         """`moetool eval` on the validation text of every domain: model -> domain -> bits per byte."""
         data = [word for domain in self.domains for word in ("--text", f"{domain}=corpus/{domain}-val.jsonl")]
-        document = self.document(name, "eval", *models, *data)
+        document = self.document(name, "eval", *models, *data, "--batch-size", 16)
         return {
             folder: {
                 domain: document["results"][short][domain]["bits_per_byte,none"]["value"] for domain in self.domains
@@ -160,7 +160,7 @@ class Study:
     def cpt(
         self, model: str, out: str, tokens: float, *words: object, train: Sequence[str], evaluations: int = 5
     ) -> str:
-        """`moetool cpt` on some domains, validated on all at the start and so many times more, unless it is finished."""
+        """`moetool cpt` on some domains, validated on all before and `evaluations` times after, unless it is there."""
         if not (self.folder / out / "summary.json").exists():
             steps = max(8, self.steps(tokens))
             named = [word for name in train for word in ("--train", f"{name}=corpus/{name}-train.jsonl")]

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.surgery [--folder DIR] [--only WORD]
 
 Random Mixtrals (8 experts, top-2, bf16) of about 0.1, 0.4 and 1 B parameters. `average` has three copies of one;
-`grow` makes 16 experts of 8; `densify` keeps 2 and `prune` 6, after a pass over 1024 tokens in fp32. The largest size
+`grow` makes 16 experts of 8; `densify` keeps 2 and `prune` 6, after a pass over 512 tokens in fp32. The largest size
 needs 16 GB of disk. The memory is the peak of the process and its workers, pages that they share counted once; the
 sources are warm in the page cache.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.benchmarks.surgery_folders import SIZES
 from tests.benchmarks.upcycle_speed import IMPORTS, machine, measure, settle, size_of
 
-PASS = ["--seq-len", "128", "--max-tokens", "1024", "--dtype", "float32"]
+PASS = ["--seq-len", "128", "--max-tokens", "512", "--dtype", "float32"]
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
