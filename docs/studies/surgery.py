@@ -62,7 +62,7 @@ Results = dict[int, dict[str, Any]]  # of each seed
 
 def slug(name: str) -> str:
     """A folder's name."""
-    return name.replace(" ", "-")
+    return name.replace(",", "").replace(" ", "-")
 
 
 def averages(study: Study, seed: int, run: str) -> dict[str, dict[str, float]]:
@@ -141,49 +141,50 @@ def seed_runs(study: Study, seed: int) -> dict[str, Any]:
 
 def ranged(values: Sequence[float], sign: str = "+") -> str:
     """The mean, and the range over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:{sign}.3f}".replace("-", "\N{MINUS SIGN}")
     shown = f"{mean(values):{sign}.3f} ({min(values):{sign}.3f} to {max(values):{sign}.3f})"
     return shown.replace("-", "\N{MINUS SIGN}")
 
 
-def average_table(results: Results) -> str:
+def part(results: Results, name: str) -> dict[int, Any]:
+    """A part of the study, of the seeds that have it: a run that was cut off has fewer of the last parts."""
+    return {seed: found[name] for seed, found in results.items() if name in found}
+
+
+def average_table(found: dict[int, Any]) -> str:
     """Bits per byte, mean of the domains."""
     lines = ["| model | bits per byte | minus the last checkpoint |", "|---|---|---|"]
     for name in (LAST, *MEANS, *DECAYS):
-        bits = [mean(found["average"][name].values()) for found in results.values()]
-        last = [mean(found["average"][LAST].values()) for found in results.values()]
+        bits, last = ([mean(run[of].values()) for run in found.values()] for of in (name, LAST))
         gaps = "" if name == LAST else ranged([a - b for a, b in zip(bits, last, strict=True)])
         lines.append(f"| {name} | {ranged(bits, '')} | {gaps} |")
     return "\n".join(lines)
 
 
-def rises(results: Results, age: str, number: int, score: str) -> list[list[float]]:
+def rises(found: dict[int, Any], age: str, number: int, score: str) -> list[list[float]]:
     """By how much the loss is above that of the model that was not pruned: before healing, and after; of each seed."""
-    found = [run["prune"][age] for run in results.values()]
-    return [[one[str(number)][score]["losses"][when] - one[UNPRUNED][when] for one in found] for when in (0, 1)]
+    runs = [run[age] for run in found.values()]
+    return [[one[str(number)][score]["losses"][when] - one[UNPRUNED][when] for one in runs] for when in (0, 1)]
 
 
-def prune_table(results: Results) -> str:
-    """Losses above those of the model with all experts."""
-    titles = [f"{age}, keep {number}: {when}" for age in AGES for number in KEEP for when in ("before", "healed")]
-    lines = [f"| score | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
+def prune_table(found: dict[int, Any], age: str) -> str:
+    """Losses above those of the model with all experts, and what auto took."""
+    titles = [f"keep {number}: {when}" for number in KEEP for when in ("at once", "healed")]
+    lines = [f"| {age}: score | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
     for score in SCORES:
-        cells = [ranged(part) for age in AGES for number in KEEP for part in rises(results, age, number, score)]
+        cells = [ranged(values) for number in KEEP for values in rises(found, age, number, score)]
         lines.append(f"| {score} | {' | '.join(cells)} |")
-    taken = []
-    for age in AGES:
-        for number in KEEP:
-            names = [run["prune"][age][str(number)]["auto"]["taken"] for run in results.values()]
-            taken += [", ".join(names), ""]
-    return "\n".join([*lines, f"| auto took | {' | '.join(taken)} |"])
+    taken = [", ".join(run[age][str(number)]["auto"]["taken"] for run in found.values()) for number in KEEP]
+    return "\n".join([*lines, f"| auto took | {' | | '.join(taken)} | |"])
 
 
-def grow_table(results: Results) -> str:
+def grow_table(found: dict[int, Any]) -> str:
     """The loss at once and at the end."""
     lines = ["| model | loss at the start of the second phase | at its end | minus 4 experts |", "|---|---|---|---|"]
     for name in (UNCHANGED, *GROW, EIGHT):
         start, end, same = (
-            [run["grow"][of][place][1] for run in results.values()]
-            for of, place in ((name, 0), (name, -1), (UNCHANGED, -1))
+            [run[of][place][1] for run in found.values()] for of, place in ((name, 0), (name, -1), (UNCHANGED, -1))
         )
         gaps = "" if name == UNCHANGED else ranged([a - b for a, b in zip(end, same, strict=True)])
         lines.append(f"| {name} | {ranged(start, '')} | {ranged(end, '')} | {gaps} |")
@@ -192,7 +193,16 @@ def grow_table(results: Results) -> str:
 
 def table(results: Results) -> str:
     """The page's tables, in Markdown: mean and range over seeds."""
-    return "\n\n".join((average_table(results), prune_table(results), grow_table(results)))
+    average, prune, grow = (part(results, name) for name in ("average", "prune", "grow"))
+    tables = {
+        "Average against decay": (average, average_table(average)),
+        "Pruning, young models": (prune, prune_table(prune, "young")),
+        "Pruning, models that were trained longer": (prune, prune_table(prune, "long")),
+        "Growth": (grow, grow_table(grow)),
+    }
+    return "\n\n".join(
+        f"{title} (seeds {', '.join(map(str, found))}):\n\n{lines}" for title, (found, lines) in tables.items()
+    )
 
 
 def draw_prune(results: Results) -> None:
@@ -201,7 +211,7 @@ def draw_prune(results: Results) -> None:
     for axes, (age, number) in zip(cells, [(age, number) for age in AGES for number in KEEP], strict=True):
         for shift, (when, colour) in enumerate((("before healing", "C1"), ("healed", "C0"))):
             for place, score in enumerate(SCORES):
-                values = rises(results, age, number, score)[shift]
+                values = rises(part(results, "prune"), age, number, score)[shift]
                 label = when if not place else None
                 axes.plot([place + 0.2 * shift] * len(values), values, "o", ms=4, color=colour, label=label)
         axes.axhline(0, color="grey", lw=0.8)
@@ -216,7 +226,7 @@ def draw_grow(results: Results) -> None:
     """The loss over the second phase, less that of 4 experts at its end, mean of the seeds."""
     made, (axes,) = figure(HERE / "surgery-grow.png")
     for name in (UNCHANGED, *GROW, EIGHT):
-        runs = [(run["grow"][name], run["grow"][UNCHANGED][-1][1]) for run in results.values()]
+        runs = [(run[name], run[UNCHANGED][-1][1]) for run in part(results, "grow").values()]
         x = [tokens / 1e6 for tokens, _ in runs[0][0]]
         axes.plot(x, [mean(run[i][1] - end for run, end in runs) for i in range(len(x))], "o-", ms=3, label=name)
     axes.axhline(0, color="grey", lw=0.8)
