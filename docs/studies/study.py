@@ -1,4 +1,4 @@
-"""What both studies share: text, tokenizer, dense models, and moetool's commands, run once each.
+"""What all studies share: text, tokenizer, dense models, and moetool's commands, run once each.
 
 Nothing here trains or measures: every number comes from a command that is printed as it is run. A
 command whose result is there already is not run again, and one that was interrupted continues, so a study
@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +22,9 @@ from typing import Any
 
 VALIDATION = 40_000  # bytes of each text, in whole lines
 SEQ_LEN, BATCH = 256, 8
+# Each command runs in a process of its own, forked from one that has imported these, which takes seconds.
+PRELOAD = ["moetool.cli", "moetool.surgery.apply", "moetool.train.build", "moetool.train.open", "transformers"]
+_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def options(description: str) -> argparse.Namespace:
@@ -39,10 +42,20 @@ def options(description: str) -> argparse.Namespace:
 class Study:
     """A folder, and what is run in it."""
 
-    def __init__(self, folder: Path, texts: Mapping[str, Path], model: Mapping[str, Any], scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        texts: Mapping[str, Path],
+        model: Mapping[str, Any],
+        scale: float = 1.0,
+        seq_len: int = SEQ_LEN,
+        batch: int = BATCH,
+    ) -> None:
         self.folder, self.model, self.scale = folder.absolute(), dict(model), scale
+        self.seq_len, self.batch = seq_len, batch
         self.domains = list(texts)
         self._prepare(texts)
+        _CONTEXT.set_forkserver_preload(PRELOAD)
 
     def _prepare(self, texts: Mapping[str, Path]) -> None:
         """Split each text into paragraphs for training and validation; train the tokenizer on all domains."""
@@ -90,13 +103,30 @@ class Study:
             AutoTokenizer.from_pretrained(self.folder / "tokenizer").save_pretrained(self.folder / name)
         return name
 
-    def run(self, *words: object) -> None:
-        """Run a moetool command in the folder, printed as it is typed there."""
+    def run(self, *words: object, to: Path | None = None) -> None:
+        """Run a moetool command in the folder, printed as it is typed there; `to` takes its standard output."""
         command = [str(word) for word in words]
-        print(f"$ moetool {shlex.join(command)}", flush=True)
-        done = subprocess.run([sys.executable, "-m", "moetool", *command], cwd=self.folder, check=False)
-        if done.returncode:
-            raise SystemExit(f"the command above ended with {done.returncode}; the same command continues the study")
+        redirected = f" > {to.relative_to(self.folder)}" if to else ""
+        print(f"$ moetool {shlex.join(command)}{redirected}", flush=True)
+        process = _CONTEXT.Process(target=_moetool, args=(command, str(self.folder), str(to or "")))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"the command above ended with {process.exitcode}; the same command continues the study")
+
+    def document(self, name: str, *words: object) -> dict[str, Any]:
+        """The JSON document of a command, kept under a name; a command whose document is there is not run again."""
+        path = self.folder / name
+        if not path.exists():
+            part = path.with_suffix(".part")
+            self.run(*words, "--json", "--quiet", to=part)
+            part.replace(path)
+        document: dict[str, Any] = json.loads(path.read_text())
+        return document
+
+    def steps(self, tokens: float) -> int:
+        """Of a run of so many tokens."""
+        return max(1, round(tokens * self.scale / (self.seq_len * self.batch)))
 
     def upcycle(self, dense: str, out: str, *words: object) -> str:
         """`moetool upcycle`, unless its result is there."""
@@ -104,23 +134,40 @@ class Study:
             self.run("upcycle", dense, out, *words, "--quiet")
         return out
 
-    def cpt(self, model: str, out: str, tokens: float, *words: object, train: Sequence[str]) -> str:
-        """`moetool cpt` on some domains, validated on all, unless it is finished."""
+    def average(self, run: str, out: str, *words: object) -> str:
+        """`moetool average` of a run, unless its result is there."""
+        if not (self.folder / out / "config.json").exists():
+            self.run("average", out, run, *words, "--quiet")
+        return out
+
+    def grow(self, model: str, out: str, *words: object) -> str:
+        """`moetool grow`, unless its result is there."""
+        if not (self.folder / out / "config.json").exists():
+            self.run("grow", model, out, *words, "--quiet")
+        return out
+
+    def evaluate(self, name: str, models: Sequence[str]) -> dict[str, dict[str, float]]:
+        """`moetool eval` on the validation text of every domain: model -> domain -> bits per byte."""
+        data = [word for domain in self.domains for word in ("--text", f"{domain}=corpus/{domain}-val.jsonl")]
+        document = self.document(name, "eval", *models, *data, "--batch-size", 16)
+        return {
+            folder: {
+                domain: document["results"][short][domain]["bits_per_byte,none"]["value"] for domain in self.domains
+            }
+            for short, folder in document["models"].items()
+        }
+
+    def cpt(
+        self, model: str, out: str, tokens: float, *words: object, train: Sequence[str], evaluations: int = 5
+    ) -> str:
+        """`moetool cpt` on some domains, validated on all before and `evaluations` times after, unless it is there."""
         if not (self.folder / out / "summary.json").exists():
-            steps = max(8, round(tokens * self.scale / (SEQ_LEN * BATCH)))
+            steps = max(8, self.steps(tokens))
             named = [word for name in train for word in ("--train", f"{name}=corpus/{name}-train.jsonl")]
             val = [word for name in self.domains for word in ("--val", f"{name}=corpus/{name}-val.jsonl")]
-            size = [
-                "--seq-len",
-                SEQ_LEN,
-                "--global-batch-size",
-                BATCH,
-                "--micro-batch-size",
-                BATCH,
-                "--max-steps",
-                steps,
-            ]
-            often = ["--eval-every", max(1, steps // 5), "--save-every", max(1, steps // 4)]
+            size = ["--seq-len", self.seq_len, "--global-batch-size", self.batch, "--micro-batch-size", self.batch]
+            size += ["--max-steps", steps]
+            often = ["--eval-every", max(1, steps // evaluations), "--save-every", max(1, steps // 4)]
             self.run("cpt", model, out, *named, *words, *val, *size, *often, "--keep-checkpoints", 1, "--quiet")
         return out
 
@@ -129,7 +176,7 @@ class Study:
         report = self.folder / out / "report.json"
         if not report.exists():
             data = [word for name in self.domains for word in ("--data", f"{name}=corpus/{name}-val.jsonl")]
-            self.run("analyze-routing", model, *data, "--seq-len", SEQ_LEN, "--out", out, *words, "--quiet")
+            self.run("analyze-routing", model, *data, "--seq-len", self.seq_len, "--out", out, *words, "--quiet")
         document: dict[str, Any] = json.loads(report.read_text())
         return document
 
@@ -140,7 +187,19 @@ class Study:
 
     def losses(self, run: str) -> list[tuple[int, dict[str, float]]]:
         """(tokens, validation loss a domain) over a run."""
-        return [(row["step"] * SEQ_LEN * BATCH, row["val"]) for row in self.rows(run) if "val" in row]
+        return [(row["step"] * self.seq_len * self.batch, row["val"]) for row in self.rows(run) if "val" in row]
+
+
+def _moetool(command: list[str], folder: str, to: str) -> None:
+    os.chdir(folder)
+    if to:
+        descriptor = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.close(descriptor)
+    sys.argv = ["moetool", *command]
+    from moetool.__main__ import main
+
+    main()
 
 
 def mean(values: Iterable[float]) -> float:

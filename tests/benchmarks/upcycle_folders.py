@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 # Letters in the shapes below: E experts, F intermediate, D hidden.
 SIZES = {
@@ -47,14 +49,14 @@ SIZES = {
 BLOCK = 2**24  # entries of the random block that fills every tensor, piece by piece
 
 
-def write(folder: Path, size: str) -> None:
+def write(folder: Path, settings: Mapping[str, Any]) -> None:
     """A Llama in one bf16 file, streamed: no tensor is ever whole in memory."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    config = LlamaConfig(**SIZES[size], dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(**settings, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     # mergekit-moe refuses a model without a tokenizer.
     words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
@@ -123,6 +125,6 @@ def check(folder: Path, source: Path) -> dict[str, object]:
 
 if __name__ == "__main__":
     if sys.argv[1] == "write":
-        write(Path(sys.argv[2]), sys.argv[3])
+        write(Path(sys.argv[2]), SIZES[sys.argv[3]])
     else:
         print(json.dumps(check(Path(sys.argv[2]), Path(sys.argv[3]))))

@@ -30,12 +30,12 @@ def _said(done: Done) -> str:
     return line
 
 
-def upcycle(world: World, chance: Random) -> str:
+def rewriting(world: World, chance: Random, command: str) -> str:
     """The disk fills up while shards are written."""
-    job: list[object] = ["--max-shard-size", "1MB", "--verify", "none"]
     with mounted(world.new(), 160_000) as disk:
         out = disk / "out"
-        running = world.start("upcycle", world.folder / "large", out, *job)
+        job = [*world.rewriting(command, out)[0], "--max-shard-size", "1MB"]
+        running = world.start(*job)
         there = chance.randrange(12)
         wait_until(lambda: len(list(out.glob("*.safetensors"))) >= there, running)
         _filled(disk)
@@ -46,15 +46,15 @@ def upcycle(world: World, chance: Random) -> str:
         assert refused(out)
         assert not list(out.glob("*.unfinished"))
         (disk / "filler").unlink()
-        world.good("upcycle", world.folder / "large", out, *job)
+        world.good(*job)
         assert not refused(out)
     return "one line; not loadable; with space freed, the same command finished"
 
 
-def upcycle_small(world: World, chance: Random) -> str:
+def too_small(world: World, chance: Random, command: str) -> str:
     """A disk that is too small from the beginning."""
     with mounted(world.new(), chance.randrange(8, 3000)) as disk:
-        _said(world.run("upcycle", world.folder / "large", disk / "out"))
+        _said(world.run(*world.rewriting(command, disk / "out")[0]))
         assert not list(disk.glob("out/*"))
     return "refused before anything was written, with what is needed and what is free"
 

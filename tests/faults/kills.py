@@ -18,13 +18,6 @@ from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
 from tests.faults.world import STEPS, TIMEOUT, World, wait_until
 
-RECIPES: list[list[object]] = [
-    [],
-    ["--target", "granitemoe", "--drop-index", "per-matrix"],
-    ["--target", "glm4_moe", "--granularity", 4, "--num-experts", 12, "--top-k", 3],
-    ["--target", "qwen2_moe", "--method", "scratch"],
-]
-
 
 def refused(out: Path) -> bool:
     """Whether a folder is refused as a checkpoint, as it must be while it is unfinished."""
@@ -35,14 +28,17 @@ def refused(out: Path) -> bool:
     return False
 
 
-def upcycle(world: World, chance: Random) -> str:
-    """SIGKILL at a random instant of a conversion; then the same command."""
-    number = chance.randrange(len(RECIPES))
-    arguments = [*RECIPES[number], "--max-shard-size", "10MB", "--verify", "none"]
-    key = f"upcycle {number}"
+def rewriting(world: World, chance: Random, command: str) -> str:
+    """SIGKILL at a random instant while a checkpoint is written; then the same command."""
+    number = chance.randrange(len(world.rewriting(command, Path())))
+
+    def job(out: Path) -> list[object]:
+        return [*world.rewriting(command, out)[number], "--max-shard-size", "10MB" if command == "upcycle" else "3MB"]
+
+    key = f"{command} {number}"
     if key not in world.known:
         whole = world.new()
-        running = world.start("upcycle", world.folder / "large", whole, *arguments)
+        running = world.start(*job(whole))
         wait_until(whole.exists, running)
         began = time.monotonic()
         assert running.wait().code == 0
@@ -50,7 +46,7 @@ def upcycle(world: World, chance: Random) -> str:
         shutil.rmtree(whole)
     lasts, expected = world.known[key]
     out = world.new()
-    running = world.start("upcycle", world.folder / "large", out, *arguments)
+    running = world.start(*job(out))
     wait_until(out.exists, running)
     time.sleep(chance.uniform(0, lasts))
     running.send(signal.SIGKILL)
@@ -58,7 +54,7 @@ def upcycle(world: World, chance: Random) -> str:
     finished = (out / "config.json").exists() and not (out / "moetool.partial.json").exists()
     assert finished or refused(out)
     complete = len(list(out.glob("*.safetensors")))
-    world.good("upcycle", world.folder / "large", out, *arguments)
+    world.good(*job(out))
     assert {p.name: p.read_bytes() for p in out.glob("*.safetensors")} == expected
     shutil.rmtree(out)
     if not killed:

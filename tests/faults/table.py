@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from random import Random
+
 from tests.faults import disks, kills, locks, other, shards
-from tests.faults.world import Fault, Once
+from tests.faults.world import Fault, Once, World
 
 COMMANDS = ("upcycle", "cpt", "tokenize", "analyze-routing", "eval", "quickstart")
+
+
+SURGERY = ("average", "grow", "prune", "densify")
+REWRITING = ("upcycle", *SURGERY)
 
 
 def _two(command: str) -> Once:
     return lambda world, chance: locks.two_writers(world, command)
 
 
+def _of(once: Callable[[World, Random, str], str], command: str) -> Once:
+    return lambda world, chance: once(world, chance, command)
+
+
 KILL, STOP, FULL = "SIGKILL at a random instant", "Ctrl-C or SIGTERM, once or twice", "the disk fills up"
 FAULTS: list[Fault] = [
-    Fault(KILL, "upcycle", kills.upcycle, 50, slow=True),
+    Fault(KILL, "upcycle", _of(kills.rewriting, "upcycle"), 50, slow=True),
+    *(Fault(KILL, command, _of(kills.rewriting, command), 20) for command in SURGERY),
     Fault(KILL, "cpt", kills.cpt, 50, slow=True),
     Fault(KILL, "analyze-routing over an earlier report", kills.report, 10, slow=True),
     Fault(KILL, "eval over earlier results", kills.results, 10, slow=True),
@@ -23,8 +35,11 @@ FAULTS: list[Fault] = [
     Fault("one of two processes is killed", "cpt", kills.one_of_two, 10, slow=True),
     Fault("no memory for a block", "a worker of upcycle", other.worker, 20),
     Fault("no memory (RLIMIT_AS)", "each command that writes", other.memory, 20, slow=True),
-    Fault(FULL, "upcycle", disks.upcycle, 10, mounts=True),
-    Fault("a disk that is too small", "upcycle", disks.upcycle_small, 10, mounts=True),
+    *(Fault(FULL, command, _of(disks.rewriting, command), 10, mounts=True) for command in REWRITING),
+    *(
+        Fault("a disk that is too small", command, _of(disks.too_small, command), 10, mounts=True)
+        for command in REWRITING
+    ),
     Fault(FULL, "cpt", disks.cpt, 10, slow=True, mounts=True),
     Fault(FULL, "analyze-routing over an earlier report", disks.report, 10, slow=True, mounts=True),
     Fault(FULL, "eval over earlier results", disks.results, 10, slow=True, mounts=True),

@@ -26,6 +26,12 @@ TIMEOUT = 240.0
 PRELOAD = [
     "moetool.surgery.apply",
     "moetool.upcycle.plan",
+    "moetool.average.plan",
+    "moetool.grow.plan",
+    "moetool.prune.choose",
+    "moetool.prune.plan",
+    "moetool.densify.plan",
+    "moetool.calibration.measure",
     "moetool.train.build",
     "moetool.train.open",
     "moetool.evaluate.results",
@@ -189,6 +195,27 @@ class World:
             "eval": ["eval", self.moe, "--text", data, "--out", out, "--limit", 40, "--batch-size", 8],
             "quickstart": ["quickstart", out],
         }
+
+    def rewriting(self, command: str, out: Path) -> list[list[object]]:
+        """Jobs of a command that rewrites checkpoints, which take long enough to be disturbed."""
+        large, moe = self.folder / "large", self.folder / "large-moe"
+        data: list[object] = ["--data", f"text={self.text}", "--max-tokens", 500, "--seq-len", 16]
+        jobs: dict[str, list[list[object]]] = {
+            "upcycle": [["upcycle", large, out, *recipe] for recipe in RECIPES],
+            "average": [["average", out, large, self.folder / "large-2"]],
+            "grow": [["grow", moe, out, "--num-experts", 8, "--start", start] for start in ("double-k", "twins")],
+            "prune": [["prune", moe, out, "--keep-experts", 3, *data]],
+            "densify": [["densify", moe, out, "--keep-experts", 2, *data]],
+        }
+        return [[*job, "--verify", "none", "--quiet"] for job in jobs[command]]
+
+
+RECIPES: list[list[object]] = [
+    [],
+    ["--target", "granitemoe", "--drop-index", "per-matrix"],
+    ["--target", "glm4_moe", "--granularity", 4, "--num-experts", 12, "--top-k", 3],
+    ["--target", "qwen2_moe", "--method", "scratch"],
+]
 
 
 STEPS: list[object] = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--max-steps", 24]
