@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -23,10 +24,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests import tiny  # noqa: E402  (after the environment is set)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is read from or left in the user's cache."""
-    monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path_factory.getbasetemp() / "moetool-cache"))
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from or left in the user's cache, in fixtures of whole modules neither."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MOETOOL_CACHE", str(tmp_path_factory.getbasetemp() / "moetool-cache"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from moetool.calibration.sums import Calibration
 from moetool.checkpoint.folder import write_file
 from moetool.checkpoint.reader import content_fingerprint
 
+FORMAT = 2  # of the files; raise it when what they hold changes
+
 
 def cache_folder() -> Path:
     """Where calibrations are kept."""
@@ -35,7 +37,13 @@ def kept(
         settings: all else that the result depends on.
         make: a new one.
     """
-    parts = [__version__, content_fingerprint(folder), {name: one["sha256"] for name, one in texts.items()}, settings]
+    parts = [
+        FORMAT,
+        __version__,
+        content_fingerprint(folder),
+        {name: one["sha256"] for name, one in texts.items()},
+        settings,
+    ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / f"{digest}.safetensors"
     with suppress(OSError, SafetensorError, KeyError, ValueError, TypeError):  # absent, or damaged and made again
