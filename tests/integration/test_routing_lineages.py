@@ -43,9 +43,15 @@ def origins(folder: Path, command: str = "") -> list[list[int]]:
     return entry["recipe"]["experts"]["from"]  # type: ignore[no-any-return]
 
 
-def compare(one: Path, other: Path, out: Path, jsonl: Path, *more: object) -> dict[str, Any]:
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take seconds, and other tests look at them."""
+    monkeypatch.setattr("moetool.routing.plots.draw_plots", lambda report: {})
+
+
+def compare(one: Path, other: Path, out: Path, jsonl: Path) -> dict[str, Any]:
     code, printed, err = tiny.in_process(
-        "analyze-routing", one, "--compare", other, "--data", f"a={jsonl}", "--out", out, *SIZE, "--json", *more
+        "analyze-routing", one, "--compare", other, "--data", f"a={jsonl}", "--out", out, *SIZE, "--json"
     )
     assert code == 0, err
     return json.loads(printed)["comparison"]  # type: ignore[no-any-return]
@@ -65,10 +71,11 @@ def check_counts(
     found: dict[str, Any], one: Path, other: Path, maps: tuple[Sequence[Sequence[int]], ...], jsonl: Path
 ) -> None:
     """Saturation, what chance gives, and the divergence of the loads, token by token and route by route."""
+    chosen_by = [choices(folder, jsonl) for folder in (one, other)]
     for layer, row in enumerate(found["domains"]["a"]["layers"]):
         before, now = (
-            [[side[layer][e] for e in chosen] for chosen in choices(folder, jsonl)[layer]]
-            for folder, side in zip((one, other), maps, strict=True)
+            [[side[layer][e] for e in chosen] for chosen in layers[layer]]
+            for layers, side in zip(chosen_by, maps, strict=True)
         )
         K, A = len(before[0]), 1 + max(e for side in maps for e in side[layer])
         kept = sum(e in those for chosen, those in zip(before, now, strict=True) for e in chosen)
@@ -112,7 +119,7 @@ def test_a_pruned_model_against_the_whole_one(eight: Path, jsonl: Path, tmp_path
     page = (tmp_path / "report" / "report.html").read_text()
     assert "nothing was done to the first and prune to the second" in page
     assert f"<td>0</td><td>{', '.join(map(str, sorted(set(range(8)) - set(kept[0]))))}</td><td>–</td>" in page
-    back = compare(six, eight, tmp_path / "back", jsonl)
+    back = compare(six, eight, tmp_path / "report-2", jsonl)
     check_counts(back, six, eight, (kept, own(8)), jsonl)
     row = back["experts"]["layers"][0]
     assert (row["pruned_in_first"], row["pruned_in_second"]) == (sorted(set(range(8)) - set(kept[0])), [])
@@ -172,7 +179,7 @@ def test_pruned_then_grown(eight: Path, jsonl: Path, tmp_path: Path) -> None:
     )
     kept, copied = origins(six), origins(tmp_path / "nine", "grow")
     through = [[before[e] for e in after] for before, after in zip(kept, copied, strict=True)]
-    found = compare(eight, tmp_path / "nine", tmp_path / "a", jsonl)
+    found = compare(eight, tmp_path / "nine", tmp_path / "report-4", jsonl)
     check_counts(found, eight, tmp_path / "nine", (own(8), through), jsonl)
     assert found["experts"]["since"] == [[], ["prune", "grow"]]
     best = max(range(6), key=copied[0].count)
@@ -181,13 +188,13 @@ def test_pruned_then_grown(eight: Path, jsonl: Path, tmp_path: Path) -> None:
     )
     # Two that were pruned and grown apart.
     other = prune(eight, tmp_path / "five", jsonl, 5)
-    found = compare(tmp_path / "nine", other, tmp_path / "b", jsonl)
+    found = compare(tmp_path / "nine", other, tmp_path / "report-5", jsonl)
     check_counts(found, tmp_path / "nine", other, (through, origins(other)), jsonl)
     assert found["experts"]["since"] == [["prune", "grow"], ["prune"]]
     # As many experts as before, but not the same ones.
     grow(six, tmp_path / "again", "--num-experts", 8, "--start", "twins")
     through = [[before[e % 6] for e in range(8)] for before in kept]
-    found = compare(eight, tmp_path / "again", tmp_path / "c", jsonl)
+    found = compare(eight, tmp_path / "again", tmp_path / "report-6", jsonl)
     check_counts(found, eight, tmp_path / "again", (own(8), through), jsonl)
     assert len(found["experts"]["layers"][0]["pruned_in_second"]) == 2
 
@@ -196,12 +203,12 @@ def test_training_between_does_not_matter(eight: Path, jsonl: Path, tmp_path: Pa
     size = ("--seq-len", 16, "--global-batch-size", 2, "--max-steps", 2, "--val-fraction", 0, "--lr", "1e-2")
     assert tiny.in_process("cpt", eight, tmp_path / "run", "--train", f"a={jsonl}", *size)[0] == 0
     six = prune(tmp_path / "run", tmp_path / "six", jsonl, 6)
-    found = compare(eight, six, tmp_path / "report", jsonl)
+    found = compare(eight, six, tmp_path / "report-7", jsonl)
     assert found["experts"]["since"] == [[], ["cpt", "prune"]]
     check_counts(found, eight, six, (own(8), origins(six)), jsonl)
     assert all(0 < value < 1 for row in found["drift"] for value in (row["router"], *row["experts"]))
     # Nobody left out or copied experts: they correspond by their numbers.
-    assert compare(eight, tmp_path / "run", tmp_path / "b", jsonl)["experts"] is None
+    assert compare(eight, tmp_path / "run", tmp_path / "report-8", jsonl)["experts"] is None
 
 
 def test_a_permutation_that_the_lineage_records(eight: Path, jsonl: Path, tmp_path: Path) -> None:
@@ -221,13 +228,13 @@ def test_a_permutation_that_the_lineage_records(eight: Path, jsonl: Path, tmp_pa
     document = json.loads((eight / "moetool.json").read_text())
     entry = {"command": "convert", "recipe": {"experts": {"layers": [0, 1], "from": [order, order]}}}
     (other / "moetool.json").write_text(json.dumps(document | {"lineage": [*document["lineage"], entry]}))
-    found = compare(eight, other, tmp_path / "report", jsonl)
+    found = compare(eight, other, tmp_path / "report-9", jsonl)
     for row in found["domains"]["a"]["layers"]:
         assert row["saturation"] == 1
         assert row["load_divergence"] == pytest.approx(0, abs=1e-9)
     assert all(value == 0 for row in found["drift"] for value in (row["router"], *row["experts"]))
     (other / "moetool.json").unlink()  # by their numbers
-    apart = compare(eight, other, tmp_path / "b", jsonl)
+    apart = compare(eight, other, tmp_path / "report-10", jsonl)
     assert apart["experts"] is None
     assert any(row["saturation"] < 0.9 for row in apart["domains"]["a"]["layers"])
 
@@ -243,12 +250,12 @@ def test_a_model_without_a_lineage_and_what_was_made_of_it(mixtral: Path, jsonl:
         maps = [
             [[e % 4 for e in range(8 if p.name == "eight" else 6 if p.name == "six" else 4)]] * 2 for p in (one, other)
         ]
-        found = compare(one, other, tmp_path / f"{one.name}-{other.name}", jsonl)
+        found = compare(one, other, tmp_path / "report-11", jsonl)
         check_counts(found, one, other, (maps[0], maps[1]), jsonl)
     size = ("--seq-len", 16, "--global-batch-size", 2, "--max-steps", 1, "--val-fraction", 0)
     assert tiny.in_process("cpt", mixtral, tmp_path / "run", "--train", f"a={jsonl}", *size)[0] == 0
     three = prune(tmp_path / "run", tmp_path / "three", jsonl, 3)
-    assert compare(mixtral, three, tmp_path / "t", jsonl)["experts"]["since"] == [[], ["cpt", "prune"]]
+    assert compare(mixtral, three, tmp_path / "report-12", jsonl)["experts"]["since"] == [[], ["cpt", "prune"]]
     # Another model with the same names of files.
     other = tiny.save_mixtral(tmp_path / "other", seed=1)
     for folder in (tmp_path / "eight", three):
