@@ -14,7 +14,7 @@ import pytest
 from tests import tiny
 
 
-def launch(folder: Path, ranks: dict[int, Path], *more: object) -> list[subprocess.CompletedProcess[str]]:
+def launch(folder: Path, ranks: dict[int, Path], out: object, *more: object) -> list[subprocess.CompletedProcess[str]]:
     """One launcher a machine, each in a folder of its own that holds the same model and text."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -28,7 +28,7 @@ def launch(folder: Path, ranks: dict[int, Path], *more: object) -> list[subproce
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", rank),
             *("--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port, "-m", "moetool"),
-            *("cpt", "moe", "run", "--train", "a=text.jsonl", "--seq-len", 32, "--global-batch-size", 4),
+            *("cpt", "moe", out, "--train", "a=text.jsonl", "--seq-len", 32, "--global-batch-size", 4),
             *("--micro-batch-size", 2, "--precision", "fp32", *more),
         ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -47,17 +47,19 @@ def test_two_machines_train_as_one_and_go_on_where_out_is_shared(tmp_path: Path)
         place.mkdir()
         tiny.save_mixtral(place / "moe")
         tiny.save_jsonl(place / "text.jsonl")
-    done = launch(tmp_path, {0: first, 1: second}, "--max-steps", 4, "--save-every", 2)
+    out, places, steps = tmp_path / "run", {0: first, 1: second}, ("--max-steps", 4, "--save-every", 2)
+    apart = launch(tmp_path, places, "run", *steps)
+    assert [d.returncode for d in apart] == [1, 1]
+    assert "OUT must be on a file system that all processes share" in apart[0].stderr
+    done = launch(tmp_path, places, out, *steps)
     assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
-    assert not (second / "run").exists()  # the first machine writes
     alone = tiny.in_process(
         *("cpt", first / "moe", tmp_path / "alone", "--train", f"a={first / 'text.jsonl'}", "--seq-len", 32),
         *("--global-batch-size", 4, "--micro-batch-size", 2, "--max-steps", 4, "--json"),
     )
     assert alone[0] == 0, alone[2]
-    together = json.loads((first / "run" / "summary.json").read_text())
+    together = json.loads((out / "summary.json").read_text())
     assert together["loss"] == pytest.approx(json.loads(alone[1])["loss"], abs=1e-5)
-    # A step folder of the run is where another begins, with its optimizer.
-    shared = launch(tmp_path, {0: first, 1: first}, "--max-steps", 4)
-    assert [d.returncode for d in shared] == [0, 0], shared[0].stderr + shared[1].stderr
-    assert "already finished" in shared[0].stdout
+    again = launch(tmp_path, places, out, "--max-steps", 4)
+    assert [d.returncode for d in again] == [0, 0], again[0].stderr + again[1].stderr
+    assert "already finished" in again[0].stdout
