@@ -47,7 +47,9 @@ def kept(
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / f"{digest}.safetensors"
     with suppress(OSError, SafetensorError, KeyError, ValueError, TypeError):  # absent, or damaged and made again
-        return Calibration.from_tensors(load_file(path))
+        # Copied, because the last bits of a product depend on where in memory a tensor begins, and a file's map begins
+        # tensors anywhere: what is chosen would depend on whether the calibration is new.
+        return Calibration.from_tensors({name: tensor.clone() for name, tensor in load_file(path).items()})
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous().clone() for name, tensor in made.to_tensors().items()}

@@ -17,6 +17,7 @@ from moetool.calibration import hidden, measure, text_pass
 from moetool.calibration.by_layer import LayeredModel
 from moetool.calibration.experts import layers_with_experts
 from moetool.calibration.options import CalibrationOptions
+from moetool.calibration.store import kept
 from moetool.calibration.sums import Calibration
 from moetool.calibration.text_pass import calibrate, calibrate_dense, mean_losses
 from moetool.checkpoint.model import load_model
@@ -175,6 +176,16 @@ def test_what_is_kept_serves_both(mixtral: Path, jsonl: Path, tmp_path: Path, mo
     first = command(*arguments, "--stream")
     monkeypatch.setattr(measure, "calibrate", None)
     assert command(*arguments) == first
+
+
+def test_kept_tensors_begin_where_new_ones_do(mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last bits of a product depend on it; in a file tensors begin anywhere."""
+    made = calibrate(load_model(mixtral).eval(), texts(mixtral, tmp_path), **RUN)
+    for padding in range(8):
+        monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / str(padding)))
+        found = [kept(mixtral, {}, {"": "x" * 8 * padding}, lambda: made) for _ in range(2)][1]
+        assert not differing(found, made)
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in found.to_tensors().values())
 
 
 def test_the_estimate_is_that_of_a_layer(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
