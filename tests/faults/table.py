@@ -9,10 +9,9 @@ from tests.faults import disks, kills, locks, other, shards
 from tests.faults.world import Fault, Once, World
 
 COMMANDS = ("upcycle", "cpt", "tokenize", "analyze-routing", "eval", "quickstart")
-
-
 SURGERY = ("average", "grow", "prune", "densify")
 REWRITING = ("upcycle", *SURGERY)
+SLOW = ("average", "grow", "densify")  # prune stands for them among the fast tests
 
 
 def _two(command: str) -> Once:
@@ -26,7 +25,7 @@ def _of(once: Callable[[World, Random, str], str], command: str) -> Once:
 KILL, STOP, FULL = "SIGKILL at a random instant", "Ctrl-C or SIGTERM, once or twice", "the disk fills up"
 FAULTS: list[Fault] = [
     Fault(KILL, "upcycle", _of(kills.rewriting, "upcycle"), 50, slow=True),
-    *(Fault(KILL, command, _of(kills.rewriting, command), 20) for command in SURGERY),
+    *(Fault(KILL, command, _of(kills.rewriting, command), 20, slow=True) for command in SURGERY),
     Fault(KILL, "cpt", kills.cpt, 50, slow=True),
     Fault(KILL, "analyze-routing over an earlier report", kills.report, 10, slow=True),
     Fault(KILL, "eval over earlier results", kills.results, 10, slow=True),
@@ -35,9 +34,12 @@ FAULTS: list[Fault] = [
     Fault("one of two processes is killed", "cpt", kills.one_of_two, 10, slow=True),
     Fault("no memory for a block", "a worker of upcycle", other.worker, 20),
     Fault("no memory (RLIMIT_AS)", "each command that writes", other.memory, 20, slow=True),
-    *(Fault(FULL, command, _of(disks.rewriting, command), 10, mounts=True) for command in REWRITING),
     *(
-        Fault("a disk that is too small", command, _of(disks.too_small, command), 10, mounts=True)
+        Fault(FULL, command, _of(disks.rewriting, command), 10, slow=command in SLOW, mounts=True)
+        for command in REWRITING
+    ),
+    *(
+        Fault("a disk that is too small", command, _of(disks.too_small, command), 10, slow=command in SLOW, mounts=True)
         for command in REWRITING
     ),
     Fault(FULL, "cpt", disks.cpt, 10, slow=True, mounts=True),
