@@ -6,11 +6,12 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moetool.calibration.by_layer import LayeredModel, core_of
 from moetool.calibration.experts import Layer, find_experts, layers_with_experts
@@ -103,13 +104,10 @@ def calibrate(
         return count
 
     hooks = [layer.experts.register_forward_pre_hook(hook(number, layer)) for number, layer in layers.items()]
-    options = {"seq_len": seq_len, "batch_size": batch_size, "max_tokens": max_tokens}
-    try:
-        _run(model, texts, sample, options, gathered.begin, progress)
-    finally:
-        for one in hooks:
-            one.remove()
-    return _calibration(gathered)
+    parts = parts_of_texts(
+        texts, sample, _vocabulary(model), seq_len=seq_len, batch_size=batch_size, max_tokens=max_tokens
+    )
+    return _run(model, parts, gathered, hooks, progress)
 
 
 @torch.inference_mode()
@@ -156,43 +154,40 @@ def calibrate_dense(
     for number, ffn in dense_ffns(core_of(model)).items():
         hooks.append(ffn.whole.register_forward_pre_hook(receives(number)))
         hooks.append(ffn.down.register_forward_pre_hook(does(number)))
-    options = {"seq_len": seq_len, "batch_size": batch_size, "max_tokens": max_tokens}
-    try:
-        _run(model, texts, SAMPLE, options, gathered.begin, progress)
-    finally:
-        for one in hooks:
-            one.remove()
-    return _calibration(gathered)
+    parts = parts_of_texts(
+        texts, SAMPLE, _vocabulary(model), seq_len=seq_len, batch_size=batch_size, max_tokens=max_tokens
+    )
+    return _run(model, parts, gathered, hooks, progress)
 
 
 def _add(sums: dict[int, Any], number: int, more: Any) -> None:
     sums[number] = sums[number] + more if number in sums else more
 
 
-def _calibration(gathered: _Gathered) -> Calibration:
-    fitted, held_out = gathered.samples[False], gathered.samples[True]
-    return Calibration(gathered.sums, fitted, held_out, gathered.inputs, gathered.units)
+def _vocabulary(model: Any) -> int:
+    return int(core_of(model).get_input_embeddings().num_embeddings)
 
 
 def _run(
-    model: Any,
-    texts: Mapping[str, Tokens],
-    sample: int,
-    options: Mapping[str, int],
-    begin: Callable[[Part], None],
-    progress: Progress,
-) -> None:
-    """Send texts through the layers of a model; `begin` is called with each part before it goes through a layer."""
-    embeddings = core_of(model).get_input_embeddings()
-    parts = parts_of_texts(texts, sample, embeddings.num_embeddings, **options)
-    if isinstance(model, LayeredModel):
-        every = list(parts)
-        model.run([part.ids_BS for part in every], lambda index: begin(every[index]), "calibrating", progress)
-        return
-    for part in parts:
-        begin(part)
-        model.base_model(input_ids=part.ids_BS.to(embeddings.weight.device), use_cache=False)
-        progress(f"calibrating on {part.text}", part.done, part.total)
+    model: Any, parts: Iterator[Part], gathered: _Gathered, hooks: Sequence[RemovableHandle], progress: Progress
+) -> Calibration:
+    """Send parts through the layers of a model, and give what its hooks have gathered; the hooks are taken off."""
+    try:
+        if isinstance(model, LayeredModel):
+            every = list(parts)
+            ids = [part.ids_BS for part in every]
+            model.run(ids, lambda index: gathered.begin(every[index]), "calibrating", progress)
+        else:
+            device = model.get_input_embeddings().weight.device
+            for part in parts:
+                gathered.begin(part)
+                model.base_model(input_ids=part.ids_BS.to(device), use_cache=False)
+                progress(f"calibrating on {part.text}", part.done, part.total)
+    finally:
+        for one in hooks:
+            one.remove()
+    fitted, held_out = gathered.samples[False], gathered.samples[True]
+    return Calibration(gathered.sums, fitted, held_out, gathered.inputs, gathered.units)
 
 
 def layer_sums(layer: Layer, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> ExpertSums:
@@ -237,7 +232,7 @@ def mean_losses(
     Raises:
         DataError: a text has fewer than two tokens, or one that the model does not know.
     """
-    vocabulary = core_of(model).get_input_embeddings().num_embeddings
+    vocabulary = _vocabulary(model)
     total, count = dict.fromkeys(texts, 0.0), dict.fromkeys(texts, 0)
 
     def batches() -> Iterator[tuple[str, Batch]]:

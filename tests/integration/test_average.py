@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -291,18 +287,7 @@ def test_a_killed_average_is_finished_by_the_same_command(tmp_path: Path) -> Non
     command = ("average", tmp_path / "out", *sources, "--max-shard-size", "1MB", "--verify", "none", "--workers", 1)
     average(tmp_path / "whole", *sources, "--max-shard-size", "1MB")
     out = tmp_path / "out"
-    for _ in range(20):
-        shutil.rmtree(out, ignore_errors=True)
-        process = subprocess.Popen([sys.executable, "-m", "moetool", *map(str, command)], stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.glob("*.safetensors"))) < 3:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (out / "moetool.partial.json").exists():
-            break
-    noted = json.loads((out / "moetool.partial.json").read_text())["complete"]
-    complete = {name: (out / name).stat().st_ino for name in noted}
-    assert complete
+    complete = tiny.killed_while_writing(out, *command)
     assert "weights mean -> 1,2" in fails(out, *sources, "--max-shard-size", "1MB", "--weights", "1,2")
     assert tiny.cli(*command).returncode == 0
     assert {name: (out / name).stat().st_ino for name in complete} == complete

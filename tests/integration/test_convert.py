@@ -7,10 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -258,19 +254,7 @@ def test_a_killed_conversion_is_finished_by_the_same_command(tmp_path: Path) -> 
     source, out = tiny.save_llama(tmp_path / "source", **sizes), tmp_path / "out"
     command = ("convert", source, out, "--dtype", "bf16", "--max-shard-size", "1MB", "--verify", "none", "--workers", 1)
     convert(source, tmp_path / "whole", "--dtype", "bf16", "--max-shard-size", "1MB")
-    for _ in range(20):
-        shutil.rmtree(out, ignore_errors=True)
-        process = subprocess.Popen([sys.executable, "-m", "moetool", *map(str, command)], stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.glob("*.safetensors"))) < 3:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (out / "moetool.partial.json").exists():
-            break
-    assert (out / "moetool.partial.json").exists()
-    noted = json.loads((out / "moetool.partial.json").read_text())["complete"]
-    complete = {name: (out / name).stat().st_ino for name in noted}
-    assert complete
+    complete = tiny.killed_while_writing(out, *command)
     code, _, err = tiny.in_process("inspect", out)
     assert code == 1
     assert "unfinished conversion" in err

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -286,18 +282,7 @@ def test_a_killed_merge_is_finished_by_the_same_command(jsonl: Path, tmp_path: P
     whole = prune(source, tmp_path / "whole", *options)
     assert whole["merge"]["merged"] == 24
     command = ("prune", source, out, *options, *SMALL, "--verify", "none", "--workers", 1)
-    for _ in range(20):
-        shutil.rmtree(out, ignore_errors=True)
-        process = subprocess.Popen([sys.executable, "-m", "moetool", *map(str, command)], stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.glob("*.safetensors"))) < 3:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (out / "moetool.partial.json").exists():
-            break
-    noted = json.loads((out / "moetool.partial.json").read_text())["complete"]
-    complete = {name: (out / name).stat().st_ino for name in noted}
-    assert complete
+    complete = tiny.killed_while_writing(out, *command)
     assert "merge" in fails(source, out, *options[:4], "--max-shard-size", "300KB", "--score", "ean")
     assert tiny.in_process(*command)[0] == 0
     assert {name: (out / name).stat().st_ino for name in complete} == complete
