@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moetool.calibration.by_layer import LayeredModel, core_of
 from moetool.calibration.gradient import expert_gradients
-from moetool.calibration.options import CalibrationOptions
+from moetool.calibration.options import Run
 from moetool.calibration.store import kept
 from moetool.calibration.sums import Calibration
 from moetool.calibration.text_pass import calibrate, calibrate_dense, mean_losses
@@ -24,9 +24,7 @@ from moetool.routing.capture import has_routers
 from moetool.routing.text_pass import window
 
 
-def read_texts(
-    named: Mapping[str, str], folder: Path, run: CalibrationOptions, progress: Progress
-) -> dict[str, TokenStream]:
+def read_texts(named: Mapping[str, str], folder: Path, run: Run, progress: Progress) -> dict[str, TokenStream]:
     """Texts as tokens of a model's own tokenizer.
 
     Raises:
@@ -36,7 +34,7 @@ def read_texts(
     return {name: tokenized(source, folder, progress) for name, source in sources.items()}
 
 
-def load(folder: Path, run: CalibrationOptions) -> Any:
+def load(folder: Path, run: Run) -> Any:
     """A model, ready to run, or with `--stream` to be read layer by layer; memory of one before it is free again."""
     gc.collect()
     if torch.cuda.is_available():
@@ -51,7 +49,7 @@ def calibration_of(
     model: Any,
     folder: Path,
     texts: Mapping[str, TokenStream],
-    run: CalibrationOptions,
+    run: Run,
     progress: Progress,
     moments: bool = False,
 ) -> Calibration:
@@ -87,20 +85,16 @@ def calibration_of(
     return kept(folder, manifests, settings, make)
 
 
-def gradients_of(
-    model: Any, texts: Mapping[str, TokenStream], run: CalibrationOptions, progress: Progress
-) -> dict[int, Tensor]:
+def gradients_of(model: Any, texts: Mapping[str, TokenStream], run: Run, progress: Progress) -> dict[int, Tensor]:
     """See `expert_gradients`, whose errors it raises."""
     return expert_gradients(model, texts, **_limits(model, run), progress=progress)
 
 
-def losses(
-    model: Any, texts: Mapping[str, TokenStream], run: CalibrationOptions, progress: Progress = silent
-) -> dict[str, float]:
+def losses(model: Any, texts: Mapping[str, TokenStream], run: Run, progress: Progress = silent) -> dict[str, float]:
     """The loss of a model on each text, in nats per token."""
     return mean_losses(model, texts, **_limits(model, run), progress=progress) if texts else {}
 
 
-def _limits(model: Any, run: CalibrationOptions) -> dict[str, int]:
+def _limits(model: Any, run: Run) -> dict[str, int]:
     seq_len = window(core_of(model), run.seq_len)
     return {"seq_len": seq_len, "batch_size": run.batch_size, "max_tokens": run.max_tokens}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from moetool.errors import ConfigError
 from moetool.option import (
@@ -20,6 +20,29 @@ from moetool.values import named, parse_count
 
 RUN = "How the texts run"
 IN_MEMORY = 2**30  # bytes of hidden states between two layers that are kept in memory, not in a file
+
+
+class Run(Protocol):
+    """How texts run, whatever a command calls them."""
+
+    @property
+    def text_field(self) -> str: ...
+    @property
+    def document(self) -> Literal["file", "line", "paragraph"]: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def seq_len(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device_map(self) -> str | None: ...
+    @property
+    def stream(self) -> bool: ...
 
 
 @dataclass(frozen=True)

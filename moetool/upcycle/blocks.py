@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 import torch
 
 from moetool import registry
+from moetool.measured import Measured
 from moetool.recipe import UpcycleRecipe, generator, permutation, redrawn_units
 from moetool.surgery.fill import Fill, Piece, Place
 from moetool.surgery.kinds import KINDS, Block, Drawn, Kind
@@ -16,8 +17,8 @@ from moetool.surgery.rows import gather_rows
 from moetool.upcycle.init import Slice, slice_moments
 
 
-def kinds(recipe: UpcycleRecipe) -> Mapping[str, Kind]:
-    """How each kind of fill is made by a recipe."""
+def kinds(recipe: UpcycleRecipe, measured: Measured) -> Mapping[str, Kind]:
+    """How each kind of fill is made by a recipe, and by what a pass over text has decided."""
     return {
         **KINDS,
         "expert": Kind(partial(_expert, recipe), partial(_draw_expert, recipe), partial(_redrawn, recipe)),

@@ -13,6 +13,7 @@ from moetool.arch.spec import ArchSpec, scales
 from moetool.checkpoint.folder import beside
 from moetool.checkpoint.reader import BlockFile, CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
+from moetool.measured import NOTHING, Measured
 from moetool.recipe import PROJECTIONS, UpcycleRecipe, units_digest
 from moetool.surgery.plan import Operation, Plan, lay_out
 from moetool.upcycle.blocks import kinds
@@ -35,6 +36,7 @@ class Upcycling:
         num_dense_parameters: of DENSE.
         clients: client -> why it does not compute the result as transformers 5 does, None where it does.
         plan: what is written.
+        measured: what a pass over text has decided.
     """
 
     recipe: UpcycleRecipe
@@ -44,6 +46,7 @@ class Upcycling:
     num_dense_parameters: int
     clients: Mapping[str, str | None]
     plan: Plan
+    measured: Measured = NOTHING
 
     @property
     def intermediate_size(self) -> int:
@@ -104,7 +107,11 @@ class Upcycling:
 
 
 def plan_upcycling(
-    readers: Sequence[CheckpointReader], recipe: UpcycleRecipe, max_shard_size: int, clients: Sequence[str] = ()
+    readers: Sequence[CheckpointReader],
+    recipe: UpcycleRecipe,
+    max_shard_size: int,
+    clients: Sequence[str] = (),
+    measured: Measured = NOTHING,
 ) -> Upcycling:
     """Check sources and a recipe against each other and lay out the result.
 
@@ -113,6 +120,7 @@ def plan_upcycling(
         recipe: `target` may be `auto`, `shared_experts` None; the plan's recipe has the family's.
         max_shard_size: bytes of tensor data per file.
         clients: programs in which the result must run, names in `arch/clients.py`.
+        measured: what a pass over text has decided.
 
     Raises:
         ConfigError: the family cannot be served, the recipe contradicts itself or the source, or the result
@@ -150,20 +158,23 @@ def plan_upcycling(
         config["dtype"] = config["torch_dtype"] = FLOAT_DTYPES[dtypes.pop()]
     layers = tuple(sorted(moe))
     plan = lay_out(
-        "upcycle", recipe.to_json(), readers, config, fills, tensors, max_shard_size, kinds(recipe),
+        "upcycle", recipe.to_json(), readers, config, fills, tensors, max_shard_size, kinds(recipe, measured),
         model_types=[dense["model_type"]] * len(readers),
-        recorded=partial(_recorded, recipe, dense["intermediate_size"] // recipe.granularity, layers),
+        recorded=partial(_recorded, recipe, measured, dense["intermediate_size"] // recipe.granularity, layers),
         also=partial(_also, recipe, spec),
     )  # fmt: skip
-    return Upcycling(recipe, spec, dense, layers, num_dense_parameters, settled.clients, plan)
+    return Upcycling(recipe, spec, dense, layers, num_dense_parameters, settled.clients, plan, measured)
 
 
-def _recorded(recipe: UpcycleRecipe, units: int, layers: Sequence[int]) -> dict[str, Any]:
-    """Checksums of the redrawn units: from the recipe the sets are rebuilt exactly, or these disagree."""
+def _recorded(recipe: UpcycleRecipe, measured: Measured, units: int, layers: Sequence[int]) -> dict[str, Any]:
+    """What a pass over text has decided, and checksums of the redrawn units: the sets are rebuilt exactly from both,
+    or these disagree."""
+    document = measured.to_json()
+    recorded = {"measured": document} if document else {}
     if not recipe.num_redrawn(units):
-        return {}
+        return recorded
     digests = [[units_digest(recipe, layer, expert, units) for expert in range(recipe.num_experts)] for layer in layers]
-    return {
+    return recorded | {
         "redrawn_units": {
             "num_units": units,
             "num_redrawn": recipe.num_redrawn(units),
@@ -188,7 +199,8 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     recipe = UpcycleRecipe.from_json(entry.get("recipe", {}))
     if recipe.num_donors != len(readers):
         raise CheckpointError(f"moetool.json records {recipe.num_donors} donors but names {len(readers)}")
-    return plan_upcycling(readers, recipe, max_shard_size).plan
+    measured = Measured.from_json(entry.get("measured", {}))
+    return plan_upcycling(readers, recipe, max_shard_size, measured=measured).plan
 
 
 OPERATION = Operation("upcycled", replan)

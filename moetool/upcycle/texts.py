@@ -1,0 +1,35 @@
+"""The texts that an upcycling may read, as options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from moetool.option import device_option, document_option, option, text_field_option
+from moetool.values import named, parse_count
+
+PANEL = "Calibration"
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The texts, and how they run through a model of which one layer at a time is in memory."""
+
+    calibrate: Mapping[str, str] = option(
+        "Text, JSONL, Parquet or tokens (repeatable) for options that need a pass over text: a file, folder, glob or"
+        " hf:owner/name.",
+        dict, panel=PANEL, metavar="NAME=PATH", make=named,
+    )  # fmt: skip
+    text_field: str = text_field_option(PANEL)
+    document: Literal["file", "line", "paragraph"] = document_option(PANEL)
+    max_tokens: int = option("Tokens of each text, such as 1M.", 204_800, panel=PANEL, metavar="N", parse=parse_count)
+    seq_len: int | None = option(
+        "Tokens per window.", None, panel=PANEL, shown="2048, or the model's maximum if that is less", min=2
+    )
+    batch_size: int = option("Windows per forward pass.", 8, panel=PANEL, min=1)
+    device: str = device_option(PANEL)
+
+    dtype: ClassVar[str] = "auto"
+    device_map: ClassVar[None] = None
+    stream: ClassVar[bool] = True
