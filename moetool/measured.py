@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moetool.errors import CheckpointError
+from moetool.outside import fits
 
 if TYPE_CHECKING:
     import torch
@@ -20,24 +22,118 @@ if TYPE_CHECKING:
 MAX_BYTES = 2**31  # of a packed tensor
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What an upcycling's lineage entry records under `measured`; all empty where no text was read."""
+@dataclass(frozen=True, eq=False)
+class RouterRows:
+    """How a layer's router is made of random rows R and a few directions: row e is factor_G[e] R[e] + mix_GV[e] V.
+
+    Random rows come from the recipe's seed, so that little has to be recorded. G groups of experts have a row each.
+
+    Attributes:
+        directions_VD: bfloat16.
+        factor_G: float64.
+        mix_GV: float64.
+        bias_G: float32, the selection bias; None where the family has none or it stays 0.
+    """
+
+    directions_VD: torch.Tensor
+    factor_G: torch.Tensor
+    mix_GV: torch.Tensor
+    bias_G: torch.Tensor | None = None
+
+    def rows(self, drawn_GD: torch.Tensor) -> torch.Tensor:
+        """(G, D) in float32; each product and sum is rounded by itself in float64, so any machine gets the same."""
+        made_GD = drawn_GD.double() * self.factor_G[:, None]
+        for mix_G, direction_D in zip(self.mix_GV.T, self.directions_VD.double(), strict=True):
+            product_GD = mix_G[:, None] * direction_D
+            made_GD = made_GD + product_GD
+        return made_GD.float()
 
     def to_json(self) -> dict[str, Any]:
-        """For the lineage; {} where nothing was measured."""
-        return {}
+        """For the lineage."""
+        return {
+            "groups": len(self.factor_G),
+            "hidden_size": self.directions_VD.shape[1],
+            "directions": packed(self.directions_VD),
+            "factors": self.factor_G.tolist(),
+            "mix": self.mix_GV.tolist(),
+            "bias": None if self.bias_G is None else self.bias_G.tolist(),
+        }
 
     @classmethod
-    def from_json(cls, document: Any) -> Measured:
+    def from_json(cls, document: Any) -> RouterRows:
         """The inverse of `to_json`.
 
         Raises:
             CheckpointError: it is damaged.
         """
-        if not isinstance(document, Mapping):
-            raise CheckpointError(f"moetool.json: measured is {str(document)[:60]!r}, expected an object")
-        return cls()
+        import torch
+
+        numbers = [float]
+        shape = {"groups": int, "hidden_size": int, "directions": str, "factors": numbers, "mix": [numbers]}
+        bias = document.get("bias") if isinstance(document, Mapping) else None
+        if not fits(document, shape) or not (bias is None or fits(bias, numbers)):
+            raise _damaged("a router")
+        groups, hidden = document["groups"], document["hidden_size"]
+        lengths = {len(row) for row in document["mix"]}
+        if not (len(document["factors"]) == len(document["mix"]) == groups and len(lengths) == 1):
+            raise _damaged("a router")
+        if min(groups, hidden) < 1 or (bias is not None and len(bias) != groups):
+            raise _damaged("a router")
+        directions_VD = unpacked(document["directions"], torch.bfloat16, (lengths.pop(), hidden))
+        factor_G, mix_GV = (torch.tensor(document[key], dtype=torch.float64) for key in ("factors", "mix"))
+        return cls(directions_VD, factor_G, mix_GV, None if bias is None else torch.tensor(bias, dtype=torch.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What an upcycling's lineage entry records under `measured`; all empty where no text was read.
+
+    Attributes:
+        routers: layer -> how its router is made.
+        loads: layer -> text -> the share of the layer's routes that each expert gets of held-out tokens, as predicted.
+        asked: the texts' digests and how much of them was read, which the lineage has in the recipe.
+    """
+
+    routers: Mapping[int, RouterRows] = field(default_factory=dict)
+    loads: Mapping[int, Mapping[str, list[float]]] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the lineage; {} where nothing was measured."""
+        if not self.routers:
+            return {}
+        return {
+            "routers": {str(layer): rows.to_json() for layer, rows in self.routers.items()},
+            "loads": {str(layer): dict(loads) for layer, loads in self.loads.items()},
+        }
+
+    @classmethod
+    def from_json(cls, document: Any, asked: Any) -> Measured:
+        """The inverse of `to_json`.
+
+        Args:
+            document: what it gave.
+            asked: of the attributes.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if not isinstance(document, dict) or not isinstance(asked, dict):
+            raise _damaged("what was")
+        routers, loads = (_by_layer(document.get(key, {})) for key in ("routers", "loads"))
+        if not all(isinstance(one, dict) and all(fits(row, [float]) for row in one.values()) for one in loads.values()):
+            raise _damaged("loads")
+        return cls({layer: RouterRows.from_json(rows) for layer, rows in routers.items()}, loads, asked)
+
+
+def _by_layer(document: Any) -> dict[int, Any]:
+    if not isinstance(document, dict) or not all(key.isdecimal() for key in document):
+        raise _damaged("layers")
+    return {int(key): value for key, value in document.items()}
+
+
+def _damaged(what: str) -> CheckpointError:
+    return CheckpointError(f"moetool.json: {what} measured on text cannot be read; it was edited")
 
 
 NOTHING = Measured()
@@ -45,7 +141,9 @@ NOTHING = Measured()
 
 def packed(tensor: torch.Tensor) -> str:
     """The numbers of a tensor as text: their bytes, compressed, in base64; dtype and shape are left out."""
-    return base64.b64encode(zlib.compress(tensor.contiguous().numpy().tobytes(), 9)).decode()
+    import torch
+
+    return base64.b64encode(zlib.compress(tensor.contiguous().view(torch.uint8).numpy().tobytes(), 9)).decode()
 
 
 def unpacked(text: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -54,8 +152,6 @@ def unpacked(text: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Ten
     Raises:
         CheckpointError: it does not hold so many numbers.
     """
-    import math
-
     import torch
 
     size = math.prod(shape) * dtype.itemsize
@@ -67,5 +163,5 @@ def unpacked(text: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Ten
         if len(raw) != size:
             raise ValueError
     except (ValueError, binascii.Error, zlib.error):
-        raise CheckpointError(f"moetool.json: measured does not hold {list(shape)} numbers; it was edited") from None
+        raise _damaged(f"a {list(shape)} of numbers") from None
     return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 LINEAGE = "moetool.json"
 LINEAGE_FORMAT = 1
 PROJECTIONS = ("gate", "up", "down")
+CALIBRATE = "calibrate"  # the key under which a lineage's recipe has the texts that were read
+FITTED = ("balanced", "ridge")  # routers that are fitted on text
 
 
 def _read_by(*methods: str) -> tuple[str, Callable[[str], bool]]:
@@ -114,11 +116,12 @@ class UpcycleRecipe:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> UpcycleRecipe:
-        """The inverse of `to_json`.
+        """The inverse of `to_json`; what the lineage records of texts beside the recipe is left out.
 
         Raises:
             CheckpointError: a field is missing, unknown or mistyped.
         """
+        values = {key: value for key, value in values.items() if key != CALIBRATE}
         try:
             if set(values) != {field.name for field in fields(cls)}:
                 raise TypeError(f"fields {sorted(set(values) ^ {field.name for field in fields(cls)})}")

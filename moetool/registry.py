@@ -95,6 +95,8 @@ REGISTRY: dict[str, dict[str, str]] = {
         "uniform": "moetool.upcycle.router:uniform",
         "zeros": "moetool.upcycle.router:zeros",
         "orthogonal": "moetool.upcycle.router:orthogonal",
+        "balanced": "moetool.upcycle.router:normal",
+        "ridge": "moetool.upcycle.router:normal",
     },
     "schedule": {
         "cosine": "moetool.train.schedules:cosine",

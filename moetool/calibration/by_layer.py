@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from ctypes import CDLL
 from dataclasses import dataclass, replace
 from functools import partial
 from mmap import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,22 @@ CACHE_LINE = 64  # bytes
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
+class Bytes(Protocol):
+    """Where the bytes of tensors come from: the checkpoint's files, or whatever makes them."""
+
+    def read_into(self, info: TensorInfo, offset: int, out: memoryview) -> None: ...
+
+
+def once(number: int, send: Callable[[bool], None]) -> None:
+    """Send all batches through a layer once."""
+    send(True)
+
+
 @dataclass(frozen=True)
 class _Unread:
     """A tensor on disk, which transformers reads by `[...]`. Bytes come by `pread`, not through a map of the file."""
 
-    files: BlockFile
+    files: Bytes
     info: TensorInfo
 
     def __getitem__(self, every: Any) -> Tensor:
@@ -65,13 +76,20 @@ class LayeredModel:
         folder: a Hugging Face checkpoint.
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
         device: such as `cpu` or `cuda`.
+        files: opens what the tensors' bytes are read from.
 
     Raises:
         CheckpointError: it cannot be loaded, tensors are missing, left over or of another shape, or it has no list of
             decoder layers.
     """
 
-    def __init__(self, folder: Path, dtype: str = "auto", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str = "auto",
+        device: str = "cpu",
+        files: Callable[[Path], AbstractContextManager[Bytes]] = BlockFile,
+    ) -> None:
         reader = CheckpointReader(folder)
         self.core = skeleton(folder, _dtype(reader, dtype)).eval()
         check_size(folder, self.core)
@@ -79,7 +97,7 @@ class LayeredModel:
         if not isinstance(layers, nn.ModuleList):
             raise CheckpointError(f"{type(self.core).__name__} has no list of layers; leave --stream out")
         self.layers = layers
-        self._folder, self._device = folder, device
+        self._folder, self._device, self._files = folder, device, files
         self._inside: list[dict[str, TensorInfo]] = [{} for _ in layers]  # the tensors of each layer
         outside = dict(reader.tensors)
         for name in reader.tensors:
@@ -110,7 +128,7 @@ class LayeredModel:
             for name, info in layer.items()
         }
         where = {**self._config.device_map, f"{self.core.base_model_prefix}.layers": "meta"}
-        with loading(self._folder), one_tensor_at_a_time(), BlockFile(self._folder) as files:
+        with loading(self._folder), one_tensor_at_a_time(), self._files(self._folder) as files:
             tensors = inside | {name: _Unread(files, info) for name, info in outside.items()}
             info, _ = convert_and_load_state_dict_in_model(self.core, tensors, replace(self._config, device_map=where))
             self.core._finalize_model_loading(self.core, self._config, info)
@@ -127,7 +145,7 @@ class LayeredModel:
         self.free()
         self._loaded = number
         try:
-            with torch.inference_mode(False), loading(self._folder), BlockFile(self._folder) as files:
+            with torch.inference_mode(False), loading(self._folder), self._files(self._folder) as files:
                 tensors = {name: _Unread(files, info) for name, info in self._inside[number].items()}
                 with one_tensor_at_a_time():
                     info, _ = convert_and_load_state_dict_in_model(self.core, tensors, self._config)
@@ -167,7 +185,12 @@ class LayeredModel:
 
     @torch.inference_mode()  # a graph would keep the weights of all layers
     def run(
-        self, batches: Sequence[Tensor], begin: Callable[[int], None], task: str, progress: Progress = silent
+        self,
+        batches: Sequence[Tensor],
+        begin: Callable[[int], None],
+        task: str,
+        progress: Progress = silent,
+        through: Callable[[int, Callable[[bool], None]], None] = once,
     ) -> HiddenStates:
         """Send batches through all decoder layers, each layer after the one before is done with all of them.
 
@@ -176,27 +199,36 @@ class LayeredModel:
             begin: called with the number of a batch each time before it goes through a layer.
             task: its name for `progress`.
             progress: reports tokens of layers.
+            through: called with the number of each layer once it is in memory, and with what sends all batches
+                through it: True the last time, when what the layer gives is kept.
 
         Returns:
             What the last layer gives.
         """
         states = HiddenStates([])
         done, total = 0, len(self.layers) * sum(ids_BS.numel() for ids_BS in batches)
+
+        def send(number: int, last: bool) -> None:
+            nonlocal states, done
+            for index, ids_BS in enumerate(batches):
+                begin(index)
+                self._given = states[index].to(self._device) if number else None
+                self.core.base_model(input_ids=ids_BS.to(self._device), use_cache=False)
+                assert self._made is not None
+                if not last:
+                    continue
+                if number == index == 0:
+                    width = self._made.nbytes // ids_BS.numel()
+                    states = HiddenStates([ids_BS.numel() * width for ids_BS in batches])
+                states[index] = self._made
+                done += ids_BS.numel()
+                progress(task, done, total, f"layer {number + 1} of {len(self.layers)}")
+
         try:
             for number in range(len(self.layers)):
                 self.load(number)
                 self._running = number
-                for index, ids_BS in enumerate(batches):
-                    begin(index)
-                    self._given = states[index].to(self._device) if number else None
-                    self.core.base_model(input_ids=ids_BS.to(self._device), use_cache=False)
-                    assert self._made is not None
-                    if number == index == 0:
-                        width = self._made.nbytes // ids_BS.numel()
-                        states = HiddenStates([ids_BS.numel() * width for ids_BS in batches])
-                    states[index] = self._made
-                    done += ids_BS.numel()
-                    progress(task, done, total, f"layer {number + 1} of {len(self.layers)}")
+                through(number, partial(send, number))
         finally:
             self._running = self._given = self._made = None
             self.free()

@@ -17,6 +17,7 @@ from moetool.commands.proof import Writing, carry_out, closing
 from moetool.commands.upcycle_table import describe, table, warnings
 from moetool.option import option
 from moetool.recipe import UpcycleRecipe
+from moetool.upcycle.texts import TextOptions, check_texts
 from moetool.values import parse_size
 
 
@@ -38,7 +39,12 @@ class Models:
 
 
 def upcycle(
-    context: typer.Context, models: Models, asked: UpcycleRecipe, writing: Writing, output: Output
+    context: typer.Context,
+    models: Models,
+    asked: UpcycleRecipe,
+    texts: TextOptions,
+    writing: Writing,
+    output: Output,
 ) -> dict[str, Any]:
     """Convert a dense model to a Mixture of Experts.
 
@@ -47,15 +53,25 @@ def upcycle(
     result is a standard Hugging Face checkpoint, written with bounded memory. A killed run leaves
     nothing that loads, and the same command finishes it.
     """
+    from moetool.checkpoint.writer import check_out
     from moetool.surgery.sources import open_sources
     from moetool.upcycle.plan import plan_upcycling
 
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
     names = [models.dense, *(models.donor if asked.method != "scratch" else [])]
-    sources = context.with_resource(open_sources(names, models.out, headers_only=writing.plan))
     recipe = asked.settled(len(names))
+    check_texts(recipe, texts)
+    reads = bool(texts.calibrate)
+    sources = context.with_resource(open_sources(names, models.out, headers_only=writing.plan and not reads))
     upcycling = plan_upcycling(sources.readers, recipe, parse_size(writing.max_shard_size), models.for_)
+    if reads:
+        from moetool.upcycle.measure import measure
+
+        if not writing.plan and not writing.overwrite:
+            check_out(models.out, "upcycle")
+        with console.progress() as progress:
+            upcycling = measure(upcycling, sources.readers, texts, models.for_, progress)
     document = describe(upcycling, models.out, writing.num_workers)
     if writing.plan:
         console.result(document, table(document))

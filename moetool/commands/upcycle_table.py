@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def describe(upcycling: Upcycling, out: Path, workers: int) -> dict[str, Any]:
     """The plan as `--json` gives it."""
     from moetool.surgery.plan import free_disk
+    from moetool.upcycle.measured_loads import fitted
 
     recipe, plan = upcycling.recipe, upcycling.plan
     return {
@@ -42,6 +43,7 @@ def describe(upcycling: Upcycling, out: Path, workers: int) -> dict[str, Any]:
         "workers": workers,
         "peak_memory_bytes": plan.peak_memory(workers),
         "clients": dict(upcycling.clients),
+        "fitted": fitted(upcycling),
     }
 
 
@@ -58,6 +60,7 @@ def table(document: dict[str, Any]) -> Table:
         "family": f"{document['dense_family']}{inside} -> {document['target']} ({document['architecture']})",
         "experts": f"{recipe['num_experts']}{shared} per layer, top-{recipe['top_k']}, {layers}{of} layers{parts}",
         "method": method_line(document),
+        **router_rows(document),
         "parameters": f"{count(parameters['dense'])} dense -> {count(parameters['total'])} total,"
         f" {count(parameters['active'])} active",
         "compute": f"{flops['moe'] / flops['dense']:.2f} times the dense model's,"
@@ -68,6 +71,20 @@ def table(document: dict[str, Any]) -> Table:
         "runs in": clients_line(document["clients"]),
     }
     return two_columns(rows)
+
+
+def router_rows(document: dict[str, Any]) -> dict[str, str]:
+    """What a fitted router is predicted to do."""
+    if not (fitted := document["fitted"]):
+        return {}
+    largest = [max(load) for row in fitted["layers"] for load in row["load"].values()]
+    even = 1 / document["recipe"]["num_experts"]
+    told = f"{fitted['router']} on {', '.join(fitted['texts'])}; predicted largest load of a layer"
+    told += f" {min(largest):.1%} to {max(largest):.1%} of the routes ({even:.1%} is even)"
+    if fitted["router"] == "ridge":
+        shares = [share for row in fitted["layers"] for share in row["to_donor"].values()]
+        told += f"; {min(shares):.0%} to {max(shares):.0%} of a text's routes go to its donor"
+    return {"router": told}
 
 
 def clients_line(clients: dict[str, str | None]) -> str:

@@ -102,6 +102,15 @@ def hash_shards(readers: Sequence[CheckpointReader], workers: int, progress: Pro
     return found
 
 
+def unit_sums(readers: Sequence[CheckpointReader], piece: Piece, fill: Fill) -> UnitSums:
+    """The same sums of the units of one piece, which a `summed` fill is made of."""
+    rows = piece.info.shape[0]
+    part = _Part(piece.source, piece.info.shard, 0, piece, tuple(row_blocks(rows, piece.info.num_elements // rows)))
+    found = _look(readers[piece.source], part, [fill])
+    assert found is not None
+    return UnitSums(*torch.from_numpy(found))
+
+
 def _empty_sums(fills: Iterable[Fill]) -> dict[Piece, UnitSums]:
     """Zeros, in one piece: small tensors that outlive the blocks between them would keep the allocator from ever
     giving those back, and memory would grow with the number of layers."""

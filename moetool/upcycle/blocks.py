@@ -11,7 +11,7 @@ from moetool import registry
 from moetool.measured import Measured
 from moetool.recipe import UpcycleRecipe, generator, permutation, redrawn_units
 from moetool.surgery.fill import Fill, Piece, Place
-from moetool.surgery.kinds import KINDS, Block, Drawn, Kind
+from moetool.surgery.kinds import KINDS, Block, Drawn, Kind, constant
 from moetool.surgery.moments import Sums
 from moetool.surgery.rows import gather_rows
 from moetool.upcycle.init import Slice, slice_moments
@@ -23,7 +23,8 @@ def kinds(recipe: UpcycleRecipe, measured: Measured) -> Mapping[str, Kind]:
         **KINDS,
         "expert": Kind(partial(_expert, recipe), partial(_draw_expert, recipe), partial(_redrawn, recipe)),
         "shared": Kind(_shared),
-        "router": Kind(partial(_router, recipe)),
+        "router": Kind(partial(_router, recipe, measured)),
+        "selection bias": Kind(partial(_selection_bias, recipe, measured)),
         "normal": Kind(_zeros, partial(_draw_all, recipe), _all),
     }
 
@@ -151,25 +152,40 @@ def _apply(
     return registry.load("method", recipe.method)(block_of_units)  # type: ignore[no-any-return]
 
 
-def _router(recipe: UpcycleRecipe, block: Block) -> torch.Tensor:
-    return router_rows(recipe, block.fill)[block.start : block.stop].to(block.dtype)
+def _router(recipe: UpcycleRecipe, measured: Measured, block: Block) -> torch.Tensor:
+    return router_rows(recipe, measured, block.fill)[block.start : block.stop].to(block.dtype)
 
 
 @lru_cache(maxsize=2)  # the blocks of a large router come one after another, and orthogonal rows are slow
-def router_rows(recipe: UpcycleRecipe, fill: Fill) -> torch.Tensor:
+def router_rows(recipe: UpcycleRecipe, measured: Measured, fill: Fill) -> torch.Tensor:
     """A layer's router, fp32 (E, D); its draw depends on the seed and the layer, not on the method.
 
     The experts of a group have the same row, so that they are chosen together and weigh the same
     (virtual groups: He et al. 2024, arXiv 2410.07524, section 3.2).
     """
-    draw = registry.load("router", recipe.router)
     experts, hidden = fill.shape
-    rows = draw(
-        (experts // recipe.group_size, hidden),
-        float(recipe.router_std),
-        generator(recipe.seed, "router", fill.layer or 0),
-    )
-    return rows.repeat_interleave(recipe.group_size, dim=0)  # type: ignore[no-any-return]
+    rows = drawn_rows(recipe, (experts, hidden), fill.layer or 0)
+    fitted = measured.routers.get(fill.layer or 0)
+    if fitted:
+        rows = fitted.rows(rows)
+    return rows.repeat_interleave(recipe.group_size, dim=0)
+
+
+def drawn_rows(recipe: UpcycleRecipe, shape: tuple[int, int], layer: int) -> torch.Tensor:
+    """Random rows of a layer's router, fp32 (groups of experts, D), from the shape (E, D) of the router."""
+    draw = registry.load("router", recipe.router)
+    groups = shape[0] // recipe.group_size
+    std = float(recipe.router_std)
+    return draw((groups, shape[1]), std, generator(recipe.seed, "router", layer))  # type: ignore[no-any-return]
+
+
+def _selection_bias(recipe: UpcycleRecipe, measured: Measured, block: Block) -> torch.Tensor:
+    """0, or what balances a fitted router; the experts of a group have the same."""
+    fitted = measured.routers.get(_layer(block.fill))
+    if fitted is None or fitted.bias_G is None:
+        return constant(block)
+    whole = fitted.bias_G.repeat_interleave(recipe.group_size).reshape(block.fill.shape)
+    return whole[block.start : block.stop].reshape(block.stop - block.start, -1).to(block.dtype)
 
 
 def _layer(fill: Fill) -> int:

@@ -102,7 +102,8 @@ def _beside_experts(spec: ArchSpec, recipe: UpcycleRecipe, layer: int, hidden: i
     fills = [Fill("router", (), (router,), spec.router_dtype or dtype, (experts, hidden), layer)]
     if spec.selection_bias:
         shape = (1, experts) if spec.selection_bias_is_matrix else (experts,)
-        fills.append(Fill("constant", (), (Place(spec.selection_bias.format(layer=layer)),), "F32", shape, layer))
+        place = Place(spec.selection_bias.format(layer=layer))
+        fills.append(Fill("selection bias", (), (place,), "F32", shape, layer))
     if spec.shared and spec.shared.gate:
         fills.append(Fill("constant", (), (Place(spec.shared.gate.format(layer=layer)),), dtype, (1, hidden), layer))
     return fills

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from moetool.errors import ConfigError
 from moetool.option import device_option, document_option, option, text_field_option
+from moetool.recipe import FITTED, UpcycleRecipe
 from moetool.values import named, parse_count
 
 PANEL = "Calibration"
@@ -33,3 +35,34 @@ class TextOptions:
     dtype: ClassVar[str] = "auto"
     device_map: ClassVar[None] = None
     stream: ClassVar[bool] = True
+
+
+def reads_text(recipe: UpcycleRecipe) -> list[str]:
+    """The options of a recipe that need a pass over text, as they are typed."""
+    return [f"--router {recipe.router}"] if recipe.router in FITTED else []
+
+
+def check_texts(recipe: UpcycleRecipe, run: TextOptions) -> None:
+    """Refuse texts that nothing reads, and options that lack theirs.
+
+    Args:
+        recipe: settled.
+        run: the texts.
+
+    Raises:
+        ConfigError: says what to give.
+    """
+    reading = reads_text(recipe)
+    if reading and not run.calibrate:
+        raise ConfigError(f"{reading[0]} needs text: give --calibrate NAME=PATH")
+    if run.calibrate and not reading:
+        raise ConfigError("no option reads the text of --calibrate; give --router balanced or ridge, or leave it out")
+    if recipe.router == "ridge" and recipe.num_donors < 2:
+        raise ConfigError("--router ridge tells donors apart, but DENSE is the only one; give --donor, or use balanced")
+    if recipe.router == "ridge" and len(run.calibrate) != recipe.num_donors:
+        raise ConfigError(
+            f"--router ridge needs a text of each donor, DENSE first: give --calibrate {recipe.num_donors} times, not"
+            f" {len(run.calibrate)}"
+        )
+    if recipe.router in FITTED and not recipe.router_std:
+        raise ConfigError(f"--router {recipe.router} shares tokens by random rows; give a --router-std above 0")

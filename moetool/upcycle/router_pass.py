@@ -1,0 +1,250 @@
+"""The pass over text that fits routers: layer by layer, through the model that is going to be written.
+
+A router's input depends on the experts and routers of all layers before. So each layer's router is fitted on what
+reaches it in the model with the routers that were fitted before, and the loads that are counted are the result's own.
+
+Shapes: B windows, S tokens of each, T tokens, D hidden, E experts, K top-k, G groups of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetool.calibration.by_layer import LayeredModel
+from moetool.calibration.experts import Layer, find_experts
+from moetool.calibration.hidden import HiddenStates
+from moetool.calibration.parts import HELD_OUT, parts_of_texts
+from moetool.checkpoint.model import pick_device
+from moetool.checkpoint.reader import CheckpointReader
+from moetool.errors import CheckpointError, DataError
+from moetool.measured import Measured, RouterRows
+from moetool.progress import Progress, silent
+from moetool.routing.text_pass import Tokens, window
+from moetool.surgery.rows import TORCH_DTYPES
+from moetool.upcycle.blocks import drawn_rows
+from moetool.upcycle.groups import SCORES
+from moetool.upcycle.plan import Upcycling
+from moetool.upcycle.router_fit import SAMPLE, SAMPLE_BYTES, Inputs, Wanted, fit
+from moetool.upcycle.texts import TextOptions
+from moetool.upcycle.unwritten import unwritten
+
+MIXERS = ("self_attn", "linear_attn", "mamba", "conv")  # what mixes the tokens of a layer, by which a family has
+
+
+def fit_routers(
+    upcycling: Upcycling,
+    readers: Sequence[CheckpointReader],
+    texts: Mapping[str, Tokens],
+    run: TextOptions,
+    progress: Progress = silent,
+) -> Measured:
+    """Fit every router of an upcycling, and count where held-out tokens go.
+
+    Args:
+        upcycling: its plan has random routers.
+        readers: its sources.
+        texts: name -> tokens; with `ridge`, one of each donor, in their order.
+        run: how they run.
+        progress: reports tokens of layers.
+
+    Returns:
+        What the upcycling has measured already, and its routers and loads.
+
+    Raises:
+        CheckpointError: the model does not run in this version of transformers.
+        DataError: a text has fewer than four windows, or a token that the model does not know.
+    """
+    with unwritten(upcycling.plan, readers, pick_device(run.device)) as model:
+        return _Pass(model, upcycling, texts, run).through_all(progress)
+
+
+class _Pass:
+    """Texts on their way through a model whose routers are fitted."""
+
+    def __init__(
+        self, model: LayeredModel, upcycling: Upcycling, texts: Mapping[str, Tokens], run: TextOptions
+    ) -> None:
+        self.model, self.upcycling, self.layers = model, upcycling, find_experts(model.core)
+        seq_len = window(model.core, run.seq_len)
+        for name, text in texts.items():
+            if min(text.num_tokens, run.max_tokens) <= (HELD_OUT - 1) * seq_len:
+                raise DataError(
+                    f"--calibrate {name}: only {min(text.num_tokens, run.max_tokens)} tokens, but {HELD_OUT} windows"
+                    f" of {seq_len} are needed, because one is held out; give more text, or a smaller --seq-len"
+                )
+        vocabulary = int(model.core.get_input_embeddings().num_embeddings)
+        self.parts = list(
+            parts_of_texts(
+                texts, 2**62, vocabulary, seq_len=seq_len, batch_size=run.batch_size, max_tokens=run.max_tokens,
+                option="--calibrate",
+            )
+        )  # fmt: skip
+        self.names = list(texts)
+        self.part = 0  # the one on its way
+        self.routers: dict[int, RouterRows] = {}
+        self.loads: dict[int, dict[str, list[float]]] = {}
+
+    def through_all(self, progress: Progress) -> Measured:
+        """Send all texts through all layers."""
+        self.model.run([part.ids_BS for part in self.parts], self._begin, "fitting routers", progress, self._through)
+        return replace(self.upcycling.measured, routers=self.routers, loads=self.loads)
+
+    def _begin(self, index: int) -> None:
+        self.part = index
+
+    def _through(self, number: int, send: Callable[[bool], None]) -> None:
+        """Through one layer: up to its experts, then, with the router that was fitted there, through them."""
+        layer = self.layers.get(number)
+        if layer is None:
+            send(True)
+            return
+        mixer = _Mixer(self.model.layers[number], [part.ids_BS for part in self.parts], lambda: self.part)
+        with mixer.kept():
+            inputs = self._inputs(layer, send)
+        rows = fit(drawn_rows(self.upcycling.recipe, self._shape(layer), number), inputs, self._wanted())
+        self._put(number, layer, rows)
+        self.routers[number] = rows
+        with mixer.looked_up():
+            self.loads[number] = self._loads(layer, send)
+
+    def _inputs(self, layer: Layer, send: Callable[[bool], None]) -> list[Inputs]:
+        """What the router receives of each text; experts give nothing meanwhile."""
+        D = layer.experts.gate_up_proj.shape[-1]
+        texts = {name: Inputs.zeros(D, self.upcycling.recipe.router == "ridge") for name in self.names}
+        own = sum(int(part.own_T.sum()) for part in self.parts)
+        every = max(1, -(-own // min(SAMPLE, SAMPLE_BYTES // (4 * D))))
+
+        def receive(hidden: Tensor, *more: Any, **named: Any) -> Tensor:
+            part = self.parts[self.part]
+            hidden_TD = hidden.reshape(-1, D)
+            texts[part.text].add(hidden_TD[part.own_T.to(hidden.device)], every)
+            return torch.zeros_like(hidden)
+
+        with _instead(layer.experts, receive):
+            send(False)
+        return list(texts.values())
+
+    def _loads(self, layer: Layer, send: Callable[[bool], None]) -> dict[str, list[float]]:
+        """Text -> the share of each expert of the routes of held-out tokens; the layer's outputs are kept."""
+        E, forward = self.upcycling.recipe.num_experts, layer.experts.forward
+        counts = {name: torch.zeros(E, dtype=torch.int64) for name in self.names}
+
+        def count(hidden: Tensor, indices: Tensor, weights: Tensor, *more: Any, **named: Any) -> Any:
+            part = self.parts[self.part]
+            held_TK = indices.reshape(-1, indices.shape[-1])[part.held_T.to(indices.device)]
+            counts[part.text] += torch.bincount(held_TK.flatten().cpu(), minlength=E)
+            return forward(hidden, *self._alike(indices, weights), *more, **named)
+
+        with _instead(layer.experts, count):
+            send(True)
+        return {name: (one / one.sum()).tolist() for name, one in counts.items()}
+
+    def _alike(self, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The same choices among the experts of the first group, where all groups are copies of it: the same result,
+        and each FFN is computed once."""
+        recipe = self.upcycling.recipe
+        if recipe.num_donors > 1 or self.upcycling.num_redrawn:
+            return indices, weights
+        M = recipe.group_size
+        first = torch.arange(M, device=indices.device).expand(*indices.shape[:-1], M).contiguous()
+        together = torch.zeros(first.shape, dtype=weights.dtype, device=weights.device)
+        return first.to(indices.dtype), together.scatter_add(-1, indices % M, weights)
+
+    def _shape(self, layer: Layer) -> tuple[int, int]:
+        return self.upcycling.recipe.num_experts, int(layer.experts.gate_up_proj.shape[-1])
+
+    def _wanted(self) -> Wanted:
+        recipe, spec = self.upcycling.recipe, self.upcycling.spec
+        groups = recipe.num_experts // recipe.group_size
+        donor_G = torch.tensor([recipe.donor(group * recipe.group_size) for group in range(groups)])
+        return Wanted(
+            donor_G if recipe.router == "ridge" else torch.zeros_like(donor_G),
+            recipe.top_k // recipe.group_size,
+            SCORES[spec.ranked_by],
+            spec.ranked_by,
+            spec.selection_bias is not None,
+        )
+
+    def _put(self, number: int, layer: Layer, rows: RouterRows) -> None:
+        """Give the layer in memory the router that is going to be written."""
+        spec, recipe = self.upcycling.spec.in_memory, self.upcycling.recipe
+        size = recipe.group_size
+        made_ED = rows.rows(drawn_rows(recipe, self._shape(layer), number)).repeat_interleave(size, 0)
+        router = spec.router.format(layer=number)
+        written = {fill.places[0].tensor: fill.dtype for fill in self.upcycling.plan.fills if fill.kind == "router"}
+        dtype = TORCH_DTYPES[written[self.upcycling.spec.router.format(layer=number)]]
+        _set(self.model.core, router, made_ED.to(dtype))
+        if rows.bias_G is not None and spec.selection_bias:
+            _set(self.model.core, spec.selection_bias.format(layer=number), rows.bias_G.repeat_interleave(size))
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer other numbers."""
+    module, _, own = name.rpartition(".")
+    place = getattr(model.get_submodule(module), own)
+    with torch.no_grad():
+        place.copy_(value.reshape(place.shape))
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward for a while."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+class _Mixer:
+    """What mixes the tokens of a layer: what it gives is kept, so that it need not be computed again."""
+
+    def __init__(self, layer: nn.Module, batches: Sequence[Tensor], current: Callable[[], int]) -> None:
+        found = next((module for name in MIXERS if isinstance(module := getattr(layer, name, None), nn.Module)), None)
+        if found is None:
+            raise CheckpointError(
+                f"{type(layer).__name__}: what mixes its tokens cannot be found; use another --router"
+            )
+        self._module, self._batches, self._current = found, batches, current
+        self._others: int | None = None
+        self._states = HiddenStates([])
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """While it is computed."""
+        forward = self._module.forward
+
+        def keep(*inputs: Any, **named: Any) -> Any:
+            given = forward(*inputs, **named)
+            states = given[0] if isinstance(given, tuple) else given
+            if self._current() == 0:
+                self._others = len(given) - 1 if isinstance(given, tuple) else None
+                width = states.nbytes // self._batches[0].numel()
+                self._states = HiddenStates([ids_BS.numel() * width for ids_BS in self._batches])
+            self._device = states.device
+            self._states[self._current()] = states
+            return given
+
+        with _instead(self._module, keep):
+            yield
+
+    @contextmanager
+    def looked_up(self) -> Iterator[None]:
+        """While it is looked up."""
+
+        def look_up(*inputs: Any, **named: Any) -> Any:
+            states = self._states[self._current()].to(self._device)
+            return states if self._others is None else (states, *[None] * self._others)
+
+        with _instead(self._module, look_up):
+            yield
