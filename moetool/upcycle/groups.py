@@ -47,7 +47,11 @@ def split_share(recipe: UpcycleRecipe, spec: ArchSpec, plan: Plan, written: Bloc
         tokens_TD = torch.randn(NUM_TOKENS, fill.shape[1], generator=draw) * _norm_D(plan, written, fill)
         dtype = torch.float32 if spec.router_fp32 else rows_ED.dtype
         logits_TE = torch.nn.functional.linear(tokens_TD.to(rows_ED.dtype).to(dtype), rows_ED.to(dtype))
-        chosen_TK = SCORES[spec.ranked_by](logits_TE).topk(recipe.top_k, dim=-1).indices // group
+        scores_TE = SCORES[spec.ranked_by](logits_TE)
+        if spec.selection_bias:
+            info = plan.written[spec.selection_bias.format(layer=fill.layer)]
+            scores_TE = scores_TE + read_rows(written, info, 0, info.shape[0]).reshape(1, -1)
+        chosen_TK = scores_TE.topk(recipe.top_k, dim=-1).indices // group
         counts_TG = torch.zeros(NUM_TOKENS, recipe.num_experts // group, dtype=torch.int32)
         counts_TG.scatter_add_(1, chosen_TK, torch.ones_like(chosen_TK, dtype=torch.int32))
         split += int(((counts_TG != 0) & (counts_TG != group)).any(-1).sum())

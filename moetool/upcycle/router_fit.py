@@ -18,8 +18,9 @@ from moetool.measured import RouterRows
 SAMPLE = 16_384  # tokens whose inputs are kept, of all texts together
 SAMPLE_BYTES = 2**28
 RIDGE = 1e-2  # of the mean squared input
-LARGEST = {"sigmoid": 8.0}  # logit of all but a thousandth of the tokens: a sigmoid above 17 is 1 in fp32, so ranks tie
-LARGEST_SOFTMAX = 16.0
+# Logit of all but a thousandth of the tokens. Sigmoids of large logits, and sums of scores and a bias, are so close
+# together that they tie in fp32, and a tie splits a group.
+LARGEST, LARGEST_SCORE = 16.0, 4.0
 BESIDE = 0.1  # spread of the logits of a donor's experts, relative to that between donors
 ROUNDS = 400
 CLOSE = 0.01  # to the balanced share, relative
@@ -71,14 +72,14 @@ class Wanted:
         donor_G: int64, the donor of each group; all 0 for `balanced`.
         chosen: groups per token.
         score: logits (T, G) -> what is ranked, in the same order.
-        ranked_by: the family's name for that.
+        close: whether what is ranked of large logits is close together.
         biased: whether the family has a selection bias, which then makes the balance.
     """
 
     donor_G: Tensor
     chosen: int
     score: Callable[[Tensor], Tensor]
-    ranked_by: str
+    close: bool
     biased: bool
 
 
@@ -110,7 +111,7 @@ def fit(drawn_GD: Tensor, texts: Sequence[Inputs], wanted: Wanted) -> RouterRows
     if num_donors > 1:
         donors_TN = (hidden_TD @ ridge_ND.float().T).double()
         labels_T = torch.arange(len(texts)).repeat_interleave(size)
-        sharpness = sharpest(donors_TN, labels_T, LARGEST.get(wanted.ranked_by, LARGEST_SOFTMAX))
+        sharpness = sharpest(donors_TN, labels_T, LARGEST_SCORE if wanted.close else LARGEST)
         donors_TG = sharpness * donors_TN[:, wanted.donor_G]
     length = float(mean_D.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny))
     along_T = (hidden_TD @ mean_D.float()).double()

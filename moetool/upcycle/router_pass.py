@@ -167,7 +167,7 @@ class _Pass:
             donor_G if recipe.router == "ridge" else torch.zeros_like(donor_G),
             recipe.top_k // recipe.group_size,
             SCORES[spec.ranked_by],
-            spec.ranked_by,
+            spec.ranked_by == "sigmoid" or spec.selection_bias is not None,
             spec.selection_bias is not None,
         )
 

@@ -100,3 +100,169 @@ def test_balanced_is_as_predicted_in_every_family(family: str, tmp_path: Path) -
     assert tiny.in_process("verify", out)[0] == 0
     again = upcycle(dense, out, *options, "--router", "balanced", "--max-shard-size", "50KB")
     assert again["already_finished"]
+
+
+@pytest.fixture(scope="module")
+def donors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two dense models that differ a little, and a text for each."""
+    folder = tmp_path_factory.mktemp("donors")
+    dense = dense_of("qwen3_moe", folder / "0")
+    other = dense_of("qwen3_moe", folder / "1")
+    tensors = load_file(other / "model.safetensors")
+    draw = torch.Generator().manual_seed(5)
+    noisy = {name: tensor + 0.05 * torch.randn(tensor.shape, generator=draw) for name, tensor in tensors.items()}
+    save_file(noisy, other / "model.safetensors", metadata={"format": "pt"})
+    for name in WORDS:
+        text(folder, name)
+    assert dense != other
+    return folder
+
+
+def given(folder: Path, *names: str) -> list[str]:
+    return [word for name in names for word in ("--calibrate", f"{name}={folder / name}.jsonl")]
+
+
+SHAPES: dict[str, tuple[object, ...]] = {
+    "copies": ("--num-experts", 8, "--top-k", 2),
+    "top-1": ("--num-experts", 4, "--top-k", 1),
+    "one each": ("--num-experts", 2, "--top-k", 1),
+    "both": ("--num-experts", 2, "--top-k", 2),
+    "parts": ("--num-experts", 8, "--top-k", 2, "--granularity", 2),
+    "shared": ("--num-experts", 12, "--top-k", 3, "--granularity", 4, "--shared-experts", 1, "--target", "qwen2_moe"),
+    "biased": ("--num-experts", 8, "--top-k", 2, "--target", "glm4_moe"),
+    "biased parts": (
+        "--num-experts",
+        8,
+        "--top-k",
+        4,
+        "--granularity",
+        2,
+        "--shared-experts",
+        0,
+        "--target",
+        "glm4_moe",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["copy", "drop"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ridge_sends_each_text_to_its_donor(shape: str, method: str, donors: Path, tmp_path: Path) -> None:
+    sizes = SHAPES[shape]
+    if "--target" in sizes and "qwen2_moe" in sizes:
+        dense = [tiny.save_dense("qwen2", tmp_path / str(n), seed=n, use_sliding_window=False) for n in (0, 1)]
+        for one in dense:
+            tiny.save_tokenizer(one)
+    else:
+        dense = [donors / "0", donors / "1"]
+    out = tmp_path / "moe"
+    options = ("--donor", dense[1], *sizes, *RUN, "--method", method, "--router", "ridge", *given(donors, "a", "b"))
+    document = upcycle(dense[0], out, *options)
+    found = counted(out, {name: donors / f"{name}.jsonl" for name in WORDS})
+    check_loads(document, found)
+    own = document["recipe"]["num_experts"] // 2
+    for row in document["fitted"]["layers"]:
+        for donor, (name, load) in enumerate(row["load"].items()):
+            share = sum(load[donor * own : (donor + 1) * own])
+            assert row["to_donor"][name] == pytest.approx(share)
+            assert share > (0.75 if shape != "both" else 0.49)
+        together = [sum(loads) / 2 for loads in zip(*row["load"].values(), strict=True)]
+        if shape == "copies" and method == "copy":  # a donor's experts share its load
+            for first in (0, own):
+                mine = together[first : first + own]
+                assert max(mine) < 1.5 * sum(mine) / own
+    if "parts" in shape:  # whole groups are chosen
+        assert document["proof"]["split_groups"] == 0
+        for row in document["fitted"]["layers"]:
+            for load in row["load"].values():
+                assert load[::2] == load[1::2]
+
+
+def test_the_rows_are_ridge_regression(donors: Path, tmp_path: Path) -> None:
+    """Of the first layer, whose input no router changes: from the formula, with transformers' own hidden states."""
+    dense, out = [donors / "0", donors / "1"], tmp_path / "moe"
+    options = ("--num-experts", 2, "--top-k", 1, "--donor", dense[1], *RUN, "--method", "copy", "--router", "ridge")
+    upcycle(dense[0], out, *options, *given(donors, "a", "b"))
+    model, means, seconds = load_model(out).eval(), [], []
+    seen: list[torch.Tensor] = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, 1)))
+    for name in WORDS:
+        tokens = tokenized(TextSource(str(donors / f"{name}.jsonl")), out)
+        ids = torch.from_numpy(np.asarray(tokens.read(0, tokens.num_tokens)).astype(np.int64))
+        seen.clear()
+        for number, start in enumerate(range(0, len(ids), SEQ_LEN)):
+            if number % HELD_OUT != HELD_OUT - 1:
+                with torch.no_grad():
+                    model(ids[None, start : start + SEQ_LEN])
+        x_TD = torch.cat(seen).double()
+        means.append(x_TD.mean(0))
+        seconds.append(x_TD.T @ x_TD / len(x_TD))
+    second_DD = (seconds[0] + seconds[1]) / 2
+    second_DD += 0.01 * second_DD.diagonal().mean() * torch.eye(len(second_DD))
+    row_D = torch.linalg.solve(second_DD, (means[0] - means[1]) / 4)  # the first row less the mean of both
+    router_ED = load_file(out / "model.safetensors")["model.layers.0.mlp.gate.weight"].double()
+    assert torch.nn.functional.cosine_similarity(router_ED[0], row_D, dim=0) > 0.9999
+    assert torch.allclose(router_ED[0], -router_ED[1])
+
+
+def test_a_copy_stays_exact(donors: Path, tmp_path: Path) -> None:
+    from tests.integration.test_upcycle_families import close, logits
+
+    before = logits(donors / "0")
+    for number, sizes in enumerate(SHAPES.values()):
+        if "qwen2_moe" not in sizes:
+            out = tmp_path / str(number)
+            options = ("--method", "copy", "--router", "balanced", *sizes, *RUN, *given(donors, "a"))
+            check_loads(upcycle(donors / "0", out, *options), counted(out, {"a": donors / "a.jsonl"}))
+            assert close(logits(out), before), sizes
+
+
+def test_some_layers_and_bf16(donors: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe"
+    options = ("--moe-layers", "1-", "--dtype", "bf16", "--router", "balanced", *RUN, *given(donors, "a", "b"))
+    document = upcycle(donors / "0", out, *options)
+    assert [row["layer"] for row in document["fitted"]["layers"]] == [1]
+    check_loads(document, counted(out, {name: donors / f"{name}.jsonl" for name in WORDS}))
+    entry = read_lineage(out)["lineage"][-1]  # type: ignore[index]
+    assert list(entry["measured"]["routers"]) == ["1"]
+    assert set(entry["recipe"]["calibrate"]["texts"]) == set(WORDS)
+    other = tiny.in_process("upcycle", donors / "0", out, *options, "--max-tokens", 300)
+    assert other[0] == 1
+    assert "different finished checkpoint (other calibrate)" in other[2]
+
+
+@pytest.mark.parametrize("change", ["factors", "directions", "groups", "mix", "router"])
+def test_a_changed_router_is_found(change: str, donors: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe"
+    upcycle(donors / "0", out, "--router", "balanced", *RUN, *given(donors, "a"))
+    if change == "router":
+        tensors = load_file(out / "model.safetensors")
+        tensors["model.layers.0.mlp.gate.weight"][0, 0] += 1
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    else:
+        document = read_lineage(out)
+        assert document
+        rows = document["lineage"][-1]["measured"]["routers"]["0"]
+        rows[change] = {"factors": [2.0] * 8, "directions": "AAAA", "groups": 7, "mix": [[0.0]] * 8}[change]
+        (out / "moetool.json").write_text(json.dumps(document))
+    code, _, err = tiny.in_process("verify", out)
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1, err
+
+
+def test_what_is_missing_is_one_line(donors: Path, tmp_path: Path) -> None:
+    dense, out = donors / "0", tmp_path / "moe"
+    one, both = given(donors, "a"), given(donors, "a", "b")
+    assert "--router balanced needs text: give --calibrate" in fails(dense, out, "--router", "balanced")
+    assert "no option reads the text of --calibrate" in fails(dense, out, *one)
+    assert "DENSE is the only one" in fails(dense, out, "--router", "ridge", *one)
+    donor = ("--donor", donors / "1", "--router", "ridge")
+    assert "give --calibrate 2 times, not 1" in fails(dense, out, *donor, *one)
+    assert "above 0" in fails(dense, out, "--router", "balanced", "--router-std", 0, *one)
+    assert "only 1200 tokens" not in fails(dense, out, *donor, *both, "--max-tokens", 40, "--seq-len", 16)
+    short = fails(dense, out, *donor, *both, "--max-tokens", 40, "--seq-len", 16)
+    assert "--calibrate a: only 40 tokens, but 4 windows of 16 are needed" in short
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl" in fails(dense, out, "--router", "balanced", "--calibrate", f"e={tmp_path / 'empty.jsonl'}")
+    assert "needs NAME=PATH" in (message := tiny.in_process("upcycle", dense, out, "--calibrate", "a")[2]) or message
+    assert not out.exists()
