@@ -118,6 +118,8 @@ def proof_line(proof: dict[str, Any]) -> str:
         told += f", {proof['files']} other files unchanged since they were written"
     else:
         told += "; the other files were not compared, because moetool.json has no digests of them"
+    if "load_difference" in proof:
+        told += f", loads on text within {proof['load_difference']:.4f} of those predicted"
     if proof.get("split_groups"):
         told += (
             f"; router scores tie for {proof['split_groups']:.1%} of random tokens, which then miss a part of the dense"

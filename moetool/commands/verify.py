@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from moetool.commands.console import Console, escape
 from moetool.commands.options import Output, num_cores
 from moetool.commands.proof import proof_line
-from moetool.option import option, unpickle_option, workers_option
+from moetool.option import (
+    device_option,
+    document_option,
+    option,
+    text_field_option,
+    unpickle_option,
+    workers_option,
+)
+from moetool.values import named
+
+if TYPE_CHECKING:
+    from moetool.checkpoint.reader import CheckpointReader
+    from moetool.progress import Progress
+    from moetool.surgery.plan import Operation
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,13 @@ class VerifyOptions:
     )
     unpickle: bool = unpickle_option()
     workers: int | None = workers_option()
+    calibrate: Mapping[str, str] = option(
+        "The texts that an upcycling's routers were fitted on (repeatable), to fit them again and compare the loads.",
+        dict, panel="Calibration", metavar="NAME=PATH", make=named,
+    )  # fmt: skip
+    text_field: str = text_field_option("Calibration")
+    document: Literal["file", "line", "paragraph"] = document_option("Calibration")
+    device: str = device_option("Calibration")
 
 
 def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict[str, Any]:
@@ -83,6 +103,24 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
             check_sources(readers, hashes, operation.done, asked.workers or num_cores(), progress)
         plan = operation.replan(readers, entry, entry["max_shard_size"])
         proof = prove(plan, readers, folder, asked.level, asked.workers or num_cores(), progress).to_json()
+        if asked.calibrate:
+            proof |= _measure_again(operation, readers, entry, asked, progress)
     document = {"path": str(folder), "source": str(folders[0]), "proof": proof}
     console.result(document, proof_line(proof), escape(str(folder)))
     return document
+
+
+def _measure_again(
+    operation: Operation,
+    readers: Sequence[CheckpointReader],
+    entry: Mapping[str, Any],
+    asked: VerifyOptions,
+    progress: Progress,
+) -> dict[str, Any]:
+    from moetool.errors import ConfigError
+    from moetool.upcycle.texts import TextOptions
+
+    if operation.measure_again is None:
+        raise ConfigError(f"--calibrate has no effect with a folder written by moetool {entry['command']}")
+    run = TextOptions(asked.calibrate, asked.text_field, asked.document, device=asked.device)
+    return operation.measure_again(readers, entry, run, progress)

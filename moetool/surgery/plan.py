@@ -16,6 +16,7 @@ from moetool.checkpoint.reader import ITEM_SIZE, BlockFile, CheckpointReader, Te
 from moetool.checkpoint.step_folder import in_state
 from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, lay_out_file, layout_shards
 from moetool.errors import CheckpointError
+from moetool.progress import Progress
 from moetool.recipe import read_lineage
 from moetool.surgery.fill import BLOCK_ELEMENTS, Fill, Place
 from moetool.surgery.kinds import Kind
@@ -116,6 +117,9 @@ class Plan:
         }
 
 
+MeasureAgain = Callable[[Sequence[CheckpointReader], Mapping[str, Any], Any, Progress], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Operation:
     """What `moetool verify` must know of a command that rewrites checkpoints; under `operation` in the registry.
@@ -125,12 +129,17 @@ class Operation:
         replan: (sources, lineage entry, max_shard_size) -> the plan that the entry records.
         reader: opens its sources, except an adapter.
         one_source: whether it has exactly one.
+        measure_again: (sources, lineage entry, texts and how they run, progress) -> what a pass over the same text
+            finds of what the entry records; None where it records nothing of text.
     """
 
     done: str
     replan: Callable[[Sequence[CheckpointReader], Mapping[str, Any], int], Plan]
     reader: type[CheckpointReader] = CheckpointReader
     one_source: bool = False
+    measure_again: Callable[[Sequence[CheckpointReader], Mapping[str, Any], Any, Progress], dict[str, Any]] | None = (
+        None
+    )
 
 
 def lay_out(

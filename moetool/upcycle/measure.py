@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 from moetool import __version__
 from moetool.calibration.measure import read_texts
@@ -15,13 +17,14 @@ from moetool.checkpoint.reader import CheckpointReader, content_fingerprint
 from moetool.data.tokens import TokenStream
 from moetool.errors import CheckpointError
 from moetool.measured import Measured
-from moetool.outside import read_json
+from moetool.outside import fits, read_json
 from moetool.progress import Progress
-from moetool.recipe import FITTED
+from moetool.recipe import CALIBRATE, FITTED, UpcycleRecipe
 from moetool.upcycle.plan import Upcycling, plan_upcycling
 from moetool.upcycle.router_pass import fit_routers
 from moetool.upcycle.texts import TextOptions
 
+SAME_LOAD = 0.01  # loads of the same text on two machines differ less: near ties may go either way
 FORMAT = 1  # of what is kept; raise it when what is measured changes
 
 
@@ -79,3 +82,46 @@ def _measure(
     if upcycling.recipe.router in FITTED:
         measured = fit_routers(upcycling, readers, texts, run, progress)
     return measured
+
+
+def measure_again(
+    readers: Sequence[CheckpointReader], entry: Mapping[str, Any], run: TextOptions, progress: Progress
+) -> dict[str, Any]:
+    """Fit the routers of a finished upcycling again, and compare the loads with those that its lineage records.
+
+    Args:
+        readers: its sources.
+        entry: of the lineage.
+        run: the same texts; how much of them is read is recorded.
+        progress: reports tokens.
+
+    Returns:
+        The largest difference of a load.
+
+    Raises:
+        CheckpointError: nothing was fitted, a text is another one, or a load differs.
+    """
+    asked = entry.get("recipe", {}).get(CALIBRATE, {})
+    recorded = Measured.from_json(entry.get("measured", {}), asked)
+    if not recorded.loads or not fits(asked, {"texts": {"*": str}, "max_tokens": int, "seq_len": object}):
+        raise CheckpointError("moetool.json records no router that was fitted on text; leave out --calibrate")
+    run = replace(run, max_tokens=asked["max_tokens"], seq_len=asked["seq_len"])
+    texts = read_texts(run.calibrate, readers[0].folder, run, progress)
+    if {name: text.manifest["sha256"] for name, text in texts.items()} != asked["texts"]:
+        raise CheckpointError(
+            f"the texts of --calibrate are not those that the routers were fitted on: {', '.join(asked['texts'])}"
+        )
+    recipe, before = UpcycleRecipe.from_json(entry["recipe"]), replace(recorded, routers={}, loads={})
+    upcycling = plan_upcycling(readers, recipe, entry["max_shard_size"], measured=before)
+    found = fit_routers(upcycling, readers, texts, run, progress)
+    worst = 0.0
+    for layer, loads in found.loads.items():
+        for name, load in loads.items():
+            known = recorded.loads.get(layer, {}).get(name, [])
+            off = max(abs(a - b) for a, b in zip(load, known, strict=True)) if len(load) == len(known) else 1.0
+            if off > SAME_LOAD:
+                raise CheckpointError(
+                    f"layer {layer}: a load on {name} is off by {off:.3f} from the one that moetool.json records"
+                )
+            worst = max(worst, off)
+    return {"load_difference": worst}

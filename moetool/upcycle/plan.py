@@ -14,6 +14,7 @@ from moetool.checkpoint.folder import beside
 from moetool.checkpoint.reader import BlockFile, CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
 from moetool.measured import NOTHING, Measured
+from moetool.progress import Progress
 from moetool.recipe import CALIBRATE, PROJECTIONS, UpcycleRecipe, units_digest
 from moetool.surgery.plan import Operation, Plan, lay_out
 from moetool.upcycle.blocks import kinds
@@ -21,6 +22,7 @@ from moetool.upcycle.check import check_donor, check_tensors
 from moetool.upcycle.groups import split_share
 from moetool.upcycle.layout import fills_of
 from moetool.upcycle.target import settle
+from moetool.upcycle.texts import TextOptions
 from moetool.values import FLOAT_DTYPES
 
 
@@ -204,4 +206,12 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     return plan_upcycling(readers, recipe, max_shard_size, measured=measured).plan
 
 
-OPERATION = Operation("upcycled", replan)
+def _measure_again(
+    readers: Sequence[CheckpointReader], entry: Mapping[str, Any], run: TextOptions, progress: Progress
+) -> dict[str, Any]:
+    from moetool.upcycle.measure import measure_again  # loads transformers
+
+    return measure_again(readers, entry, run, progress)
+
+
+OPERATION = Operation("upcycled", replan, measure_again=_measure_again)
