@@ -25,7 +25,7 @@ MODEL = {
 }
 SEQ_LEN, BATCH = 128, 8
 STEP = SEQ_LEN * BATCH  # tokens
-DENSE, DONOR, TRAINED = 600 * STEP, 150 * STEP, 200 * STEP
+DENSE, DONOR, TRAINED = 600 * STEP, 150 * STEP, 300 * STEP
 RATE = ("--lr", "2e-3")
 CALIBRATION = ("--max-tokens", "30k", "--seq-len", SEQ_LEN)
 PARTS = ("--target", "glm4_moe", "--num-experts", 12, "--top-k", 6, "--granularity", 4, "--shared-experts", 1)
