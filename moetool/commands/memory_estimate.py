@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from moetool.mesh import ONE, Mesh
 
 if TYPE_CHECKING:
     from moetool.calibration.options import CalibrationOptions
+    from moetool.surgery.plan import Plan
+    from moetool.upcycle.texts import TextOptions
 
 
 def tell_weights(
@@ -63,6 +66,30 @@ def tell_calibration(console: Console, folder: Path, run: CalibrationOptions) ->
     need = layer_bytes(folder, run.dtype) + min(IN_MEMORY, hidden_bytes(folder, run.dtype, tokens))
     what = "one layer, embeddings, head and hidden states"
     return _tell(console, need, what, device, None, "", ["a smaller --dtype", "fewer --max-tokens"])
+
+
+def tell_unwritten(console: Console, plan: Plan, run: TextOptions) -> str:
+    """The same of a model that is planned, through which texts run.
+
+    Args:
+        console: of the command.
+        plan: the model.
+        run: how the texts run.
+
+    Returns:
+        The estimate, as printed.
+    """
+    from moetool.calibration.options import IN_MEMORY
+    from moetool.checkpoint.model import pick_device
+    from moetool.cost.memory import one_layer
+
+    width = plan.config.get("hidden_size", 0) * max(
+        tensor.size // max(1, prod(tensor.shape)) for tensor in plan.tensors
+    )
+    states = min(IN_MEMORY, run.max_tokens * len(run.calibrate) * width)
+    need = one_layer((tensor.name, tensor.size) for tensor in plan.model_tensors) + 2 * states
+    what = "one layer, embeddings, head and hidden states"
+    return _tell(console, need, what, pick_device(run.device), None, "", ["a smaller --dtype", "fewer --max-tokens"])
 
 
 def _tell(

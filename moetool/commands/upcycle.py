@@ -12,6 +12,7 @@ import typer
 
 from moetool.arch.clients import CLIENTS
 from moetool.commands.console import Console
+from moetool.commands.memory_estimate import estimated, tell_unwritten
 from moetool.commands.options import Output
 from moetool.commands.proof import Writing, carry_out, closing
 from moetool.commands.upcycle_table import describe, table, warnings
@@ -70,7 +71,8 @@ def upcycle(
 
         if not writing.plan and not writing.overwrite:
             check_out(models.out, "upcycle")
-        with console.progress() as progress:
+        estimate = tell_unwritten(console, upcycling.plan, texts)
+        with console.progress() as progress, estimated(estimate):
             upcycling = measure(upcycling, sources.readers, texts, models.for_, progress)
     document = describe(upcycling, models.out, writing.num_workers)
     if writing.plan:

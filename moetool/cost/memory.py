@@ -60,11 +60,19 @@ def layer_bytes(folder: Path, dtype: str = "auto") -> int:
     Raises:
         CheckpointError: it is not a readable checkpoint.
     """
-    layers: Counter[str] = Counter()
     with CheckpointReader(folder) as reader:
-        for name, info in reader.tensors.items():
-            found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-            layers[found[1] if found else ""] += info.size if dtype == "auto" else info.num_elements * _BYTES[dtype]
+        return one_layer(
+            (name, info.size if dtype == "auto" else info.num_elements * _BYTES[dtype])
+            for name, info in reader.tensors.items()
+        )
+
+
+def one_layer(tensors: Iterable[tuple[str, int]]) -> int:
+    """The same of tensors by name, with their bytes."""
+    layers: Counter[str] = Counter()
+    for name, size in tensors:
+        found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        layers[found[1] if found else ""] += size
     outside = layers.pop("", 0)
     return outside + max(layers.values(), default=0) * 5 // 3
 
