@@ -145,7 +145,10 @@ class UpcycleRecipe:
             if not known - LATER <= set(values) <= known:
                 raise TypeError(f"fields {sorted(set(values) ^ known)}")
             there = (field for field in fields(cls) if field.name in values)
-            return cls(**{field.name: _read(field, values[field.name]) for field in there})
+            recipe = cls(**{field.name: _read(field, values[field.name]) for field in there})
+            if recipe.donor_weights and len(recipe.donor_weights) != recipe.num_donors - 1:
+                raise TypeError(f"{len(recipe.donor_weights)} weights of {recipe.num_donors - 1} donors")
+            return recipe
         except (TypeError, KeyError, ArithmeticError, ValueError, ConfigError) as error:
             raise CheckpointError(f"{LINEAGE}: the recipe cannot be read ({error})") from None
 

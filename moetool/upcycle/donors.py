@@ -48,11 +48,9 @@ def check_weights(recipe: UpcycleRecipe) -> None:
     """Check the weights of a recipe's donors.
 
     Raises:
-        ConfigError: there are more or fewer than donors, one is not between 0 and 1, or they sum to more than 1.
+        ConfigError: one is not between 0 and 1, or they sum to more than 1.
     """
     weights = [weight for weight in recipe.donor_weights if weight is not None]
-    if recipe.donor_weights and len(recipe.donor_weights) != recipe.num_donors - 1:
-        raise ConfigError(f"{len(recipe.donor_weights)} donor weights for {recipe.num_donors - 1} donors")
     for weight in weights:
         if not 0 <= weight <= 1:
             raise ConfigError(f"donor weight {weight} is not between 0 and 1")

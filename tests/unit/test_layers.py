@@ -230,6 +230,7 @@ def test_a_recipe_from_before_is_read_and_written_as_it_was() -> None:
         {"keep_experts_whole": None},
         {"donor_weights": "0.7"},
         {"donor_weights": [0.7]},
+        {"donor_weights": ["0.7"]},  # of no donor
         {"donor_weights": ["inf"]},
         {"donor_weights": None},
         {"unheard_of": 1},
