@@ -67,6 +67,10 @@ class UpcycleRecipe:
         "One set of redrawn units for gate, up and down (the paper), or one per matrix (the authors' script).",
         "shared", needs=_read_by("drop", "noise"), unread="shared",
     )  # fmt: skip
+    keep_experts_whole: int = option(
+        "Experts per layer that stay plain copies: the first ones of DENSE and of each --donor.",
+        0, min=0, metavar="N", needs=_read_by("drop", "noise"), unread=0,
+    )  # fmt: skip
     noise_ratio: Decimal | LayerRatios = option(
         "Share of the units that get noise (--method noise); LAYERS=RATIO (repeatable) for some layers.",
         USUAL, typed=list[str], parse=recorded_ratios, make=layer_ratios, metavar=RATIOS,
@@ -79,10 +83,6 @@ class UpcycleRecipe:
     noise_std: Decimal | None = option(
         "Standard deviation of the noise, absolute.",
         None, parse=decimal, metavar="STD", needs=_read_by("noise"), unread=None,
-    )  # fmt: skip
-    keep_experts_whole: int = option(
-        "Experts per layer that stay plain copies: the first ones of DENSE and of each --donor.",
-        0, min=0, metavar="N", needs=_read_by("drop", "noise"), unread=0,
     )  # fmt: skip
     num_donors: int = 1
     donor_weights: tuple[Decimal | None, ...] = ()

@@ -28,7 +28,7 @@ class Models:
     out: Path = option("The folder to write.", positional=True, metavar="OUT")
     donor: Sequence[str] = option(
         "Another dense model (repeatable): DENSE and each donor give an equal share of the experts; all other"
-        " tensors are averaged (Branch-Train-MiX). MODEL=WEIGHT sets its share of that mean; with 1 they are its own.",
+        " tensors are averaged (Branch-Train-MiX). MODEL=WEIGHT sets its share of that mean; 1 takes all from it.",
         (), metavar="MODEL|MODEL=0..1", needs=("method", ("drop", "copy", "noise").__contains__), after="noise_std",
     )  # fmt: skip
     for_: Sequence[str] = option(
