@@ -75,7 +75,7 @@ class LayerRatios:
 
     Attributes:
         usual: of the layers that nothing else is said of.
-        others: layers as text, and their ratio; no layer is named twice.
+        others: layers as text, and their ratio, sorted; no layer is named twice.
     """
 
     usual: Decimal
@@ -104,15 +104,14 @@ def layer_ratios(texts: Sequence[str], flag: str = "") -> Decimal | LayerRatios:
         if not equals or layers == "all":
             usual.append(ratio(share))
             continue
-        if not _every(layers):
-            _ranges(layers, flag)
+        _ranges(layers, flag)  # or it is no text of layers
         others.append((layers, ratio(share)))
     if len(usual) > 1:
         raise ConfigError(
             f"{usual[0]} and {usual[1]} are both for all layers; give one, and LAYERS=RATIO for layers that differ"
         )
     first = usual[0] if usual else USUAL
-    return LayerRatios(first, tuple(others)) if others else first
+    return LayerRatios(first, tuple(sorted(others))) if others else first
 
 
 def recorded_ratios(texts: Sequence[str]) -> list[str]:

@@ -169,8 +169,9 @@ class UpcycleRecipe:
 
     def is_whole(self, expert: int) -> bool:
         """Whether an expert is kept whole: one of the first that its dense model gives to a layer."""
-        each = self.num_experts // self.num_donors
-        return self.keep_experts_whole > 0 and expert % each < self.keep_experts_whole // self.num_donors
+        if not self.keep_experts_whole:
+            return False
+        return expert % (self.num_experts // self.num_donors) < self.keep_experts_whole // self.num_donors
 
     @property
     def trunk_shares(self) -> tuple[Fraction, ...]:

@@ -154,7 +154,8 @@ def test_plan_lineage_and_inspect_name_the_layers(tmp_path: Path) -> None:
     printed = " ".join(printed.split())
     assert "experts kept whole 1, method drop, 16 of 64 units redrawn in layers 0-1, 32 in layer 2" in printed
     # Finished: the same command says so, in whatever order; another recipe is refused by its name.
-    assert json.loads(tiny.in_process(*arguments, "--json")[1])["already_finished"]
+    turned = ("upcycle", dense, out, *ratios("drop", MIXED[::-1]), "--keep-experts-whole", 1)
+    assert json.loads(tiny.in_process(*turned, "--json")[1])["already_finished"]
     told = tiny.refusal("upcycle", dense, out, *ratios("drop", MIXED))
     assert "(keep_experts_whole 1 -> default)" in told
     assert "drop_ratio ['0.5', '0-1=0.25', '3=0'] -> 0.5" in tiny.refusal("upcycle", dense, out)

@@ -81,6 +81,7 @@ def test_each_layer_has_the_ratio_that_names_it_in_any_order(
     assert isinstance(found, LayerRatios)
     assert [found.of(layer) for layer in range(12)] == [others.get(layer, usual) for layer in range(12)]
     assert layer_ratios(found.texts) == found  # what is recorded is read back
+    assert layer_ratios(sorted(texts)) == found
     recipe = UpcycleRecipe("mixtral", drop_ratio=found)
     assert UpcycleRecipe.from_json(recipe.to_json()) == recipe
     assert hash(recipe) == hash(UpcycleRecipe.from_json(recipe.to_json()))
