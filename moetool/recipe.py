@@ -6,17 +6,19 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moetool import registry
 from moetool.errors import CheckpointError, ConfigError
+from moetool.layers import USUAL, LayerRatios, layer_ratios, recorded_ratios
 from moetool.option import as_read, dtype_option, option
 from moetool.outside import fits, read_json
-from moetool.values import decimal, ratio, short_dtype
+from moetool.values import decimal, short_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,8 @@ LINEAGE_FORMAT = 1
 PROJECTIONS = ("gate", "up", "down")
 CALIBRATE = "calibrate"  # the key under which a lineage's recipe has the texts that were read
 FITTED = ("balanced", "ridge")  # routers that are fitted on text
+RATIOS = "0..1|LAYERS=0..1"
+LATER = frozenset({"keep_experts_whole", "donor_weights"})  # fields that a recipe has only where they are used
 
 
 def _read_by(*methods: str) -> tuple[str, Callable[[str], bool]]:
@@ -40,6 +44,8 @@ class UpcycleRecipe:
 
     Attributes:
         num_donors: dense models that the experts come from (Branch-Train-MiX).
+        donor_weights: of each but the first, its share of the mean that all but the experts is; None where none was
+            typed, empty where all have the same.
         shared_experts: None is the family's default.
         dtype: of the written tensors, as safetensors names it; `auto` keeps each tensor's own.
     """
@@ -54,17 +60,23 @@ class UpcycleRecipe:
         " random weights.",
         "drop", kind="method",
     )  # fmt: skip
-    drop_ratio: Decimal = option(
-        "Share of the intermediate units redrawn in each expert.",
-        Decimal("0.5"), parse=ratio, metavar="0..1", needs=_read_by("drop"), unread=Decimal(0),
+    drop_ratio: Decimal | LayerRatios = option(
+        "Share of the intermediate units redrawn in each expert; LAYERS=RATIO (repeatable) for some layers.",
+        USUAL, typed=list[str], parse=recorded_ratios, make=layer_ratios, metavar=RATIOS,
+        needs=_read_by("drop"), unread=Decimal(0),
     )  # fmt: skip
     drop_index: Literal["shared", "per-matrix"] = option(
         "One set of redrawn units for gate, up and down (the paper), or one per matrix (the authors' script).",
         "shared", needs=_read_by("drop", "noise"), unread="shared",
     )  # fmt: skip
-    noise_ratio: Decimal = option(
-        "Share of the units that get noise (--method noise).",
-        Decimal("0.5"), parse=ratio, metavar="0..1", needs=_read_by("noise"), unread=Decimal(0),
+    keep_experts_whole: int = option(
+        "Experts per layer that stay plain copies: the first ones of DENSE and of each --donor.",
+        0, min=0, metavar="N", needs=_read_by("drop", "noise"), unread=0,
+    )  # fmt: skip
+    noise_ratio: Decimal | LayerRatios = option(
+        "Share of the units that get noise (--method noise); LAYERS=RATIO (repeatable) for some layers.",
+        USUAL, typed=list[str], parse=recorded_ratios, make=layer_ratios, metavar=RATIOS,
+        needs=_read_by("noise"), unread=Decimal(0),
     )  # fmt: skip
     noise_scale: Decimal = option(
         "Standard deviation of the noise, relative to that of each matrix.",
@@ -75,6 +87,7 @@ class UpcycleRecipe:
         None, parse=decimal, metavar="STD", needs=_read_by("noise"), unread=None,
     )  # fmt: skip
     num_donors: int = 1
+    donor_weights: tuple[Decimal | None, ...] = ()
     granularity: int = option("Split each dense FFN into G parts; each expert is one part.", 1, min=1, metavar="G")
     shared_experts: int | None = option(
         "Shared experts, which every token uses.", None, shown="the family's", min=0, metavar="S"
@@ -105,14 +118,22 @@ class UpcycleRecipe:
         if self.top_k > self.num_experts:
             raise ConfigError(f"--top-k {self.top_k} is more than --num-experts {self.num_experts}")
 
-    def settled(self, num_donors: int) -> UpcycleRecipe:
-        """The recipe that is recorded: without what its method does not read."""
-        read: UpcycleRecipe = replace(as_read(self), num_donors=num_donors)
+    def settled(self, num_donors: int, donor_weights: Sequence[Decimal | None] = ()) -> UpcycleRecipe:
+        """The recipe that is recorded: without what its method does not read.
+
+        Args:
+            num_donors: dense models, DENSE with them.
+            donor_weights: of each but DENSE, None where none was typed.
+        """
+        read: UpcycleRecipe = replace(as_read(self), num_donors=num_donors, donor_weights=tuple(donor_weights))
+        if len(set(read.trunk_shares)) == 1:  # the plain mean, however it was written
+            read = replace(read, donor_weights=())
         return read if read.noise_std is None else replace(read, noise_scale=Decimal(0))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; decimals as the text that was typed."""
-        return {key: str(v) if isinstance(v, Decimal) else v for key, v in asdict(self).items()}
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: _plain(v) for name, (v, usual) in values.items() if name not in LATER or v != usual}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> UpcycleRecipe:
@@ -123,28 +144,44 @@ class UpcycleRecipe:
         """
         values = {key: value for key, value in values.items() if key != CALIBRATE}
         try:
-            if set(values) != {field.name for field in fields(cls)}:
-                raise TypeError(f"fields {sorted(set(values) ^ {field.name for field in fields(cls)})}")
-            read: dict[str, Any] = {}
-            for field in fields(cls):
-                value, kind = values[field.name], str(field.type)
-                optional = value is None and kind.endswith("None")
-                if not optional and type(value) is not (int if kind.startswith("int") else str):
-                    raise TypeError(f"{field.name} is {value!r}")
-                read[field.name] = Decimal(value) if kind.startswith("Decimal") and not optional else value
-                if isinstance(read[field.name], Decimal) and not read[field.name].is_finite():
-                    raise TypeError(f"{field.name} is {value!r}")
-            return cls(**read)
-        except (TypeError, KeyError, ArithmeticError, ValueError) as error:
+            known = {field.name for field in fields(cls)}
+            if not known - LATER <= set(values) <= known:
+                raise TypeError(f"fields {sorted(set(values) ^ known)}")
+            there = (field for field in fields(cls) if field.name in values)
+            recipe = cls(**{field.name: _read(field, values[field.name]) for field in there})
+            if recipe.donor_weights and len(recipe.donor_weights) != recipe.num_donors - 1:
+                raise TypeError(f"{len(recipe.donor_weights)} weights of {recipe.num_donors - 1} donors")
+            return recipe
+        except (TypeError, KeyError, ArithmeticError, ValueError, ConfigError) as error:
             raise CheckpointError(f"{LINEAGE}: the recipe cannot be read ({error})") from None
 
-    def num_redrawn(self, intermediate_size: int) -> int:
-        """Units changed in each expert, of so many: floor(ratio x units), exact in decimals.
+    def num_redrawn(self, num_units: int, layer: int, expert: int | None = None) -> int:
+        """Units changed in an expert: floor(ratio x units), exact in decimals.
 
         `drop` redraws them, `noise` adds noise to them; every other method changes none.
+
+        Args:
+            num_units: of the expert.
+            layer: its layer.
+            expert: its number; None for one that is not kept whole, if there is one.
         """
+        if self.is_whole(self.num_experts - 1 if expert is None else expert):  # the last one is whole if all are
+            return 0
         ratio = {"drop": self.drop_ratio, "noise": self.noise_ratio}.get(self.method, Decimal(0))
-        return int(ratio * intermediate_size)
+        return int((ratio.of(layer) if isinstance(ratio, LayerRatios) else ratio) * num_units)
+
+    def is_whole(self, expert: int) -> bool:
+        """Whether an expert is kept whole: one of the first that its dense model gives to a layer."""
+        if not self.keep_experts_whole:
+            return False
+        return expert % (self.num_experts // self.num_donors) < self.keep_experts_whole // self.num_donors
+
+    @property
+    def trunk_shares(self) -> tuple[Fraction, ...]:
+        """Each dense model's share of the mean that all but the experts is; those without a weight share the rest."""
+        weights = (None, *(self.donor_weights or (None,) * (self.num_donors - 1)))
+        rest = Fraction(1) - sum(Fraction(weight) for weight in weights if weight is not None)
+        return tuple(rest / weights.count(None) if weight is None else Fraction(weight) for weight in weights)
 
     @property
     def group_size(self) -> int:
@@ -169,6 +206,37 @@ class UpcycleRecipe:
         """
         shared = self.shared_experts or 0
         return ((shared if shared < self.granularity else 0) + expert % self.group_size) * num_units
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return value.texts if isinstance(value, LayerRatios) else str(value) if isinstance(value, Decimal) else value
+
+
+def _read(field: Field[Any], value: Any) -> Any:
+    """A field from its JSON."""
+    kind = str(field.type)
+    if kind.startswith("tuple"):
+        if not isinstance(value, list):
+            raise TypeError(f"{field.name} is {value!r}")
+        return tuple(None if one is None else _finite(field, one) for one in value)
+    if kind.endswith("LayerRatios") and fits(value, [str]):
+        return layer_ratios(value)
+    if value is None and kind.endswith("None"):
+        return None
+    if kind.startswith("Decimal"):
+        return _finite(field, value)
+    if type(value) is not (int if kind.startswith("int") else str):
+        raise TypeError(f"{field.name} is {value!r}")
+    return value
+
+
+def _finite(field: Field[Any], text: Any) -> Decimal:
+    number = Decimal(text) if isinstance(text, str) else Decimal("nan")
+    if not number.is_finite():
+        raise TypeError(f"{field.name} is {text!r}")
+    return number
 
 
 def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
@@ -201,7 +269,7 @@ def redrawn_units(recipe: UpcycleRecipe, layer: int, expert: int, projection: st
 
     whose = projection if recipe.drop_index == "per-matrix" else PROJECTIONS[0]
     draw = generator(recipe.seed, "units", matrix_index(recipe, layer, expert, whose))
-    return torch.randperm(units, generator=draw)[: recipe.num_redrawn(units)].sort().values
+    return torch.randperm(units, generator=draw)[: recipe.num_redrawn(units, layer, expert)].sort().values
 
 
 @lru_cache(maxsize=64)
@@ -209,7 +277,7 @@ def permutation(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> t
     """The order of one expert's units (int64, position -> dense unit); None where it is the dense order."""
     import torch
 
-    if recipe.drop_index != "per-matrix" or recipe.num_redrawn(units) == 0:
+    if recipe.drop_index != "per-matrix" or recipe.num_redrawn(units, layer, expert) == 0:
         return None
     draw = generator(recipe.seed, "permutation", layer * recipe.num_experts + expert)
     return torch.randperm(units, generator=draw)

@@ -208,9 +208,13 @@ def check_out(folder: Path, command: str) -> None:
 def _changes(old: Any, identity: Mapping[str, Any]) -> str:
     """A clause on the differences of a recipe from an earlier one: ` (drop_ratio 0.25 -> 0.5)`."""
     new = json.loads(json.dumps(identity)).get("recipe")
-    if not isinstance(old, dict) or not isinstance(new, dict) or set(old) != set(new):  # or of another operation
+    if not isinstance(old, dict) or not isinstance(new, dict):
         return ""
-    values = {key: (str(old[key]), str(new[key])) for key in new if old[key] != new[key]}
+    if not (old.keys() <= new.keys() or new.keys() <= old.keys()):  # of another operation
+        return ""
+    both = [*new, *(key for key in old if key not in new)]  # some fields are left out where they have their default
+    pairs = {key: (old.get(key, "default"), new.get(key, "default")) for key in both}
+    values = {key: (str(a), str(b)) for key, (a, b) in pairs.items() if a != b}
     # Tables of experts are too long to be printed.
     changes = [f"{key} {a} -> {b}" if len(a + b) < 80 else f"other {key}" for key, (a, b) in values.items()]
     return f" ({', '.join(changes)})" if changes else " (same recipe, but another or changed source)"

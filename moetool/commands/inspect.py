@@ -11,7 +11,9 @@ from moetool.commands.console import Console, count, escape, size
 from moetool.commands.options import Output
 from moetool.commands.plan_table import two_columns
 from moetool.commands.upcycle_table import clients_line
+from moetool.layers import by_layers
 from moetool.option import option
+from moetool.outside import fits
 
 EXPERTS = ".experts."  # in the name of a routed expert's tensor, whatever the family
 
@@ -134,6 +136,16 @@ def render(document: dict[str, Any]) -> list[Any]:
     return shown
 
 
+def _units_line(recorded: dict[str, Any], what: str) -> str:
+    """How many units of an expert were changed, by layer where layers differ."""
+    numbers: Any = recorded.get("num_redrawn")
+    layers: Any = recorded.get("layers")
+    said = f"of {recorded.get('num_units')} {what}"
+    if fits(numbers, [int]) and fits(layers, [int]) and len(numbers) == len(layers):
+        return by_layers(numbers, layers, said)
+    return f"{numbers} {said}"
+
+
 def lineage_line(entry: dict[str, Any]) -> str:
     """One step of a checkpoint's history, in one line."""
     from moetool.recipe import recorded_sources
@@ -142,18 +154,18 @@ def lineage_line(entry: dict[str, Any]) -> str:
         recipe, source = entry.get("recipe", {}), entry.get("source", {})
         units = entry.get("redrawn_units")
         what = "given noise" if recipe.get("method") == "noise" else "redrawn"
-        redrawn = (
-            f", {units.get('num_redrawn')} of {units.get('num_units')} units {what} ({recipe.get('drop_index')})"
-            if units
-            else ""
-        )
-        names = " and ".join(str(one.get("name")) for one in recorded_sources(entry))
+        redrawn = f", {_units_line(units, f'units {what}')} ({recipe.get('drop_index')})" if units else ""
+        weights = [None, *(found if isinstance(found := recipe.get("donor_weights"), list) else [])]
+        of = [f" (weight {weight})" if weight is not None else "" for weight in weights]
+        sources = recorded_sources(entry)
+        names = " and ".join(f"{one.get('name')}{of[n] if n < len(of) else ''}" for n, one in enumerate(sources))
         parts = "".join(
             f", {name} {recipe[key]}"
             for key, name, usual in (
                 ("granularity", "granularity", 1),
                 ("shared_experts", "shared experts", 0),
                 ("moe_layers", "layers", "all"),
+                ("keep_experts_whole", "experts kept whole", 0),
             )
             if recipe.get(key, usual) != usual
         )

@@ -175,7 +175,7 @@ def typer_command(run: Callable[..., Any]) -> Callable[..., Any]:
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("context", keyword, annotation=typer.Context)]
     for field, hint in _placed(declared):
-        default = inspect.Parameter.empty if _required(field) else _given(field.default)
+        default = inspect.Parameter.empty if _required(field) else _typed_default(field)
         parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=_annotation(field, hint)))
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {}
@@ -223,6 +223,13 @@ def _required(field: Any) -> bool:
 def _given(default: Any) -> Any:
     """A default as Typer takes it."""
     return None if default is dataclasses.MISSING or default == () else default
+
+
+def _typed_default(field: Any) -> Any:
+    """A default as Typer takes it for the type that is typed: one value of an option that repeats is a list."""
+    given = _given(field.default)
+    repeats = get_origin(field.metadata["option"].typed) is list
+    return [str(given)] if repeats and given is not None and not isinstance(given, (list, tuple)) else given
 
 
 def _annotation(field: Any, hint: Any) -> Any:
@@ -286,6 +293,9 @@ def resolved_options(context: typer.Context) -> dict[str, Any]:
         return value if isinstance(value, (bool, int, str)) else str(value)
 
     values = {str(p.name): context.params.get(str(p.name)) for p in context.command.params}
+    for p in context.command.params:  # an option that repeats, of which one value is the usual
+        if isinstance(p.default, list) and len(values[str(p.name)] or ()) == 1:
+            values[str(p.name)] = values[str(p.name)][0]  # type: ignore[index]
     return {
         flag(name)[2:]: plain(value)
         for name, value in values.items()

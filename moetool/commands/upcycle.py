@@ -30,8 +30,8 @@ class Models:
     out: Path = option("The folder to write.", positional=True, metavar="OUT")
     donor: Sequence[str] = option(
         "Another dense model (repeatable): DENSE and each donor give an equal share of the experts; all other"
-        " tensors are averaged (Branch-Train-MiX).",
-        (), metavar="MODEL", needs=("method", ("drop", "copy", "noise").__contains__), after="noise_std",
+        " tensors are averaged (Branch-Train-MiX). MODEL=WEIGHT sets its share of that mean; 1 takes all from it.",
+        (), metavar="MODEL|MODEL=0..1", needs=("method", ("drop", "copy", "noise").__contains__), after="noise_std",
     )  # fmt: skip
     for_: Sequence[str] = option(
         "A program that must run the result correctly (repeatable); --target auto then picks a family it can run.",
@@ -56,12 +56,14 @@ def upcycle(
     """
     from moetool.checkpoint.writer import check_out
     from moetool.surgery.sources import open_sources
+    from moetool.upcycle.donors import read_donors
     from moetool.upcycle.plan import plan_upcycling
 
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
-    names = [models.dense, *(models.donor if asked.method != "scratch" else [])]
-    recipe = asked.settled(len(names))
+    donors, weights = read_donors(models.donor if asked.method != "scratch" else [])
+    names = [models.dense, *donors]
+    recipe = asked.settled(len(names), weights)
     check_texts(recipe, texts)
     reads = bool(texts.calibrate)
     sources = context.with_resource(open_sources(names, models.out, headers_only=writing.plan and not reads))

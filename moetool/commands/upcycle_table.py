@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetool.commands.console import count, size
 from moetool.commands.plan_table import two_columns
+from moetool.layers import by_layers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,11 +33,8 @@ def describe(upcycling: Upcycling, out: Path, workers: int) -> dict[str, Any]:
         "moe_layers": list(upcycling.moe_layers),
         "parameters": upcycling.parameters,
         "flops_per_token": upcycling.flops_per_token,
-        "redrawn_units": {
-            "per_expert": upcycling.num_redrawn,
-            "of": upcycling.num_units,
-            "common": upcycling.common_share,
-        },
+        "redrawn_units": _redrawn_units(upcycling),
+        "trunk_shares": [float(share) for share in recipe.trunk_shares],
         "num_bytes": plan.num_bytes,
         "num_shards": len(plan.shards),
         "free_disk_bytes": free_disk(out),
@@ -45,6 +43,15 @@ def describe(upcycling: Upcycling, out: Path, workers: int) -> dict[str, Any]:
         "clients": dict(upcycling.clients),
         "fitted": fitted(upcycling),
     }
+
+
+def _redrawn_units(upcycling: Upcycling) -> dict[str, Any]:
+    """Units changed in an expert; of layers that differ also a row for each."""
+    layers, numbers, common = upcycling.moe_layers, upcycling.num_redrawn, upcycling.common_shares
+    if len(set(numbers)) == 1:
+        return {"per_expert": numbers[0], "of": upcycling.num_units, "common": common[0]}
+    rows = [{"layer": n, "per_expert": m, "common": c} for n, m, c in zip(layers, numbers, common, strict=True)]
+    return {"per_expert": None, "of": upcycling.num_units, "common": sum(common) / len(common), "layers": rows}
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -60,6 +67,7 @@ def table(document: dict[str, Any]) -> Table:
         "family": f"{document['dense_family']}{inside} -> {document['target']} ({document['architecture']})",
         "experts": f"{recipe['num_experts']}{shared} per layer, top-{recipe['top_k']}, {layers}{of} layers{parts}",
         "method": method_line(document),
+        **trunk_row(document),
         **router_rows(document),
         "parameters": f"{count(parameters['dense'])} dense -> {count(parameters['total'])} total,"
         f" {count(parameters['active'])} active",
@@ -102,17 +110,35 @@ def method_line(document: dict[str, Any]) -> str:
     donors = f"from {recipe['num_donors']} dense models, " if recipe["num_donors"] > 1 else ""
     if recipe["method"] == "scratch":
         return "every tensor is drawn at random, nothing of the dense model is kept"
-    if not units["per_expert"]:
+    rows = units.get("layers") or [units | {"layer": 0}]
+    numbers = [row["per_expert"] for row in rows]
+    if not any(numbers):
         return f"{donors}{recipe['method']}: plain copies"
     where = "in gate, up and down alike" if recipe["drop_index"] == "shared" else "in each matrix, units permuted"
     what = "redrawn"
     if recipe["method"] == "noise":
         std = f"std {recipe['noise_std']}" if recipe["noise_std"] else f"{recipe['noise_scale']} x each matrix's std"
         what = f"given noise of {std}"
-    return (
-        f"{donors}{recipe['method']}: {units['per_expert']} of {units['of']} units {what} in each expert, {where};"
-        f" two experts have {units['common']:.1%} in common"
+    whole = recipe.get("keep_experts_whole", 0)
+    but = f" but {whole} kept whole" if whole else ""
+    changed = by_layers(numbers, [row["layer"] for row in rows], f"of {units['of']} units {what} in each expert{but}")
+    shares = sorted(row["common"] for row in rows)
+    common = " to ".join(dict.fromkeys(f"{share:.1%}" for share in (shares[0], shares[-1])))
+    return f"{donors}{recipe['method']}: {changed}, {where}; two experts have {common} in common" + (
+        ", on average" if whole else ""
     )
+
+
+def trunk_row(document: dict[str, Any]) -> dict[str, str]:
+    """Where all but the experts comes from, if donors have weights."""
+    if "donor_weights" not in document["recipe"]:
+        return {}
+    shares = document["trunk_shares"]
+    if 1 in shares:
+        whose = f"donor {shares.index(1)}" if shares.index(1) else "DENSE"
+        return {"trunk": f"all but the experts is {whose}'s alone"}
+    named = [f"{share:.4g} of {f'donor {n}' if n else 'DENSE'}" for n, share in enumerate(shares)]
+    return {"trunk": f"all but the experts is a mean, {', '.join(named)}"}
 
 
 def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 
 from moetool.checkpoint.model import load_model, load_tokenizer, pick_device, skeleton
 from moetool.errors import CheckpointError, ConfigError
+from moetool.layers import ranges
 from moetool.mesh import check_model, distributed, mesh_of
 from moetool.progress import Progress, silent
 from moetool.routing import load_metrics
@@ -64,7 +65,7 @@ def analyze(
     """
     origin = read_origin(model[1])
     alignment = _check_models([model, compare] if compare else [model], settings)
-    if origin and origin.num_redrawn and settings.unit_use and not mesh_of(settings).whole:
+    if origin and any(origin.num_redrawn) and settings.unit_use and not mesh_of(settings).whole:
         raise ConfigError("--unit-use reads whole experts, which --fsdp, --ep and --tp share out; give --no-unit-use")
     loaded, capture = _open(model[1], settings)
     empty, seq_len = probe(loaded, capture), window(loaded, settings.seq_len)
@@ -157,7 +158,7 @@ def _comparable(shape: dict[str, Any], alignment: Alignment | None) -> dict[str,
 def _shape(model: Any, capture: RouterCapture, empty: RoutingStats | None) -> dict[str, Any]:
     """What two models must have in common, in words; None where it is not known."""
     return {
-        "the layers with a router": _ranges(capture.layers),
+        "the layers with a router": ranges(capture.layers),
         "the number of experts": empty.num_experts if empty else None,
         "top-k": empty.top_k if empty else None,
         "the vocabulary": model.get_input_embeddings().num_embeddings,
@@ -172,7 +173,7 @@ def _open(folder: Path, settings: Settings) -> tuple[Any, RouterCapture]:
 
 
 def _unit_use(model: Any, origin: Origin | None, settings: Settings) -> UnitUse | None:
-    if not (origin and origin.num_redrawn and settings.unit_use):
+    if not (origin and any(origin.num_redrawn) and settings.unit_use):
         return None
     return UnitUse(model, origin)
 
@@ -184,7 +185,7 @@ def _vocabulary_layers(
     if not isinstance(wanted, str):
         if unknown := [layer for layer in wanted if layer not in layers]:
             raise ConfigError(
-                f"--vocabulary-layers: layer {unknown[0]} has no router; layers with one are {_ranges(layers)}"
+                f"--vocabulary-layers: layer {unknown[0]} has no router; layers with one are {ranges(layers)}"
             )
         layers = list(wanted)
     num_types = len(distinct_tokens(texts, settings.max_tokens)) if layers else 0
@@ -199,17 +200,6 @@ def _vocabulary_layers(
             f" {one * len(layers) / 1e6:.1f} MB of memory (--vocabulary-layers chooses them)"
         )
     return layers
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`0-3,7` for [0, 1, 2, 3, 7]."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
 
 
 def _named(progress: Progress, model: str) -> Progress:

@@ -20,6 +20,7 @@ from moetool.arch.spec import ArchSpec, dense_ffn, routed_factor
 from moetool.checkpoint.hub import find_model
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, MoetoolError
+from moetool.layers import LayerRatios
 from moetool.recipe import (
     LINEAGE,
     PROJECTIONS,
@@ -61,9 +62,10 @@ class Origin:
         return self.recipe.method == "scratch"
 
     @property
-    def num_redrawn(self) -> int:
-        """Units changed in each matrix of an expert: redrawn, or given noise."""
-        return self.recipe.num_redrawn(self.num_units)
+    def num_redrawn(self) -> tuple[int, ...]:
+        """Of each layer with experts, units changed in each matrix of an expert that was not kept whole: redrawn, or
+        given noise."""
+        return tuple(self.recipe.num_redrawn(self.num_units, layer) for layer in self.layers)
 
     @property
     def num_experts(self) -> int:
@@ -123,7 +125,7 @@ def read_origin(folder: Path) -> Origin | None:
     names = tuple(source["name"] for source in sources)
     num_units = source.expert(source.layers[0], 0, "gate").shape[0]
     origin = Origin(entry, recipe, source.spec, source.layers, num_units, experts, names)
-    if origin.num_redrawn:
+    if any(origin.num_redrawn):
         _check_digests(origin, path)
     return origin
 
@@ -132,13 +134,14 @@ def _check_recipe(recipe: UpcycleRecipe) -> None:
     """Refuse a recipe that `moetool upcycle` cannot have written: what follows relies on it."""
     for name in ("drop_ratio", "noise_ratio"):
         ratio = getattr(recipe, name)
-        if not (ratio.is_finite() and 0 <= ratio <= 1):
+        if not isinstance(ratio, LayerRatios) and not (ratio.is_finite() and 0 <= ratio <= 1):
             raise CheckpointError(f"{LINEAGE}: {name} is not between 0 and 1")
     donors, shared = recipe.num_donors, recipe.shared_experts or 0
     sound = (
         recipe.method in registry.names("method") and donors >= 1 and recipe.granularity >= 1 and shared >= 0
     ) and (recipe.method == "scratch" or recipe.num_experts % (recipe.group_size * donors) == 0)
-    if not sound:
+    whole = recipe.keep_experts_whole
+    if not sound or (whole and not (0 < whole <= recipe.num_experts and whole % (recipe.group_size * donors) == 0)):
         raise CheckpointError(f"{LINEAGE}: moetool upcycle cannot have written this recipe")
 
 

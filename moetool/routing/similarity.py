@@ -158,21 +158,24 @@ def _cosines(
 ) -> dict[str, Tensor]:
     """Part -> cosine similarity (M, M); NaN where a part is empty."""
     M = len(experts) + len(sources)
+    some = origin.num_redrawn[origin.layers.index(layer)] > 0
+    changed_M = torch.zeros(M, dtype=torch.bool)
     # Inner products over all entries, over those kept in both, and the squared norm of the first over
     # the latter.
     total_MM, kept_MM, norm_MM = (torch.zeros(M, M, dtype=torch.float64) for _ in range(3))
     for projection in PROJECTIONS:
         matrices, R = _matrices(moe, sources, origin, layer, experts, projection)
         kept_MF = torch.ones(M, origin.num_units)
-        for row, expert in enumerate(experts if origin.num_redrawn else ()):
+        for row, expert in enumerate(experts if some else ()):
             redrawn_F, place_F = origin.redrawn(layer, expert, projection), matrices[row].place_F
+            changed_M[row] |= redrawn_F.any()
             kept_MF[row] = (~(redrawn_F if place_F is None else redrawn_F[place_F])).float()
         step = max(1, _BLOCK // (M * matrices[0].columns))
         for start in range(0, R, step):
             stop = min(R, start + step)
             block_MRC = torch.stack([matrix.read(projection, start, stop) for matrix in matrices])
             total_MM += _inner(block_MRC)
-            if not origin.num_redrawn:
+            if not some:
                 continue
             if projection == "down":
                 kept_MU, squares_MU = kept_MF, block_MRC.square().sum(dim=1)
@@ -186,10 +189,11 @@ def _cosines(
     if origin.drawn:  # nothing was kept, and nothing redrawn
         norm_MM, rest_MM = torch.zeros_like(total_MM), torch.zeros_like(total_MM)
     else:
-        if not origin.num_redrawn:
+        if not some:
             kept_MM, norm_MM = total_MM, whole_MM
         rest_MM = whole_MM - norm_MM
-        rest_MM[rest_MM <= 1e-6 * whole_MM] = 0  # nothing but rounding
+        changed_MM = changed_M[:, None] | changed_M
+        rest_MM[~changed_MM | (rest_MM <= 1e-6 * whole_MM)] = 0  # nothing but rounding
     parts = ((total_MM, whole_MM), (kept_MM, norm_MM), (total_MM - kept_MM, rest_MM))
     return {
         name: torch.where(of_MM * of_MM.T > 0, inner_MM / (of_MM * of_MM.T).sqrt(), math.nan).clamp(-1, 1)

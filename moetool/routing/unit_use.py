@@ -95,7 +95,7 @@ class UnitUse:
         `use` is the share of all contributions that redrawn units carry over their share of the units
         (1: as the kept ones, 0: nothing); `idle`, the share of redrawn units whose contribution is below
         1 % of the kept units' median. A unit is redrawn if one of its matrices was. An expert without
-        tokens, or without a kept unit, is None; a layer's values are means over the others.
+        tokens, without a kept unit or without a redrawn one is None; a layer's values are means over the others.
         """
         if self.note or not self._sums:
             return None

@@ -44,12 +44,20 @@ def build_upcycling(
         "source": origin.sources[0],
         "donors": list(origin.sources[1:]),
         "num_units": origin.num_units,
-        "num_redrawn": origin.num_redrawn,
+        "num_redrawn": _alike(origin),
         "mean": _means(layers, unit_use),
         "layers": layers,
         "unit_use": unit_use,
         "notes": notes,
     }
+
+
+def _alike(origin: Origin) -> int | dict[str, int]:
+    """Units redrawn in an expert; by layer where layers differ."""
+    numbers = origin.num_redrawn
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    return {str(layer): number for layer, number in zip(origin.layers, numbers, strict=True)}
 
 
 def _means(layers: list[dict[str, Any]] | None, unit_use: dict[str, list[dict[str, Any]]] | None) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetool.layers import by_layers
+
 Measured = Mapping[str, Any]
 OLDER = ", first model"
 
@@ -24,10 +26,14 @@ def beginning(first: Measured) -> list[str]:
     what = whole if parts == 1 else f"one of {parts} parts of {whole}"
     if first["num_redrawn"]:
         done = "noise added to" if recipe["method"] == "noise" else "redrawn"
-        units = f"{first['num_redrawn']} of {first['num_units']} units"
-        each = " in each matrix" if recipe["drop_index"] == "per-matrix" else ""
-        what += f", with {f'{done} {units}' if done.startswith('noise') else f'{units} {done}'}{each} and the rest kept"
+        noise, each = done.startswith("noise"), " in each matrix" if recipe["drop_index"] == "per-matrix" else ""
+        units = f"of {first['num_units']} units" + ("" if noise else f" {done}") + each
+        redrawn = first["num_redrawn"] if isinstance(first["num_redrawn"], dict) else {"0": first["num_redrawn"]}
+        numbers = by_layers([*redrawn.values()], [*map(int, redrawn)], units)
+        what += f", with {f'{done} ' if noise else ''}{numbers} and the rest kept"
     said = [f"moetool made this model from {_listed(names)}: every expert began as {what}."]
+    if whole := recipe.get("keep_experts_whole", 0):
+        said.append(f"{whole} of {recipe['num_experts']} experts of each layer were kept whole, as plain copies.")
     if recipe["shared_experts"]:
         said.append("The shared expert is left out here.")
     if parts > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -22,18 +22,39 @@ def kinds(recipe: UpcycleRecipe, measured: Measured) -> Mapping[str, Kind]:
     return {
         **KINDS,
         "expert": Kind(partial(_expert, recipe), partial(_draw_expert, recipe), partial(_redrawn, recipe)),
-        "shared": Kind(_shared),
+        "weighted": Kind(partial(_weighted, recipe)),
+        "shared": Kind(partial(_shared, recipe)),
         "router": Kind(partial(_router, recipe, measured)),
         "selection bias": Kind(partial(_selection_bias, recipe, measured)),
         "normal": Kind(_zeros, partial(_draw_all, recipe), _all),
     }
 
 
-def _shared(block: Block) -> torch.Tensor:
+def _weighted(recipe: UpcycleRecipe, block: Block) -> torch.Tensor:
+    """A tensor outside the experts: the mean of the dense ones by their weights, rounded once."""
+    rows = [block.rows(piece, block.start, block.stop) for piece in block.fill.sources]
+    return _mean(recipe, block, rows).to(block.dtype)
+
+
+def _shared(recipe: UpcycleRecipe, block: Block) -> torch.Tensor:
     """The shared expert's matrix: the mean of the dense ones in fp32, times the planned factor, rounded once."""
     whole = [_units(block, piece, 0, None) for piece in block.fill.sources]
-    mean = whole[0] if len(whole) == 1 else torch.stack([units.float() for units in whole]).mean(0)
+    if len(whole) == 1:
+        return _scaled(block, whole[0])
+    equal = not recipe.donor_weights
+    mean = torch.stack([units.float() for units in whole]).mean(0) if equal else _mean(recipe, block, whole)
     return _scaled(block, mean)
+
+
+def _mean(recipe: UpcycleRecipe, block: Block, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of share x rows in fp32, in the order of the sources.
+
+    Products and sums are operations of their own: one that does both rounds differently on some machines.
+    """
+    total = torch.zeros(rows[0].shape, dtype=torch.float32)
+    for piece, one in zip(block.fill.sources, rows, strict=True):
+        total += one.float() * float(recipe.trunk_shares[piece.source])
+    return total
 
 
 def _expert(recipe: UpcycleRecipe, block: Block) -> torch.Tensor:
@@ -75,7 +96,7 @@ def _units(block: Block, piece: Piece, first: int, order: torch.Tensor | None) -
 def _redrawn(recipe: UpcycleRecipe, fill: Fill, place: Place) -> Drawn | None:
     """The units of an expert's matrix that its method changes, with the moments that the proof expects."""
     size = fill.shape[fill.axis]
-    if not recipe.num_redrawn(size):
+    if not recipe.num_redrawn(size, _layer(fill), place.expert):
         return None
     units = redrawn_units(recipe, _layer(fill), place.expert, _projection(fill), size)
     if recipe.method == "noise":

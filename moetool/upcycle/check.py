@@ -13,7 +13,9 @@ from moetool.arch.forms import dense_tensors
 from moetool.arch.spec import ArchSpec
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError, ConfigError
+from moetool.layers import LayerRatios, check_layer_ratios, chosen_layers
 from moetool.recipe import UpcycleRecipe
+from moetool.upcycle.donors import check_weights
 from moetool.values import FLOAT_DTYPES
 
 MAX_STD = 1000  # far above any use; fp16 ends at 65504
@@ -40,7 +42,7 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
         if getattr(recipe, name) not in choices:
             raise ConfigError(f"{name} {getattr(recipe, name)[:60]!r} is not one of {', '.join(choices)}")
     for name in ("drop_ratio", "noise_ratio"):
-        if not 0 <= getattr(recipe, name) <= 1:
+        if not isinstance(getattr(recipe, name), LayerRatios) and not 0 <= getattr(recipe, name) <= 1:
             raise ConfigError(f"{name.replace('_', ' ')} {getattr(recipe, name)} is not between 0 and 1")
     for name in ("router_std", "noise_std", "noise_scale"):
         if not 0 <= (getattr(recipe, name) or 0) <= MAX_STD:
@@ -54,6 +56,7 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
         fitting = _few(n for n in range(1, min(units, MAX_EXPERTS) + 1) if units % n == 0)
         raise ConfigError(f"--granularity {parts} does not divide the intermediate size {units}; choose from {fitting}")
     _check_shared(recipe, spec)
+    check_weights(recipe)
     if recipe.method == "scratch":
         if not spec.scratch:
             raise ConfigError(f"--method scratch does not know how to initialise {spec.model_type}; use another one")
@@ -69,6 +72,14 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
         raise ConfigError(
             f"--num-experts {recipe.num_experts} is not a multiple of {step} ({', '.join(reasons)}); choose from"
             f" {_few(_multiples(step, recipe.num_experts))}"
+        )
+    whole, step = recipe.keep_experts_whole, group * donors
+    if whole % step or not 0 <= whole <= recipe.num_experts:
+        reasons = [together] * (group > 1) + [f"each of {donors} dense models keeps the same number"] * (donors > 1)
+        because = f" and a multiple of {step} ({', '.join(reasons)})" if reasons else ""
+        raise ConfigError(
+            f"--keep-experts-whole {whole} is not between 0 and --num-experts {recipe.num_experts}{because}; choose"
+            f" from {_few(range(0, recipe.num_experts + 1, step))}"
         )
     if recipe.top_k % group:
         raise ConfigError(
@@ -119,33 +130,14 @@ def moe_layers(text: str, spec: ArchSpec, layers: int) -> frozenset[int]:
     """The layers that become MoE, of `--moe-layers`.
 
     Args:
-        text: `all`; `every:N`, the N-th, 2N-th, ... layer, counted from 1; or a list of layers counted
-            from 0 such as `0-3,8` or `4-`.
+        text: see `chosen_layers`.
         spec: the family to write.
         layers: of the dense model.
 
     Raises:
-        ConfigError: it is none of these, names layers that are not there, or none, or the family
-            cannot have these dense layers.
+        ConfigError: it names no layers, or the family cannot have these dense layers.
     """
-    every = re.fullmatch(r"every:([1-9]\d*)", text)
-    if text == "all":
-        chosen = frozenset(range(layers))
-    elif every:
-        chosen = frozenset(i for i in range(layers) if (i + 1) % int(every[1]) == 0)
-    else:
-        chosen = frozenset()
-        for part in text.split(","):
-            match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", part.strip())
-            if not match:
-                raise ConfigError(f"--moe-layers '{text}': give all, every:2, or layers such as 4- or 0-3,8")
-            first = int(match[1])
-            last = first if not match[2] else int(match[3]) if match[3] else layers - 1
-            if not first <= last < layers:
-                raise ConfigError(f"--moe-layers '{text}': '{part}' is not a range within layers 0-{layers - 1}")
-            chosen |= frozenset(range(first, last + 1))
-    if not chosen:
-        raise ConfigError(f"--moe-layers '{text}' names none of the {layers} layers")
+    chosen = chosen_layers(text, layers, "--moe-layers")
     if len(chosen) < layers:
         able = _with(lambda other: other.moe_layers is not None)
         if spec.moe_layers is None:
@@ -157,6 +149,18 @@ def moe_layers(text: str, spec: ArchSpec, layers: int) -> frozenset[int]:
         except ValueError as error:
             raise ConfigError(f"--moe-layers {text} does not fit {spec.model_type}: {error}") from None
     return chosen
+
+
+def check_ratios(recipe: UpcycleRecipe, moe: frozenset[int], layers: int) -> None:
+    """Check the layers for which a recipe has ratios of their own.
+
+    Raises:
+        ConfigError: one is not there, has no experts, or is named twice.
+    """
+    for name in ("drop_ratio", "noise_ratio"):
+        ratios = getattr(recipe, name)
+        if isinstance(ratios, LayerRatios):
+            check_layer_ratios(ratios, moe, layers, f"--{name.replace('_', '-')}")
 
 
 def check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mapping[str, Any]) -> dict[str, TensorInfo]:

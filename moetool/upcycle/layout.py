@@ -43,13 +43,16 @@ def fills_of(
             tensors.setdefault(place.tensor, TensorLayout(place.tensor, fill.dtype, shape or fill.shape))
 
     hidden, units = dense["hidden_size"], dense["intermediate_size"] // recipe.granularity
+    shares = recipe.trunk_shares
     for name in sorted(donors[0], key=natural):
         info = donors[0][name]
         sources = tuple(Piece(number, donor[name]) for number, donor in enumerate(donors))
+        trunk = tuple(piece for piece in sources if shares[piece.source])
         dtype = info.dtype if recipe.dtype == "auto" else recipe.dtype
         match = _FFN_NAME.match(name)
         if not match or int(match[1]) not in moe:
-            add(Fill("carried", sources, (Place(name),), dtype, info.shape))
+            kind = "weighted" if recipe.donor_weights and len(trunk) > 1 else "carried"
+            add(Fill(kind, trunk, (Place(name),), dtype, info.shape))
             bias = _missing_bias(name, donors[0], spec)
             if bias:
                 add(Fill("constant", (), (Place(bias),), dtype, info.shape[:1]))
@@ -71,7 +74,7 @@ def fills_of(
         # Only down-projections carry a factor: the FFN is linear in down (and in up), not in gate, because SiLU
         # is not homogeneous.
         factors = (scales(recipe, spec)[1], routed_factor(recipe, spec)) if projection == "down" else (1.0, 1.0)
-        summed = bool(recipe.num_redrawn(units))
+        summed = bool(recipe.num_redrawn(units, layer))
         add(Fill("expert", sources, places, dtype, shape, layer, projection, factors[1], summed=summed), whole)
         # Families that have one unless told otherwise write it at size zero as well.
         if spec.shared and (recipe.shared_experts or spec.shared.default):
@@ -80,7 +83,7 @@ def fills_of(
             together = [p for p in PROJECTIONS if spec.shared.tensors[p] == spec.shared.tensors[projection]]
             start = together.index(projection) * size * hidden
             place = Place(spec.shared.tensors[projection].format(layer=layer), start)
-            fill = Fill("shared", sources, (place,), dtype, shape, layer, projection, factors[0])
+            fill = Fill("shared", trunk, (place,), dtype, shape, layer, projection, factors[0])
             add(fill, (len(together) * shape[0], shape[1]))
     fills = _from_scratch(fills, spec, dense) if recipe.method == "scratch" else _numbered(fills, recipe, units)
     return fills, list(tensors.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -61,9 +62,10 @@ class Upcycling:
         return self.intermediate_size // self.recipe.granularity
 
     @property
-    def num_redrawn(self) -> int:
-        """Units changed in each expert (each matrix of it, with per-matrix indices)."""
-        return self.recipe.num_redrawn(self.num_units)
+    def num_redrawn(self) -> list[int]:
+        """Of each MoE layer, units changed in an expert (in each matrix of it, with per-matrix indices); experts that
+        are kept whole do not count."""
+        return [self.recipe.num_redrawn(self.num_units, layer) for layer in self.moe_layers]
 
     @cached_property
     def parameters(self) -> dict[str, int]:
@@ -96,16 +98,25 @@ class Upcycling:
         }
 
     @property
-    def common_share(self) -> float:
-        """Expected share of units that two experts have in common, unchanged in all three matrices.
+    def common_shares(self) -> list[float]:
+        """Of each MoE layer, the expected share of units that two experts have in common, unchanged in all matrices.
 
         (1 - |S| / F)^2 for shared index sets; each of three independent sets must miss a unit in both
-        experts with per-matrix ones. It holds for experts of the same part of the same donor's FFN.
+        experts with per-matrix ones. A unit of an expert that is kept whole is missed by all sets. It holds for
+        experts of the same part of the same donor's FFN, and is the mean over pairs of them.
         """
-        if self.recipe.method == "scratch":
-            return 0.0
-        kept = 1 - self.num_redrawn / self.num_units
-        return kept ** (6 if self.recipe.drop_index == "per-matrix" else 2)
+        recipe, sets = self.recipe, 3 if self.recipe.drop_index == "per-matrix" else 1
+        if recipe.method == "scratch":
+            return [0.0] * len(self.moe_layers)
+        alike = recipe.num_experts // (recipe.num_donors * recipe.group_size)
+        whole = sum(map(recipe.is_whole, range(alike * recipe.group_size))) // recipe.group_size
+        # Pairs of which none, one or both are changed.
+        pairs = [math.comb(whole, 2), whole * (alike - whole), math.comb(alike - whole, 2)] if whole else [0, 0, 1]
+        kept = [1 - num / self.num_units for num in self.num_redrawn]
+        return [
+            sum(n * share ** (sets * changed) for changed, n in enumerate(pairs)) / sum(pairs) if sum(pairs) else 1.0
+            for share in kept
+        ]
 
 
 def plan_upcycling(
@@ -174,13 +185,14 @@ def _recorded(recipe: UpcycleRecipe, measured: Measured, units: int, layers: Seq
     or these disagree."""
     document = measured.to_json()
     recorded = {"measured": document} if document else {}
-    if not recipe.num_redrawn(units):
+    redrawn = [recipe.num_redrawn(units, layer) for layer in layers]
+    if not any(redrawn):
         return recorded
     digests = [[units_digest(recipe, layer, expert, units) for expert in range(recipe.num_experts)] for layer in layers]
     return recorded | {
         "redrawn_units": {
             "num_units": units,
-            "num_redrawn": recipe.num_redrawn(units),
+            "num_redrawn": redrawn[0] if len(set(redrawn)) == 1 else redrawn,
             "matrices": list(PROJECTIONS),
             "layers": list(layers),
             "digests": digests,

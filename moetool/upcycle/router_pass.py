@@ -111,7 +111,7 @@ class _Pass:
         self._put(number, layer, rows)
         self.routers[number] = rows
         with mixer.looked_up():
-            self.loads[number] = self._loads(layer, send)
+            self.loads[number] = self._loads(number, layer, send)
 
     def _inputs(self, layer: Layer, send: Callable[[bool], None]) -> list[Inputs]:
         """What the router receives of each text; experts give nothing meanwhile."""
@@ -130,7 +130,7 @@ class _Pass:
             send(False)
         return list(texts.values())
 
-    def _loads(self, layer: Layer, send: Callable[[bool], None]) -> dict[str, list[float]]:
+    def _loads(self, number: int, layer: Layer, send: Callable[[bool], None]) -> dict[str, list[float]]:
         """Text -> the share of each expert of the routes of held-out tokens; the layer's outputs are kept."""
         E, forward = self.upcycling.recipe.num_experts, layer.experts.forward
         counts = {name: torch.zeros(E, dtype=torch.int64) for name in self.names}
@@ -139,17 +139,17 @@ class _Pass:
             part = self.parts[self.part]
             held_TK = indices.reshape(-1, indices.shape[-1])[part.held_T.to(indices.device)]
             counts[part.text] += torch.bincount(held_TK.flatten().cpu(), minlength=E)
-            return forward(hidden, *self._alike(indices, weights), *more, **named)
+            return forward(hidden, *self._alike(number, indices, weights), *more, **named)
 
         with _instead(layer.experts, count):
             send(True)
         return {name: (one / one.sum()).tolist() for name, one in counts.items()}
 
-    def _alike(self, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _alike(self, number: int, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The same choices among the experts of the first group, where all groups are copies of it: the same result,
         and each FFN is computed once."""
         recipe = self.upcycling.recipe
-        if recipe.num_donors > 1 or self.upcycling.num_redrawn:
+        if recipe.num_donors > 1 or recipe.num_redrawn(self.upcycling.num_units, number):
             return indices, weights
         M = recipe.group_size
         first = torch.arange(M, device=indices.device).expand(*indices.shape[:-1], M).contiguous()

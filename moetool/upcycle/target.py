@@ -10,7 +10,7 @@ from moetool.arch.clients import CLIENTS, obstacles
 from moetool.arch.spec import ArchSpec, candidates
 from moetool.errors import ConfigError
 from moetool.recipe import UpcycleRecipe
-from moetool.upcycle.check import check_recipe, moe_layers
+from moetool.upcycle.check import check_ratios, check_recipe, moe_layers
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def _settle(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any], bes
     recipe = replace(recipe, target=spec.model_type, shared_experts=shared)
     check_recipe(recipe, spec, dense)
     moe = moe_layers(recipe.moe_layers, spec, dense["num_hidden_layers"])
+    check_ratios(recipe, moe, dense["num_hidden_layers"])
     config = spec.config(dense, recipe, moe)
     if not spec.ties:
         config["tie_word_embeddings"] = False

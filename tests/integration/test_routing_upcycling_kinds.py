@@ -208,7 +208,7 @@ def plain_use(recipe: UpcycleRecipe, folder: Path, layer: int) -> list[float | N
             if e in chosen:
                 total += (module.act_fn(w["gate"] @ x.double()) * (w["up"] @ x.double())).abs() * w["down"].norm(dim=1)
         changed = sorted({u for p in PROJECTIONS for u in redrawn_units(recipe, layer, e, p, size).tolist()})
-        known = bool(total.sum() > 0) and len(changed) < size
+        known = bool(total.sum() > 0) and 0 < len(changed) < size
         uses.append(float(total[changed].sum() / total.sum()) / (len(changed) / size) if known else None)
     return uses
 

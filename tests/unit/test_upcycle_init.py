@@ -19,11 +19,11 @@ from moetool.upcycle.router import normal, uniform
 )
 def test_the_number_of_units_is_the_floor_of_the_typed_decimal(ratio: str, units: int, redrawn: int) -> None:
     # 0.29 * 100 is 28.999999999999996 in binary floating point, 0.7 * 10 is 7.000000000000001.
-    assert UpcycleRecipe("mixtral", drop_ratio=Decimal(ratio)).num_redrawn(units) == redrawn
+    assert UpcycleRecipe("mixtral", drop_ratio=Decimal(ratio)).num_redrawn(units, 0) == redrawn
 
 
 def test_copy_redraws_nothing_whatever_the_ratio() -> None:
-    assert UpcycleRecipe("mixtral", method="copy", drop_ratio=Decimal("0.5")).num_redrawn(64) == 0
+    assert UpcycleRecipe("mixtral", method="copy", drop_ratio=Decimal("0.5")).num_redrawn(64, 0) == 0
     block = torch.randn(4, 3)
     assert copy(Slice(block, torch.tensor([0]), 0, (0.0, 1.0), generator(0, "x"))) is block
 
