@@ -41,7 +41,14 @@ class Part:
 
 
 def parts_of_texts(
-    texts: Mapping[str, Tokens], sample: int, vocabulary: int, *, seq_len: int, batch_size: int, max_tokens: int
+    texts: Mapping[str, Tokens],
+    sample: int,
+    vocabulary: int,
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_tokens: int,
+    option: str = "--data",
 ) -> Iterator[Part]:
     """Cut texts into parts; every fourth window of each is held out, until there are enough for the sample.
 
@@ -52,6 +59,7 @@ def parts_of_texts(
         seq_len: tokens per window.
         batch_size: windows per part.
         max_tokens: the first so many tokens of each text.
+        option: by which texts were given, for errors.
 
     Raises:
         DataError: a text has no tokens, or one that the model does not know.
@@ -61,9 +69,9 @@ def parts_of_texts(
         limit, window, done = sample * position // len(texts), 0, 0
         total = min(text.num_tokens, max_tokens)
         if total < 1:
-            raise DataError(f"--data {name}: the text has no tokens; give a longer one")
+            raise DataError(f"{option} {name}: the text has no tokens; give a longer one")
         for batch in read_batches(text, seq_len, batch_size, total):
-            check_known(f"--data {name}", batch, vocabulary)
+            check_known(f"{option} {name}", batch, vocabulary)
             B, S = batch.ids_BS.shape
             held_B = (torch.arange(window, window + B) % HELD_OUT == HELD_OUT - 1) & (held < limit)
             text_T = torch.ones(B * S, dtype=torch.bool) if batch.mask_T is None else batch.mask_T

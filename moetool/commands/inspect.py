@@ -142,8 +142,9 @@ def lineage_line(entry: dict[str, Any]) -> str:
         recipe, source = entry.get("recipe", {}), entry.get("source", {})
         units = entry.get("redrawn_units")
         what = "given noise" if recipe.get("method") == "noise" else "redrawn"
+        least = ", least-used" if recipe.get("drop_units") == "least-used" else ""
         redrawn = (
-            f", {units.get('num_redrawn')} of {units.get('num_units')} units {what} ({recipe.get('drop_index')})"
+            f", {units.get('num_redrawn')} of {units.get('num_units')} units {what} ({recipe.get('drop_index')}{least})"
             if units
             else ""
         )
@@ -152,6 +153,7 @@ def lineage_line(entry: dict[str, Any]) -> str:
             f", {name} {recipe[key]}"
             for key, name, usual in (
                 ("granularity", "granularity", 1),
+                ("split", "split", "contiguous"),
                 ("shared_experts", "shared experts", 0),
                 ("moe_layers", "layers", "all"),
             )

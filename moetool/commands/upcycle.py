@@ -5,19 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from moetool.arch.clients import CLIENTS
 from moetool.commands.console import Console
+from moetool.commands.memory_estimate import estimated, tell_calibration
 from moetool.commands.options import Output
 from moetool.commands.proof import Writing, carry_out, closing
 from moetool.commands.upcycle_table import describe, table, warnings
+from moetool.errors import ConfigError
 from moetool.option import option
 from moetool.recipe import UpcycleRecipe
+from moetool.upcycle.texts import TextOptions, check_texts
 from moetool.values import parse_size
+
+if TYPE_CHECKING:
+    from moetool.measured import Measured
+    from moetool.surgery.sources import Sources
+    from moetool.upcycle.plan import Upcycling
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,12 @@ class Models:
 
 
 def upcycle(
-    context: typer.Context, models: Models, asked: UpcycleRecipe, writing: Writing, output: Output
+    context: typer.Context,
+    models: Models,
+    asked: UpcycleRecipe,
+    texts: TextOptions,
+    writing: Writing,
+    output: Output,
 ) -> dict[str, Any]:
     """Convert a dense model to a Mixture of Experts.
 
@@ -53,9 +67,14 @@ def upcycle(
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
     names = [models.dense, *(models.donor if asked.method != "scratch" else [])]
-    sources = context.with_resource(open_sources(names, models.out, headers_only=writing.plan))
     recipe = asked.settled(len(names))
-    upcycling = plan_upcycling(sources.readers, recipe, parse_size(writing.max_shard_size), models.for_)
+    reading = _reads(recipe, texts)
+    headers_only = writing.plan and not reading
+    sources = context.with_resource(open_sources(names, models.out, headers_only))
+    plan = partial(plan_upcycling, sources.readers, recipe, parse_size(writing.max_shard_size), models.for_)
+    upcycling = plan()
+    if reading:
+        upcycling = plan(_measure(upcycling, sources, models.out, texts, writing, console))
     document = describe(upcycling, models.out, writing.num_workers)
     if writing.plan:
         console.result(document, table(document))
@@ -65,3 +84,27 @@ def upcycle(
     carry_out(upcycling.plan, sources, models.out, writing, started, document, context, console)
     console.result(document, table(document), closing(document))
     return document
+
+
+def _reads(recipe: UpcycleRecipe, texts: TextOptions) -> bool:
+    try:
+        return check_texts(recipe, texts)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _measure(
+    upcycling: Upcycling, sources: Sources, out: Path, texts: TextOptions, writing: Writing, console: Console
+) -> Measured:
+    """What a pass of the dense models over the texts decides."""
+    from moetool.calibration.measure import read_texts
+    from moetool.checkpoint.writer import check_out
+    from moetool.upcycle.usage import measure_units
+
+    if not writing.plan and not writing.overwrite:
+        check_out(out, "upcycle")
+    folders = [reader.folder for reader in sources.readers]
+    estimate = tell_calibration(console, folders[0], texts)
+    with console.progress() as progress, estimated(estimate):
+        streams = read_texts(texts.calibrate, folders[0], texts, progress)
+        return measure_units(upcycling.recipe, upcycling.moe_layers, folders, streams, texts, progress)

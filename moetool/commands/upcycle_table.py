@@ -53,7 +53,8 @@ def table(document: dict[str, Any]) -> Table:
     shared = f" and {recipe['shared_experts']} shared" if recipe["shared_experts"] else ""
     inside = f" (the text model of a {document['text_model_of']})" if document["text_model_of"] else ""
     too_large = "; it does not fit" if document["num_bytes"] > document["free_disk_bytes"] else ""
-    parts = f", each 1/{recipe['granularity']} of the dense FFN" if recipe["granularity"] > 1 else ""
+    split = f" ({recipe['split']} split)" if recipe.get("split", "contiguous") != "contiguous" else ""
+    parts = f", each 1/{recipe['granularity']} of the dense FFN{split}" if recipe["granularity"] > 1 else ""
     rows = {
         "family": f"{document['dense_family']}{inside} -> {document['target']} ({document['architecture']})",
         "experts": f"{recipe['num_experts']}{shared} per layer, top-{recipe['top_k']}, {layers}{of} layers{parts}",
@@ -92,6 +93,7 @@ def method_line(document: dict[str, Any]) -> str:
     if recipe["method"] == "noise":
         std = f"std {recipe['noise_std']}" if recipe["noise_std"] else f"{recipe['noise_scale']} x each matrix's std"
         what = f"given noise of {std}"
+    what += ", rather those that do little," if recipe.get("drop_units") == "least-used" else ""
     return (
         f"{donors}{recipe['method']}: {units['per_expert']} of {units['of']} units {what} in each expert, {where};"
         f" two experts have {units['common']:.1%} in common"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import torch
+
 from moetool.arch.dense import EMBEDDING, LM_HEAD
 from moetool.arch.dense_config import dense_config
 from moetool.arch.spec import ArchSpec, scales
@@ -14,7 +16,7 @@ from moetool.checkpoint.folder import beside
 from moetool.checkpoint.reader import BlockFile, CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
 from moetool.measured import NOTHING, Measured
-from moetool.recipe import PROJECTIONS, UpcycleRecipe, units_digest
+from moetool.recipe import PROJECTIONS, UpcycleRecipe, redrawn_units, split_digest, units_digest
 from moetool.surgery.plan import Operation, Plan, lay_out
 from moetool.upcycle.blocks import kinds
 from moetool.upcycle.check import check_donor, check_tensors
@@ -102,8 +104,24 @@ class Upcycling:
         """
         if self.recipe.method == "scratch":
             return 0.0
+        if self.recipe.drop_units == "least-used" and self.measured.contributions:
+            return self._common_share_found()
         kept = 1 - self.num_redrawn / self.num_units
         return kept ** (6 if self.recipe.drop_index == "per-matrix" else 2)
+
+    def _common_share_found(self) -> float:
+        """The share of units that two experts of one part of one donor's FFN have kept, on average over such pairs."""
+        recipe, units, found = self.recipe, self.num_units, []
+        for layer in self.moe_layers:
+            keeping_F: dict[tuple[int, int], list[torch.Tensor]] = {}
+            for expert in range(recipe.num_experts):
+                kept_F = torch.ones(units)
+                kept_F[redrawn_units(recipe, layer, expert, PROJECTIONS[0], units, self.measured)] = 0
+                keeping_F.setdefault((recipe.donor(expert), recipe.first_unit(expert, units)), []).append(kept_F)
+            for alike in keeping_F.values():
+                count_F, n = torch.stack(alike).sum(0), len(alike)
+                found += [float((count_F * (count_F - 1)).sum()) / (n * (n - 1) * units)] if n > 1 else []
+        return sum(found) / len(found) if found else (1 - self.num_redrawn / units) ** 2
 
 
 def plan_upcycling(
@@ -161,6 +179,7 @@ def plan_upcycling(
         "upcycle", recipe.to_json(), readers, config, fills, tensors, max_shard_size, kinds(recipe, measured),
         model_types=[dense["model_type"]] * len(readers),
         recorded=partial(_recorded, recipe, measured, dense["intermediate_size"] // recipe.granularity, layers),
+        measured=measured.to_json(),
         also=partial(_also, recipe, spec),
     )  # fmt: skip
     return Upcycling(recipe, spec, dense, layers, num_dense_parameters, settled.clients, plan, measured)
@@ -170,17 +189,22 @@ def _recorded(recipe: UpcycleRecipe, measured: Measured, units: int, layers: Seq
     """What a pass over text has decided, and checksums of the redrawn units: the sets are rebuilt exactly from both,
     or these disagree."""
     document = measured.to_json()
-    recorded = {"measured": document} if document else {}
+    recorded: dict[str, Any] = {"measured": document} if document else {}
+    if recipe.split == "random":
+        digests = [split_digest(recipe, layer, units * recipe.granularity) for layer in layers]
+        recorded["split_units"] = {"layers": list(layers), "digests": digests}
     if not recipe.num_redrawn(units):
         return recorded
-    digests = [[units_digest(recipe, layer, expert, units) for expert in range(recipe.num_experts)] for layer in layers]
+    experts = range(recipe.num_experts)
     return recorded | {
         "redrawn_units": {
             "num_units": units,
             "num_redrawn": recipe.num_redrawn(units),
             "matrices": list(PROJECTIONS),
             "layers": list(layers),
-            "digests": digests,
+            "digests": [
+                [units_digest(recipe, layer, expert, units, measured) for expert in experts] for layer in layers
+            ],
         }
     }
 
