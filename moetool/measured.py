@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moetool.errors import CheckpointError
-from moetool.outside import fits
 
 if TYPE_CHECKING:
     import torch
@@ -21,50 +21,55 @@ if TYPE_CHECKING:
 MAX_BYTES = 2**31  # of a packed tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """What an upcycling's lineage entry records under `measured`; all empty where no text was read.
 
     Attributes:
-        texts: name -> SHA-256 of the tokens, of each text that was read.
         split: layer -> the packed shard of each unit of its dense FFN (`units.order_of`).
         contributions: layer -> packed codes (donors, units) of what each unit contributes (`units.least_used`).
+        asked: the texts' digests and how much of them was read, which the lineage has in the recipe.
     """
 
-    texts: Mapping[str, str] = field(default_factory=dict)
     split: Mapping[int, str] = field(default_factory=dict)
     contributions: Mapping[int, str] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For the lineage; {} where nothing was measured."""
         document = {
-            "texts": dict(self.texts),
-            "split": {str(layer): text for layer, text in self.split.items()},
-            "contributions": {str(layer): text for layer, text in self.contributions.items()},
+            name: {str(layer): text for layer, text in getattr(self, name).items()}
+            for name in ("split", "contributions")
         }
-        return {name: values for name, values in document.items() if values}
+        return {name: layers for name, layers in document.items() if layers}
 
     @classmethod
-    def from_json(cls, document: Any) -> Measured:
+    def from_json(cls, document: Any, asked: Any) -> Measured:
         """The inverse of `to_json`.
+
+        Args:
+            document: what it gave.
+            asked: of the attributes.
 
         Raises:
             CheckpointError: it is damaged.
         """
-        if not isinstance(document, Mapping):
-            raise CheckpointError(f"moetool.json: measured is {str(document)[:60]!r}, expected an object")
-        for name, values in document.items():
-            if name not in ("texts", "split", "contributions") or not fits(values, {"*": str}):
-                raise CheckpointError(f"moetool.json: measured has {str(name)[:60]!r} that cannot be read")
-        split, contributions = (_by_layer(document.get(name, {})) for name in ("split", "contributions"))
-        return cls(dict(document.get("texts", {})), split, contributions)
+        if not isinstance(document, dict) or not isinstance(asked, dict):
+            raise _damaged("what was")
+        split, contributions = (_by_layer(document.get(key, {})) for key in ("split", "contributions"))
+        if not all(isinstance(text, str) for text in (*split.values(), *contributions.values())):
+            raise _damaged("units")
+        return cls(split, contributions, asked)
 
 
-def _by_layer(values: Mapping[str, str]) -> dict[int, str]:
-    try:
-        return {int(layer): text for layer, text in values.items()}
-    except ValueError:
-        raise CheckpointError("moetool.json: measured names a layer that is no number; it was edited") from None
+def _by_layer(document: Any) -> dict[int, Any]:
+    if not isinstance(document, dict) or not all(key.isdecimal() for key in document):
+        raise _damaged("layers")
+    return {int(key): value for key, value in document.items()}
+
+
+def _damaged(what: str) -> CheckpointError:
+    return CheckpointError(f"moetool.json: {what} measured on text cannot be read; it was edited")
 
 
 NOTHING = Measured()
@@ -72,7 +77,9 @@ NOTHING = Measured()
 
 def packed(tensor: torch.Tensor) -> str:
     """The numbers of a tensor as text: their bytes, compressed, in base64; dtype and shape are left out."""
-    return base64.b64encode(zlib.compress(tensor.contiguous().numpy().tobytes(), 9)).decode()
+    import torch
+
+    return base64.b64encode(zlib.compress(tensor.contiguous().view(torch.uint8).numpy().tobytes(), 9)).decode()
 
 
 def unpacked(text: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -81,8 +88,6 @@ def unpacked(text: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Ten
     Raises:
         CheckpointError: it does not hold so many numbers.
     """
-    import math
-
     import torch
 
     size = math.prod(shape) * dtype.itemsize
@@ -94,5 +99,5 @@ def unpacked(text: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Ten
         if len(raw) != size:
             raise ValueError
     except (ValueError, binascii.Error, zlib.error):
-        raise CheckpointError(f"moetool.json: measured does not hold {list(shape)} numbers; it was edited") from None
+        raise _damaged(f"a {list(shape)} of numbers") from None
     return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 LINEAGE = "moetool.json"
 LINEAGE_FORMAT = 1
 PROJECTIONS = ("gate", "up", "down")
+CALIBRATE = "calibrate"  # the key under which a lineage's recipe has the texts that were read
+SPLITS_BY_USE = ("activation", "cluster")  # that need text
 
 
 # Fields that recipes of older versions lack: they are recorded where they have another value.
@@ -133,11 +135,12 @@ class UpcycleRecipe:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> UpcycleRecipe:
-        """The inverse of `to_json`.
+        """The inverse of `to_json`; what the lineage records of texts beside the recipe is left out.
 
         Raises:
             CheckpointError: a field is missing, unknown or mistyped.
         """
+        values = {key: value for key, value in values.items() if key != CALIBRATE}
         try:
             values = LATER | values
             if set(values) != {field.name for field in fields(cls)}:

@@ -72,11 +72,6 @@ class CalibrationOptions:
         panel=RUN, flag="--stream",
     )  # fmt: skip
 
-    @property
-    def num_texts(self) -> int:
-        """Texts that go through the model at a time."""
-        return max(len(self.data), len(self.val))
-
     def check(self, typed: Collection[str]) -> None:
         """Raise ConfigError if there is no text, or options contradict each other."""
         if not self.data:

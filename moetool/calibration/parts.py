@@ -59,7 +59,7 @@ def parts_of_texts(
         seq_len: tokens per window.
         batch_size: windows per part.
         max_tokens: the first so many tokens of each text.
-        option: by which texts were given, for errors.
+        option: that gave the texts, for errors.
 
     Raises:
         DataError: a text has no tokens, or one that the model does not know.

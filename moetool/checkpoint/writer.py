@@ -22,7 +22,7 @@ from moetool.checkpoint.reader import INDEX, ITEM_SIZE, MAX_OPEN, SINGLE, read_h
 from moetool.checkpoint.step_folder import STATE, in_state
 from moetool.errors import CheckpointError
 from moetool.outside import read_json
-from moetool.recipe import LATER, LINEAGE, read_lineage
+from moetool.recipe import CALIBRATE, LATER, LINEAGE, read_lineage
 
 # Files that `--overwrite` may delete: those of a checkpoint's layout and moetool's own.
 KNOWN_FILES = {
@@ -210,16 +210,14 @@ def _changes(old: Any, identity: Mapping[str, Any]) -> str:
     new = json.loads(json.dumps(identity)).get("recipe")
     if not isinstance(old, dict) or not isinstance(new, dict):
         return ""
-    old, new = LATER | old, LATER | new
+    absent = {**LATER, CALIBRATE: "none"}
+    old, new = absent | old, absent | new
     if set(old) != set(new):  # of another operation
         return ""
     values = {key: (str(old[key]), str(new[key])) for key in new if old[key] != new[key]}
     # Tables of experts are too long to be printed.
     changes = [f"{key} {a} -> {b}" if len(a + b) < 80 else f"other {key}" for key, (a, b) in values.items()]
-    if changes:
-        return f" ({', '.join(changes)})"
-    text = "another text or " if identity.get("measured") else ""
-    return f" (same recipe, but {text}another or changed source)"
+    return f" ({', '.join(changes)})" if changes else " (same recipe, but another or changed source)"
 
 
 class CheckpointWriter:

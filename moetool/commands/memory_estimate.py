@@ -12,7 +12,6 @@ from moetool.mesh import ONE, Mesh
 
 if TYPE_CHECKING:
     from moetool.calibration.options import CalibrationOptions
-    from moetool.upcycle.texts import TextOptions
 
 
 def tell_weights(
@@ -40,7 +39,7 @@ def tell_weights(
     return _tell(console, need, "weights", device, device_map, share, smaller)
 
 
-def tell_calibration(console: Console, folder: Path, run: CalibrationOptions | TextOptions) -> str:
+def tell_calibration(console: Console, folder: Path, run: CalibrationOptions) -> str:
     """The same of a model through which texts run, with `--stream` one layer at a time.
 
     Args:
@@ -60,7 +59,7 @@ def tell_calibration(console: Console, folder: Path, run: CalibrationOptions | T
         need = weight_bytes(folder, run.dtype)
         smaller = ["--stream", *(["--dtype bfloat16"] if run.dtype in ("auto", "float32") else [])]
         return _tell(console, need, "weights", device, run.device_map, "", smaller)
-    tokens = run.max_tokens * run.num_texts
+    tokens = run.max_tokens * max(len(run.data), len(run.val))
     need = layer_bytes(folder, run.dtype) + min(IN_MEMORY, hidden_bytes(folder, run.dtype, tokens))
     what = "one layer, embeddings, head and hidden states"
     return _tell(console, need, what, device, None, "", ["a smaller --dtype", "fewer --max-tokens"])

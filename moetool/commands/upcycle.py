@@ -5,28 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from moetool.arch.clients import CLIENTS
 from moetool.commands.console import Console
-from moetool.commands.memory_estimate import estimated, tell_calibration
 from moetool.commands.options import Output
 from moetool.commands.proof import Writing, carry_out, closing
 from moetool.commands.upcycle_table import describe, table, warnings
-from moetool.errors import ConfigError
 from moetool.option import option
 from moetool.recipe import UpcycleRecipe
 from moetool.upcycle.texts import TextOptions, check_texts
 from moetool.values import parse_size
-
-if TYPE_CHECKING:
-    from moetool.measured import Measured
-    from moetool.surgery.sources import Sources
-    from moetool.upcycle.plan import Upcycling
 
 
 @dataclass(frozen=True)
@@ -61,6 +53,7 @@ def upcycle(
     result is a standard Hugging Face checkpoint, written with bounded memory. A killed run leaves
     nothing that loads, and the same command finishes it.
     """
+    from moetool.checkpoint.writer import check_out
     from moetool.surgery.sources import open_sources
     from moetool.upcycle.plan import plan_upcycling
 
@@ -68,13 +61,17 @@ def upcycle(
     started = time.perf_counter()
     names = [models.dense, *(models.donor if asked.method != "scratch" else [])]
     recipe = asked.settled(len(names))
-    reading = _reads(recipe, texts)
-    headers_only = writing.plan and not reading
-    sources = context.with_resource(open_sources(names, models.out, headers_only))
-    plan = partial(plan_upcycling, sources.readers, recipe, parse_size(writing.max_shard_size), models.for_)
-    upcycling = plan()
-    if reading:
-        upcycling = plan(_measure(upcycling, sources, models.out, texts, writing, console))
+    check_texts(recipe, texts)
+    reads = bool(texts.calibrate)
+    sources = context.with_resource(open_sources(names, models.out, headers_only=writing.plan and not reads))
+    upcycling = plan_upcycling(sources.readers, recipe, parse_size(writing.max_shard_size), models.for_)
+    if reads:
+        from moetool.upcycle.measure import measure
+
+        if not writing.plan and not writing.overwrite:
+            check_out(models.out, "upcycle")
+        with console.progress() as progress:
+            upcycling = measure(upcycling, sources.readers, texts, models.for_, progress)
     document = describe(upcycling, models.out, writing.num_workers)
     if writing.plan:
         console.result(document, table(document))
@@ -84,27 +81,3 @@ def upcycle(
     carry_out(upcycling.plan, sources, models.out, writing, started, document, context, console)
     console.result(document, table(document), closing(document))
     return document
-
-
-def _reads(recipe: UpcycleRecipe, texts: TextOptions) -> bool:
-    try:
-        return check_texts(recipe, texts)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _measure(
-    upcycling: Upcycling, sources: Sources, out: Path, texts: TextOptions, writing: Writing, console: Console
-) -> Measured:
-    """What a pass of the dense models over the texts decides."""
-    from moetool.calibration.measure import read_texts
-    from moetool.checkpoint.writer import check_out
-    from moetool.upcycle.usage import measure_units
-
-    if not writing.plan and not writing.overwrite:
-        check_out(out, "upcycle")
-    folders = [reader.folder for reader in sources.readers]
-    estimate = tell_calibration(console, folders[0], texts)
-    with console.progress() as progress, estimated(estimate):
-        streams = read_texts(texts.calibrate, folders[0], texts, progress)
-        return measure_units(upcycling.recipe, upcycling.moe_layers, folders, streams, texts, progress)

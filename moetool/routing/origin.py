@@ -121,7 +121,7 @@ def read_origin(folder: Path) -> Origin | None:
     try:
         recipe = UpcycleRecipe.from_json(entry.get("recipe", {}))
         _check_recipe(recipe)
-        measured = Measured.from_json(entry.get("measured", {}))
+        measured = Measured.from_json(entry.get("measured", {}), {})
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}; delete it to analyse the checkpoint without it") from None
     entries = (read_lineage(folder) or {"lineage": []})["lineage"][1:]

@@ -16,7 +16,7 @@ from moetool.checkpoint.folder import beside
 from moetool.checkpoint.reader import BlockFile, CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
 from moetool.measured import NOTHING, Measured
-from moetool.recipe import PROJECTIONS, UpcycleRecipe, redrawn_units, split_digest, units_digest
+from moetool.recipe import CALIBRATE, PROJECTIONS, UpcycleRecipe, redrawn_units, split_digest, units_digest
 from moetool.surgery.plan import Operation, Plan, lay_out
 from moetool.upcycle.blocks import kinds
 from moetool.upcycle.check import check_donor, check_tensors
@@ -175,8 +175,9 @@ def plan_upcycling(
     if len(dtypes) == 1:
         config["dtype"] = config["torch_dtype"] = FLOAT_DTYPES[dtypes.pop()]
     layers = tuple(sorted(moe))
+    asked = recipe.to_json() | ({CALIBRATE: dict(measured.asked)} if measured.asked else {})
     plan = lay_out(
-        "upcycle", recipe.to_json(), readers, config, fills, tensors, max_shard_size, kinds(recipe, measured),
+        "upcycle", asked, readers, config, fills, tensors, max_shard_size, kinds(recipe, measured),
         model_types=[dense["model_type"]] * len(readers),
         recorded=partial(_recorded, recipe, measured, dense["intermediate_size"] // recipe.granularity, layers),
         measured=measured.to_json(),
@@ -223,7 +224,7 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     recipe = UpcycleRecipe.from_json(entry.get("recipe", {}))
     if recipe.num_donors != len(readers):
         raise CheckpointError(f"moetool.json records {recipe.num_donors} donors but names {len(readers)}")
-    measured = Measured.from_json(entry.get("measured", {}))
+    measured = Measured.from_json(entry.get("measured", {}), entry.get("recipe", {}).get(CALIBRATE, {}))
     return plan_upcycling(readers, recipe, max_shard_size, measured=measured).plan
 
 

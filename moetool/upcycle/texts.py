@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from moetool.errors import ConfigError
 from moetool.option import device_option, document_option, option, text_field_option
-from moetool.recipe import UpcycleRecipe
+from moetool.recipe import SPLITS_BY_USE, UpcycleRecipe
 from moetool.values import named, parse_count
 
 PANEL = "Calibration"
@@ -36,27 +36,29 @@ class TextOptions:
     device_map: ClassVar[None] = None
     stream: ClassVar[bool] = True
 
-    @property
-    def num_texts(self) -> int:
-        """Texts that go through a model at a time."""
-        return len(self.calibrate)
 
-
-def readers_of_text(recipe: UpcycleRecipe) -> list[str]:
+def reads_text(recipe: UpcycleRecipe) -> list[str]:
     """The options of a recipe that need a pass over text, as they are typed."""
-    reading = [f"--split {recipe.split}"] if recipe.split in ("activation", "cluster") else []
-    return reading + ([f"--drop-units {recipe.drop_units}"] if recipe.drop_units == "least-used" else [])
+    units = [f"--split {recipe.split}"] if recipe.split in SPLITS_BY_USE else []
+    units += [f"--drop-units {recipe.drop_units}"] if recipe.drop_units == "least-used" else []
+    return units
 
 
-def check_texts(recipe: UpcycleRecipe, run: TextOptions) -> bool:
-    """Whether texts are read.
+def check_texts(recipe: UpcycleRecipe, run: TextOptions) -> None:
+    """Refuse texts that nothing reads, and options that lack theirs.
+
+    Args:
+        recipe: settled.
+        run: the texts.
 
     Raises:
-        ConfigError: an option needs a text and there is none, or the other way around.
+        ConfigError: says what to give.
     """
-    reading = readers_of_text(recipe)
+    reading = reads_text(recipe)
     if reading and not run.calibrate:
-        raise ConfigError(f"{reading[0]} needs a text: give --calibrate NAME=PATH")
+        raise ConfigError(f"{reading[0]} needs text: give --calibrate NAME=PATH")
     if run.calibrate and not reading:
-        raise ConfigError("--calibrate has no effect without --split activation or cluster, or --drop-units least-used")
-    return bool(reading)
+        raise ConfigError(
+            "no option reads the text of --calibrate; give --split activation or cluster, or --drop-units least-used,"
+            " or leave it out"
+        )

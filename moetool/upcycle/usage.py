@@ -6,6 +6,7 @@ Shapes: F units, T tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,19 @@ from moetool.calibration.sums import UnitSums
 from moetool.data.tokens import TokenStream
 from moetool.measured import Measured, packed
 from moetool.progress import Progress
-from moetool.recipe import UpcycleRecipe, generator
+from moetool.recipe import SPLITS_BY_USE, UpcycleRecipe, generator
 from moetool.units import contribution_codes, shard_dtype
+from moetool.upcycle.plan import Upcycling
 from moetool.upcycle.units import by_activation, by_cluster, fired
 
 
+def reads_units(recipe: UpcycleRecipe) -> bool:
+    """Whether a recipe leaves something to what units do."""
+    return recipe.split in SPLITS_BY_USE or recipe.drop_units == "least-used"
+
+
 def measure_units(
-    recipe: UpcycleRecipe,
-    layers: Sequence[int],
+    upcycling: Upcycling,
     folders: Sequence[Path],
     texts: Mapping[str, TokenStream],
     run: Run,
@@ -36,18 +42,21 @@ def measure_units(
     """Run every dense model on all texts, and decide what a recipe leaves to them of its units.
 
     Args:
-        recipe: as the plan settled it.
-        layers: those that become Mixtures of Experts.
+        upcycling: planned without.
         folders: DENSE, and the other donors. Their units correspond, because they come from one model, so that
             contributions add up, and one split holds for all of them.
         texts: as tokens.
         run: how they run.
         progress: of each pass.
 
+    Returns:
+        What the upcycling has measured already, and its units.
+
     Raises:
         CheckpointError: transformers cannot run a model in layers, or builds its FFNs in a way that is not known.
         DataError: a text has no tokens, or one that the models do not know.
     """
+    recipe, layers = upcycling.recipe, upcycling.moe_layers
     contributions: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     firing: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}  # packed: a bit for each unit and token
     for folder in folders:
@@ -68,13 +77,13 @@ def measure_units(
     split, use = {}, {}
     for done, layer in enumerate(layers):
         progress("splitting FFNs", done, len(layers))
-        if recipe.split in ("activation", "cluster"):
+        if recipe.split in SPLITS_BY_USE:
             shard_F = _shards(recipe, layer, sum(contributions[layer][1:], contributions[layer][0]), firing[layer])
             split[layer] = packed(shard_F.to(shard_dtype(recipe.granularity)))
         if recipe.drop_units == "least-used":
             use[layer] = packed(torch.stack([contribution_codes(one_F) for one_F in contributions[layer]]))
     progress("splitting FFNs", len(layers), len(layers))
-    return Measured({name: text.manifest["sha256"] for name, text in texts.items()}, split, use)
+    return replace(upcycling.measured, split=split, contributions=use)
 
 
 def _shards(recipe: UpcycleRecipe, layer: int, contribution_F: Tensor, firing: Sequence[np.ndarray]) -> Tensor:
