@@ -68,22 +68,27 @@ def least_used(codes_F: torch.Tensor, count: int, draw: torch.Generator) -> torc
     """A random choice of units, without replacement, those of small contributions more often: int64, ascending.
 
     Each draw takes one of the units that are left with a probability inversely proportional to its contribution.
-    That is to add Gumbel noise to the logarithms of weights and take the largest, or to take the units with the
-    smallest E / weight, where E is exponential (Efraimidis and Spirakis 2006). E = -log2 u has an integer part and 28
-    bits, weights have 12 bits behind the point: no product reaches 2^62, and none is rounded.
 
     Args:
         codes_F: contributions, see `contribution_codes`.
         count: units to choose.
         draw: of this choice's own.
     """
+    return keys(codes_F, draw).sort(stable=True).indices[:count].sort().values
+
+
+def keys(codes_F: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """int64 (F,): E / weight, of which the smallest are chosen; E is exponential, a weight one over a contribution.
+
+    That is Gumbel top-k (Efraimidis and Spirakis 2006). E = -log2 u has 28 bits behind the point, weights have 12: no
+    product reaches 2^62, and none is rounded.
+    """
     import torch
 
     uniform_F = torch.randint(1, 2**31, codes_F.shape, generator=draw)
     roots = [round(2 ** (step / STEPS) * 2**WEIGHT) for step in range(STEPS)]
     inverse = torch.tensor([roots[step % STEPS] << step // STEPS for step in range(LAST + 1)])
-    keys_F = _minus_log2(uniform_F) * inverse[LAST - codes_F.long()]
-    return keys_F.sort(stable=True).indices[:count].sort().values
+    return _minus_log2(uniform_F) * inverse[LAST - codes_F.long()]
 
 
 def _minus_log2(uniform_F: torch.Tensor) -> torch.Tensor:
