@@ -351,16 +351,8 @@ def test_analysis_of_a_split_model(split_model: Path, text: Path, tmp_path: Path
 
 @pytest.mark.parametrize("method", ["drop", "noise"])
 def test_least_used_units_are_redrawn_more_often(method: str, llama: Path, text: Path, tmp_path: Path) -> None:
-    options: tuple[object, ...] = (
-        "--granularity",
-        2,
-        "--num-experts",
-        64,
-        "--method",
-        method,
-        f"--{method}-ratio",
-        "0.25",
-    )
+    options: tuple[object, ...] = ("--granularity", 2, "--num-experts", 32, "--method", method)
+    options += (f"--{method}-ratio", "0.25")
     options += ("--drop-units", "least-used", *calibrate("activation", text))
     found = tiny.result("upcycle", llama, tmp_path / "moe", *options)
     assert found["redrawn_units"]["per_expert"] == 8
