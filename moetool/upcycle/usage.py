@@ -19,6 +19,7 @@ from moetool.calibration.measure import calibration_of, load
 from moetool.calibration.options import Run
 from moetool.calibration.sums import UnitSums
 from moetool.data.tokens import TokenStream
+from moetool.errors import ConfigError
 from moetool.measured import Measured, packed
 from moetool.progress import Progress
 from moetool.recipe import SPLITS_BY_USE, UpcycleRecipe, generator
@@ -53,10 +54,16 @@ def measure_units(
         What the upcycling has measured already, and its units.
 
     Raises:
+        ConfigError: a model is a multimodal one, whose text model transformers does not run by itself.
         CheckpointError: transformers cannot run a model in layers, or builds its FFNs in a way that is not known.
         DataError: a text has no tokens, or one that the models do not know.
     """
     recipe, layers = upcycling.recipe, upcycling.moe_layers
+    if outer := upcycling.dense["text_model_of"]:
+        raise ConfigError(
+            f"--calibrate runs {folders[0]} as it is, but it is a {outer}; take its text model out first: moetool"
+            f" convert {folders[0]} TEXT_MODEL"
+        )
     contributions: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     firing: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}  # packed: a bit for each unit and token
     for folder in folders:

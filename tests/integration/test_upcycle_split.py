@@ -22,6 +22,7 @@ from moetool.routing.origin import find_dense, read_origin
 from moetool.routing.similarity import similarity
 from moetool.surgery import fill
 from tests import tiny
+from tests.integration.test_upcycle_forms import MULTIMODAL
 
 F, LAYERS, WINDOW, TOKENS = 64, 2, 16, 600
 SPLITS = ("random", "activation", "cluster")
@@ -433,6 +434,20 @@ def test_options_that_contradict_each_other(
     assert line in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "moe").exists()
+
+
+def test_a_multimodal_model_is_sent_to_convert(text: Path, tmp_path: Path) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING["llava"](**MULTIMODAL["llava"][0]))
+    dense = tmp_path / "dense"
+    model.save_pretrained(dense)
+    tiny.save_tokenizer(dense)
+    options = ("--granularity", 2, "--num-experts", 4, "--method", "copy", *calibrate("activation", text))
+    line = tiny.refusal("upcycle", dense, tmp_path / "moe", *options)
+    assert f"is a llava; take its text model out first: moetool convert {dense}" in line
+    assert tiny.in_process("convert", dense, tmp_path / "text")[0] == 0
+    assert tiny.result("upcycle", tmp_path / "text", tmp_path / "moe", *options)["recipe"]["split"] == "activation"
 
 
 def test_texts_that_cannot_be_used_are_one_line(llama: Path, text: Path, tmp_path: Path) -> None:
