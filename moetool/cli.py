@@ -115,7 +115,7 @@ _ADVICE = {
 # Parts of the messages with which gloo and NCCL report that another process has ended.
 _NO_PEER = ("by peer", "gloo/transport", "NCCL error", "remote process exited", "Broken pipe")
 _LESS_MEMORY = {
-    "upcycle": "use fewer --workers",
+    "upcycle": "use fewer --workers, with a text a smaller --batch-size or --seq-len",
     "verify": "use fewer --workers",
     "convert": "use fewer --workers",
     "average": "use fewer --workers",

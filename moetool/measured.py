@@ -10,7 +10,7 @@ import binascii
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from moetool.errors import CheckpointError
@@ -89,23 +89,28 @@ class Measured:
     """What an upcycling's lineage entry records under `measured`; all empty where no text was read.
 
     Attributes:
+        split: layer -> the packed shard of each unit of its dense FFN (`units.order_of`).
+        contributions: layer -> packed codes (donors, units) of what each unit contributes (`units.least_used`).
         routers: layer -> how its router is made.
         loads: layer -> text -> the share of the layer's routes that each expert gets of held-out tokens, as predicted.
         asked: the texts' digests and how much of them was read, which the lineage has in the recipe.
     """
 
+    split: Mapping[int, str] = field(default_factory=dict)
+    contributions: Mapping[int, str] = field(default_factory=dict)
     routers: Mapping[int, RouterRows] = field(default_factory=dict)
     loads: Mapping[int, Mapping[str, list[float]]] = field(default_factory=dict)
     asked: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For the lineage; {} where nothing was measured."""
-        if not self.routers:
-            return {}
-        return {
+        document: dict[str, dict[str, Any]] = {
+            "split": {str(layer): text for layer, text in self.split.items()},
+            "contributions": {str(layer): text for layer, text in self.contributions.items()},
             "routers": {str(layer): rows.to_json() for layer, rows in self.routers.items()},
             "loads": {str(layer): dict(loads) for layer, loads in self.loads.items()},
         }
+        return {name: layers for name, layers in document.items() if layers}
 
     @classmethod
     def from_json(cls, document: Any, asked: Any) -> Measured:
@@ -120,10 +125,13 @@ class Measured:
         """
         if not isinstance(document, dict) or not isinstance(asked, dict):
             raise _damaged("what was")
-        routers, loads = (_by_layer(document.get(key, {})) for key in ("routers", "loads"))
+        split, contributions, routers, loads = (_by_layer(document.get(field.name, {})) for field in fields(cls)[:-1])
+        if not all(isinstance(text, str) for text in (*split.values(), *contributions.values())):
+            raise _damaged("units")
         if not all(isinstance(one, dict) and all(fits(row, [float]) for row in one.values()) for one in loads.values()):
             raise _damaged("loads")
-        return cls({layer: RouterRows.from_json(rows) for layer, rows in routers.items()}, loads, asked)
+        read = {layer: RouterRows.from_json(rows) for layer, rows in routers.items()}
+        return cls(split, contributions, read, loads, asked)
 
 
 def _by_layer(document: Any) -> dict[int, Any]:

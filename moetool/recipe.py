@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from moetool import registry
 from moetool.errors import CheckpointError, ConfigError
 from moetool.layers import USUAL, LayerRatios, layer_ratios, recorded_ratios
+from moetool.measured import NOTHING, Measured, unpacked
 from moetool.option import as_read, dtype_option, option
 from moetool.outside import fits, read_json
+from moetool.units import least_used, order_of
 from moetool.values import decimal, short_dtype
 
 if TYPE_CHECKING:
@@ -28,8 +30,10 @@ LINEAGE_FORMAT = 1
 PROJECTIONS = ("gate", "up", "down")
 CALIBRATE = "calibrate"  # the key under which a lineage's recipe has the texts that were read
 FITTED = ("balanced", "ridge")  # routers that are fitted on text
+SPLITS_BY_USE = ("activation", "cluster")  # that need text
 RATIOS = "0..1|LAYERS=0..1"
-LATER = frozenset({"keep_experts_whole", "donor_weights"})  # fields that a recipe has only where they are used
+# Fields that a recipe has only where they are used.
+LATER = frozenset({"drop_units", "split", "keep_experts_whole", "donor_weights"})
 
 
 def _read_by(*methods: str) -> tuple[str, Callable[[str], bool]]:
@@ -73,6 +77,10 @@ class UpcycleRecipe:
         "Experts per layer that stay plain copies: the first ones of DENSE and of each --donor.",
         0, min=0, metavar="N", needs=_read_by("drop", "noise"), unread=0,
     )  # fmt: skip
+    drop_units: Literal["random", "least-used"] = option(
+        "Which units are redrawn: any, or (experimental) rather those that do little on --calibrate.",
+        "random", needs=_read_by("drop", "noise"), unread="random",
+    )  # fmt: skip
     noise_ratio: Decimal | LayerRatios = option(
         "Share of the units that get noise (--method noise); LAYERS=RATIO (repeatable) for some layers.",
         USUAL, typed=list[str], parse=recorded_ratios, make=layer_ratios, metavar=RATIOS,
@@ -92,6 +100,11 @@ class UpcycleRecipe:
     shared_experts: int | None = option(
         "Shared experts, which every token uses.", None, shown="the family's", min=0, metavar="S"
     )
+    split: Literal["contiguous", "random", "activation", "cluster"] = option(
+        "How the parts get units: neighbours, at random, the same total contribution on --calibrate, or units that fire"
+        " on the same tokens of it. With the last two, shared experts get the units that contribute most.",
+        "contiguous", needs=("granularity", lambda parts: parts > 1), unread="contiguous",
+    )  # fmt: skip
     moe_layers: str = option("Layers that get experts. The others stay dense.", "all", metavar="all|4-|0-3,8|every:2")
     router: str = option(
         "Distribution of the initial router weights.",
@@ -115,6 +128,8 @@ class UpcycleRecipe:
         """
         if "noise_scale" in typed and self.noise_std is not None:
             raise ConfigError("give --noise-scale or --noise-std, not both")
+        if "split" in typed and self.method == "scratch":
+            raise ConfigError("--split has no effect with --method scratch")
         if self.top_k > self.num_experts:
             raise ConfigError(f"--top-k {self.top_k} is more than --num-experts {self.num_experts}")
 
@@ -128,6 +143,7 @@ class UpcycleRecipe:
         read: UpcycleRecipe = replace(as_read(self), num_donors=num_donors, donor_weights=tuple(donor_weights))
         if len(set(read.trunk_shares)) == 1:  # the plain mean, however it was written
             read = replace(read, donor_weights=())
+        read = replace(read, split="contiguous") if read.method == "scratch" else read
         return read if read.noise_std is None else replace(read, noise_scale=Decimal(0))
 
     def to_json(self) -> dict[str, Any]:
@@ -257,19 +273,99 @@ def matrix_index(recipe: UpcycleRecipe, layer: int, expert: int, projection: str
     return (layer * recipe.num_experts + expert) * len(PROJECTIONS) + PROJECTIONS.index(projection)
 
 
-# The experts of a layer; more would lie between blocks in the allocator, and keep their pages from being used again.
-@lru_cache(maxsize=64)
-def redrawn_units(recipe: UpcycleRecipe, layer: int, expert: int, projection: str, units: int) -> torch.Tensor:
+def unit_order(recipe: UpcycleRecipe, measured: Measured, layer: int, units: int) -> torch.Tensor | None:
+    """The units of a dense FFN in the order in which they are split: int64 (units,), position -> dense unit.
+
+    The part at position `first_unit` of them is an expert's; the shared expert's comes first. None where the order is
+    their own.
+
+    Raises:
+        CheckpointError: the split that the recipe needs was not recorded, or is damaged.
+    """
+    return None if recipe.split == "contiguous" else _order(recipe, layer, units, measured.split.get(layer))
+
+
+@lru_cache(maxsize=4)
+def _order(recipe: UpcycleRecipe, layer: int, units: int, recorded: str | None) -> torch.Tensor:
+    import torch
+
+    size, shared = units // recipe.granularity, recipe.shared_experts or 0
+    if recipe.split == "random":
+        draw = generator(recipe.seed, "split", layer)
+        order = torch.randperm(units, generator=draw).view(-1, size).sort(dim=1).values.flatten()
+    else:
+        order = order_of(recorded, units, recipe.granularity, layer)
+    if 0 < shared < recipe.granularity:  # several shards, one matrix
+        order[: shared * size] = order[: shared * size].sort().values
+    return order
+
+
+def held_units(
+    recipe: UpcycleRecipe, measured: Measured, layer: int, expert: int | None, units: int
+) -> torch.Tensor | None:
+    """The dense units of one expert, ascending int64; None where they are neighbours from `first_unit` on.
+
+    Args:
+        recipe: what was asked.
+        measured: what a pass over text has decided.
+        layer: its layer.
+        expert: its number; None is the shared expert.
+        units: of one routed expert.
+
+    Raises:
+        CheckpointError: see `unit_order`.
+    """
+    shared = recipe.shared_experts or 0
+    if expert is None and shared >= recipe.granularity:  # all of them, once or more
+        return None
+    order = unit_order(recipe, measured, layer, units * recipe.granularity)
+    if order is None:
+        return None
+    first = 0 if expert is None else recipe.first_unit(expert, units)
+    return order[first : first + (shared * units if expert is None else units)]
+
+
+def redrawn_units(
+    recipe: UpcycleRecipe, layer: int, expert: int, projection: str, units: int, measured: Measured = NOTHING
+) -> torch.Tensor:
     """The intermediate units of one expert that are changed, sorted int64 of shape (num_redrawn,).
 
     With `shared` the set belongs to the whole FFN (the projection does not matter); with
     `per-matrix` each projection has its own, counted after the expert's permutation.
+
+    Raises:
+        CheckpointError: what the recipe needs to know of the units was not recorded, or is damaged.
     """
+    if recipe.drop_units == "least-used":
+        contributions, split = measured.contributions.get(layer), measured.split.get(layer)
+        return _least_used_units(recipe, layer, expert, units, contributions, split)
+    return _random_units(recipe, layer, expert, projection, units)
+
+
+# The experts of a layer; more would lie between blocks in the allocator, and keep their pages from being used again.
+@lru_cache(maxsize=64)
+def _random_units(recipe: UpcycleRecipe, layer: int, expert: int, projection: str, units: int) -> torch.Tensor:
     import torch
 
     whose = projection if recipe.drop_index == "per-matrix" else PROJECTIONS[0]
     draw = generator(recipe.seed, "units", matrix_index(recipe, layer, expert, whose))
     return torch.randperm(units, generator=draw)[: recipe.num_redrawn(units, layer, expert)].sort().values
+
+
+@lru_cache(maxsize=64)
+def _least_used_units(
+    recipe: UpcycleRecipe, layer: int, expert: int, units: int, contributions: str | None, split: str | None
+) -> torch.Tensor:
+    import torch
+
+    if contributions is None:
+        raise CheckpointError(f"{LINEAGE}: measured has no contributions of layer {layer}; it was edited")
+    whole, first = units * recipe.granularity, recipe.first_unit(expert, units)
+    codes_F = unpacked(contributions, torch.uint8, (recipe.num_donors, whole))[recipe.donor(expert)]
+    if recipe.split != "contiguous":
+        codes_F = codes_F[_order(recipe, layer, whole, split)]
+    draw = generator(recipe.seed, "least-used", layer * recipe.num_experts + expert)
+    return least_used(codes_F[first : first + units], recipe.num_redrawn(units, layer, expert), draw)
 
 
 @lru_cache(maxsize=64)
@@ -283,15 +379,25 @@ def permutation(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> t
     return torch.randperm(units, generator=draw)
 
 
-def units_digest(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> str:
+def units_digest(recipe: UpcycleRecipe, layer: int, expert: int, units: int, measured: Measured = NOTHING) -> str:
     """A checksum of what is changed (and permuted) in one expert: 16 hexadecimal digits of SHA-256."""
     digest = hashlib.sha256()
     for projection in PROJECTIONS:
-        digest.update(redrawn_units(recipe, layer, expert, projection, units).numpy().tobytes())
+        digest.update(redrawn_units(recipe, layer, expert, projection, units, measured).numpy().tobytes())
     order = permutation(recipe, layer, expert, units)
     if order is not None:
         digest.update(order.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def split_digest(recipe: UpcycleRecipe, layer: int, units: int, measured: Measured = NOTHING) -> str:
+    """A checksum of how a dense FFN is split: 16 hexadecimal digits of SHA-256.
+
+    Raises:
+        CheckpointError: see `unit_order`.
+    """
+    order = unit_order(recipe, measured, layer, units)
+    return hashlib.sha256(b"" if order is None else order.numpy().tobytes()).hexdigest()[:16]
 
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:

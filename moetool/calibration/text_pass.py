@@ -155,7 +155,13 @@ def calibrate_dense(
         hooks.append(ffn.whole.register_forward_pre_hook(receives(number)))
         hooks.append(ffn.down.register_forward_pre_hook(does(number)))
     parts = parts_of_texts(
-        texts, SAMPLE, _vocabulary(model), seq_len=seq_len, batch_size=batch_size, max_tokens=max_tokens
+        texts,
+        SAMPLE,
+        _vocabulary(model),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        option="--calibrate",
     )
     return _run(model, parts, gathered, hooks, progress)
 

@@ -154,6 +154,7 @@ def lineage_line(entry: dict[str, Any]) -> str:
         recipe, source = entry.get("recipe", {}), entry.get("source", {})
         units = entry.get("redrawn_units")
         what = "given noise" if recipe.get("method") == "noise" else "redrawn"
+        what += ", least-used" if recipe.get("drop_units") == "least-used" else ""
         redrawn = f", {_units_line(units, f'units {what}')} ({recipe.get('drop_index')})" if units else ""
         weights = [None, *(found if isinstance(found := recipe.get("donor_weights"), list) else [])]
         of = [f" (weight {weight})" if weight is not None else "" for weight in weights]
@@ -163,6 +164,7 @@ def lineage_line(entry: dict[str, Any]) -> str:
             f", {name} {recipe[key]}"
             for key, name, usual in (
                 ("granularity", "granularity", 1),
+                ("split", "split", "contiguous"),
                 ("shared_experts", "shared experts", 0),
                 ("moe_layers", "layers", "all"),
                 ("keep_experts_whole", "experts kept whole", 0),

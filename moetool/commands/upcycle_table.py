@@ -48,10 +48,11 @@ def describe(upcycling: Upcycling, out: Path, workers: int) -> dict[str, Any]:
 def _redrawn_units(upcycling: Upcycling) -> dict[str, Any]:
     """Units changed in an expert; of layers that differ also a row for each."""
     layers, numbers, common = upcycling.moe_layers, upcycling.num_redrawn, upcycling.common_shares
+    mean = sum(common) / len(common) if len(set(common)) > 1 else common[0]
     if len(set(numbers)) == 1:
-        return {"per_expert": numbers[0], "of": upcycling.num_units, "common": common[0]}
+        return {"per_expert": numbers[0], "of": upcycling.num_units, "common": mean}
     rows = [{"layer": n, "per_expert": m, "common": c} for n, m, c in zip(layers, numbers, common, strict=True)]
-    return {"per_expert": None, "of": upcycling.num_units, "common": sum(common) / len(common), "layers": rows}
+    return {"per_expert": None, "of": upcycling.num_units, "common": mean, "layers": rows}
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -62,7 +63,8 @@ def table(document: dict[str, Any]) -> Table:
     shared = f" and {recipe['shared_experts']} shared" if recipe["shared_experts"] else ""
     inside = f" (the text model of a {document['text_model_of']})" if document["text_model_of"] else ""
     too_large = "; it does not fit" if document["num_bytes"] > document["free_disk_bytes"] else ""
-    parts = f", each 1/{recipe['granularity']} of the dense FFN" if recipe["granularity"] > 1 else ""
+    split = f" ({recipe['split']} split)" if recipe.get("split", "contiguous") != "contiguous" else ""
+    parts = f", each 1/{recipe['granularity']} of the dense FFN{split}" if recipe["granularity"] > 1 else ""
     rows = {
         "family": f"{document['dense_family']}{inside} -> {document['target']} ({document['architecture']})",
         "experts": f"{recipe['num_experts']}{shared} per layer, top-{recipe['top_k']}, {layers}{of} layers{parts}",
@@ -119,6 +121,7 @@ def method_line(document: dict[str, Any]) -> str:
     if recipe["method"] == "noise":
         std = f"std {recipe['noise_std']}" if recipe["noise_std"] else f"{recipe['noise_scale']} x each matrix's std"
         what = f"given noise of {std}"
+    what += ", rather those that do little," if recipe.get("drop_units") == "least-used" else ""
     whole = recipe.get("keep_experts_whole", 0)
     but = f" but {whole} kept whole" if whole else ""
     changed = by_layers(numbers, [row["layer"] for row in rows], f"of {units['of']} units {what} in each expert{but}")

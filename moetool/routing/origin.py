@@ -21,13 +21,16 @@ from moetool.checkpoint.hub import find_model
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, MoetoolError
 from moetool.layers import LayerRatios
+from moetool.measured import NOTHING, Measured
 from moetool.recipe import (
     LINEAGE,
     PROJECTIONS,
     UpcycleRecipe,
+    held_units,
     read_lineage,
     recorded_sources,
     redrawn_units,
+    split_digest,
     units_digest,
 )
 from moetool.routing.alignment import originals
@@ -46,6 +49,7 @@ class Origin:
         experts: of each layer, the expert of the upcycling that each expert now comes from: later ones may have been
             copied or left out.
         sources: the dense models as their user named them: DENSE, then the other donors.
+        measured: what a pass over text has decided of the upcycling.
     """
 
     entry: Mapping[str, Any]
@@ -55,6 +59,7 @@ class Origin:
     num_units: int
     experts: tuple[tuple[int, ...], ...]
     sources: tuple[str, ...]
+    measured: Measured = NOTHING
 
     @property
     def drawn(self) -> bool:
@@ -90,9 +95,14 @@ class Origin:
     def redrawn(self, layer: int, expert: int, *projections: str) -> Tensor:
         """Bool (F,): the units, by position in the expert, of which one of these matrices was changed."""
         redrawn_F = torch.zeros(self.num_units, dtype=torch.bool)
+        first, size = self.first(layer, expert), self.num_units
         for projection in projections or PROJECTIONS:
-            redrawn_F[redrawn_units(self.recipe, layer, self.first(layer, expert), projection, self.num_units)] = True
+            redrawn_F[redrawn_units(self.recipe, layer, first, projection, size, self.measured)] = True
         return redrawn_F
+
+    def held(self, layer: int, expert: int) -> Tensor | None:
+        """int64 (F,): the units of the dense FFN that an expert began as; None where they are neighbours."""
+        return held_units(self.recipe, self.measured, layer, self.first(layer, expert), self.num_units)
 
 
 def read_origin(folder: Path) -> Origin | None:
@@ -113,6 +123,7 @@ def read_origin(folder: Path) -> Origin | None:
     try:
         recipe = UpcycleRecipe.from_json(entry.get("recipe", {}))
         _check_recipe(recipe)
+        measured = Measured.from_json(entry.get("measured", {}), {})
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}; delete it to analyse the checkpoint without it") from None
     entries = (read_lineage(folder) or {"lineage": []})["lineage"][1:]
@@ -124,7 +135,9 @@ def read_origin(folder: Path) -> Origin | None:
         raise CheckpointError(f"{path} does not name the dense source; delete it to analyse the checkpoint without it")
     names = tuple(source["name"] for source in sources)
     num_units = source.expert(source.layers[0], 0, "gate").shape[0]
-    origin = Origin(entry, recipe, source.spec, source.layers, num_units, experts, names)
+    origin = Origin(entry, recipe, source.spec, source.layers, num_units, experts, names, measured)
+    if recipe.split != "contiguous":
+        _check_split(origin, path)
     if any(origin.num_redrawn):
         _check_digests(origin, path)
     return origin
@@ -163,13 +176,28 @@ def _check_digests(origin: Origin, path: Path) -> None:
         )
     for layer, row in zip(origin.layers, digests, strict=True):
         for expert, digest in enumerate(row):
-            if units_digest(origin.recipe, layer, expert, origin.num_units) != digest:
-                raise CheckpointError(
-                    f"layer {layer}, expert {expert}: the redrawn units rebuilt from the recipe differ from those in"
-                    f" {path}; it was written by moetool {str(origin.entry.get('moetool'))[:40]!r} with torch"
-                    f" {str(origin.entry.get('torch'))[:40]!r}, this is {__version__} with {torch.__version__}; delete"
-                    " it to analyse the checkpoint without it"
-                )
+            if units_digest(origin.recipe, layer, expert, origin.num_units, origin.measured) != digest:
+                raise _differing(f"layer {layer}, expert {expert}: the redrawn units", origin, path)
+
+
+def _check_split(origin: Origin, path: Path) -> None:
+    recipe, units = origin.recipe, origin.num_units * origin.recipe.granularity
+    try:
+        digests = [split_digest(recipe, layer, units, origin.measured) for layer in origin.layers]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.parent}/{error}; delete it to analyse the checkpoint without it") from None
+    recorded = {"layers": list(origin.layers), "digests": digests}
+    if recipe.split == "random" and origin.entry.get("split_units") != recorded:
+        raise _differing("the parts of the dense FFN", origin, path)
+
+
+def _differing(what: str, origin: Origin, path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{what} rebuilt from the recipe differ from those in"
+        f" {path}; it was written by moetool {str(origin.entry.get('moetool'))[:40]!r} with torch"
+        f" {str(origin.entry.get('torch'))[:40]!r}, this is {__version__} with {torch.__version__}; delete"
+        " it to analyse the checkpoint without it"
+    )
 
 
 def find_dense(origin: Origin) -> tuple[Path, ...]:

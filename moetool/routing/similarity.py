@@ -94,7 +94,7 @@ class Matrix:
         start: element at which it begins.
         stride: elements from a row to the next.
         columns: in a row.
-        place_F: dense unit -> its position in the matrix; None where they are the same.
+        place_F: unit of the part, in the dense order -> its position in the matrix; None where they are the same.
         factor: what is read is multiplied with it.
     """
 
@@ -137,9 +137,13 @@ def _matrices(
         place_F = None if order_F is None else order_F.argsort()
         found.append(Matrix(moe.reader, _plain(info, layer, (rows, columns)), 0, columns, columns, place_F))
     first, units = origin.recipe.first_unit(origin.first(layer, experts[0]), F), F * origin.recipe.granularity
+    held_F = origin.held(layer, experts[0])
     for source in sources:
         info = _plain(source.tensors[dense_ffn(layer)[projection]], layer)
-        if projection == "down":
+        if held_F is not None:
+            stride, factor = (units, origin.factor) if projection == "down" else (hidden, 1.0)
+            found.append(Matrix(source, info, 0, stride, stride, held_F, factor))
+        elif projection == "down":
             found.append(Matrix(source, info, first, units, columns, factor=origin.factor))
         else:
             found.append(Matrix(source, info, first * hidden, hidden, columns))

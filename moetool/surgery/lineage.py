@@ -111,6 +111,8 @@ def is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path, work
     *history, entry = document.get("lineage") or [{}]
     if (history, entry.get("command"), entry.get("recipe")) != (plan.history, plan.command, plan.recipe):
         return False
+    if entry.get("measured", {}) != plan.measured:
+        return False
     shards = document.get("shards")
     if not isinstance(shards, dict) or set(shards) != {shard.name for shard in plan.shards}:
         return False

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Plan:
         lineages: of the sources, as the new one records them.
         history: lineage entries that the new one follows.
         fingerprint: of the sources as they were when the plan was made.
+        measured: what a pass over text has decided besides, as the lineage records it; it makes another result.
         recorded: what the lineage records beyond that, so that a proof can tell whether it is rebuilt exactly.
         also: checks of the result that only this operation knows; what they found is added to the proof.
         beside: folder -> small files, by path, that are made from the shards there once all are written.
@@ -58,6 +59,7 @@ class Plan:
     lineages: tuple[list[dict[str, Any]], ...]
     history: list[dict[str, Any]]
     fingerprint: str
+    measured: Mapping[str, Any] = field(default_factory=dict)
     recorded: Callable[[], dict[str, Any]] = dict
     also: Callable[[Plan, BlockFile], dict[str, Any]] = lambda plan, written: {}
     beside: Callable[[Path], dict[str, bytes]] | None = None
@@ -109,11 +111,13 @@ class Plan:
         return TensorInfo(place.tensor, fill.dtype, fill.shape, whole.shard, start, fill.num_elements * itemsize)
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run: the recipe, the sources and the layout on disk."""
+        """What makes two runs the same run: the recipe, what was measured, the sources and the layout on disk."""
+        measured = {"measured": dict(self.measured)} if self.measured else {}
         return {
             "recipe": self.recipe,
             "source_fingerprint": self.fingerprint,
             "shards": {shard.name: shard.size for shard in self.shards},
+            **measured,
         }
 
 

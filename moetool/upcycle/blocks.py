@@ -9,11 +9,11 @@ import torch
 
 from moetool import registry
 from moetool.measured import Measured
-from moetool.recipe import UpcycleRecipe, generator, permutation, redrawn_units
+from moetool.recipe import UpcycleRecipe, generator, held_units, permutation, redrawn_units
 from moetool.surgery.fill import Fill, Piece, Place
 from moetool.surgery.kinds import KINDS, Block, Drawn, Kind, constant
 from moetool.surgery.moments import Sums
-from moetool.surgery.rows import gather_rows
+from moetool.surgery.rows import gather_rows, select
 from moetool.upcycle.init import Slice, slice_moments
 
 
@@ -21,9 +21,13 @@ def kinds(recipe: UpcycleRecipe, measured: Measured) -> Mapping[str, Kind]:
     """How each kind of fill is made by a recipe, and by what a pass over text has decided."""
     return {
         **KINDS,
-        "expert": Kind(partial(_expert, recipe), partial(_draw_expert, recipe), partial(_redrawn, recipe)),
+        "expert": Kind(
+            partial(_expert, recipe, measured),
+            partial(_draw_expert, recipe, measured),
+            partial(_redrawn, recipe, measured),
+        ),
         "weighted": Kind(partial(_weighted, recipe)),
-        "shared": Kind(partial(_shared, recipe)),
+        "shared": Kind(partial(_shared, recipe, measured)),
         "router": Kind(partial(_router, recipe, measured)),
         "selection bias": Kind(partial(_selection_bias, recipe, measured)),
         "normal": Kind(_zeros, partial(_draw_all, recipe), _all),
@@ -36,9 +40,12 @@ def _weighted(recipe: UpcycleRecipe, block: Block) -> torch.Tensor:
     return _mean(recipe, block, rows).to(block.dtype)
 
 
-def _shared(recipe: UpcycleRecipe, block: Block) -> torch.Tensor:
+def _shared(recipe: UpcycleRecipe, measured: Measured, block: Block) -> torch.Tensor:
     """The shared expert's matrix: the mean of the dense ones in fp32, times the planned factor, rounded once."""
-    whole = [_units(block, piece, 0, None) for piece in block.fill.sources]
+    fill = block.fill
+    size = fill.sources[0].info.shape[fill.axis] // recipe.granularity
+    held = held_units(recipe, measured, _layer(fill), None, size)
+    whole = [_units(block, piece, 0, held) for piece in fill.sources]
     if len(whole) == 1:
         return _scaled(block, whole[0])
     equal = not recipe.donor_weights
@@ -57,17 +64,29 @@ def _mean(recipe: UpcycleRecipe, block: Block, rows: Sequence[torch.Tensor]) -> 
     return total
 
 
-def _expert(recipe: UpcycleRecipe, block: Block) -> torch.Tensor:
+def _expert(recipe: UpcycleRecipe, measured: Measured, block: Block) -> torch.Tensor:
     """An expert's matrix before a method changes units: its donor's, times the planned factor, rounded once."""
     fill, expert = block.fill, block.place.expert
     units = fill.shape[fill.axis]
     donor, first = recipe.donor(expert), recipe.first_unit(expert, units)
     order = permutation(recipe, _layer(fill), expert, units)
+    held = _dense_units(recipe, measured, fill, expert, order)
 
     def made() -> torch.Tensor:
-        return _scaled(block, _units(block, fill.sources[donor], first, order))
+        return _scaled(block, _units(block, fill.sources[donor], first, held))
 
     return block.cache.get("made", (donor, first), made) if order is None else made()
+
+
+def _dense_units(
+    recipe: UpcycleRecipe, measured: Measured, fill: Fill, expert: int, order: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The dense unit at each position of an expert's matrix; None where they are neighbours from its first one on."""
+    size = fill.shape[fill.axis]
+    held = held_units(recipe, measured, _layer(fill), expert, size)
+    if order is None:
+        return held
+    return recipe.first_unit(expert, size) + order if held is None else held[order]
 
 
 def _scaled(block: Block, rows: torch.Tensor) -> torch.Tensor:
@@ -75,8 +94,8 @@ def _scaled(block: Block, rows: torch.Tensor) -> torch.Tensor:
     return rows.to(block.dtype) if factor == 1 else (rows.float() * factor).to(block.dtype)
 
 
-def _units(block: Block, piece: Piece, first: int, order: torch.Tensor | None) -> torch.Tensor:
-    """A block's rows of a dense FFN matrix whose units are `order` (all, in order) counted from `first`.
+def _units(block: Block, piece: Piece, first: int, held: torch.Tensor | None) -> torch.Tensor:
+    """A block's rows of a dense FFN matrix with the units `held`, or else with those from `first` on.
 
     Units past the dense FFN's last begin again at 0: a shared expert may hold copies of all of it.
     """
@@ -84,21 +103,21 @@ def _units(block: Block, piece: Piece, first: int, order: torch.Tensor | None) -
     whole, units = piece.info.shape[fill.axis], fill.shape[fill.axis]
     if fill.axis == 1:
         rows = block.rows(piece, start, stop)
-        if order is not None:
-            return rows.index_select(1, first + order)
+        if held is not None:
+            return select(rows, 1, held)
         return rows.repeat(1, units // whole) if units > whole else rows.narrow(1, first, units)
-    if order is None and first + stop <= whole:
+    if held is None and first + stop <= whole:
         return block.rows(piece, first + start, first + stop)
-    wanted = first + (torch.arange(start, stop) if order is None else order[start:stop])
-    return gather_rows(block.readers[piece.source], piece.info, wanted % whole)
+    wanted = (first + torch.arange(start, stop)) % whole if held is None else held[start:stop]
+    return gather_rows(block.readers[piece.source], piece.info, wanted)
 
 
-def _redrawn(recipe: UpcycleRecipe, fill: Fill, place: Place) -> Drawn | None:
+def _redrawn(recipe: UpcycleRecipe, measured: Measured, fill: Fill, place: Place) -> Drawn | None:
     """The units of an expert's matrix that its method changes, with the moments that the proof expects."""
     size = fill.shape[fill.axis]
     if not recipe.num_redrawn(size, _layer(fill), place.expert):
         return None
-    units = redrawn_units(recipe, _layer(fill), place.expert, _projection(fill), size)
+    units = redrawn_units(recipe, _layer(fill), place.expert, _projection(fill), size, measured)
     if recipe.method == "noise":
         return Drawn(units, partial(_noise, recipe), added=True)
     return Drawn(units, _replaced)
@@ -112,27 +131,28 @@ def _noise(recipe: UpcycleRecipe, old: Sums, whole: Sums) -> tuple[float, float]
     return 0.0, float(recipe.noise_scale) * whole.std if recipe.noise_std is None else float(recipe.noise_std)
 
 
-def _draw_expert(recipe: UpcycleRecipe, block: Block, kept: torch.Tensor) -> torch.Tensor:
-    drawn = _redrawn(recipe, block.fill, block.place)
+def _draw_expert(recipe: UpcycleRecipe, measured: Measured, block: Block, kept: torch.Tensor) -> torch.Tensor:
+    drawn = _redrawn(recipe, measured, block.fill, block.place)
     if drawn is None:
         return _apply(recipe, block, kept, torch.empty(0, dtype=torch.int64), "values", (0.0, 0.0))
-    return _apply(recipe, block, kept, drawn.units, "values", _moments(recipe, block, drawn.units))
+    return _apply(recipe, block, kept, drawn.units, "values", _moments(recipe, measured, block, drawn.units))
 
 
-def _moments(recipe: UpcycleRecipe, block: Block, units: torch.Tensor) -> tuple[float, float]:
+def _moments(recipe: UpcycleRecipe, measured: Measured, block: Block, units: torch.Tensor) -> tuple[float, float]:
     """Mean and standard deviation of what is drawn for one matrix of one expert, from the sums of its donor's units."""
     fill, expert = block.fill, block.place.expert
     if recipe.noise_std is not None:
         return 0.0, float(recipe.noise_std)
     size = fill.shape[fill.axis]
     if recipe.method == "noise":
-        units = torch.arange(size)  # relative to the whole matrix
+        units, order = torch.arange(size), None  # relative to the whole matrix
     else:
         order = permutation(recipe, _layer(fill), expert, size)
-        units = units if order is None else order[units]
+    held = _dense_units(recipe, measured, fill, expert, order)
+    dense = recipe.first_unit(expert, size) + units if held is None else held[units]
     width = fill.num_elements // size
     sums = block.sums[fill.sources[recipe.donor(expert)]]
-    mean, std = slice_moments(*sums, recipe.first_unit(expert, size) + units, width)
+    mean, std = slice_moments(*sums, dense, width)
     if recipe.method == "noise":
         return 0.0, float(recipe.noise_scale) * std * fill.factor
     return mean * fill.factor, std * fill.factor

@@ -38,7 +38,12 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
     """
     registry.check("method", recipe.method)
     registry.check("router", recipe.router)
-    for name, choices in (("drop_index", ("shared", "per-matrix")), ("dtype", ("auto", *FLOAT_DTYPES))):
+    for name, choices in (
+        ("drop_index", ("shared", "per-matrix")),
+        ("drop_units", ("random", "least-used")),
+        ("split", ("contiguous", "random", "activation", "cluster")),
+        ("dtype", ("auto", *FLOAT_DTYPES)),
+    ):
         if getattr(recipe, name) not in choices:
             raise ConfigError(f"{name} {getattr(recipe, name)[:60]!r} is not one of {', '.join(choices)}")
     for name in ("drop_ratio", "noise_ratio"):
@@ -51,10 +56,21 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
         raise ConfigError(f"--num-experts {recipe.num_experts} is not between 2 and {MAX_EXPERTS}")
     if not 1 <= recipe.top_k <= recipe.num_experts:
         raise ConfigError(f"--top-k {recipe.top_k} is not between 1 and the number of experts, {recipe.num_experts}")
+    if (recipe.drop_units, recipe.drop_index) == ("least-used", "per-matrix"):
+        raise ConfigError(
+            "--drop-units least-used chooses whole units, but --drop-index per-matrix changes parts of them"
+        )
     units, parts = dense["intermediate_size"], recipe.granularity
     if parts < 1 or units % parts:
         fitting = _few(n for n in range(1, min(units, MAX_EXPERTS) + 1) if units % n == 0)
         raise ConfigError(f"--granularity {parts} does not divide the intermediate size {units}; choose from {fitting}")
+    if recipe.drop_units == "least-used" and not any(
+        recipe.num_redrawn(units // parts, layer) for layer in range(dense["num_hidden_layers"])
+    ):
+        raise ConfigError(
+            f"--drop-units least-used has no effect, because no unit of {units // parts} is changed; give a larger"
+            f" --{'noise' if recipe.method == 'noise' else 'drop'}-ratio, or leave it out"
+        )
     _check_shared(recipe, spec)
     check_weights(recipe)
     if recipe.method == "scratch":

@@ -23,6 +23,7 @@ from moetool.recipe import CALIBRATE, FITTED, UpcycleRecipe
 from moetool.upcycle.plan import Upcycling, plan_upcycling
 from moetool.upcycle.router_pass import fit_routers
 from moetool.upcycle.texts import TextOptions
+from moetool.upcycle.usage import measure_units, reads_units
 
 SAME_LOAD = 0.01  # loads of the same text on two machines differ less: near ties may go either way
 FORMAT = 1  # of what is kept; raise it when what is measured changes
@@ -79,7 +80,11 @@ def _measure(
     progress: Progress,
 ) -> Measured:
     measured = upcycling.measured
-    if upcycling.recipe.router in FITTED:
+    recipe = upcycling.recipe
+    if reads_units(recipe):
+        measured = measure_units(upcycling, [reader.folder for reader in readers], texts, run, progress)
+        upcycling = plan_upcycling(readers, recipe, upcycling.plan.max_shard_size, measured=measured)
+    if recipe.router in FITTED:
         measured = fit_routers(upcycling, readers, texts, run, progress)
     return measured
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import torch
+
 from moetool.arch.dense import EMBEDDING, LM_HEAD
 from moetool.arch.dense_config import dense_config
 from moetool.arch.spec import ArchSpec, scales
@@ -16,7 +18,7 @@ from moetool.checkpoint.reader import BlockFile, CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
 from moetool.measured import NOTHING, Measured
 from moetool.progress import Progress
-from moetool.recipe import CALIBRATE, PROJECTIONS, UpcycleRecipe, units_digest
+from moetool.recipe import CALIBRATE, PROJECTIONS, UpcycleRecipe, redrawn_units, split_digest, units_digest
 from moetool.surgery.plan import Operation, Plan, lay_out
 from moetool.upcycle.blocks import kinds
 from moetool.upcycle.check import check_donor, check_tensors
@@ -108,6 +110,8 @@ class Upcycling:
         recipe, sets = self.recipe, 3 if self.recipe.drop_index == "per-matrix" else 1
         if recipe.method == "scratch":
             return [0.0] * len(self.moe_layers)
+        if recipe.drop_units == "least-used" and self.measured.contributions:
+            return [self._common_share_found(layer) for layer in self.moe_layers]
         alike = recipe.num_experts // (recipe.num_donors * recipe.group_size)
         whole = sum(map(recipe.is_whole, range(alike * recipe.group_size))) // recipe.group_size
         # Pairs of which none, one or both are changed.
@@ -117,6 +121,19 @@ class Upcycling:
             sum(n * share ** (sets * changed) for changed, n in enumerate(pairs)) / sum(pairs) if sum(pairs) else 1.0
             for share in kept
         ]
+
+    def _common_share_found(self, layer: int) -> float:
+        """The share of units that two experts of one part of one donor's FFN have kept, on average over such pairs."""
+        recipe, units, found = self.recipe, self.num_units, []
+        keeping_F: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for expert in range(recipe.num_experts):
+            kept_F = torch.ones(units)
+            kept_F[redrawn_units(recipe, layer, expert, PROJECTIONS[0], units, self.measured)] = 0
+            keeping_F.setdefault((recipe.donor(expert), recipe.first_unit(expert, units)), []).append(kept_F)
+        for alike in keeping_F.values():
+            count_F, n = torch.stack(alike).sum(0), len(alike)
+            found += [float((count_F * (count_F - 1)).sum()) / (n * (n - 1) * units)] if n > 1 else []
+        return sum(found) / len(found) if found else (1 - recipe.num_redrawn(units, layer) / units) ** 2
 
 
 def plan_upcycling(
@@ -175,6 +192,7 @@ def plan_upcycling(
         "upcycle", asked, readers, config, fills, tensors, max_shard_size, kinds(recipe, measured),
         model_types=[dense["model_type"]] * len(readers),
         recorded=partial(_recorded, recipe, measured, dense["intermediate_size"] // recipe.granularity, layers),
+        measured=measured.to_json(),
         also=partial(_also, recipe, spec),
     )  # fmt: skip
     return Upcycling(recipe, spec, dense, layers, num_dense_parameters, settled.clients, plan, measured)
@@ -184,18 +202,23 @@ def _recorded(recipe: UpcycleRecipe, measured: Measured, units: int, layers: Seq
     """What a pass over text has decided, and checksums of the redrawn units: the sets are rebuilt exactly from both,
     or these disagree."""
     document = measured.to_json()
-    recorded = {"measured": document} if document else {}
+    recorded: dict[str, Any] = {"measured": document} if document else {}
+    if recipe.split == "random":
+        digests = [split_digest(recipe, layer, units * recipe.granularity) for layer in layers]
+        recorded["split_units"] = {"layers": list(layers), "digests": digests}
     redrawn = [recipe.num_redrawn(units, layer) for layer in layers]
     if not any(redrawn):
         return recorded
-    digests = [[units_digest(recipe, layer, expert, units) for expert in range(recipe.num_experts)] for layer in layers]
+    experts = range(recipe.num_experts)
     return recorded | {
         "redrawn_units": {
             "num_units": units,
             "num_redrawn": redrawn[0] if len(set(redrawn)) == 1 else redrawn,
             "matrices": list(PROJECTIONS),
             "layers": list(layers),
-            "digests": digests,
+            "digests": [
+                [units_digest(recipe, layer, expert, units, measured) for expert in experts] for layer in layers
+            ],
         }
     }
 

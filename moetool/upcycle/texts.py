@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from moetool.errors import ConfigError
 from moetool.option import device_option, document_option, option, text_field_option
-from moetool.recipe import FITTED, UpcycleRecipe
+from moetool.recipe import FITTED, SPLITS_BY_USE, UpcycleRecipe
 from moetool.values import named, parse_count
 
 PANEL = "Calibration"
@@ -39,7 +39,9 @@ class TextOptions:
 
 def reads_text(recipe: UpcycleRecipe) -> list[str]:
     """The options of a recipe that need a pass over text, as they are typed."""
-    return [f"--router {recipe.router}"] if recipe.router in FITTED else []
+    units = [f"--split {recipe.split}"] if recipe.split in SPLITS_BY_USE else []
+    units += [f"--drop-units {recipe.drop_units}"] if recipe.drop_units == "least-used" else []
+    return units + ([f"--router {recipe.router}"] if recipe.router in FITTED else [])
 
 
 def check_texts(recipe: UpcycleRecipe, run: TextOptions) -> None:
@@ -56,7 +58,10 @@ def check_texts(recipe: UpcycleRecipe, run: TextOptions) -> None:
     if reading and not run.calibrate:
         raise ConfigError(f"{reading[0]} needs text: give --calibrate NAME=PATH")
     if run.calibrate and not reading:
-        raise ConfigError("no option reads the text of --calibrate; give --router balanced or ridge, or leave it out")
+        raise ConfigError(
+            "no option reads the text of --calibrate; give --router balanced or ridge, --split activation or cluster,"
+            " or --drop-units least-used, or leave it out"
+        )
     if recipe.router == "ridge" and recipe.num_donors < 2:
         raise ConfigError("--router ridge tells donors apart, but DENSE is the only one; give --donor, or use balanced")
     if recipe.router == "ridge" and len(run.calibrate) != recipe.num_donors:

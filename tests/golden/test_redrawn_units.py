@@ -5,7 +5,10 @@ Changing these numbers means that older checkpoints can no longer be verified or
 
 from __future__ import annotations
 
-from moetool.recipe import UpcycleRecipe, permutation, redrawn_units, units_digest
+import torch
+
+from moetool.measured import NOTHING, Measured, packed
+from moetool.recipe import UpcycleRecipe, permutation, redrawn_units, unit_order, units_digest
 
 
 def test_the_sets_of_two_recipes() -> None:
@@ -23,3 +26,50 @@ SHARED = [0, 1, 5, 7, 8, 10, 11, 12]
 SCRIPT = [0, 2, 3, 4, 5, 10, 11, 13]
 ORDER = [9, 2, 0, 14, 3, 13, 1, 8, 12, 5, 4, 11, 15, 7, 10, 6]
 DIGEST = "8555e593e6c95af3"
+
+
+def test_the_set_of_a_recipe_that_redraws_what_does_little() -> None:
+    recipe = UpcycleRecipe("mixtral", num_experts=4, granularity=2, split="random", drop_units="least-used", seed=3)
+    codes = (torch.arange(64, dtype=torch.int64) * 37 % 256).to(torch.uint8)
+    measured = Measured(contributions={1: packed(codes[None])})
+    assert redrawn_units(recipe, 1, 2, "up", 32, measured).tolist() == LEAST_USED
+    order = unit_order(recipe, NOTHING, 1, 64)
+    assert order is not None
+    assert order[:32].tolist() == SPLIT
+
+
+LEAST_USED = [2, 5, 7, 10, 13, 14, 16, 17, 18, 20, 21, 25, 26, 27, 29, 30]
+SPLIT = [
+    0,
+    3,
+    6,
+    7,
+    8,
+    11,
+    14,
+    16,
+    21,
+    23,
+    27,
+    28,
+    29,
+    31,
+    32,
+    36,
+    38,
+    39,
+    40,
+    43,
+    46,
+    47,
+    49,
+    50,
+    51,
+    53,
+    54,
+    55,
+    57,
+    60,
+    62,
+    63,
+]

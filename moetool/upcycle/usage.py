@@ -1,0 +1,126 @@
+"""What the units of dense FFNs do on texts, and what follows for an upcycling.
+
+Shapes: F units, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetool.calibration.ffn import FFN, dense_ffns
+from moetool.calibration.measure import calibration_of, load
+from moetool.calibration.options import Run
+from moetool.calibration.sums import UnitSums
+from moetool.data.tokens import TokenStream
+from moetool.errors import ConfigError
+from moetool.measured import Measured, packed
+from moetool.progress import Progress
+from moetool.recipe import SPLITS_BY_USE, UpcycleRecipe, generator
+from moetool.units import contribution_codes, shard_dtype
+from moetool.upcycle.plan import Upcycling
+from moetool.upcycle.units import by_activation, by_cluster, fired
+
+
+def reads_units(recipe: UpcycleRecipe) -> bool:
+    """Whether a recipe leaves something to what units do."""
+    return recipe.split in SPLITS_BY_USE or recipe.drop_units == "least-used"
+
+
+def measure_units(
+    upcycling: Upcycling,
+    folders: Sequence[Path],
+    texts: Mapping[str, TokenStream],
+    run: Run,
+    progress: Progress,
+) -> Measured:
+    """Run every dense model on all texts, and decide what a recipe leaves to them of its units.
+
+    Args:
+        upcycling: planned without.
+        folders: DENSE, and the other donors. Their units correspond, because they come from one model, so that
+            contributions add up, and one split holds for all of them.
+        texts: as tokens.
+        run: how they run.
+        progress: of each pass.
+
+    Returns:
+        What the upcycling has measured already, and its units.
+
+    Raises:
+        ConfigError: a model is a multimodal one, whose text model transformers does not run by itself.
+        CheckpointError: transformers cannot run a model in layers, or builds its FFNs in a way that is not known.
+        DataError: a text has no tokens, or one that the models do not know.
+    """
+    recipe, layers = upcycling.recipe, upcycling.moe_layers
+    if outer := upcycling.dense["text_model_of"]:
+        raise ConfigError(
+            f"--calibrate runs {folders[0]} as it is, but it is a {outer}; take its text model out first: moetool"
+            f" convert {folders[0]} TEXT_MODEL"
+        )
+    contributions: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    firing: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}  # packed: a bit for each unit and token
+    for folder in folders:
+        model = load(folder, run)
+        found = calibration_of(model, folder, texts, run, progress, moments=True)
+        ffns = dense_ffns(model.core)
+        for done, layer in enumerate(layers):
+            progress("reading units", done, len(layers))
+            model.load(layer)
+            tokens, sums = float(found.inputs[layer].tokens), found.units[layer]
+            contributions[layer].append(contribution(ffns[layer], sums, tokens))
+            if recipe.split == "cluster":
+                units_TF = units_of(ffns[layer], found.fitted[layer])
+                firing[layer].append(np.packbits(fired(units_TF, sums.absolute_F / tokens).numpy(), axis=1))
+        progress("reading units", len(layers), len(layers))
+        model.free()
+        del model
+    split, use = {}, {}
+    for done, layer in enumerate(layers):
+        progress("splitting FFNs", done, len(layers))
+        if recipe.split in SPLITS_BY_USE:
+            shard_F = _shards(recipe, layer, sum(contributions[layer][1:], contributions[layer][0]), firing[layer])
+            split[layer] = packed(shard_F.to(shard_dtype(recipe.granularity)))
+        if recipe.drop_units == "least-used":
+            use[layer] = packed(torch.stack([contribution_codes(one_F) for one_F in contributions[layer]]))
+    progress("splitting FFNs", len(layers), len(layers))
+    return replace(upcycling.measured, split=split, contributions=use)
+
+
+def _shards(recipe: UpcycleRecipe, layer: int, contribution_F: Tensor, firing: Sequence[np.ndarray]) -> Tensor:
+    shared = recipe.shared_experts or 0
+    shared = shared if shared < recipe.granularity else 0  # whole FFNs beside all shards take no unit from these
+    if recipe.split == "activation":
+        return by_activation(contribution_F, shared, recipe.granularity)
+    fired_FT = torch.from_numpy(np.concatenate([np.unpackbits(one, axis=1) for one in firing], axis=1))
+    draw = generator(recipe.seed, "cluster", layer)
+    return by_cluster(contribution_F, fired_FT, shared, recipe.granularity, draw)
+
+
+def contribution(ffn: FFN, sums: UnitSums, tokens: float) -> Tensor:
+    """(F,) float64: the mean of |h| of each unit, times the norm of its column of `down`."""
+    norm_F: Tensor = ffn.down.weight.detach().double().norm(dim=0).cpu()
+    return sums.absolute_F / tokens * norm_F
+
+
+@torch.no_grad()
+def units_of(ffn: FFN, hidden_TD: Tensor) -> Tensor:
+    """(T, F) float32: what the units of an FFN give for some of its inputs."""
+    found: list[Tensor] = []
+
+    def keep(module: Any, inputs: tuple[Any, ...]) -> None:
+        found.append(inputs[0].flatten(0, -2).float().cpu())
+
+    hook = ffn.down.register_forward_pre_hook(keep)
+    try:
+        weight = ffn.down.weight
+        ffn.whole(hidden_TD.to(weight.device, weight.dtype)[None])
+    finally:
+        hook.remove()
+    return found[0]
