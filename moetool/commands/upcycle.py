@@ -31,6 +31,11 @@ class Models:
         " tensors are averaged (Branch-Train-MiX).",
         (), metavar="MODEL", needs=("method", ("drop", "copy", "noise").__contains__), after="noise_std",
     )  # fmt: skip
+    keep_optimizer: bool = option(
+        "Carry the moments of AdamW and the fp32 weights of DENSE, a step folder of moetool cpt, to the result, for"
+        " cpt --keep-optimizer. They take 8 to 12 bytes per parameter of the result.",
+        False, flag="--keep-optimizer", needs=("method", ("drop", "copy", "noise").__contains__), after="dtype",
+    )  # fmt: skip
     for_: Sequence[str] = option(
         "A program that must run the result correctly (repeatable); --target auto then picks a family it can run.",
         (), flag="--for", names=CLIENTS, what="client", after="target",
@@ -48,20 +53,26 @@ def upcycle(
     nothing that loads, and the same command finishes it.
     """
     from moetool.surgery.sources import open_sources
-    from moetool.upcycle.plan import plan_upcycling
+    from moetool.upcycle.plan import plan_upcycling, reader_of
 
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
     names = [models.dense, *(models.donor if asked.method != "scratch" else [])]
-    sources = context.with_resource(open_sources(names, models.out, headers_only=writing.plan))
+    reader = reader_of({"training_state": models.keep_optimizer})
+    sources = context.with_resource(open_sources(names, models.out, headers_only=writing.plan, reader=reader))
     recipe = asked.settled(len(names))
-    upcycling = plan_upcycling(sources.readers, recipe, parse_size(writing.max_shard_size), models.for_)
+    max_size = parse_size(writing.max_shard_size)
+    upcycling = plan_upcycling(
+        sources.readers, recipe, max_size, models.for_, keep_optimizer=models.keep_optimizer
+    )
     document = describe(upcycling, models.out, writing.num_workers)
     if writing.plan:
         console.result(document, table(document))
         return document
     for warning in warnings(upcycling, sources.repeated()):
         console.warn(warning)
+    if upcycling.state:
+        upcycling.state.reader.check_state()
     carry_out(upcycling.plan, sources, models.out, writing, started, document, context, console)
     console.result(document, table(document), closing(document))
     return document
