@@ -62,9 +62,7 @@ def upcycle(
     sources = context.with_resource(open_sources(names, models.out, headers_only=writing.plan, reader=reader))
     recipe = asked.settled(len(names))
     max_size = parse_size(writing.max_shard_size)
-    upcycling = plan_upcycling(
-        sources.readers, recipe, max_size, models.for_, keep_optimizer=models.keep_optimizer
-    )
+    upcycling = plan_upcycling(sources.readers, recipe, max_size, models.for_, keep_optimizer=models.keep_optimizer)
     document = describe(upcycling, models.out, writing.num_workers)
     if writing.plan:
         console.result(document, table(document))

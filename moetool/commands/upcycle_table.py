@@ -124,8 +124,8 @@ def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
         )
     if upcycling.state and upcycling.state.rounded:
         told.append(
-            f"the moments of {upcycling.state.reader.folder} are not all fp32 (cpt --moments bf16), but those of the result"
-            " are; continue with --moments fp32, the default"
+            f"the moments of {upcycling.state.reader.folder} are not all fp32 (cpt --moments bf16), but those of the"
+            " result are; continue with --moments fp32, the default"
         )
     if recipe.router == "zeros":
         told.append(

@@ -171,7 +171,9 @@ def plan_upcycling(
     plan = lay_out(
         "upcycle", recipe.to_json(), readers, config, fills, tensors, max_shard_size, kinds(recipe, measured),
         model_types=[dense["model_type"]] * len(readers),
-        recorded=partial(_recorded, recipe, measured, dense["intermediate_size"] // recipe.granularity, layers, bool(state)),
+        recorded=partial(
+            _recorded, recipe, measured, dense["intermediate_size"] // recipe.granularity, layers, bool(state)
+        ),
         also=partial(_also, recipe, spec), **more,
     )  # fmt: skip
     return Upcycling(recipe, spec, dense, layers, num_dense_parameters, settled.clients, plan, measured, state)

@@ -98,8 +98,10 @@ def dense_state(
             " become one tensor must have; give another step folder, or leave --keep-optimizer out"
         )
     masters = reader.stored.get(MASTER, {})
-    named = [dense_tensors(one, reader.config, dense_spec, dense) for one in (masters, *map(found.get, POWERS))]
-    for one in named[not masters :]:
+    named = [
+        dense_tensors(one, reader.config, dense_spec, dense) for one in (masters, *(found[moment] for moment in POWERS))
+    ]
+    for one in named if masters else named[1:]:
         _check(reader, one, tensors)
     return DenseState(reader, named[0], dict(zip(POWERS, named[1:], strict=True)), steps[0])
 
