@@ -1,9 +1,9 @@
 """Whether the moments that `upcycle --keep-optimizer` carries are those of the new model's gradients, and what they do.
 
-    python -m tests.benchmarks.moments --text FILE [--seeds 3] [--steps 200] [--batches 200] [--json FILE]
+    python -m tests.benchmarks.moments --text FILE [--seeds 3] [--steps 400] [--lr 3e-3] [--batches 100] [--json FILE]
 
-A small Llama (2 layers, hidden 128, intermediate 128, vocabulary 1024) is trained on the text at a constant 3e-3, 1024
-tokens per step. Its last step folder becomes 8 experts, top-2, with moments.
+A small Llama (2 layers, hidden 128, intermediate 128, vocabulary 1024) is trained on the text at a constant rate, 1024 tokens
+per step. Its last step folder becomes 8 experts, top-2, with moments.
 
 Gradients: of the dense model and of copies, over the same batches of 1024 tokens. A number is the mean square of
 experts' gradients (of a projection), or the part of their mean along the dense one, over what is carried: 1 is right.
@@ -35,8 +35,6 @@ PLAIN = (
     "line",
     "--schedule",
     "constant",
-    "--lr",
-    3e-3,
     "--seq-len",
     SEQ_LEN,
     "--global-batch-size",
@@ -164,10 +162,10 @@ def gradients(step: Path, folder: Path, text: Path, count: int) -> dict[str, Any
     return found
 
 
-def losses(step: Path, folder: Path, text: Path, seed: int) -> dict[str, list[float]]:
+def losses(step: Path, folder: Path, text: Path, seed: int, lr: float) -> dict[str, list[float]]:
     def run(model: Path, name: str, *more: object) -> list[float]:
         out = folder / name
-        train = ("--train", f"t={text}", "--seed", 100 + seed, "--max-steps", 20)
+        train = ("--train", f"t={text}", "--seed", 100 + seed, "--max-steps", 20, "--lr", lr)
         moetool("cpt", model, out, *train, *PLAIN, *more)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return [row["loss"] for row in rows if "loss" in row] + [rows[-1]["val"]["t"]]
@@ -193,8 +191,9 @@ def main() -> None:
     asked = argparse.ArgumentParser()
     asked.add_argument("--text", type=Path, required=True)
     asked.add_argument("--seeds", type=int, default=3)
-    asked.add_argument("--steps", type=int, default=200)
-    asked.add_argument("--batches", type=int, default=200)
+    asked.add_argument("--steps", type=int, default=400)
+    asked.add_argument("--batches", type=int, default=100)
+    asked.add_argument("--lr", type=float, default=3e-3)
     asked.add_argument("--json", type=Path)
     options = asked.parse_args()
     torch.set_num_threads(1)
@@ -203,7 +202,7 @@ def main() -> None:
         save_dense(Path(place) / "dense", options.text)
         for seed in range(options.seeds):
             folder = Path(place) / str(seed)
-            size = ("--max-steps", options.steps, "--seed", seed)
+            size = ("--max-steps", options.steps, "--seed", seed, "--lr", options.lr)
             moetool("cpt", Path(place) / "dense", folder / "run", "--train", f"t={options.text}", *size, *PLAIN)
             step = folder / "run" / "checkpoints" / f"step-{options.steps:06d}"
             if seed == 0:
@@ -215,7 +214,7 @@ def main() -> None:
                             for p, (all_, low, mid, high) in ranges.items()
                         ]
                         print(f"{start:18} {kind:7}", "   ".join(told), flush=True)
-            document["losses"].append(losses(step, folder, options.text, seed))
+            document["losses"].append(losses(step, folder, options.text, seed, options.lr))
             for name, values in document["losses"][-1].items():
                 shown = " ".join(f"{values[n]:.3f}" for n in (0, 1, 2, 4, 9, 19))
                 worst = max(values[:20])
