@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.moments --text FILE [--seeds 3] [--steps 400] [--lr 3e-3] [--batches 100] [--json FILE]
 
-A small Llama (2 layers, hidden 128, intermediate 128, vocabulary 1024) is trained on the text at a constant rate, 1024 tokens
-per step. Its last step folder becomes 8 experts, top-2, with moments.
+A small Llama (2 layers, hidden 128, intermediate 128, vocabulary 1024) is trained on the text at a constant rate, 1024
+tokens per step. Its last step folder becomes 8 experts, top-2, with moments.
 
 Gradients: of the dense model and of copies, over the same batches of 1024 tokens. A number is the mean square of
 experts' gradients (of a projection), or the part of their mean along the dense one, over what is carried: 1 is right.
