@@ -63,7 +63,7 @@ class ArchSpec:
         ranked_by: the scores of which the largest are chosen: `softmax` over all experts, `sigmoid`, or `logits`.
         router_dtype: of the router on disk, where the family fixes it.
         selection_bias: tensor name with `{layer}` of a bias that only chooses experts; None where there is none.
-        selection_bias_is_matrix: whether it is a matrix of one row, not a vector.
+        selection_bias_is_matrix: whether it is a matrix of one row and a frozen parameter, not a vector and a buffer.
         shared: the shared expert, None where the family has none.
         scaling_key: the config key of a factor on the routed output, None where weights must carry it.
         moe_layers: which layers can be dense -> config keys; None where all are MoE. Gets the MoE

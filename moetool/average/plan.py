@@ -139,4 +139,4 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     return plan_average(readers, AverageRecipe.from_json(entry.get("recipe", {})), max_shard_size)
 
 
-OPERATION = Operation("averaged", replan, StepReader)
+OPERATION = Operation("averaged", replan, lambda entry: StepReader)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,19 @@ def read_state(folder: Path) -> dict[str, Any]:
     if type(document.get("master")) is not bool:
         raise CheckpointError(f"{folder / STATE_FILE} is damaged (master)")
     return document
+
+
+def state_document(reader: TrainingReader, files: Collection[str], folder: Path) -> dict[str, bytes]:
+    """state.json of another model in the place of the reader's, once the state's files are in a folder.
+
+    Args:
+        reader: of the step folder that the state comes from.
+        files: that hold the state's tensors, by path.
+        folder: where they are.
+    """
+    digests = {file: digest(folder / file) for file in files}
+    document = {**(reader.state or {}), "master": MASTER in digests, "files": digests}
+    return {STATE_FILE: json.dumps(document, indent=2).encode() + b"\n"}
 
 
 def in_state(name: str) -> bool:

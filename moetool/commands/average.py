@@ -57,7 +57,7 @@ def average(
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
     names = expand(models.checkpoint, models.last)
-    opened = context.with_resource(open_sources(names, models.out, writing.plan, reader=OPERATION.reader))
+    opened = context.with_resource(open_sources(names, models.out, writing.plan, reader=OPERATION.reader({})))
     sources, recipe = in_order(opened, asked)
     plan = plan_average(sources.readers, recipe, parse_size(writing.max_shard_size))
     document = describe(plan, sources, recipe, models.out, writing.num_workers)

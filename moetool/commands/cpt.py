@@ -99,7 +99,7 @@ def _average(run: Run, last: int, progress: Progress) -> dict[str, Any]:
 
     def write() -> None:
         names = expand([str(run.plan.config.out)], last)
-        with open_sources(names, out, reader=OPERATION.reader) as opened:
+        with open_sources(names, out, reader=OPERATION.reader({})) as opened:
             sources, recipe = in_order(opened, asked)
             plan = plan_average(sources.readers, recipe, parse_size(writing.max_shard_size))
             write_out(plan, sources, out, writing.num_workers, {}, False, progress)

@@ -33,6 +33,11 @@ class Models:
         " tensors are averaged (Branch-Train-MiX). MODEL=WEIGHT sets its share of that mean; 1 takes all from it.",
         (), metavar="MODEL|MODEL=0..1", needs=("method", ("drop", "copy", "noise").__contains__), after="noise_std",
     )  # fmt: skip
+    keep_optimizer: bool = option(
+        "Carry the moments of AdamW and the fp32 weights of DENSE, a step folder of moetool cpt, to the result, for"
+        " cpt --keep-optimizer. They take 8 to 12 bytes per parameter of the result.",
+        False, flag="--keep-optimizer", needs=("method", ("drop", "copy", "noise").__contains__), after="dtype",
+    )  # fmt: skip
     for_: Sequence[str] = option(
         "A program that must run the result correctly (repeatable); --target auto then picks a family it can run.",
         (), flag="--for", names=CLIENTS, what="client", after="target",
@@ -57,17 +62,18 @@ def upcycle(
     from moetool.checkpoint.writer import check_out
     from moetool.surgery.sources import open_sources
     from moetool.upcycle.donors import read_donors
-    from moetool.upcycle.plan import plan_upcycling
+    from moetool.upcycle.plan import plan_upcycling, reader_of
 
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
     donors, weights = read_donors(models.donor if asked.method != "scratch" else [])
     names = [models.dense, *donors]
-    recipe = asked.settled(len(names), weights)
+    recipe, max_size = asked.settled(len(names), weights), parse_size(writing.max_shard_size)
     check_texts(recipe, texts)
     reads = bool(texts.calibrate)
-    sources = context.with_resource(open_sources(names, models.out, headers_only=writing.plan and not reads))
-    upcycling = plan_upcycling(sources.readers, recipe, parse_size(writing.max_shard_size), models.for_)
+    reader = reader_of({"training_state": models.keep_optimizer})
+    sources = context.with_resource(open_sources(names, models.out, writing.plan and not reads, reader=reader))
+    upcycling = plan_upcycling(sources.readers, recipe, max_size, models.for_, keep_optimizer=models.keep_optimizer)
     if reads:
         from moetool.upcycle.measure import measure
 
@@ -82,6 +88,8 @@ def upcycle(
         return document
     for warning in warnings(upcycling, sources.repeated()):
         console.warn(warning)
+    if upcycling.state:
+        upcycling.state.reader.check_state()
     carry_out(upcycling.plan, sources, models.out, writing, started, document, context, console)
     console.result(document, table(document), closing(document))
     return document

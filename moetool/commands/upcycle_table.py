@@ -35,6 +35,7 @@ def describe(upcycling: Upcycling, out: Path, workers: int) -> dict[str, Any]:
         "flops_per_token": upcycling.flops_per_token,
         "redrawn_units": _redrawn_units(upcycling),
         "trunk_shares": [float(share) for share in recipe.trunk_shares],
+        "training_state_bytes": plan.num_bytes - sum(shard.size for shard in plan.model_shards),
         "num_bytes": plan.num_bytes,
         "num_shards": len(plan.shards),
         "free_disk_bytes": free_disk(out),
@@ -77,6 +78,7 @@ def table(document: dict[str, Any]) -> Table:
         f" {count(flops['moe'])} FLOPs per token",
         "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
         f" ({size(document['free_disk_bytes'])} free{too_large})",
+        **optimizer_row(document),
         "memory": f"about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
         "runs in": clients_line(document["clients"]),
     }
@@ -95,6 +97,12 @@ def router_rows(document: dict[str, Any]) -> dict[str, str]:
         shares = [share for row in fitted["layers"] for share in row["to_donor"].values()]
         told += f"; {min(shares):.0%} to {max(shares):.0%} of a text's routes go to its donor"
     return {"router": told}
+
+
+def optimizer_row(document: dict[str, Any]) -> dict[str, str]:
+    """What goes along of the optimizer; nothing where nothing does."""
+    state = document["training_state_bytes"]
+    return {"optimizer": f"its moments go along, for cpt --keep-optimizer: {size(state)} of that"} if state else {}
 
 
 def clients_line(clients: dict[str, str | None]) -> str:
@@ -159,6 +167,11 @@ def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
         told.append(
             f"with --top-k {recipe.top_k}, {upcycling.spec.model_type} gives every chosen {what} the same weight: the"
             f" router gets no gradient from the language loss, only from a balance loss; use --top-k {more} to train it"
+        )
+    if upcycling.state and upcycling.state.rounded:
+        told.append(
+            f"the moments of {upcycling.state.reader.folder} are not all fp32 (cpt --moments bf16), but those of the"
+            " result are; continue with --moments fp32, the default"
         )
     if recipe.router == "zeros":
         told.append(

@@ -95,7 +95,7 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
         raise CheckpointError(f"{error} (or give the current sources with --source and --donor)") from None
     with ExitStack() as stack:
         has_adapter = entry.get("recipe", {}).get("adapter") is True and len(folders) > 1
-        opened = open_readers(folders, asked.unpickle, has_adapter, operation.reader)
+        opened = open_readers(folders, asked.unpickle, has_adapter, operation.reader(entry))
         readers = [stack.enter_context(reader) for reader in opened]
         progress = stack.enter_context(console.progress())
         if asked.level == "full":

@@ -15,10 +15,10 @@ import torch
 
 from moetool.arch.moe_source import MoESource
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
-from moetool.checkpoint.step_folder import TrainingReader
+from moetool.checkpoint.step_folder import TrainingReader, state_document
 from moetool.errors import CheckpointError, ConfigError
 from moetool.grow.recipe import RATE, GrowRecipe
-from moetool.grow.state import grown_state, state_document
+from moetool.grow.state import grown_state
 from moetool.grow.utility import MOST
 from moetool.recipe import LINEAGE, read_experts, recorded_experts
 from moetool.surgery.experts import config_with, copies, open_moe, row_fills, with_experts
@@ -105,10 +105,11 @@ def plan_growth(
     assert recipe.top_k is not None
     recorded = asdict(recipe) | ({"data": dict(data)} if data else {}) | {"training_state": bool(state)}
     recorded |= {"experts": recorded_experts(source.layers, list(experts.values()))}
+    beside = partial(state_document, reader, tuple(state)) if isinstance(reader, TrainingReader) and state else None
     plan = lay_out(
         "grow", recorded, readers, config_with(reader.config, source, N, recipe.top_k), [*fills, *state_fills], layouts,
         max_shard_size, {**KINDS, "moved": Kind(_moved)}, [str(reader.config.get("model_type"))], continues=1,
-        state=state, beside=partial(state_document, reader) if state else None,
+        state=state, beside=beside,
     )  # fmt: skip
     used = min(_fewest(chosen, recipe.top_k) for chosen in experts.values())
     return Growth(recipe, source, experts, (source.top_k, used), plan)
@@ -238,4 +239,4 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     return found.plan
 
 
-OPERATION = Operation("grown", replan, TrainingReader, one_source=True)
+OPERATION = Operation("grown", replan, lambda entry: TrainingReader, one_source=True)

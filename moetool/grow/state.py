@@ -5,15 +5,12 @@ Shapes: E experts before, N after, m = N / E.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from moetool.arch.moe_source import MoESource
-from moetool.checkpoint.file_digest import digest
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
-from moetool.checkpoint.step_folder import OPTIMIZER, STATE_FILE, TrainingReader
+from moetool.checkpoint.reader import TensorInfo
+from moetool.checkpoint.step_folder import OPTIMIZER, TrainingReader
 from moetool.checkpoint.writer import TensorLayout
 from moetool.errors import CheckpointError
 from moetool.grow.recipe import GrowRecipe
@@ -107,11 +104,3 @@ def _check(source: MoESource, info: TensorInfo, found: int) -> None:
             f"{source.reader.folder / info.shard}: {info.name} has shape {list(info.shape)}, but the model has"
             f" {source.num_experts} experts; give a step folder as cpt wrote it"
         )
-
-
-def state_document(reader: CheckpointReader, folder: Path) -> dict[str, bytes]:
-    """state.json beside the state's files in a folder, which has those of the reader's otherwise."""
-    assert isinstance(reader, TrainingReader)
-    files = {file: digest(folder / file) for file in reader.stored}
-    document = {**(reader.state or {}), "files": files}
-    return {STATE_FILE: json.dumps(document, indent=2).encode() + b"\n"}

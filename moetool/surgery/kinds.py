@@ -79,13 +79,15 @@ class Drawn:
 
     Attributes:
         units: positions on the fill's axis, ascending.
-        moments: (units before, whole matrix before if `added`) -> mean and standard deviation of what is drawn.
+        moments: (units before, matrix before if `whole`) -> mean and standard deviation of what is drawn.
         added: whether it is added to what was there; else it replaces that.
+        whole: whether the moments follow from the whole matrix, too.
     """
 
     units: torch.Tensor
     moments: Callable[[Sums, Sums], tuple[float, float]]
     added: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ class Plan:
         return tuple(tensor for tensor in self.tensors if not in_state(tensor.name))
 
     @cached_property
+    def model_fills(self) -> tuple[Fill, ...]:
+        """What they are filled with."""
+        return tuple(fill for fill in self.fills if not in_state(fill.places[0].tensor))
+
+    @cached_property
     def num_parameters(self) -> int:
         """Elements of the checkpoint's tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.model_tensors)
@@ -131,7 +136,7 @@ class Operation:
     Attributes:
         done: what it does to its source, as messages say it: `upcycled`.
         replan: (sources, lineage entry, max_shard_size) -> the plan that the entry records.
-        reader: opens its sources, except an adapter.
+        reader: lineage entry -> what opens its sources, except an adapter.
         one_source: whether it has exactly one.
         measure_again: (sources, lineage entry, texts and how they run, progress) -> what a pass over the same text
             finds of what the entry records; None where it records nothing of text.
@@ -139,7 +144,7 @@ class Operation:
 
     done: str
     replan: Callable[[Sequence[CheckpointReader], Mapping[str, Any], int], Plan]
-    reader: type[CheckpointReader] = CheckpointReader
+    reader: Callable[[Mapping[str, Any]], type[CheckpointReader]] = lambda entry: CheckpointReader
     one_source: bool = False
     measure_again: Callable[[Sequence[CheckpointReader], Mapping[str, Any], Any, Progress], dict[str, Any]] | None = (
         None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
+from moetool.checkpoint.step_folder import in_state
 from moetool.checkpoint.writer import check_written
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
@@ -232,7 +233,7 @@ def _check_full(matrix: _Matrix) -> _Checked:
             checked.copied += _kept(expected, units, axis)
         if drawn is None:
             continue
-        if drawn.added:
+        if drawn.whole:
             whole.add(expected)
         if len(units):
             before, after = select(expected, axis, units), select(found, axis, units)
@@ -244,7 +245,7 @@ def _check_full(matrix: _Matrix) -> _Checked:
         return checked
     num = int(changed.sum())
     mean, std = drawn.moments(old, whole)
-    grid = resolution(found.dtype, math.hypot(old.rms, std))
+    grid = resolution(found.dtype, max(math.hypot(old.rms, std), abs(mean)))
     width = fill.num_elements // fill.shape[axis]
     # A unit that is constant in the source (all entries equal) is redrawn to the same, noise below the
     # dtype's resolution is none, and one or two numbers may be drawn as they were.
@@ -260,6 +261,7 @@ def _check_full(matrix: _Matrix) -> _Checked:
             f" but {mean:.6g} and {std:.6g} were planned: {sigma:.1f} standard errors apart"
         )
     checked.sigma = sigma
-    if fill.projection == PROJECTIONS[0]:  # one of the three, so that each unit counts once
+    # One of the three, so that each unit of the checkpoint counts once.
+    if fill.projection == PROJECTIONS[0] and not in_state(matrix.place.tensor):
         checked.redrawn_units = num
     return checked

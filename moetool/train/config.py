@@ -172,8 +172,8 @@ class TrainConfig:
         UNSET, panel=RUN, shown="none", min=1, metavar="N",
     )  # fmt: skip
     keep_optimizer: bool = option(
-        "Start with the optimizer state and fp32 weights of MODEL, which must be a step folder, or made of one by grow."
-        " The schedule starts from its beginning.",
+        "Start with the optimizer state and fp32 weights of MODEL, which must be a step folder, or made of one by grow"
+        " or upcycle --keep-optimizer. The schedule starts from its beginning.",
         False, panel=RATE, defines=True,
     )  # fmt: skip
     resume: bool = option(

@@ -13,7 +13,7 @@ from moetool.recipe import UpcycleRecipe, generator, held_units, permutation, re
 from moetool.surgery.fill import Fill, Piece, Place
 from moetool.surgery.kinds import KINDS, Block, Drawn, Kind, constant
 from moetool.surgery.moments import Sums
-from moetool.surgery.rows import gather_rows, select
+from moetool.surgery.rows import gather_rows, replace, select
 from moetool.upcycle.init import Slice, slice_moments
 
 
@@ -25,6 +25,12 @@ def kinds(recipe: UpcycleRecipe, measured: Measured) -> Mapping[str, Kind]:
             partial(_expert, recipe, measured),
             partial(_draw_expert, recipe, measured),
             partial(_redrawn, recipe, measured),
+        ),
+        "exp_avg": Kind(partial(_mean_gradient, recipe, measured)),
+        "exp_avg_sq": Kind(
+            partial(_expert, recipe, measured),
+            partial(_draw_square, recipe, measured),
+            partial(_new_units, recipe, measured),
         ),
         "weighted": Kind(partial(_weighted, recipe)),
         "shared": Kind(partial(_shared, recipe, measured)),
@@ -119,7 +125,7 @@ def _redrawn(recipe: UpcycleRecipe, measured: Measured, fill: Fill, place: Place
         return None
     units = redrawn_units(recipe, _layer(fill), place.expert, _projection(fill), size, measured)
     if recipe.method == "noise":
-        return Drawn(units, partial(_noise, recipe), added=True)
+        return Drawn(units, partial(_noise, recipe), added=True, whole=True)
     return Drawn(units, _replaced)
 
 
@@ -158,6 +164,41 @@ def _moments(recipe: UpcycleRecipe, measured: Measured, block: Block, units: tor
     return mean * fill.factor, std * fill.factor
 
 
+def _mean_gradient(recipe: UpcycleRecipe, measured: Measured, block: Block) -> torch.Tensor:
+    """An expert's share of the mean gradient; 0 for its new units, whose gradients nobody has seen."""
+    kept, drawn = _expert(recipe, measured, block), _new_units(recipe, measured, block.fill, block.place)
+    if drawn is None:
+        return kept
+    units, axis = _within(block, drawn.units), block.fill.axis
+    return replace(kept, axis, units, torch.zeros_like(select(kept, axis, units)))
+
+
+def _new_units(recipe: UpcycleRecipe, measured: Measured, fill: Fill, place: Place) -> Drawn | None:
+    """The units of an expert that are new to its optimizer: those that are redrawn. Noise leaves a unit what it was."""
+    drawn = _redrawn(recipe, measured, fill, place)
+    return None if drawn is None or drawn.added else Drawn(drawn.units, _mean_of_kept, whole=True)
+
+
+def _mean_of_kept(old: Sums, whole: Sums) -> tuple[float, float]:
+    left = whole.n - old.n
+    return ((whole.mean * whole.n - old.mean * old.n) / left if left else whole.mean), 0.0
+
+
+def _draw_square(recipe: UpcycleRecipe, measured: Measured, block: Block, kept: torch.Tensor) -> torch.Tensor:
+    """An expert's share of the mean squared gradient; that of the matrix's kept units (all, if none is) for new ones.
+
+    With 0, the first update of such a weight would be too large at a beta2 above 0.99.
+    """
+    drawn, axis = _new_units(recipe, measured, block.fill, block.place), block.fill.axis
+    if drawn is None:
+        return kept
+    others = torch.ones(block.fill.shape[axis], dtype=torch.bool)
+    others[drawn.units] = len(drawn.units) == len(others)
+    mean, _ = _moments(recipe, measured, block, others.nonzero().flatten())
+    units = _within(block, drawn.units)
+    return replace(kept, axis, units, torch.full_like(select(kept, axis, units), mean))
+
+
 def _zeros(block: Block) -> torch.Tensor:
     return torch.zeros((block.stop - block.start, block.fill.row_length), dtype=block.dtype)
 
@@ -186,11 +227,17 @@ def _apply(
 ) -> torch.Tensor:
     """What the recipe's method makes of a block."""
     fill, place = block.fill, block.place
-    if fill.axis == 0:
-        units = units[(units >= block.start) & (units < block.stop)] - block.start
+    units = _within(block, units)
     draws = generator(recipe.seed, stream, place.draw + block.index)
     block_of_units = Slice(kept, units, fill.axis, moments, draws, fill.layer, place.expert, fill.projection)
     return registry.load("method", recipe.method)(block_of_units)  # type: ignore[no-any-return]
+
+
+def _within(block: Block, units: torch.Tensor) -> torch.Tensor:
+    """The positions of some units in a block."""
+    if block.fill.axis == 1:
+        return units
+    return units[(units >= block.start) & (units < block.stop)] - block.start
 
 
 def _router(recipe: UpcycleRecipe, measured: Measured, block: Block) -> torch.Tensor:

@@ -37,7 +37,7 @@ def split_share(recipe: UpcycleRecipe, spec: ArchSpec, plan: Plan, written: Bloc
     before the FFN.
     """
     group = recipe.group_size
-    routers = [fill for fill in plan.fills if fill.kind == "router"]
+    routers = [fill for fill in plan.model_fills if fill.kind == "router"]
     if group == 1 or not routers:  # from scratch, a router is drawn like any matrix
         return 0.0
     split = 0

@@ -69,7 +69,8 @@ def measure(
         found = Measured.from_json(_measure(upcycling, readers, texts, run, progress).to_json(), asked)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(found.to_json()).encode())
-    return plan_upcycling(readers, upcycling.recipe, upcycling.plan.max_shard_size, clients, found)
+    size, keep = upcycling.plan.max_shard_size, upcycling.state is not None
+    return plan_upcycling(readers, upcycling.recipe, size, clients, found, keep)
 
 
 def _measure(

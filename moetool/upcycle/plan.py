@@ -15,6 +15,7 @@ from moetool.arch.dense_config import dense_config
 from moetool.arch.spec import ArchSpec, scales
 from moetool.checkpoint.folder import beside
 from moetool.checkpoint.reader import BlockFile, CheckpointReader
+from moetool.checkpoint.step_folder import TrainingReader, state_document
 from moetool.errors import CheckpointError, ConfigError
 from moetool.measured import NOTHING, Measured
 from moetool.progress import Progress
@@ -24,6 +25,7 @@ from moetool.upcycle.blocks import kinds
 from moetool.upcycle.check import check_donor, check_tensors
 from moetool.upcycle.groups import split_share
 from moetool.upcycle.layout import fills_of
+from moetool.upcycle.state import DenseState, carried_state, dense_state, with_head
 from moetool.upcycle.target import settle
 from moetool.upcycle.texts import TextOptions
 from moetool.values import FLOAT_DTYPES
@@ -42,6 +44,7 @@ class Upcycling:
         clients: client -> why it does not compute the result as transformers 5 does, None where it does.
         plan: what is written.
         measured: what a pass over text has decided.
+        state: the training state of DENSE that goes along.
     """
 
     recipe: UpcycleRecipe
@@ -52,6 +55,7 @@ class Upcycling:
     clients: Mapping[str, str | None]
     plan: Plan
     measured: Measured = NOTHING
+    state: DenseState | None = None
 
     @property
     def intermediate_size(self) -> int:
@@ -77,7 +81,7 @@ class Upcycling:
 
     @property
     def _idle(self) -> int:
-        experts = sum(fill.num_elements for fill in self.plan.fills if len(fill.places) > 1)
+        experts = sum(fill.num_elements for fill in self.plan.model_fills if len(fill.places) > 1)
         return experts * (self.recipe.num_experts - self.recipe.top_k)
 
     @property
@@ -90,10 +94,10 @@ class Upcycling:
         ffn = 3 * self.intermediate_size * self.dense["hidden_size"]
         carried = sum(
             fill.num_elements
-            for fill in self.plan.fills
+            for fill in self.plan.model_fills
             if len(fill.shape) == 2 and fill.layer is None and fill.places[0].tensor not in (EMBEDDING, LM_HEAD)
         )
-        moe = sum(fill.num_elements * len(fill.places) for fill in self.plan.fills if fill.layer is not None)
+        moe = sum(fill.num_elements * len(fill.places) for fill in self.plan.model_fills if fill.layer is not None)
         return {
             "dense": 2 * (carried + len(self.moe_layers) * ffn + head),
             "moe": 2 * (carried + moe - self._idle + head),
@@ -142,6 +146,7 @@ def plan_upcycling(
     max_shard_size: int,
     clients: Sequence[str] = (),
     measured: Measured = NOTHING,
+    keep_optimizer: bool = False,
 ) -> Upcycling:
     """Check sources and a recipe against each other and lay out the result.
 
@@ -151,6 +156,7 @@ def plan_upcycling(
         max_shard_size: bytes of tensor data per file.
         clients: programs in which the result must run, names in `arch/clients.py`.
         measured: what a pass over text has decided.
+        keep_optimizer: whether the training state of DENSE, a step folder, goes along.
 
     Raises:
         ConfigError: the family cannot be served, the recipe contradicts itself or the source, or the result
@@ -178,9 +184,8 @@ def plan_upcycling(
         if set(sources[-1]) != set(sources[0]):
             raise ConfigError(f"--donor {reader.folder} has tied embeddings, but {readers[0].folder} does not")
     num_dense_parameters = sum(info.num_elements for info in sources[0].values())
-    if not spec.ties:
-        sources = [{LM_HEAD: source[EMBEDDING]} | source for source in sources]
-    fills, tensors = fills_of(sources, spec, recipe, dense, moe)
+    state = dense_state(readers, dense_spec, dense, sources[0]) if keep_optimizer else None
+    fills, tensors = fills_of([with_head(source, spec) for source in sources], spec, recipe, dense, moe)
     if spec.scaling_key:
         config[spec.scaling_key] = scales(recipe, spec)[0]
     dtypes = {fill.dtype for fill in fills if fill.kind not in ("router", "selection bias", "constant")}
@@ -188,21 +193,31 @@ def plan_upcycling(
         config["dtype"] = config["torch_dtype"] = FLOAT_DTYPES[dtypes.pop()]
     layers = tuple(sorted(moe))
     asked = recipe.to_json() | ({CALIBRATE: dict(measured.asked)} if measured.asked else {})
+    more: dict[str, Any] = {}
+    if state:
+        rounded = config.get("dtype") != "float32"
+        others, files = carried_state(state, spec, recipe, dense, moe, sources[0], rounded)
+        fills = [*state.exact(fills, sources[0]), *others]
+        more = {"state": files, "beside": partial(state_document, state.reader, tuple(files))}
     plan = lay_out(
         "upcycle", asked, readers, config, fills, tensors, max_shard_size, kinds(recipe, measured),
         model_types=[dense["model_type"]] * len(readers),
-        recorded=partial(_recorded, recipe, measured, dense["intermediate_size"] // recipe.granularity, layers),
-        measured=measured.to_json(),
-        also=partial(_also, recipe, spec),
+        recorded=partial(
+            _recorded, recipe, measured, dense["intermediate_size"] // recipe.granularity, layers, bool(state)
+        ),
+        measured=measured.to_json(), also=partial(_also, recipe, spec), **more,
     )  # fmt: skip
-    return Upcycling(recipe, spec, dense, layers, num_dense_parameters, settled.clients, plan, measured)
+    return Upcycling(recipe, spec, dense, layers, num_dense_parameters, settled.clients, plan, measured, state)
 
 
-def _recorded(recipe: UpcycleRecipe, measured: Measured, units: int, layers: Sequence[int]) -> dict[str, Any]:
+def _recorded(
+    recipe: UpcycleRecipe, measured: Measured, units: int, layers: Sequence[int], training_state: bool
+) -> dict[str, Any]:
     """What a pass over text has decided, and checksums of the redrawn units: the sets are rebuilt exactly from both,
     or these disagree."""
     document = measured.to_json()
     recorded: dict[str, Any] = {"measured": document} if document else {}
+    recorded |= {"training_state": True} if training_state else {}
     if recipe.split == "random":
         digests = [split_digest(recipe, layer, units * recipe.granularity) for layer in layers]
         recorded["split_units"] = {"layers": list(layers), "digests": digests}
@@ -238,7 +253,13 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     if recipe.num_donors != len(readers):
         raise CheckpointError(f"moetool.json records {recipe.num_donors} donors but names {len(readers)}")
     measured = Measured.from_json(entry.get("measured", {}), entry.get("recipe", {}).get(CALIBRATE, {}))
-    return plan_upcycling(readers, recipe, max_shard_size, measured=measured).plan
+    keep_optimizer = entry.get("training_state") is True
+    return plan_upcycling(readers, recipe, max_shard_size, measured=measured, keep_optimizer=keep_optimizer).plan
+
+
+def reader_of(entry: Mapping[str, Any]) -> type[CheckpointReader]:
+    """What opens the sources of a lineage entry: with their training state, where the result has one."""
+    return TrainingReader if entry.get("training_state") is True else CheckpointReader
 
 
 def _measure_again(
@@ -249,4 +270,4 @@ def _measure_again(
     return measure_again(readers, entry, run, progress)
 
 
-OPERATION = Operation("upcycled", replan, measure_again=_measure_again)
+OPERATION = Operation("upcycled", replan, reader_of, measure_again=_measure_again)
