@@ -82,14 +82,28 @@ def started(study: Study, seed: int, group: str, name: str, dense: dict[str, str
     return {
         "losses": study.losses(run),
         "largest": [largest(report) for report in (before, after)],
-        "routers": document["fitted"],
+        "predicted": predicted(document["fitted"], before),
         "loads": loads(before),
     }
 
 
+def predicted(fitted: dict[str, Any] | None, report: dict[str, Any]) -> dict[str, float]:
+    """Domain -> the largest difference of a predicted load from the measured one, over layers and experts."""
+    found: dict[str, float] = {}
+    for row in fitted["layers"] if fitted else ():
+        for name, load in row["load"].items():
+            measured = next(one["load"] for one in report["domains"][name]["layers"] if one["layer"] == row["layer"])
+            off = max(abs(a - b) for a, b in zip(load, measured, strict=True))
+            found[name] = max(found.get(name, 0.0), off)
+    return found
+
+
 def loads(report: dict[str, Any]) -> dict[str, list[list[float]]]:
     """Domain -> load of each expert, by layer."""
-    return {name: [layer["load"] for layer in one["layers"]] for name, one in report["domains"].items()}
+    return {
+        name: [[round(load, 4) for load in layer["load"]] for layer in one["layers"]]
+        for name, one in report["domains"].items()
+    }
 
 
 def largest(report: dict[str, Any]) -> float:
@@ -165,6 +179,11 @@ def donor_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def table(results: Results) -> str:
+    """The page's tables, in Markdown: mean and range over seeds."""
+    return "\n\n".join([*(group_table(results, group) for group in STARTS), donor_table(results)])
+
+
 def draw(results: Results) -> None:
     """The loss over the training, less that of each group's first start, mean of the seeds."""
     made, cells = figure(HERE / "start-loss.png", 1, len(STARTS), 14.0, 3.4)
@@ -193,7 +212,7 @@ def main() -> None:
         results[seed] = seed_runs(study, seed)
         keep(HERE, "start.json", {str(seed): found for seed, found in results.items()})
     draw(results)
-    print("\n\n".join([*(group_table(results, group) for group in STARTS), donor_table(results)]))
+    print(table(results))
 
 
 if __name__ == "__main__":

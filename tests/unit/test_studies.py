@@ -59,13 +59,16 @@ def document(words: list[str]) -> dict[str, Any]:
     if words[0] == "prune":
         kept = [0, 1, 2, 3] if "frequency" in words else [4, 5, 6, 7]
         return {"layers": [{"kept": kept, "mass_kept": 0.9}], "score": "ean", "errors": {"ean": 0.1}}
+    if words[0] == "upcycle":
+        return {"fitted": None}
     models = {f"short {folder}": folder for folder in words[1 : words.index("--text")]}
     scores = {domain: {"bits_per_byte,none": {"value": 2.0}} for domain in ("en", "code", "ja")}
     return {"models": models, "results": dict.fromkeys(models, scores)}
 
 
 def analyze(real: Any) -> Any:
-    layers = [{"load": [0.125] * 8, "saturation": 0.5, "mri": 0.3, "mri_change": 0.1} for _ in range(6)]
+    layer = {"load": [0.125] * 8, "saturation": 0.5, "mri": 0.3, "mri_change": 0.1, "mri_normalized": 1.2}
+    layers = [layer] * 6
     domains = {domain: {"layers": layers} for domain in ("en", "code", "ja")}
     document: dict[str, Any] = {
         "domains": domains,
@@ -85,7 +88,7 @@ def analyze(real: Any) -> Any:
     return analyzed
 
 
-@pytest.mark.parametrize("name", ["drop_upcycling", "router_robustness", "surgery"])
+@pytest.mark.parametrize("name", ["drop_upcycling", "router_robustness", "start", "surgery"])
 def test_every_command_of_a_study_is_one_that_moetool_takes(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
