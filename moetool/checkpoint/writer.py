@@ -217,7 +217,10 @@ def _changes(old: Any, identity: Mapping[str, Any]) -> str:
     values = {key: (str(a), str(b)) for key, (a, b) in pairs.items() if a != b}
     # Tables of experts are too long to be printed.
     changes = [f"{key} {a} -> {b}" if len(a + b) < 80 else f"other {key}" for key, (a, b) in values.items()]
-    return f" ({', '.join(changes)})" if changes else " (same recipe, but another or changed source)"
+    if changes:
+        return f" ({', '.join(changes)})"
+    measured = ", or other numbers measured on the text" if identity.get("measured") else ""
+    return f" (same recipe, but another or changed source{measured})"
 
 
 class CheckpointWriter:

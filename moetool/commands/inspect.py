@@ -154,8 +154,8 @@ def lineage_line(entry: dict[str, Any]) -> str:
         recipe, source = entry.get("recipe", {}), entry.get("source", {})
         units = entry.get("redrawn_units")
         what = "given noise" if recipe.get("method") == "noise" else "redrawn"
-        what += ", least-used" if recipe.get("drop_units") == "least-used" else ""
-        redrawn = f", {_units_line(units, f'units {what}')} ({recipe.get('drop_index')})" if units else ""
+        how = f"{recipe.get('drop_index')}{', least-used' * (recipe.get('drop_units') == 'least-used')}"
+        redrawn = f", {_units_line(units, f'units {what}')} ({how})" if units else ""
         weights = [None, *(found if isinstance(found := recipe.get("donor_weights"), list) else [])]
         of = [f" (weight {weight})" if weight is not None else "" for weight in weights]
         sources = recorded_sources(entry)
@@ -167,6 +167,7 @@ def lineage_line(entry: dict[str, Any]) -> str:
                 ("split", "split", "contiguous"),
                 ("shared_experts", "shared experts", 0),
                 ("moe_layers", "layers", "all"),
+                ("router", "router", "normal"),
                 ("keep_experts_whole", "experts kept whole", 0),
             )
             if recipe.get(key, usual) != usual

@@ -131,8 +131,8 @@ def method_line(document: dict[str, Any]) -> str:
         what = f"given noise of {std}"
     what += ", rather those that do little," if recipe.get("drop_units") == "least-used" else ""
     whole = recipe.get("keep_experts_whole", 0)
-    but = f" but {whole} kept whole" if whole else ""
-    changed = by_layers(numbers, [row["layer"] for row in rows], f"of {units['of']} units {what} in each expert{but}")
+    where += f", except in {whole} kept whole" if whole else ""
+    changed = by_layers(numbers, [row["layer"] for row in rows], f"of {units['of']} units {what} in each expert")
     shares = sorted(row["common"] for row in rows)
     common = " to ".join(dict.fromkeys(f"{share:.1%}" for share in (shares[0], shares[-1])))
     return f"{donors}{recipe['method']}: {changed}, {where}; two experts have {common} in common" + (

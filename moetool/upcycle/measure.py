@@ -15,7 +15,7 @@ from moetool.calibration.store import cache_folder
 from moetool.checkpoint.folder import write_file
 from moetool.checkpoint.reader import CheckpointReader, content_fingerprint
 from moetool.data.tokens import TokenStream
-from moetool.errors import CheckpointError
+from moetool.errors import CheckpointError, DataError
 from moetool.measured import Measured
 from moetool.outside import fits, read_json
 from moetool.progress import Progress
@@ -26,7 +26,7 @@ from moetool.upcycle.texts import TextOptions
 from moetool.upcycle.usage import measure_units, reads_units
 
 SAME_LOAD = 0.01  # loads of the same text on two machines differ less: near ties may go either way
-FORMAT = 1  # of what is kept; raise it when what is measured changes
+FORMAT = 2  # of what is kept; raise it when what is measured changes
 
 
 def measure(
@@ -49,17 +49,20 @@ def measure(
         progress: reports tokens.
 
     Raises:
-        DataError: a text cannot be read, is too short, or is not of the model's vocabulary.
+        DataError: a text cannot be read, is too short, is not of the model's vocabulary, or is given for two donors.
         CheckpointError: the model does not run.
     """
     texts = read_texts(run.calibrate, readers[0].folder, run, progress)
+    if upcycling.recipe.router == "ridge":
+        _check_different(texts)
     asked = {
         "texts": {name: text.manifest["sha256"] for name, text in texts.items()},
         "max_tokens": run.max_tokens,
         "seq_len": run.seq_len,
     }
     parts = [FORMAT, __version__, [content_fingerprint(reader.folder) for reader in readers]]
-    parts += [upcycling.plan.recipe, upcycling.plan.config, asked, run.batch_size, run.device]
+    # The order of texts says which donor's each is; JSON's keys, sorted, do not have it.
+    parts += [upcycling.plan.recipe, upcycling.plan.config, asked, [*texts], run.batch_size, run.device]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / f"{digest}.json"
     found: Measured | None = None
@@ -71,6 +74,18 @@ def measure(
         write_file(path, json.dumps(found.to_json()).encode())
     size, keep = upcycling.plan.max_shard_size, upcycling.state is not None
     return plan_upcycling(readers, upcycling.recipe, size, clients, found, keep)
+
+
+def _check_different(texts: Mapping[str, TokenStream]) -> None:
+    """Refuse the same text for two donors, which nothing in it tells apart."""
+    names: dict[str, str] = {}
+    for name, text in texts.items():
+        other = names.setdefault(text.manifest["sha256"], name)
+        if other != name:
+            raise DataError(
+                f"--calibrate {name} is the same text as {other}, so --router ridge cannot tell their donors apart;"
+                " give another text, or use balanced"
+            )
 
 
 def _measure(
@@ -117,6 +132,7 @@ def measure_again(
         raise CheckpointError(
             f"the texts of --calibrate are not those that the routers were fitted on: {', '.join(asked['texts'])}"
         )
+    texts = {name: texts[name] for name in asked["texts"]}  # in the order of the donors, whatever was typed
     recipe, before = UpcycleRecipe.from_json(entry["recipe"]), replace(recorded, routers={}, loads={})
     upcycling = plan_upcycling(readers, recipe, entry["max_shard_size"], measured=before)
     found = fit_routers(upcycling, readers, texts, run, progress)

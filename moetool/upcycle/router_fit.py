@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moetool.measured import RouterRows
 
-SAMPLE = 16_384  # tokens whose inputs are kept, of all texts together
+SAMPLE = 16_384  # tokens whose inputs are kept, of all texts together, about as many of each
 SAMPLE_BYTES = 2**28
 RIDGE = 1e-2  # of the mean squared input
 # Logit of all but a thousandth of the tokens. Sigmoids of large logits, and sums of scores and a bias, are so close
@@ -105,8 +105,9 @@ def fit(drawn_GD: Tensor, texts: Sequence[Inputs], wanted: Wanted) -> RouterRows
     num_donors = int(wanted.donor_G.max()) + 1
     ridge_ND = ridge(texts).bfloat16() if num_donors > 1 else torch.empty(0, len(mean_D), dtype=torch.bfloat16)
     samples = [text.sample_TD for text in texts]
-    size = min(len(sample_TD) for sample_TD in samples)  # of each text as many, so that each counts the same
-    hidden_TD = torch.cat([sample_TD[:: max(1, len(sample_TD) // size)][:size] for sample_TD in samples])
+    # Of each text as many, so that each counts the same; those of a shorter one several times.
+    size = max(len(sample_TD) for sample_TD in samples)
+    hidden_TD = torch.cat([sample_TD[torch.arange(size) * len(sample_TD) // size] for sample_TD in samples])
     donors_TG, sharpness = torch.zeros(len(hidden_TD), len(drawn_GD), dtype=torch.float64), 0.0
     if num_donors > 1:
         donors_TN = (hidden_TD @ ridge_ND.float().T).double()
@@ -140,7 +141,10 @@ def ridge(texts: Sequence[Inputs]) -> Tensor:
     logits have in common changes no softmax."""
     second_DD = torch.stack([_second(text) / text.tokens for text in texts]).mean(0)
     means_ND = torch.stack([text.sum_D / text.tokens for text in texts]) / len(texts)
-    ridge_DD = second_DD + RIDGE * second_DD.diagonal().mean() * torch.eye(len(second_DD), dtype=torch.float64)
+    penalty = RIDGE * second_DD.diagonal().mean()
+    if penalty == 0:  # nothing but zeros reaches the router
+        return torch.zeros_like(means_ND)
+    ridge_DD = second_DD + penalty * torch.eye(len(second_DD), dtype=torch.float64)
     rows_ND: Tensor = torch.linalg.solve(ridge_DD, means_ND.T).T
     return rows_ND - rows_ND.mean(0)
 

@@ -57,7 +57,7 @@ def fit_routers(
         What the upcycling has measured already, and its routers and loads.
 
     Raises:
-        CheckpointError: the model does not run in this version of transformers.
+        CheckpointError: the model does not run in this version of transformers, or gives numbers that are not finite.
         DataError: a text has fewer than four windows, or a token that the model does not know.
     """
     with unwritten(upcycling.plan, readers, pick_device(run.device)) as model:
@@ -117,13 +117,15 @@ class _Pass:
         """What the router receives of each text; experts give nothing meanwhile."""
         D = layer.experts.gate_up_proj.shape[-1]
         texts = {name: Inputs.zeros(D, self.upcycling.recipe.router == "ridge") for name in self.names}
-        own = sum(int(part.own_T.sum()) for part in self.parts)
-        every = max(1, -(-own // min(SAMPLE, SAMPLE_BYTES // (4 * D))))
+        own = dict.fromkeys(self.names, 0)
+        for part in self.parts:
+            own[part.text] += int(part.own_T.sum())
+        share = max(1, min(SAMPLE, SAMPLE_BYTES // (4 * D)) // len(own))  # of the sample, for each text
 
         def receive(hidden: Tensor, *more: Any, **named: Any) -> Tensor:
             part = self.parts[self.part]
             hidden_TD = hidden.reshape(-1, D)
-            texts[part.text].add(hidden_TD[part.own_T.to(hidden.device)], every)
+            texts[part.text].add(hidden_TD[part.own_T.to(hidden.device)], max(1, -(-own[part.text] // share)))
             return torch.zeros_like(hidden)
 
         with _instead(layer.experts, receive):
@@ -179,6 +181,12 @@ class _Pass:
         router = spec.router.format(layer=number)
         written = {fill.places[0].tensor: fill.dtype for fill in self.upcycling.plan.fills if fill.kind == "router"}
         dtype = TORCH_DTYPES[written[self.upcycling.spec.router.format(layer=number)]]
+        biases_G = torch.zeros(1) if rows.bias_G is None else rows.bias_G
+        if not (made_ED.to(dtype).isfinite().all() and biases_G.isfinite().all()):
+            raise CheckpointError(
+                f"layer {number}: a router cannot be fitted, because what reaches it, or its rows in {dtype}, is not"
+                " finite; look for NaN or overflow in the dense models, or use another --router"
+            )
         _set(self.model.core, router, made_ED.to(dtype))
         if rows.bias_G is not None and spec.selection_bias:
             _set(self.model.core, spec.selection_bias.format(layer=number), rows.bias_G.repeat_interleave(size))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from moetool.errors import ConfigError
-from moetool.option import device_option, document_option, option, text_field_option
+from moetool.option import device_option, document_option, flag, option, text_field_option
 from moetool.recipe import FITTED, SPLITS_BY_USE, UpcycleRecipe
 from moetool.values import named, parse_count
 
@@ -35,6 +35,19 @@ class TextOptions:
     dtype: ClassVar[str] = "auto"
     device_map: ClassVar[None] = None
     stream: ClassVar[bool] = True
+
+    def check(self, typed: Collection[str]) -> None:
+        """Refuse options about texts where there is none.
+
+        Args:
+            typed: the options that were typed, not read from a file.
+
+        Raises:
+            ConfigError: names the first.
+        """
+        own = [field.name for field in fields(self) if field.name in typed]
+        if own and not self.calibrate:
+            raise ConfigError(f"{flag(own[0])} has no effect without a text; give --calibrate NAME=PATH")
 
 
 def reads_text(recipe: UpcycleRecipe) -> list[str]:

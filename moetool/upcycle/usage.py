@@ -19,7 +19,7 @@ from moetool.calibration.measure import calibration_of, load
 from moetool.calibration.options import Run
 from moetool.calibration.sums import UnitSums
 from moetool.data.tokens import TokenStream
-from moetool.errors import ConfigError
+from moetool.errors import CheckpointError, ConfigError
 from moetool.measured import Measured, packed
 from moetool.progress import Progress
 from moetool.recipe import SPLITS_BY_USE, UpcycleRecipe, generator
@@ -55,7 +55,8 @@ def measure_units(
 
     Raises:
         ConfigError: a model is a multimodal one, whose text model transformers does not run by itself.
-        CheckpointError: transformers cannot run a model in layers, or builds its FFNs in a way that is not known.
+        CheckpointError: transformers cannot run a model in layers, or builds its FFNs in a way that is not known,
+            or what its units give is not finite.
         DataError: a text has no tokens, or one that the models do not know.
     """
     recipe, layers = upcycling.recipe, upcycling.moe_layers
@@ -75,6 +76,11 @@ def measure_units(
             model.load(layer)
             tokens, sums = float(found.inputs[layer].tokens), found.units[layer]
             contributions[layer].append(contribution(ffns[layer], sums, tokens))
+            if not contributions[layer][-1].isfinite().all():
+                raise CheckpointError(
+                    f"{folder}: layer {layer}: what its units give on the texts is not finite; look for NaN or overflow"
+                    " in its weights, or leave out --split and --drop-units"
+                )
             if recipe.split == "cluster":
                 units_TF = units_of(ffns[layer], found.fitted[layer])
                 firing[layer].append(np.packbits(fired(units_TF, sums.absolute_F / tokens).numpy(), axis=1))

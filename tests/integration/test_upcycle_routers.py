@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from moetool.data.text import TextSource
 from moetool.data.tokens import tokenized
 from moetool.recipe import read_lineage
 from moetool.routing.capture import RouterCapture
+from moetool.upcycle.router_fit import Inputs, Wanted, fit
 from tests import tiny
 from tests.integration.test_convert import SOURCE_OF
 
@@ -229,6 +231,11 @@ def test_some_layers_and_bf16(donors: Path, tmp_path: Path) -> None:
     other = tiny.in_process("upcycle", donors / "0", out, *options, "--max-tokens", 300)
     assert other[0] == 1
     assert "different finished checkpoint (other calibrate)" in other[2]
+    document = read_lineage(out)
+    assert document
+    document["lineage"][-1]["measured"]["loads"]["1"]["a"][0] += 0.5
+    (out / "moetool.json").write_text(json.dumps(document))
+    assert "or other numbers measured on the text)" in fails(donors / "0", out, *options)
 
 
 @pytest.mark.parametrize("change", ["factors", "directions", "groups", "mix", "router"])
@@ -266,6 +273,70 @@ def test_loads_are_proven_with_the_text(donors: Path, tmp_path: Path) -> None:
     assert "records no router" in tiny.refusal("verify", tmp_path / "plain", *given(donors, "a"))
 
 
+def test_the_order_of_texts_says_whose_they_are(donors: Path, tmp_path: Path) -> None:
+    """What is kept of one order is not taken for the other; a proof keeps to the order of the run."""
+    options = ("--donor", donors / "1", "--method", "copy", "--router", "ridge", "--num-experts", 4, *RUN)
+    for names in (("a", "b"), ("b", "a")):
+        out = tmp_path / names[0]
+        document = upcycle(donors / "0", out, *options, *given(donors, *names))
+        check_loads(document, counted(out, {name: donors / f"{name}.jsonl" for name in names}))
+        for row in document["fitted"]["layers"]:
+            assert [*row["to_donor"]] == [*names]
+            first = {name: sum(load[:2]) for name, load in row["load"].items()}  # of DENSE's experts
+            assert first[names[0]] > 0.7 > 0.3 > first[names[1]]
+        code, printed, err = tiny.in_process("verify", out, *given(donors, "b", "a"), "--json")
+        assert code == 0, err
+        assert json.loads(printed)["proof"]["load_difference"] < 1e-6
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_short_text_counts_as_much_as_a_long_one(biased: bool) -> None:
+    """Two domains with means of their own, one with a hundredth of the other's tokens: together they are balanced."""
+    E, K, D = 8, 2, 32
+    draw = torch.Generator().manual_seed(3)
+    means = torch.randn(2, D, generator=draw)
+
+    def inputs(mean_D: torch.Tensor, tokens: int) -> Inputs:
+        made = Inputs.zeros(D, second=False)
+        made.add(torch.randn(tokens, D, generator=draw) + mean_D, every=1)
+        return made
+
+    wanted = Wanted(torch.zeros(E, dtype=torch.int64), K, torch.sigmoid, biased, biased)
+    drawn = 0.02 * torch.randn(E, D, generator=draw)
+    rows = fit(drawn, [inputs(means[0], 8000), inputs(means[1], 80)], wanted)
+    load = torch.zeros(E)
+    for mean_D in means:
+        scores = (inputs(mean_D, 8000).sample_TD @ rows.rows(drawn).T).sigmoid()
+        scores = scores if rows.bias_G is None else scores + rows.bias_G
+        load += torch.bincount(scores.topk(K).indices.flatten(), minlength=E) / (2 * K * 8000)
+    assert load.max() < 1.35 / E
+
+
+def test_a_model_that_overflows_is_refused(donors: Path, tmp_path: Path) -> None:
+    """Before anything is written."""
+    dense, out = tmp_path / "dense", tmp_path / "moe"
+    shutil.copytree(donors / "0", dense)
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    text = ["--method", "copy", *RUN, *given(donors, "a")]
+    told = fails(dense, out, "--router", "balanced", *text)
+    assert "layer 1: a router cannot be fitted" in told
+    told = fails(dense, out, "--router", "ridge", "--donor", donors / "1", *text, *given(donors, "b"))
+    assert "layer 1: a router cannot be fitted" in told
+    told = fails(dense, out, "--granularity", 2, "--split", "activation", *text)
+    assert "layer 0: what its units give on the texts is not finite" in told
+    assert not out.exists()
+
+
+def test_zeros_give_zeros() -> None:
+    zero = [Inputs.zeros(4, second=True), Inputs.zeros(4, second=True)]
+    for text in zero:
+        text.add(torch.zeros(8, 4), every=1)
+    wanted = Wanted(torch.tensor([0, 1]), 1, lambda logits: logits, close=False, biased=False)
+    assert not fit(torch.ones(2, 4), zero, wanted).rows(torch.ones(2, 4)).any()
+
+
 def test_what_is_missing_is_one_line(donors: Path, tmp_path: Path) -> None:
     dense, out = donors / "0", tmp_path / "moe"
     one, both = given(donors, "a"), given(donors, "a", "b")
@@ -276,9 +347,13 @@ def test_what_is_missing_is_one_line(donors: Path, tmp_path: Path) -> None:
     assert "give --calibrate 2 times, not 1" in fails(dense, out, *donor, *one)
     assert "above 0" in fails(dense, out, "--router", "balanced", "--router-std", 0, *one)
     assert "only 1200 tokens" not in fails(dense, out, *donor, *both, "--max-tokens", 40, "--seq-len", 16)
+    same = [*given(donors, "a"), "--calibrate", f"again={donors / 'a.jsonl'}"]
+    assert "--calibrate again is the same text as a" in fails(dense, out, *donor, *same)
+    unread = tiny.in_process("upcycle", dense, out, "--max-tokens", 40)[2]
+    assert "--max-tokens has no effect without a text; give --calibrate" in " ".join(unread.split())
     short = fails(dense, out, *donor, *both, "--max-tokens", 40, "--seq-len", 16)
     assert "--calibrate a: only 40 tokens, but 4 windows of 16 are needed" in short
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl" in fails(dense, out, "--router", "balanced", "--calibrate", f"e={tmp_path / 'empty.jsonl'}")
-    assert "needs NAME=PATH" in (message := tiny.in_process("upcycle", dense, out, "--calibrate", "a")[2]) or message
+    assert "expected NAME=PATH" in tiny.in_process("upcycle", dense, out, "--calibrate", "a")[2]
     assert not out.exists()
