@@ -30,7 +30,6 @@ LINEAGE_FORMAT = 1
 PROJECTIONS = ("gate", "up", "down")
 CALIBRATE = "calibrate"  # the key under which a lineage's recipe has the texts that were read
 FITTED = ("balanced", "ridge")  # routers that are fitted on text
-SPLITS_BY_USE = ("activation", "cluster")  # that need text
 RATIOS = "0..1|LAYERS=0..1"
 # Fields that a recipe has only where they are used.
 LATER = frozenset({"drop_units", "split", "keep_experts_whole", "donor_weights"})
@@ -100,7 +99,7 @@ class UpcycleRecipe:
     shared_experts: int | None = option(
         "Shared experts, which every token uses.", None, shown="the family's", min=0, metavar="S"
     )
-    split: Literal["contiguous", "random", "activation", "cluster"] = option(
+    split: Literal["contiguous", "random", "activation"] = option(
         "How the parts get units: neighbours, at random, the same total contribution on --calibrate, or units that fire"
         " on the same tokens of it. With the last two, shared experts get the units that contribute most.",
         "contiguous", needs=("granularity", lambda parts: parts > 1), unread="contiguous",

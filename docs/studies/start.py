@@ -43,7 +43,6 @@ STARTS: dict[str, dict[str, tuple[object, ...]]] = {
         "contiguous": PARTS,
         "random": (*PARTS, "--split", "random"),
         "activation": (*PARTS, "--split", "activation", TEXT),
-        "cluster": (*PARTS, "--split", "cluster", TEXT),
     },
     "donors": {
         "normal": ("--method", "copy"),

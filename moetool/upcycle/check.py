@@ -41,7 +41,7 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
     for name, choices in (
         ("drop_index", ("shared", "per-matrix")),
         ("drop_units", ("random", "least-used")),
-        ("split", ("contiguous", "random", "activation", "cluster")),
+        ("split", ("contiguous", "random", "activation")),
         ("dtype", ("auto", *FLOAT_DTYPES)),
     ):
         if getattr(recipe, name) not in choices:

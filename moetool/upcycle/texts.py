@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from moetool.errors import ConfigError
 from moetool.option import device_option, document_option, flag, option, text_field_option
-from moetool.recipe import FITTED, SPLITS_BY_USE, UpcycleRecipe
+from moetool.recipe import FITTED, UpcycleRecipe
 from moetool.values import named, parse_count
 
 PANEL = "Calibration"
@@ -52,7 +52,7 @@ class TextOptions:
 
 def reads_text(recipe: UpcycleRecipe) -> list[str]:
     """The options of a recipe that need a pass over text, as they are typed."""
-    units = [f"--split {recipe.split}"] if recipe.split in SPLITS_BY_USE else []
+    units = [f"--split {recipe.split}"] if recipe.split == "activation" else []
     units += [f"--drop-units {recipe.drop_units}"] if recipe.drop_units == "least-used" else []
     return units + ([f"--router {recipe.router}"] if recipe.router in FITTED else [])
 
@@ -72,7 +72,7 @@ def check_texts(recipe: UpcycleRecipe, run: TextOptions) -> None:
         raise ConfigError(f"{reading[0]} needs text: give --calibrate NAME=PATH")
     if run.calibrate and not reading:
         raise ConfigError(
-            "no option reads the text of --calibrate; give --router balanced or ridge, --split activation or cluster,"
+            "no option reads the text of --calibrate; give --router balanced or ridge, --split activation,"
             " or --drop-units least-used, or leave it out"
         )
     if recipe.router == "ridge" and recipe.num_donors < 2:

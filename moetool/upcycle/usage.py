@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,15 +20,15 @@ from moetool.data.tokens import TokenStream
 from moetool.errors import CheckpointError, ConfigError
 from moetool.measured import Measured, packed
 from moetool.progress import Progress
-from moetool.recipe import SPLITS_BY_USE, UpcycleRecipe, generator
+from moetool.recipe import UpcycleRecipe
 from moetool.units import contribution_codes, shard_dtype
 from moetool.upcycle.plan import Upcycling
-from moetool.upcycle.units import by_activation, by_cluster, fired
+from moetool.upcycle.units import by_activation
 
 
 def reads_units(recipe: UpcycleRecipe) -> bool:
     """Whether a recipe leaves something to what units do."""
-    return recipe.split in SPLITS_BY_USE or recipe.drop_units == "least-used"
+    return recipe.split == "activation" or recipe.drop_units == "least-used"
 
 
 def measure_units(
@@ -66,7 +64,6 @@ def measure_units(
             f" convert {folders[0]} TEXT_MODEL"
         )
     contributions: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    firing: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}  # packed: a bit for each unit and token
     for folder in folders:
         model = load(folder, run)
         found = calibration_of(model, folder, texts, run, progress, moments=True)
@@ -81,17 +78,14 @@ def measure_units(
                     f"{folder}: layer {layer}: what its units give on the texts is not finite; look for NaN or overflow"
                     " in its weights, or leave out --split and --drop-units"
                 )
-            if recipe.split == "cluster":
-                units_TF = units_of(ffns[layer], found.fitted[layer])
-                firing[layer].append(np.packbits(fired(units_TF, sums.absolute_F / tokens).numpy(), axis=1))
         progress("reading units", len(layers), len(layers))
         model.free()
         del model
     split, use = {}, {}
     for done, layer in enumerate(layers):
         progress("splitting FFNs", done, len(layers))
-        if recipe.split in SPLITS_BY_USE:
-            shard_F = _shards(recipe, layer, sum(contributions[layer][1:], contributions[layer][0]), firing[layer])
+        if recipe.split == "activation":
+            shard_F = _shards(recipe, sum(contributions[layer][1:], contributions[layer][0]))
             split[layer] = packed(shard_F.to(shard_dtype(recipe.granularity)))
         if recipe.drop_units == "least-used":
             use[layer] = packed(torch.stack([contribution_codes(one_F) for one_F in contributions[layer]]))
@@ -99,34 +93,13 @@ def measure_units(
     return replace(upcycling.measured, split=split, contributions=use)
 
 
-def _shards(recipe: UpcycleRecipe, layer: int, contribution_F: Tensor, firing: Sequence[np.ndarray]) -> Tensor:
+def _shards(recipe: UpcycleRecipe, contribution_F: Tensor) -> Tensor:
     shared = recipe.shared_experts or 0
     shared = shared if shared < recipe.granularity else 0  # whole FFNs beside all shards take no unit from these
-    if recipe.split == "activation":
-        return by_activation(contribution_F, shared, recipe.granularity)
-    fired_FT = torch.from_numpy(np.concatenate([np.unpackbits(one, axis=1) for one in firing], axis=1))
-    draw = generator(recipe.seed, "cluster", layer)
-    return by_cluster(contribution_F, fired_FT, shared, recipe.granularity, draw)
+    return by_activation(contribution_F, shared, recipe.granularity)
 
 
 def contribution(ffn: FFN, sums: UnitSums, tokens: float) -> Tensor:
     """(F,) float64: the mean of |h| of each unit, times the norm of its column of `down`."""
     norm_F: Tensor = ffn.down.weight.detach().double().norm(dim=0).cpu()
     return sums.absolute_F / tokens * norm_F
-
-
-@torch.no_grad()
-def units_of(ffn: FFN, hidden_TD: Tensor) -> Tensor:
-    """(T, F) float32: what the units of an FFN give for some of its inputs."""
-    found: list[Tensor] = []
-
-    def keep(module: Any, inputs: tuple[Any, ...]) -> None:
-        found.append(inputs[0].flatten(0, -2).float().cpu())
-
-    hook = ffn.down.register_forward_pre_hook(keep)
-    try:
-        weight = ffn.down.weight
-        ffn.whole(hidden_TD.to(weight.device, weight.dtype)[None])
-    finally:
-        hook.remove()
-    return found[0]

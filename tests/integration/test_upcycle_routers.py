@@ -231,10 +231,10 @@ def test_some_layers_and_bf16(donors: Path, tmp_path: Path) -> None:
     other = tiny.in_process("upcycle", donors / "0", out, *options, "--max-tokens", 300)
     assert other[0] == 1
     assert "different finished checkpoint (other calibrate)" in other[2]
-    document = read_lineage(out)
-    assert document
-    document["lineage"][-1]["measured"]["loads"]["1"]["a"][0] += 0.5
-    (out / "moetool.json").write_text(json.dumps(document))
+    lineage = read_lineage(out)
+    assert lineage
+    lineage["lineage"][-1]["measured"]["loads"]["1"]["a"][0] += 0.5
+    (out / "moetool.json").write_text(json.dumps(lineage))
     assert "or other numbers measured on the text)" in fails(donors / "0", out, *options)
 
 

@@ -25,7 +25,7 @@ from tests import tiny
 from tests.integration.test_upcycle_forms import MULTIMODAL
 
 F, LAYERS, WINDOW, TOKENS = 64, 2, 16, 600
-SPLITS = ("random", "activation", "cluster")
+SPLITS = ("random", "activation")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def calibrate(split: str, *texts: Path) -> list[object]:
     reading: list[tuple[object, ...]] = [("--calibrate", f"t{number}={path}") for number, path in enumerate(texts)]
     options: list[object] = ["--split", split]
     reading.append(("--seq-len", WINDOW, "--max-tokens", TOKENS))
-    return options + ([*sum(reading, ())] if split in ("activation", "cluster") else [])
+    return options + ([*sum(reading, ())] if split == "activation" else [])
 
 
 def entry(out: Path) -> dict[str, Any]:
@@ -178,41 +178,21 @@ def test_donors_have_one_split(split: str, target: str, llama: Path, text: Path,
             assert torch.equal(made[spec.shared.tensors["up"].format(layer=layer)], mean)
 
 
-@pytest.mark.parametrize("split", ["activation", "cluster"])
-def test_shared_experts_get_what_contributes_most(split: str, llama: Path, text: Path, tmp_path: Path) -> None:
+def test_shared_experts_get_what_contributes_most(llama: Path, text: Path, tmp_path: Path) -> None:
     donor = tiny.save_llama(tmp_path / "donor", seed=1)
     options = ("--target", "glm4_moe", "--granularity", 8, "--shared-experts", 2, "--num-experts", 12, "--top-k", 6)
     out, both = tmp_path / "moe", tmp_path / "both"
     for folder, more in ((out, ()), (both, ("--donor", donor))):
-        code, _, err = tiny.in_process("upcycle", llama, folder, *options, *more, *calibrate(split, text))
+        code, _, err = tiny.in_process("upcycle", llama, folder, *options, *more, *calibrate("activation", text))
         assert code == 0, err
     own, others = contributions(llama, text), contributions(donor, text)
     for layer in range(LAYERS):
         assert order(out, layer)[:16].tolist() == sorted(own[layer].topk(16).indices.tolist())
         total = own[layer] + others[layer]
         assert order(both, layer)[:16].tolist() == sorted(total.topk(16).indices.tolist())
-        if split == "activation":
-            sums = own[layer][order(out, layer)[16:].view(6, 8)].sum(1)
-            assert float(sums.max() / sums.min()) < 1.15
+        sums = own[layer][order(out, layer)[16:].view(6, 8)].sum(1)
+        assert float(sums.max() / sums.min()) < 1.15
     assert entry(out)["recipe"]["calibrate"]["texts"].keys() == {"t0"}
-
-
-def test_clusters_fire_together(llama: Path, text: Path, tmp_path: Path) -> None:
-    """Units of a part fire on the same tokens more often than those of a random one."""
-    found = {}
-    for split in ("random", "cluster"):
-        options = ("--granularity", 4, "--num-experts", 8, "--top-k", 4, *calibrate(split, text))
-        tiny.result("upcycle", llama, tmp_path / split, *options)
-        alike = []
-        for layer, rows in enumerate(units_by_hooks(llama, text)):
-            relative = rows / rows.mean(0)
-            fired = (relative >= relative.topk(4, dim=1).values[:, -1:]).double()
-            cosine = torch.nn.functional.normalize(fired, dim=0)
-            for part in order(tmp_path / split, layer).view(4, 16):
-                pairs = cosine[:, part].T @ cosine[:, part]
-                alike.append(float(pairs.sum() - pairs.trace()))
-        found[split] = sum(alike) / len(alike)
-    assert found["cluster"] > 1.2 * found["random"]
 
 
 @pytest.fixture(scope="module", params=["random", "activation"])
@@ -387,22 +367,23 @@ def test_least_used_units_are_redrawn_more_often(method: str, llama: Path, text:
 def test_the_same_command_again_finds_it_finished(llama: Path, text: Path, other: Path, tmp_path: Path) -> None:
     out = tmp_path / "moe"
     options = ("--granularity", 2, "--num-experts", 4, "--drop-units", "least-used")
-    first = tiny.result("upcycle", llama, out, *options, *calibrate("cluster", text))
+    first = tiny.result("upcycle", llama, out, *options, *calibrate("activation", text))
     assert "already_finished" not in first
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert tiny.result("upcycle", llama, out, *options, *calibrate("cluster", text))["already_finished"]
+    assert tiny.result("upcycle", llama, out, *options, *calibrate("activation", text))["already_finished"]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     # The options that it left say the same, to another folder; a cache that is lost changes nothing.
     code, _, err = tiny.in_process("upcycle", "--config", out / "moetool.yaml", llama, tmp_path / "again")
     assert code == 0, err
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == before["model.safetensors"]
-    line = tiny.refusal("upcycle", llama, out, *options, *calibrate("cluster", other))
+    line = tiny.refusal("upcycle", llama, out, *options, *calibrate("activation", other))
     assert "other calibrate" in line
     assert "--overwrite" in line
-    line = tiny.refusal("upcycle", llama, out, *options, *calibrate("activation", text))
-    assert "split cluster -> activation" in line
+    words = ("--calibrate", f"t0={text}", "--seq-len", WINDOW, "--max-tokens", TOKENS)
+    line = tiny.refusal("upcycle", llama, out, *options, "--split", "random", *words)
+    assert "split activation -> random" in line
     line = tiny.refusal("upcycle", llama, out, "--granularity", 2, "--num-experts", 4)
-    assert "split cluster -> default" in line
+    assert "split activation -> default" in line
 
 
 def test_a_plan_reads_the_text_and_writes_nothing(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -418,7 +399,7 @@ REFUSED = [
     (("--drop-units", "least-used"), "--drop-units least-used needs text: give --calibrate NAME=PATH"),
     (("--calibrate", "a=x.txt"), "no option reads the text of --calibrate"),
     (("--split", "random", "--granularity", 2, "--calibrate", "a=x.txt"), "no option reads the text of --calibrate"),
-    (("--split", "cluster"), "--split has no effect with --granularity 1"),
+    (("--split", "random"), "--split has no effect with --granularity 1"),
     (("--split", "random", "--granularity", 2, "--method", "scratch"), "--split has no effect with --method scratch"),
     (("--drop-units", "least-used", "--method", "copy"), "--drop-units has no effect with --method copy"),
     (("--drop-units", "least-used", "--method", "scratch"), "--drop-units has no effect with --method scratch"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from decimal import Decimal
 from typing import Any
@@ -17,7 +16,7 @@ from moetool.errors import CheckpointError
 from moetool.measured import NOTHING, Measured, packed
 from moetool.recipe import UpcycleRecipe, held_units, redrawn_units, split_digest, unit_order
 from moetool.units import _minus_log2, contribution_codes, keys, least_used, order_of, shard_dtype
-from moetool.upcycle.units import assign_balanced, balanced_clusters, by_activation, by_cluster, fired
+from moetool.upcycle.units import by_activation
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -51,59 +50,10 @@ def test_any_split_is_into_equal_parts(data: st.DataObject) -> None:
     seed = data.draw(st.integers(0, 2**31))
     values = torch.rand(F, generator=draws(seed))
     contribution_F = (values * 4).round() if data.draw(st.booleans()) else values  # ties, zeros
-    fired_FT = torch.rand(F, 5, generator=draws(seed)) < data.draw(st.sampled_from([0.0, 0.3, 1.0]))
-    made = [
-        by_activation(contribution_F, shared, parts),
-        by_cluster(contribution_F, fired_FT, shared, parts, draws(seed)),
-    ]
-    for shard_F in made:
-        assert torch.bincount(shard_F, minlength=parts).tolist() == [size] * parts
-        inside, outside = contribution_F[shard_F < shared], contribution_F[shard_F >= shared]
-        assert shared == 0 or inside.min() >= outside.max()
-    assert torch.equal(made[1], by_cluster(contribution_F, fired_FT, shared, parts, draws(seed)))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_clusters_are_found(seed: int) -> None:
-    # Four groups of 16 units; each fires on its own quarter of 80 tokens, but for one in eight, and on strangers.
-    group_F = torch.arange(4).repeat(16)[torch.randperm(64, generator=draws(seed))]
-    own = group_F[:, None] == torch.arange(80) // 20
-    fired_FT = torch.where(own, 7 / 8, 1 / 16) > torch.rand(64, 80, generator=draws(seed + 100))
-    label_F = balanced_clusters(fired_FT.float(), 4, draws(seed))
-    assert len({(int(a), int(b)) for a, b in zip(group_F, label_F, strict=True)}) == 4
-    # The same beside a shared shard: the units of largest contribution are no part of it.
-    contribution_F = torch.ones(80)
-    contribution_F[::5] = 2
-    every_FT = torch.zeros(80, 80, dtype=torch.bool)
-    every_FT[contribution_F == 1] = fired_FT
-    shard_F = by_cluster(contribution_F, every_FT, 1, 5, draws(seed))
-    assert (shard_F == 0).nonzero()[:, 0].tolist() == list(range(0, 80, 5))
-    assert len({(int(a), int(b)) for a, b in zip(group_F, shard_F[contribution_F == 1], strict=True)}) == 4
-
-
-def test_a_balanced_assignment_is_nearly_the_best() -> None:
-    score_NM = torch.rand(8, 2, generator=draws())
-    best = max(
-        sum(float(score_NM[n, int(n in those)]) for n in range(8)) for those in itertools.combinations(range(8), 4)
-    )
-    label_N = assign_balanced(score_NM, 4)
-    assert float(score_NM.gather(1, label_N[:, None]).sum()) == pytest.approx(best)  # exact for two clusters
-    # By hand: all want cluster 0, which has room for two; 2 and 0 would lose most, then 1 prefers cluster 2 to 1.
-    wanted = torch.tensor([[9.0, 1, 1], [9, 6, 7], [9, 0, 0], [9, 8, 7], [9, 7, 8], [9, 6, 5]])
-    assert assign_balanced(wanted, 2).tolist() == [0, 2, 0, 1, 2, 1]
-
-
-def test_what_fires_is_relative_to_a_unit_s_mean() -> None:
-    # 32 units, two of which fire on each token. Unit 5 is a hundred times as large, so it fires only where it is more
-    # than usual; a unit that is always 0 never does.
-    units_TF = torch.full((4, 32), 1.0)
-    units_TF[:, 5] = 100
-    units_TF[:, 9] = 0
-    for token, (a, b) in enumerate([(0, 1), (2, 3), (5, 6), (7, 8)]):
-        units_TF[token, [a, b]] *= -50
-    found_FT = fired(units_TF, units_TF.abs().mean(0))
-    assert found_FT.shape == (32, 4)
-    assert [found_FT[:, token].nonzero()[:, 0].tolist() for token in range(4)] == [[0, 1], [2, 3], [5, 6], [7, 8]]
+    shard_F = by_activation(contribution_F, shared, parts)
+    assert torch.bincount(shard_F, minlength=parts).tolist() == [size] * parts
+    inside, outside = contribution_F[shard_F < shared], contribution_F[shard_F >= shared]
+    assert shared == 0 or inside.min() >= outside.max()
 
 
 def test_contributions_are_recorded_as_steps_of_a_sixteenth_octave() -> None:
