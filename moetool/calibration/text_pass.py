@@ -43,7 +43,7 @@ class _Gathered:
     def own(self, rows: Tensor) -> Tensor:
         """The rows of tokens that are in sums."""
         assert self.part is not None
-        return rows[self.part.own_T.to(rows.device)]
+        return rows if bool(self.part.own_T.all()) else rows[self.part.own_T.to(rows.device)]
 
     def keep(self, layer: int, hidden_TD: Tensor) -> None:
         """Fill the samples of a layer."""
