@@ -63,6 +63,7 @@ def measure(
     parts = [FORMAT, __version__, [content_fingerprint(reader.folder) for reader in readers]]
     # The order of texts says which donor's each is; JSON's keys, sorted, do not have it.
     parts += [upcycling.plan.recipe, upcycling.plan.config, asked, [*texts], run.batch_size, run.device]
+    parts += [upcycling.state is not None]  # then fp32 weights are read
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / f"{digest}.json"
     found: Measured | None = None
@@ -99,7 +100,8 @@ def _measure(
     recipe = upcycling.recipe
     if reads_units(recipe):
         measured = measure_units(upcycling, [reader.folder for reader in readers], texts, run, progress)
-        upcycling = plan_upcycling(readers, recipe, upcycling.plan.max_shard_size, measured=measured)
+        size, keep = upcycling.plan.max_shard_size, upcycling.state is not None
+        upcycling = plan_upcycling(readers, recipe, size, measured=measured, keep_optimizer=keep)
     if recipe.router in FITTED:
         measured = fit_routers(upcycling, readers, texts, run, progress)
     return measured

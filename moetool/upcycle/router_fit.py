@@ -23,6 +23,7 @@ RIDGE = 1e-2  # of the mean squared input
 LARGEST, LARGEST_SCORE = 16.0, 4.0
 BESIDE = 0.1  # spread of the logits of a donor's experts, relative to that between donors
 ROUNDS = 400
+BALANCED = 2**19  # logits that are balanced: fewer tokens where there are many groups
 CLOSE = 0.01  # to the balanced share, relative
 
 
@@ -128,7 +129,8 @@ def fit(drawn_GD: Tensor, texts: Sequence[Inputs], wanted: Wanted) -> RouterRows
         factor_G = torch.zeros_like(factor_G)  # one group each: nothing to share
     logits_TG = donors_TG + factor_G * centred_TG
     slope_T = None if wanted.biased else along_T / length
-    shift_G = balance(logits_TG, slope_T, wanted)
+    every = -(-logits_TG.numel() // BALANCED)
+    shift_G = balance(logits_TG[::every], None if slope_T is None else slope_T[::every], wanted)
     mean_mix_G = -factor_G * onto_G + (0.0 if wanted.biased else shift_G / length)
     donor_mix_GN = sharpness * torch.nn.functional.one_hot(wanted.donor_G, num_donors)[:, : len(ridge_ND)].double()
     mix_GV = torch.cat([mean_mix_G[:, None], donor_mix_GN], dim=1)
