@@ -11,7 +11,7 @@ from typing import Any
 
 from study import Study, figure, keep, mean, options, texts
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 192,
@@ -165,7 +165,7 @@ def group_table(results: Results, group: str) -> str:
 
 def donor_table(results: Results) -> str:
     """Share of held-out routes that go to the text's donor, by layer."""
-    layers = range(MODEL["num_hidden_layers"])  # type: ignore[call-overload]
+    layers = range(MODEL["num_hidden_layers"])
     lines = [f"| router | text | {' | '.join(f'layer {n}' for n in layers)} |", "|---" * (2 + len(layers)) + "|"]
     for name in STARTS["donors"]:
         for donor, domain in enumerate(DONORS):
