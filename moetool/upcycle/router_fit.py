@@ -22,7 +22,7 @@ RIDGE = 1e-2  # of the mean squared input
 # together that they tie in fp32, and a tie splits a group.
 LARGEST, LARGEST_SCORE = 16.0, 4.0
 BESIDE = 0.1  # spread of the logits of a donor's experts, relative to that between donors
-ROUNDS = 400
+ROUNDS = 200
 BALANCED = 2**19  # logits that are balanced: fewer tokens where there are many groups
 CLOSE = 0.01  # to the balanced share, relative
 
@@ -89,7 +89,9 @@ def fit(drawn_GD: Tensor, texts: Sequence[Inputs], wanted: Wanted) -> RouterRows
 
     Without donors, the mean input's direction is taken out of random rows, so that logits have mean 0; each row gets
     the same spread of logits, the mean of what the random rows have; and each logit is shifted until the groups get
-    equal shares of the tokens. The shift is a multiple of the mean's direction, or a selection bias.
+    equal shares of the tokens. The shift is a multiple of the direction that is most like an intercept (ridge
+    regression of 1 on the inputs; the mean's own direction moves many tokens the wrong way where it holds little of
+    their energy, as before the first layer), or a selection bias.
 
     With donors, text n is the domain of donor n. Ridge regression of the domains, one-hot, on the inputs, without an
     intercept, gives a row per donor: W = (mean x x^T + lambda I)^-1 mean x y^T, with lambda a hundredth of the mean
@@ -128,14 +130,15 @@ def fit(drawn_GD: Tensor, texts: Sequence[Inputs], wanted: Wanted) -> RouterRows
     if num_donors == len(drawn_GD):
         factor_G = torch.zeros_like(factor_G)  # one group each: nothing to share
     logits_TG = donors_TG + factor_G * centred_TG
-    slope_T = None if wanted.biased else along_T / length
+    one_D = intercept(hidden_TD).bfloat16()
+    slope_T = None if wanted.biased else (hidden_TD @ one_D.float()).double()
     every = -(-logits_TG.numel() // BALANCED)
     shift_G = balance(logits_TG[::every], None if slope_T is None else slope_T[::every], wanted)
-    mean_mix_G = -factor_G * onto_G + (0.0 if wanted.biased else shift_G / length)
+    plain_GV = torch.stack([-factor_G * onto_G, torch.zeros_like(shift_G) if wanted.biased else shift_G], dim=1)
     donor_mix_GN = sharpness * torch.nn.functional.one_hot(wanted.donor_G, num_donors)[:, : len(ridge_ND)].double()
-    mix_GV = torch.cat([mean_mix_G[:, None], donor_mix_GN], dim=1)
+    mix_GV = torch.cat([plain_GV, donor_mix_GN], dim=1)
     bias_G = shift_G.float() if wanted.biased else None
-    return RouterRows(torch.cat([mean_D[None], ridge_ND]), factor_G, mix_GV, bias_G)
+    return RouterRows(torch.cat([mean_D[None], one_D[None], ridge_ND]), factor_G, mix_GV, bias_G)
 
 
 def ridge(texts: Sequence[Inputs]) -> Tensor:
@@ -149,6 +152,18 @@ def ridge(texts: Sequence[Inputs]) -> Tensor:
     ridge_DD = second_DD + penalty * torch.eye(len(second_DD), dtype=torch.float64)
     rows_ND: Tensor = torch.linalg.solve(ridge_DD, means_ND.T).T
     return rows_ND - rows_ND.mean(0)
+
+
+def intercept(hidden_TD: Tensor) -> Tensor:
+    """(D,) float64, the direction v with v . x as near to 1 as ridge regression makes it."""
+    second_DD = (hidden_TD.T @ hidden_TD).double() / len(hidden_TD)
+    penalty = RIDGE * second_DD.diagonal().mean()
+    if penalty == 0:
+        return torch.zeros(len(second_DD), dtype=torch.float64)
+    found_D: Tensor = torch.linalg.solve(
+        second_DD + penalty * torch.eye(len(second_DD), dtype=torch.float64), hidden_TD.double().mean(0)
+    )
+    return found_D
 
 
 def _second(text: Inputs) -> Tensor:
@@ -180,7 +195,7 @@ def sharpest(logits_TN: Tensor, labels_T: Tensor, largest: float) -> float:
 def balance(logits_TG: Tensor, slope_T: Tensor | None, wanted: Wanted) -> Tensor:
     """(G,) float64, shifts with which the groups of each donor get equal shares of the tokens that go to the donor.
 
-    A group with too large a share is shifted down, one with too small a share up, by the root of what it is off.
+    A group with too large a share is shifted down, one with too small a share up, in proportion to what it is off.
 
     Args:
         logits_TG: float64.
@@ -199,15 +214,15 @@ def balance(logits_TG: Tensor, slope_T: Tensor | None, wanted: Wanted) -> Tensor
     shift_G = torch.zeros(G, dtype=torch.float64)
     best_G, best = shift_G, math.inf
     start = ranked(shift_G) if slope_T is None else logits_TG
-    step = float((start - start.mean(1, keepdim=True)).std())
-    for number in range(ROUNDS):
+    step = float((start - start.mean(1, keepdim=True)).std()) / 4
+    for _ in range(ROUNDS):
         chosen_TK = ranked(shift_G).topk(wanted.chosen, dim=-1).indices
         load_G = torch.bincount(chosen_TK.flatten(), minlength=G).double() / len(logits_TG)
         equal_N = torch.zeros_like(members_N).index_add_(0, donor_G, load_G) / members_N
         off_G = load_G - equal_N[donor_G]
         if float(off_G.abs().max()) < best:
             best_G, best = shift_G, float(off_G.abs().max())
-        if best < CLOSE * share:
+        if best < max(CLOSE * share, 3 / len(logits_TG)):  # or a few tokens
             break
-        shift_G = shift_G - step / (1 + number / 40) * off_G.sign() * off_G.abs().sqrt()
+        shift_G = shift_G - step * off_G / share
     return best_G
