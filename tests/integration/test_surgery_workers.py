@@ -113,7 +113,10 @@ def test_an_error_in_a_worker_is_the_same_line(
 
     monkeypatch.setattr(kinds.Kind, "make", make)
     code, _, err = tiny.in_process("upcycle", dense, tmp_path / "moe", "--workers", workers)
-    assert (code, err) == (1, "moetool: out of memory; use fewer --workers\n")
+    assert (code, err) == (
+        1,
+        "moetool: out of memory; use fewer --workers, with a text a smaller --batch-size or --seq-len\n",
+    )
     assert not list((tmp_path / "moe").glob("*.unfinished"))
 
     def bug(*arguments: object) -> torch.Tensor:
