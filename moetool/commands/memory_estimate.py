@@ -84,7 +84,7 @@ def tell_unwritten(console: Console, plan: Plan, run: TextOptions) -> str:
     from moetool.cost.memory import one_layer
 
     width = plan.config.get("hidden_size", 0) * max(
-        tensor.size // max(1, prod(tensor.shape)) for tensor in plan.tensors
+        tensor.size // max(1, prod(tensor.shape)) for tensor in plan.model_tensors
     )
     states = min(IN_MEMORY, run.max_tokens * len(run.calibrate) * width)
     need = one_layer((tensor.name, tensor.size) for tensor in plan.model_tensors) + 2 * states

@@ -22,8 +22,8 @@ from moetool.progress import Progress
 from moetool.recipe import CALIBRATE, FITTED, UpcycleRecipe
 from moetool.upcycle.plan import Upcycling, plan_upcycling
 from moetool.upcycle.router_pass import fit_routers
-from moetool.upcycle.texts import TextOptions
-from moetool.upcycle.usage import measure_units, reads_units
+from moetool.upcycle.texts import TextOptions, reads_units
+from moetool.upcycle.usage import measure_units
 
 SAME_LOAD = 0.01  # loads of the same text on two machines differ less: near ties may go either way
 FORMAT = 3  # of what is kept; raise it when what is measured changes

@@ -50,11 +50,15 @@ class TextOptions:
             raise ConfigError(f"{flag(own[0])} has no effect without a text; give --calibrate NAME=PATH")
 
 
+def reads_units(recipe: UpcycleRecipe) -> list[str]:
+    """The options of a recipe that leave something to what units do on text, as they are typed."""
+    options = [f"--split {recipe.split}"] if recipe.split == "activation" else []
+    return options + ([f"--drop-units {recipe.drop_units}"] if recipe.drop_units == "least-used" else [])
+
+
 def reads_text(recipe: UpcycleRecipe) -> list[str]:
     """The options of a recipe that need a pass over text, as they are typed."""
-    units = [f"--split {recipe.split}"] if recipe.split == "activation" else []
-    units += [f"--drop-units {recipe.drop_units}"] if recipe.drop_units == "least-used" else []
-    return units + ([f"--router {recipe.router}"] if recipe.router in FITTED else [])
+    return reads_units(recipe) + ([f"--router {recipe.router}"] if recipe.router in FITTED else [])
 
 
 def check_texts(recipe: UpcycleRecipe, run: TextOptions) -> None:

@@ -26,11 +26,6 @@ from moetool.upcycle.plan import Upcycling
 from moetool.upcycle.units import by_activation
 
 
-def reads_units(recipe: UpcycleRecipe) -> bool:
-    """Whether a recipe leaves something to what units do."""
-    return recipe.split == "activation" or recipe.drop_units == "least-used"
-
-
 def measure_units(
     upcycling: Upcycling,
     folders: Sequence[Path],
