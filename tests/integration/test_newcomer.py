@@ -249,7 +249,7 @@ def test_no_color(llama: Path) -> None:
 OFFERED = {
     "upcycle --method ": ["drop", "copy", "noise", "scratch"],
     "upcycle --target qw": ["qwen2_moe", "qwen3_moe", "qwen3_5_moe_text"],
-    "upcycle --router ": ["normal", "uniform", "zeros", "orthogonal"],
+    "upcycle --router ": ["normal", "uniform", "zeros", "orthogonal", "balanced", "ridge"],
     "cpt --schedule c": ["cosine", "constant"],
     "cpt --balance ": ["aux", "global-aux", "pooled-aux", "z-loss", "sinkhorn", "loss-free", "none"],
     "eval --suite cpt-c": ["cpt-code"],
