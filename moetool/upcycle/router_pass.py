@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,29 +135,21 @@ class _Pass:
 
     def _loads(self, number: int, layer: Layer, send: Callable[[bool], None]) -> dict[str, list[float]]:
         """Text -> the share of each expert of the routes of held-out tokens; the layer's outputs are kept."""
-        E, forward = self.upcycling.recipe.num_experts, layer.experts.forward
+        E = self.upcycling.recipe.num_experts
         counts = {name: torch.zeros(E, dtype=torch.int64) for name in self.names}
 
         def count(hidden: Tensor, indices: Tensor, weights: Tensor, *more: Any, **named: Any) -> Any:
             part = self.parts[self.part]
             held_TK = indices.reshape(-1, indices.shape[-1])[part.held_T.to(indices.device)]
             counts[part.text] += torch.bincount(held_TK.flatten().cpu(), minlength=E)
-            return forward(hidden, *self._alike(number, indices, weights), *more, **named)
+            return given(hidden, indices, weights, *more, **named)
 
+        recipe = self.upcycling.recipe
+        copies = recipe.num_donors == 1 and not recipe.num_redrawn(self.upcycling.num_units, number)
+        given = partial(_of_copies, layer, recipe.group_size) if copies else layer.experts.forward
         with _instead(layer.experts, count):
             send(True)
         return {name: (one / one.sum()).tolist() for name, one in counts.items()}
-
-    def _alike(self, number: int, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The same choices among the experts of the first group, where all groups are copies of it: the same result,
-        and each FFN is computed once."""
-        recipe = self.upcycling.recipe
-        if recipe.num_donors > 1 or recipe.num_redrawn(self.upcycling.num_units, number):
-            return indices, weights
-        M = recipe.group_size
-        first = torch.arange(M, device=indices.device).expand(*indices.shape[:-1], M).contiguous()
-        together = torch.zeros(first.shape, dtype=weights.dtype, device=weights.device)
-        return first.to(indices.dtype), together.scatter_add(-1, indices % M, weights)
 
     def _shape(self, layer: Layer) -> tuple[int, int]:
         return self.upcycling.recipe.num_experts, int(layer.experts.gate_up_proj.shape[-1])
@@ -190,6 +183,17 @@ class _Pass:
         _set(self.model.core, router, made_ED.to(dtype))
         if rows.bias_G is not None and spec.selection_bias:
             _set(self.model.core, spec.selection_bias.format(layer=number), rows.bias_G.repeat_interleave(size))
+
+
+def _of_copies(layer: Layer, size: int, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """What experts give a token whose groups are all copies of the first: each part of the FFN is computed once."""
+    hidden_TD, parts_TK = hidden.reshape(-1, hidden.shape[-1]), indices.reshape(-1, indices.shape[-1]) % size
+    weights_TM = torch.zeros(len(hidden_TD), size, dtype=weights.dtype, device=weights.device)
+    weights_TM.scatter_add_(-1, parts_TK.long(), weights.reshape(parts_TK.shape))
+    output_TD = torch.zeros_like(hidden_TD)
+    for part in range(size):
+        output_TD += weights_TM[:, part, None] * layer.output(part, hidden_TD)
+    return output_TD.view(hidden.shape)
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:
