@@ -28,6 +28,7 @@ from moetool.commands.inspect import inspect
 from moetool.commands.options import OpenPlaces, typer_command
 from moetool.commands.prune import prune
 from moetool.commands.quickstart import quickstart
+from moetool.commands.sample import sample
 from moetool.commands.tokenize import tokenize
 from moetool.commands.upcycle import upcycle
 from moetool.commands.verify import verify
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": verify,
     "convert": convert,
     "tokenize": tokenize,
+    "sample": sample,
     "cpt": cpt,
     "average": average,
     "grow": grow,
@@ -122,6 +124,7 @@ _LESS_MEMORY = {
     "grow": "use fewer --workers, with a text a smaller --batch-size or --seq-len, or --dtype bfloat16",
     "prune": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "densify": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
+    "sample": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "cpt": "use a smaller --micro-batch-size or --gradient-checkpointing, or shard the weights (docs/multi-gpu.md)",
     "analyze-routing": "use a smaller --batch-size or --seq-len, --dtype bfloat16, or --device-map auto",
     "eval": "use a smaller --batch-size, --dtype bfloat16, or --device-map auto",

@@ -17,7 +17,7 @@ from moetool.progress import Progress, silent
 
 _REPORT_EVERY = 2**20  # bytes between two calls of `progress`
 _BLOCK = 2**24  # bytes hashed at once
-_OWN_FILES = {"moetool.yaml", "moetool.json"}
+_OWN_FILES = ("moetool.yaml", "moetool.json")
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ def _walk(folder: Path) -> list[Path]:
             for name in names
             if not name.startswith(".")
             and name not in _OWN_FILES
+            and not name.endswith(tuple(f".{own}" for own in _OWN_FILES))  # of one file, as sample leaves them
             and name != "dataset_dict.json"
             and (not saved or name.endswith(".arrow"))
         ]
