@@ -229,8 +229,8 @@ def journey(folder: Path, seed: int, run: Run, tell: Callable[[Step], None]) -> 
 def summarize(results: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     """The numbers of the closing table, from the commands' own documents.
 
-    Forgetting is the loss on prose after continual pretraining minus the loss of the dense model, which
-    was trained on prose. Adaptation is the same difference for code; below 0 means learning.
+    Forgetting is the loss on prose minus the loss of the dense model, which was trained on prose: after
+    continual pretraining, and at its start. Adaptation is the same difference for code; below 0 means learning.
     """
     runs = {name: results[name]["val"] for name in ("dense", "cpt-replay", "cpt-no-replay", "cpt-copy")}
     dense = {domain: loss["after"] for domain, loss in runs["dense"].items()}
@@ -246,7 +246,9 @@ def summarize(results: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any
         "folder": str(folder),
         "ln_vocabulary": math.log(VOCABULARY),
         "losses": losses,
-        "forgetting": {name: losses[name]["prose"] - dense["prose"] for name in ("cpt-replay", "cpt-no-replay")},
+        "forgetting": {
+            name: losses[name]["prose"] - dense["prose"] for name in ("moe-copy", "moe", "cpt-replay", "cpt-no-replay")
+        },
         "adaptation": {name: losses[name]["code"] - dense["code"] for name in ("cpt-replay", "cpt-no-replay")},
         "routing": routing_summary(results["analyze-routing"]),
         "accuracy": accuracies(results["eval"]),

@@ -127,7 +127,9 @@ def _plan_text(plan: Mapping[str, Any]) -> str:
             f"  {'replay' if source['replay'] else 'train '} {escape(name)}: {count(source['tokens'])} tokens,"
             f" {source['epochs']:.2g} epochs of {count(source['available_tokens'])}"
         )
-    lines += [f"  val    {escape(name)}: {count(tokens)} tokens" for name, tokens in plan["val"].items()]
+    for name, tokens in plan["val"].items():
+        source = ", the last part of its only document" if name in plan["val_from_end"] else ""
+        lines.append(f"  val    {escape(name)}: {count(tokens)} tokens{source}")
     return "\n".join([*lines, f"  {_memory_text(plan)}"])
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
+import csv
 import json
 import os
-import re
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
+from moetool.data.packed import NOT_READ, PACKED, open_packed
 from moetool.errors import DataError, in_one_line
 
 DOCUMENT_RULES = ("file", "line", "paragraph")
@@ -20,23 +19,21 @@ DOCUMENT_RULES = ("file", "line", "paragraph")
 # memory per byte of one document: 30 GB, or this machine's memory. Beyond that the process dies without a message.
 _LARGEST_DOCUMENT = min(2**28, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 128)
 _BLOCK = 2**20  # bytes of text read at once
-_NOT_READ = {".zst", ".bz2", ".xz", ".zip", ".tar", ".7z"}
-_HUB = re.compile(
-    r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^#]+))?(#(?P<config>[^/]*)(/(?P<split>.+))?)?", re.ASCII
-)
+_MARK = b"\xef\xbb\xbf"  # a byte order mark
 Rows = Iterator[tuple[int, str]]
 
 
 def format_of(file: Path) -> str:
-    """The extension that determines how a file is read, without `.gz`."""
-    return Path(file.name.lower().removesuffix(".gz")).suffix
+    """The extension that determines how a file is read, without that of its compression."""
+    name = Path(file.name.lower())
+    return name.with_suffix("").suffix if name.suffix in PACKED else name.suffix
 
 
 def read_file(file: Path, field: str, document: str) -> Rows:
-    """Read a file by its extension: JSONL, Parquet, Arrow, otherwise plain text.
+    """Read a file by its extension: JSONL, JSON, CSV, Parquet, Arrow, otherwise plain text.
 
     Args:
-        file: may be gzipped (JSONL and plain text).
+        file: may be compressed (not Parquet and Arrow).
         field: the field or column that holds the text.
         document: the unit of plain text that is one document: file, line or paragraph.
 
@@ -46,8 +43,8 @@ def read_file(file: Path, field: str, document: str) -> Rows:
     Raises:
         DataError: it cannot be read; names the file and the line, row or byte.
     """
-    if file.suffix.lower() in _NOT_READ:
-        raise DataError(f"{file}: unpack it first; .gz is the only compression that can be read")
+    if NOT_READ & {file.suffix.lower(), format_of(file)}:
+        raise DataError(f"{file}: unpack it first; of packed files only {', '.join(PACKED)} of a single file are read")
     reader = _READERS.get(format_of(file))
     return reader(file, field) if reader else _plain_text(file, document)
 
@@ -56,7 +53,7 @@ def _plain_text(file: Path, document: str) -> Rows:
     if document not in DOCUMENT_RULES:
         raise DataError(f"document rule '{document}': choose from {', '.join(DOCUMENT_RULES)}")
     if document == "file":
-        with _open(file) as (opened, _):
+        with open_packed(file) as (opened, _):
             data = opened.read(_LARGEST_DOCUMENT + 1)
         if len(data) > _LARGEST_DOCUMENT:
             raise DataError(
@@ -89,31 +86,100 @@ def _json_lines(file: Path, field: str) -> Rows:
         if not line or line.isspace():
             continue
         where = f"{file}, line {number}"
-        try:
-            row = json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{where}: not UTF-8 (byte 0x{line[error.start]:02x}); convert it, e.g. with iconv"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "a value is too deep or too large"
-            raise DataError(f"{where}: not JSON ({reason}); expected one object per line") from None
+        row = _json(line.removeprefix(_MARK) if number == 1 else line, where, "expected one object per line")
         if not isinstance(row, dict):
             raise DataError(
                 f'{where}: a {type(row).__name__}; expected one object per line, such as {{"{field}": "..."}}'
             )
-        if field not in row:
-            raise DataError(f"{where}: {_no_field(field, list(row))}")
-        # JSON may hold half a surrogate pair, which UTF-8 cannot: it becomes U+FFFD, as in any decoder.
-        text = _text(row[field], field, where)
-        yield position, text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        yield position, _json_text(row, field, where)
+
+
+def _json_list_or_lines(file: Path, field: str) -> Rows:
+    """A file that begins with `[` is one list of rows, which are objects or texts."""
+    with open_packed(file) as (opened, _):
+        begins = opened.read(_BLOCK).removeprefix(_MARK).lstrip()[:1]
+    if begins != b"[":
+        yield from _json_lines(file, field)
+        return
+    with open_packed(file) as (opened, _):
+        data = opened.read(_LARGEST_DOCUMENT + 1)
+    if len(data) > _LARGEST_DOCUMENT:
+        raise DataError(
+            f"{file}: a list of more than {_LARGEST_DOCUMENT} bytes, which is read at once; make it JSON lines, e.g."
+            " with jq -c '.[]'"
+        )
+    rows = _json(data.removeprefix(_MARK), str(file), "expected a list, or one object per line")
+    for number, row in enumerate(rows, 1):
+        where = f"{file}, row {number}"
+        if isinstance(row, list):
+            raise DataError(f'{where}: a list; expected a text or an object, such as {{"{field}": "..."}}')
+        text = _json_text(row, field, where) if isinstance(row, dict) else _whole(text_of(row, field, where))
+        yield file.stat().st_size * number // len(rows), text
+
+
+def _json(data: bytes, where: str, expected: str) -> Any:
+    """Parse a JSON document."""
+    try:
+        return json.loads(data)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte 0x{data[error.start]:02x}); convert it, e.g. with iconv") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "a value is too deep or too large"
+        raise DataError(f"{where}: not JSON ({reason}); {expected}") from None
+
+
+def _json_text(row: dict[str, Any], field: str, where: str) -> str:
+    if field not in row:
+        raise DataError(f"{where}: {no_field(field, list(row))}")
+    return _whole(text_of(row[field], field, where))
+
+
+def _whole(text: str) -> str:
+    """JSON may hold half a surrogate pair, which UTF-8 cannot: it becomes U+FFFD, as in any decoder."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _columns(file: Path, field: str) -> Rows:
+    """CSV or TSV; its first row names the columns."""
+    csv.field_size_limit(_LARGEST_DOCUMENT)
+    with open_packed(file) as (opened, raw):
+        rows = csv.reader(
+            _decoded_lines(file, opened), delimiter="\t" if format_of(file) == ".tsv" else ",", strict=True
+        )
+        column = width = 0
+        try:
+            for number, row in enumerate(rows):
+                if number == 0:
+                    check_column(file, field, row)
+                    column, width = row.index(field), len(row)
+                elif row and len(row) != width:  # an empty line is no row
+                    raise DataError(
+                        f"{file}, line {rows.line_num}: a row of {len(row)} fields, but the header has {width}; quote"
+                        " fields that hold a separator or a line break"
+                    )
+                elif row:
+                    yield raw.tell(), row[column]
+        except csv.Error as error:
+            raise DataError(
+                f"{file}, line {rows.line_num}: not valid {format_of(file)[1:].upper()} ({error})"
+            ) from None
+
+
+def _decoded_lines(file: Path, opened: IO[bytes]) -> Iterator[str]:
+    """Lines with their breaks, as the csv module takes them."""
+    offset = 0
+    while line := opened.readline(_LARGEST_DOCUMENT + 1):
+        if len(line) > _LARGEST_DOCUMENT:
+            raise DataError(f"{file}: a line longer than {_LARGEST_DOCUMENT} bytes; split it into documents")
+        yield _decode(line, file, offset).removeprefix("\ufeff" if offset == 0 else "")
+        offset += len(line)
 
 
 def _parquet(file: Path, field: str) -> Rows:
     import pyarrow.parquet as pq
 
     with _sound(file, "Parquet file"), pq.ParquetFile(file) as opened:
-        _check_column(file, field, opened.schema_arrow.names)
+        check_column(file, field, opened.schema_arrow.names)
         batches = opened.iter_batches(batch_size=1024, columns=[field])
         yield from _arrow_rows(batches, file, field, max(opened.metadata.num_rows, 1))
 
@@ -123,7 +189,7 @@ def _arrow(file: Path, field: str) -> Rows:
 
     sound = _sound(file, "Arrow file of datasets")
     with sound, pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as opened:
-        _check_column(file, field, opened.schema.names)
+        check_column(file, field, opened.schema.names)
         batches = (batch.select([field]) for batch in opened)
         yield from _arrow_rows(batches, file, field, None)
 
@@ -148,26 +214,18 @@ def _arrow_rows(batches: Iterator[Any], file: Path, field: str, num_rows: int | 
         batch.validate(full=True)
         for value in batch.column(0):
             row += 1
-            yield size * row // num_rows if num_rows else 0, _text(value.as_py(), field, f"{file}, row {row}")
+            yield size * row // num_rows if num_rows else 0, text_of(value.as_py(), field, f"{file}, row {row}")
 
 
 _READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
-    ".json": _json_lines,
+    ".json": _json_list_or_lines,
+    ".csv": _columns,
+    ".tsv": _columns,
     ".parquet": _parquet,
     ".arrow": _arrow,
 }
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open a file that may be gzipped; returns it and the raw file, whose position gives the progress."""
-    with file.open("rb") as raw:
-        try:
-            yield (cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if file.suffix.lower() == ".gz" else raw), raw
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{file}: not a valid gzip file ({in_one_line(error)})") from None
 
 
 def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -181,7 +239,7 @@ def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _blocks(file: Path) -> Iterator[tuple[int, bytes]]:
     """(bytes of the file read so far, whole lines without the last break): work on a block costs less than on lines."""
-    with _open(file) as (opened, raw):
+    with open_packed(file) as (opened, raw):
         number, begun = 1, bytearray()
         while block := opened.read(min(_BLOCK, _LARGEST_DOCUMENT)):
             begun += block
@@ -208,7 +266,7 @@ def _decode(data: bytes, file: Path, offset: int) -> str:
         ) from None
 
 
-def _text(value: object, field: str, where: str) -> str:
+def text_of(value: object, field: str, where: str) -> str:
     """The text of a row; a null is an empty document."""
     if value is None:
         return ""
@@ -217,75 +275,12 @@ def _text(value: object, field: str, where: str) -> str:
     return value
 
 
-def _check_column(file: Path | str, field: str, names: list[str]) -> None:
+def check_column(file: Path | str, field: str, names: list[str]) -> None:
+    """Raise DataError unless a table has the column."""
     if field not in names:
-        raise DataError(f"{file}: {_no_field(field, names)}")
+        raise DataError(f"{file}: {no_field(field, names)}")
 
 
-def _no_field(field: str, names: list[str]) -> str:
+def no_field(field: str, names: list[str]) -> str:
+    """What an error says of a row that lacks the field."""
     return f"no field '{field}'; fields are: {', '.join(names[:12]) or 'none'} (use --text-field)"
-
-
-# The hub, through `datasets` streaming.
-
-
-def _hub_name(path: str) -> dict[str, str | None]:
-    match = _HUB.fullmatch(path)
-    if not match:
-        raise DataError(f"{path}: write a hub dataset as hf:owner/name[@revision][#config/split]")
-    return match.groupdict()
-
-
-def _hub_failed(path: str, error: Exception) -> DataError:
-    return DataError(
-        f"{path}: the hub did not provide it ({type(error).__name__}: {in_one_line(error)});"
-        " check the spelling and the network, or run `hf auth login`"
-    )
-
-
-def read_hub(path: str, field: str) -> Iterator[str]:
-    """Stream the texts of a hub dataset, `hf:owner/name[@revision][#config/split]`.
-
-    Raises:
-        DataError: the hub does not provide it, or it has no such column.
-    """
-    import datasets
-
-    name = _hub_name(path)
-    try:
-        rows = datasets.load_dataset(
-            name["name"],
-            name=name["config"] or None,
-            revision=name["revision"],
-            split=name["split"] or "train",
-            streaming=True,
-        )
-        if rows.column_names is not None:
-            _check_column(path, field, rows.column_names)
-            rows = rows.select_columns([field])
-        for number, row in enumerate(rows, 1):
-            where = f"{path}, row {number}"
-            if field not in row:
-                raise DataError(f"{where}: {_no_field(field, list(row))}")
-            yield _text(row[field], field, where)
-    except DataError:
-        raise
-    except Exception as error:  # the client's errors have no common base class: network, HTTP, builder, cache
-        raise _hub_failed(path, error) from None
-
-
-def hub_commit(path: str) -> str:
-    """The commit that the revision of a hub dataset currently points to.
-
-    Raises:
-        DataError: the hub does not answer.
-    """
-    name = _hub_name(path)
-    if name["revision"] and re.fullmatch(r"[0-9a-f]{40}", name["revision"]):
-        return name["revision"]
-    from huggingface_hub import HfApi
-
-    try:
-        return str(HfApi().dataset_info(str(name["name"]), revision=name["revision"]).sha)
-    except Exception as error:
-        raise _hub_failed(path, error) from None

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetool.data.readers import format_of, hub_commit, read_file, read_hub
+from moetool.data.hub import hub_commit, read_hub
+from moetool.data.readers import format_of, read_file
 from moetool.errors import DataError
 from moetool.progress import Progress, silent
 
@@ -26,9 +27,9 @@ class TextSource:
 
     Attributes:
         path: a file, a folder, a glob, or `hf:owner/name[@revision][#config/split]` (split: train).
-        text_field: the field (JSONL), column (Parquet, datasets) that holds the text.
+        text_field: the field (JSON), column (CSV, Parquet, datasets) that holds the text.
         document: the unit of a plain-text file that is one document: the `file`, a `line` or a `paragraph`
-            (paragraphs end at blank lines). In JSONL, Parquet and datasets it is always a row.
+            (paragraphs end at blank lines). In other formats it is always a row.
     """
 
     path: str
@@ -122,8 +123,14 @@ def content_sha256(source: TextSource, progress: Progress = silent) -> str:
                 content.update(block)
                 done += len(block)
                 progress(task, done, max(total, done))
-        digest.update(f"{format_of(file)} {content.hexdigest()}\n".encode())
+        digest.update(f"{_read_as(file)} {content.hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def _read_as(file: Path) -> str:
+    """What a file is read as. Earlier versions read CSV as prose, and its tokens may still be in the cache."""
+    extension = format_of(file)
+    return f"{extension} by column" if extension in (".csv", ".tsv") else extension
 
 
 def _short(source: TextSource) -> str:

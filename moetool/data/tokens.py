@@ -97,6 +97,15 @@ class TokenStream:
         places: np.ndarray = np.arange(start, start + length) - np.repeat(edges[:-1], np.diff(edges))
         return places
 
+    def part(self, start: int, stop: int) -> TokenStream:
+        """Tokens `start` to `stop` of the only document, as a document of its own; they are not copied."""
+        return TokenStream(self.manifest, self.starts + start, np.array([0, stop - start], np.int64), self.memory)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether this is a part of the only document of its folder."""
+        return bool(self.manifest["num_documents"] == 1 and self.num_tokens < self.manifest["num_tokens"])
+
     def documents(self, indices: np.ndarray) -> TokenStream:
         """The stream of some documents, in the order of `indices`; the tokens are not copied."""
         lengths = np.diff(self.offsets)[indices]
@@ -324,30 +333,34 @@ def tokenizer_sha256(folder: Path) -> str:
 def split_validation(
     stream: TokenStream, fraction: Fraction | Decimal | float | str, seed: int
 ) -> tuple[TokenStream, TokenStream]:
-    """Split a stream by document into training and validation.
+    """Split a stream by document into training and validation; a stream of one document by tokens.
 
     The documents with the smallest hashes of (seed, index) are held out: round(fraction x D) of them, at
-    least one. They come from the whole text, not only from its end.
+    least one. They come from the whole text, not only from its end. Of a single document the last
+    round(fraction x T) tokens are held out, at least two.
 
     Args:
-        stream: of D documents.
-        fraction: share of the documents, above 0 and below 1.
+        stream: of D documents, or of T tokens.
+        fraction: share of the documents or tokens, above 0 and below 1.
         seed: for the choice.
 
     Raises:
         ConfigError: the fraction is not in (0, 1).
-        DataError: there is less than one document for each.
+        DataError: there are fewer than four tokens in a single document.
     """
     share = exact_fraction("--val-fraction", fraction)
     if not 0 < share < 1:
         raise ConfigError(f"--val-fraction {fraction}: give a share above 0 and below 1")
     total = stream.num_documents
     if total < 2:
-        where = ", ".join(map(str, stream.manifest.get("sources") or ["the text"]))
-        raise DataError(
-            f"{where}: {total} document, so none can be set aside for validation; make each line a document"
-            " (--document line), give a validation text (--val NAME=PATH), or skip validation (--val-fraction 0)"
-        )
+        if stream.num_tokens < 4:
+            where = ", ".join(map(str, stream.manifest.get("sources") or ["the text"]))
+            raise DataError(
+                f"{where}: {stream.num_tokens} tokens in one document, too few to set some aside for validation; give"
+                " more text, or skip validation (--val-fraction 0)"
+            )
+        last = stream.num_tokens - min(max(round(share * stream.num_tokens), 2), stream.num_tokens - 2)
+        return stream.part(0, last), stream.part(last, stream.num_tokens)
     chosen = np.zeros(total, bool)
     chosen[np.argsort(_hashes(total, seed), kind="stable")[: min(max(round(share * total), 1), total - 1)]] = True
     return stream.documents(np.flatnonzero(~chosen)), stream.documents(np.flatnonzero(chosen))

@@ -40,7 +40,8 @@ class Corpus:
 def open_corpus(config: TrainConfig, vocab_size: int, progress: Progress = silent) -> Corpus:
     """Tokenize or open every source, and hold out the validation documents.
 
-    A source without a validation set of its own name gives `val_fraction` of its documents to one.
+    A source without a validation set of its own name gives `val_fraction` of its documents to one, or the last part
+    of its only document.
 
     Args:
         config: the run.

@@ -62,7 +62,8 @@ class TrainConfig:
     )  # fmt: skip
     val: Mapping[str, str] = option("Validation-only text.", dict, panel=DATA, metavar="NAME=PATH", make=named)
     val_fraction: float = option(
-        "Share of documents held out for validation from each source without a --val of the same name.",
+        "Share of documents held out for validation from each source without a --val of the same name, or of the"
+        " tokens of its only document.",
         0.01, panel=DATA, min=0, max=1, defines=True,
     )  # fmt: skip
     text_field: str = text_field_option(DATA)

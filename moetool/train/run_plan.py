@@ -107,6 +107,7 @@ def plan_run(
             for name, entry in mixture.ledger(config.max_steps * config.global_batch_size).items()
         },
         "val": {name: stream.num_tokens for name, stream in corpus.val.items()},
+        "val_from_end": [name for name, stream in corpus.val.items() if stream.is_part],
         "step": step,
         "save_dtype": save_dtype,
         "device": str(device),

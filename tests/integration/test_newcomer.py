@@ -49,6 +49,22 @@ def test_the_hub_without_a_network_says_how_to_bring_a_model(tmp_path: Path, mon
     assert not (tmp_path / "moe").exists()
 
 
+def test_a_single_text_file_is_enough(llama: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("The load of each expert should be balanced. " * 60)
+    tokens = tmp_path / "tokens"
+    assert tiny.in_process("tokenize", book, "--out", tokens, "--tokenizer", llama)[0] == 0
+    size = ("--seq-len", 16, "--global-batch-size", 2, "--max-steps", 2)
+    losses = []
+    for source in (book, tokens):
+        run = tmp_path / f"run-{source.name}"
+        code, out, err = tiny.in_process("cpt", llama, run, "--train", f"book={source}", *size)
+        assert code == 0, err
+        assert re.search(r"val +book: \d+ tokens, the last part of its only document\n", out)
+        losses.append(json.loads((run / "summary.json").read_text())["val"]["book"])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize(
     ("typed", "told"),
     [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import hashlib
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +61,54 @@ def test_structured_rows_are_documents_whatever_the_rule(tmp_path: Path) -> None
         assert read(path, document="line") == ["one\n\ntwo", "three"]
 
 
+def test_a_json_file_that_is_one_list_is_its_rows(tmp_path: Path) -> None:
+    rows = [{"text": "one\n\ntwo", "id": 1}, {"text": None}, "three", " ", None, {"text": "a\ud800"}]
+    for name, text in (("dense", json.dumps(rows)), ("spread", "\ufeff \n" + json.dumps(rows, indent=1))):
+        assert read(write(tmp_path / f"{name}.json", text)) == ["one\n\ntwo", "three", "a\ufffd"]
+    assert read(write(tmp_path / "none.json", "[]")) == []
+    lines = write(tmp_path / "lines.json", '{"text": "[a]"}\n{"text": "b"}\n')
+    assert read(lines) == ["[a]", "b"]
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_csv_is_read_by_column(tmp_path: Path, name: str, separator: str) -> None:
+    rows = [("id", "text", "more"), ("1", '"one, ""two""\r\nthree"', "x"), ("2", "four", ""), ("", "", "y")]
+    data = "\ufeff" + "".join(separator.join(row) + "\r\n" for row in rows) + "\r\n"
+    path = write(tmp_path / name, data)
+    assert read(path) == ['one, "two"\r\nthree', "four"]
+    assert read(path, text_field="more") == ["x", "y"]
+    # Earlier versions have left tokens of its bytes as prose in the cache.
+    prose = write(tmp_path / "a.txt", data)
+    assert content_sha256(TextSource(str(path))) != content_sha256(TextSource(str(prose)))
+    expected = hashlib.sha256(f"{path.suffix} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()).hexdigest()
+    assert content_sha256(TextSource(str(path))) != expected
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as packed:
+        packed.write(data)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("extension", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstd)]
+)
+def test_compressed_files_are_read_as_what_is_in_them(
+    tmp_path: Path, extension: str, pack: Callable[[bytes], bytes]
+) -> None:
+    contents = {
+        "a.txt": ("one\ntwo", ["one", "two"]),
+        "a.jsonl": ('{"text": "one\\ntwo"}\n' * 2, ["one\ntwo"] * 2),
+        "a.json": ('["one", {"text": "two"}]', ["one", "two"]),
+        "a.csv": ("text\none\ntwo\n", ["one", "two"]),
+    }
+    for name, (text, documents) in contents.items():
+        half = len(text) // 2  # two parts one after another are one file, as `cat` makes it
+        data = pack(text[:half].encode()) + pack(text[half:].encode())
+        assert read(write(tmp_path / f"{name}.{extension}", data), document="line") == documents
+
+
 def test_another_field_is_read_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ndjson", '{"text": "no", "body": "yes"}\n')
     assert read(path, text_field="body") == ["yes"]
@@ -104,14 +155,32 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
         r"notes\.jsonl, line 3: no field 'text'; fields are: body, id \(use --text-field\)",
     ),
     "not json": ("n.jsonl", '{"text": "a"}\n{"text": \n', r"n\.jsonl, line 2: not JSON \(.*\); expected one object"),
-    "an array": ("n.json", '["a", "b"]', r"n\.json, line 1: a list; expected one object per line"),
+    "an array": ("n.jsonl", '["a", "b"]', r"n\.jsonl, line 1: a list; expected one object per line"),
+    "a list of lists": ("n.json", '["a", ["b"]]', r"n\.json, row 2: a list; expected a text or an object"),
+    "a list of numbers": ("n.json", '["a", 7]', r"n\.json, row 2: field 'text' holds a int, not text"),
+    "a list without the field": ("n.json", '[{"body": "a"}]', r"n\.json, row 1: no field 'text'; fields are: body"),
+    "half a list": (
+        "n.json",
+        '[{"text": "a"},\n',
+        r"n\.json: not JSON \(.*\); expected a list, or one object per line",
+    ),
+    "csv without the column": ("n.csv", "id;text\n1;a\n", r"n\.csv: no field 'text'; fields are: id;text"),
+    "a row of csv": ("n.csv", "id,text\n1,a\n2,b, c\n", r"n\.csv, line 3: a row of 3 fields, but the header has 2"),
+    "an open quote": ("n.csv", 'text\n"a\nb\n', r"n\.csv, line 3: not valid CSV \(unexpected end of data\)"),
+    "csv not utf-8": ("n.csv", b"text\na\n\xe9\n", r"n\.csv: not UTF-8 \(byte 0xe9 at offset 7\)"),
     "not text": ("n.jsonl", '{"text": ["a"]}', r"n\.jsonl, line 1: field 'text' holds a list, not text"),
     "json not utf-8": ("n.jsonl", b'{"text": "\xe9"}', r"n\.jsonl, line 1: not UTF-8 \(byte 0xe9\)"),
     "too deep": ("n.jsonl", b"[" * 200_000, r"n\.jsonl, line 1: not JSON"),
     "huge number": ("n.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"n\.jsonl, line 1: not JSON"),
     "no gzip": ("n.jsonl.gz", "plain", r"n\.jsonl\.gz: not a valid gzip file"),
     "cut gzip": ("n.txt.gz", gzip.compress(b"some text" * 99)[:-9], r"n\.txt\.gz: not a valid gzip file"),
-    "other packing": ("n.jsonl.zst", b"(\xb5/\xfd", r"n\.jsonl\.zst: unpack it first"),
+    "cut zstd": ("n.jsonl.zst", b"(\xb5/\xfd", r"n\.jsonl\.zst: not a valid zstd file"),
+    "no zstd": ("n.txt.zst", "plain", r"n\.txt\.zst: not a valid zstd file"),
+    "no bzip2": ("n.txt.bz2", "plain", r"n\.txt\.bz2: not a valid bzip2 file"),
+    "cut bzip2": ("n.txt.bz2", bz2.compress(b"some text" * 99)[:-9], r"n\.txt\.bz2: not a valid bzip2 file"),
+    "no xz": ("n.csv.xz", "plain", r"n\.csv\.xz: not a valid xz file"),
+    "other packing": ("n.zip", "PK", r"n\.zip: unpack it first; of packed files only \.gz, \.bz2, \.xz, \.zst"),
+    "an archive": ("n.tar.gz", gzip.compress(b"some text"), r"n\.tar\.gz: unpack it first"),
     "no parquet": ("n.parquet", "PAR1 but no more", r"n\.parquet: not a valid Parquet file"),
 }
 

@@ -314,12 +314,34 @@ def test_each_side_holds_at_least_a_document(stream: TokenStream) -> None:
         assert tuple(part.num_documents for part in split_validation(stream, fraction, 0)) == sizes
 
 
-def test_one_document_cannot_be_split(stream: TokenStream) -> None:
-    with pytest.raises(DataError, match=r"1 document, .*--document line.*--val NAME=PATH.*--val-fraction 0"):
-        split_validation(stream.documents(np.array([0])), "0.5", 0)
+@pytest.mark.parametrize(
+    ("num_tokens", "fraction", "held"), [(100, "0.1", 10), (100, "0.001", 2), (100, "0.999", 98), (4, "0.01", 2)]
+)
+def test_of_a_single_document_the_last_tokens_are_held_out(num_tokens: int, fraction: str, held: int) -> None:
+    memory = np.arange(1000, 2000)
+    start = np.array([7])  # where it begins in the memory
+    manifest = {"num_documents": 1, "num_tokens": num_tokens}
+    whole = TokenStream(manifest, start, np.array([0, num_tokens]), memory)
+    for seed in (0, 1):
+        train, val = split_validation(whole, fraction, seed)
+        assert train.read(0, train.num_tokens).tolist() == [*range(1007, 1007 + num_tokens - held)]
+        assert val.read(0, val.num_tokens).tolist() == [*range(1007 + num_tokens - held, 1007 + num_tokens)]
+        assert val.positions(1, 1).tolist() == [0]
+        with pytest.raises(IndexError):
+            train.read(train.num_tokens - 1, 2)
+        assert train.is_part
+        assert val.is_part
+    assert not whole.is_part
+
+
+def test_what_cannot_be_split_is_refused(stream: TokenStream) -> None:
+    three = TokenStream({"sources": ["a.txt"]}, np.array([0]), np.array([0, 3]), np.arange(3))
+    with pytest.raises(DataError, match=r"a.txt: 3 tokens in one document, too few.*--val-fraction 0"):
+        split_validation(three, "0.5", 0)
     for fraction in (0, 1, "-0.1", "x"):
         with pytest.raises(ConfigError, match="--val-fraction"):
             split_validation(stream, fraction, 0)
+    assert not any(part.is_part for part in split_validation(stream, "0.5", 0))
 
 
 def test_a_link_to_a_folder_stays_a_link_and_overwriting_loses_nothing(tmp_path: Path, llama: Path) -> None:

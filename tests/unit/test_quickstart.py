@@ -109,7 +109,7 @@ def test_forgetting_is_counted_from_the_dense_model() -> None:
         "eval": {"results": {"dense": {"word-order": {"acc,none": {"value": 0.5, "stderr": 0.1}}}}},
     }
     summary = summarize(results, Path("q"))
-    assert summary["forgetting"] == {"cpt-replay": 0.25, "cpt-no-replay": 1.5}
+    assert summary["forgetting"] == {"moe-copy": 0.0, "moe": 1.0, "cpt-replay": 0.25, "cpt-no-replay": 1.5}
     assert summary["adaptation"] == {"cpt-replay": 0.25, "cpt-no-replay": 1.5}
     assert summary["losses"]["moe"] == {"prose": 5.0, "code": 6.0}
     assert summary["losses"]["moe-copy"]["prose"] == 4.0

@@ -84,6 +84,25 @@ def test_validation_documents_are_not_trained_on(llama: Path, jsonl: Path) -> No
     assert corpus.fingerprints == whole.fingerprints
 
 
+def test_the_end_of_a_single_document_is_not_trained_on(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text(" ".join(map(str, range(400))))
+    settings = config(llama, path, val_fraction=0.1)
+    corpus = open_corpus(settings, 300)
+    train, val = corpus.train["a"], corpus.val["a"]
+    whole = train.num_tokens + val.num_tokens
+    assert val.num_tokens == round(whole / 10)
+    mixture = mix(corpus, settings)
+    tokens = open_corpus(config(llama, path, val_fraction=0), 300).train["a"]
+    assert tokens.num_tokens == whole
+    assert val.read(0, val.num_tokens).tolist() == tokens.read(train.num_tokens, val.num_tokens).tolist()
+    windows = mixture.num_windows["a"]
+    for n in range(2 * windows):  # two epochs
+        start = mixture.sample(n).window * 8
+        assert start + 9 <= train.num_tokens
+        assert mixture.tokens(n).tolist() == tokens.read(start, 9).tolist()
+
+
 def test_what_is_validated_on_is_not_trained_on_under_another_name(llama: Path, jsonl: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copy.jsonl"
     copied.write_bytes(jsonl.read_bytes())
