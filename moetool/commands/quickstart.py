@@ -134,12 +134,13 @@ def _closing(document: dict[str, Any]) -> list[Any]:
             label,
             f"{losses[name]['prose']:.3f}",
             f"{losses[name]['code']:.3f}",
-            f"{forgotten:+.3f}" if forgotten is not None else "",
+            f"{round(forgotten, 3) + 0.0:+.3f}" if forgotten is not None else "",  # + 0.0: not -0.000
             f"{accuracy['value']:.0%} ± {accuracy['stderr']:.0%}" if accuracy else "",
         )
     table.caption = (
         "Forgetting: loss on prose minus the dense model's; before training it is what upcycling itself costs. "
-        "Accuracy: finding which of four passages has its words in order. The loss of a uniform guess is ln(vocabulary)."
+        "Accuracy: finding which of four passages has its words in order."
+        " The loss of a uniform guess is ln(vocabulary)."
     )
     table.caption_justify = "left"
     routing = document["routing"]
