@@ -149,7 +149,6 @@ class Unfinished:
         with naming(self.out):
             os.replace(self.text, self.out)
         sync_folder(self.out.parent)
-        self.discard()
 
     def discard(self) -> None:
         """Remove the folder."""

@@ -112,6 +112,9 @@ def targets(llama: Path, mixtral: Path, scratch: Path) -> dict[str, Target]:
         "options": _options(scratch / "options.yaml", llama, scratch / "out"),
         "counts": _counts(scratch / "counts.json"),
         "jsonl": _text(scratch / "lines.jsonl", (scratch / "text.jsonl").read_bytes()),
+        "json list": _text(scratch / "list.json", b'["first", {"text": "second \\u00e9", "n": 1}, null]'),
+        "csv": _text(scratch / "rows.csv", 'n,text\n1,first é\n2,"second, ""quoted""\nline"\n'.encode()),
+        "zstd": _text(scratch / "lines.jsonl.zst", _zstd((scratch / "text.jsonl").read_bytes()), child=True),
         "plain": _text(scratch / "plain.txt", "first é\n\nsecond\r\nthird\n".encode()),
         "gzip": _text(scratch / "lines.jsonl.gz", _gzipped((scratch / "text.jsonl").read_bytes()), child=True),
         "parquet": _text(scratch / "x.parquet", _table("parquet"), child=True),
@@ -262,13 +265,22 @@ def _text(path: Path, seed: bytes, child: bool = False) -> Target:
             for text in read_documents(TextSource(str(path), "text", rule)):
                 text.encode()
 
-    return Target((seed,), read, as_json=path.suffix == ".jsonl", child=child)
+    return Target((seed,), read, as_json=path.suffix in (".jsonl", ".json"), child=child)
 
 
 def _gzipped(data: bytes) -> bytes:
     import gzip
 
     return gzip.compress(data, mtime=0)
+
+
+def _zstd(data: bytes) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as packed:
+        packed.write(data)
+    return bytes(sink.getvalue())
 
 
 def _table(kind: str) -> bytes:
