@@ -240,14 +240,17 @@ def save_jsonl(path: Path, documents: list[str] | None = None, repeat: int = 20)
     return path
 
 
-def forward(routes: Sequence[Any], counts_LE: torch.Tensor, step_counts_LE: torch.Tensor | None = None) -> Any:
+def forward(
+    routes: Sequence[Any], counts_LE: torch.Tensor, step_counts_LE: torch.Tensor | None = None, sequences: int = 1
+) -> Any:
     """What the balance losses read of a micro-batch's forward; by default of a step of one micro-batch."""
     from moetool.train.batches import MicroBatch
     from moetool.train.terms import Forward
 
     nothing = torch.empty(0, 0)
     step_counts_LE = counts_LE if step_counts_LE is None else step_counts_LE
-    return Forward(MicroBatch(nothing, nothing, None), nothing, routes, counts_LE, step_counts_LE, nothing)
+    batch = MicroBatch(torch.empty(sequences, 0), torch.empty(sequences, 0), None)
+    return Forward(batch, nothing, routes, counts_LE, step_counts_LE, nothing)
 
 
 def cli(

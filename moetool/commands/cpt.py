@@ -114,8 +114,10 @@ def _plan_text(plan: Mapping[str, Any]) -> str:
     sparse = f" ({count(active)} active)" if active != plan["num_parameters"] else ""
     balance = ", ".join(f"{name} {value:g}" if value else name for name, value in plan["balance"].items())
     start = f" from step {plan['step']}" if plan["step"] else ""
+    trained = f", of which {plan['trained']} train ({count(plan['num_trained_parameters'])})"
     lines = [
-        f"[bold]{count(plan['num_parameters'])}[/bold] parameters{sparse} on {escape(plan['device'])}"
+        f"[bold]{count(plan['num_parameters'])}[/bold] parameters{sparse}"
+        f"{trained if plan['trained'] != 'everything' else ''} on {escape(plan['device'])}"
         f"{' x ' + str(plan['num_processes']) if plan['num_processes'] > 1 else ''}"
         f"{' (' + plan['mesh'] + ')' if plan['mesh'] else ''} in {plan['precision']}"
         f"{', balance ' + escape(balance) if balance else ''};"

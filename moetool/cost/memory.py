@@ -12,7 +12,7 @@ from typing import Any
 
 from moetool.checkpoint.model import skeleton
 from moetool.checkpoint.reader import CheckpointReader
-from moetool.cost.parameters import count_parameters, is_embedding, is_routed, is_router, routing_size
+from moetool.cost.parameters import count_parameters, is_embedding, is_routed, routing_size, trained_names
 from moetool.mesh import ONE, Mesh
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
@@ -101,7 +101,8 @@ class Training:
     """The options of `moetool cpt` that decide how much memory training takes, under their names there.
 
     `compiled_loss` is whether --compile or --liger keeps the loss from holding anything in fp32, `whole_logits` whether
-    a term of the loss reads the logits, which are then those of all tokens.
+    a term of the loss reads the logits, which are then those of all tokens, `coupled` whether one takes the gradient of
+    all gate matrices before the model's own, `rounds` whether bf16 cannot hold the weights that are not trained.
     """
 
     seq_len: int
@@ -111,8 +112,15 @@ class Training:
     master_weights: bool = True
     gradient_checkpointing: bool = False
     freeze_router: bool = False
+    train_only: str = "everything"
     compiled_loss: bool = False
     whole_logits: bool = False
+    coupled: bool = False
+    rounds: bool = False
+
+    def trained(self, model: Any) -> frozenset[str]:
+        """The names of the parameters that are trained."""
+        return trained_names(model, self.train_only, self.freeze_router)
 
 
 def _parts(model: Any, mesh: Mesh) -> dict[str, int]:
@@ -192,14 +200,10 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
         `weights`, `gradients`, `optimizer`, `activations` and their sum, `total`; and `host`, which each process of
         `--moments offload` needs in host memory for master weights and moments.
     """
-    total, _ = count_parameters(model)
     _, top_k = routing_size(model)
-    held = trained = total
-    if not mesh.whole:
-        shards = shard_elements(model, mesh)
-        held = trained = sum(shards.values())
-    if training.freeze_router:
-        trained -= sum(p.numel() if mesh.whole else shards[n] for n, p in model.named_parameters() if is_router(n))
+    shards = shard_elements(model, mesh)
+    names = training.trained(model)
+    held, trained = sum(shards.values()), sum(size for name, size in shards.items() if name in names)
     half = training.precision == "bf16"
     compute = BFLOAT16 if half else FLOAT32
     text = model.config.get_text_config()
@@ -223,18 +227,23 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
     elif half and mesh.tp == 1 and not _changes_logits(model):  # those of a chunk and their gradient, and the head's
         between = 0 if training.compiled_loss else 3 * FLOAT32
         head = (2 * BFLOAT16 + between) * min(tokens * text.vocab_size, CHUNK_ELEMENTS)
-        head += (FLOAT32 + BFLOAT16) * text.vocab_size * hidden
+        head += (FLOAT32 + BFLOAT16) * text.vocab_size * hidden * any(map(is_embedding, names))
+    if training.coupled:
+        gates = (p for name, p in model.named_parameters() if name.endswith(".gate_up_proj"))
+        head += compute * sum(p.numel() for p in gates)
     offload = training.moments == "offload"
-    masters = FLOAT32 if training.master_weights and not offload else 0
+    # Beside bf16 weights: of those that are trained, and of the others what bf16 cannot hold.
+    masters = FLOAT32 * (trained * training.master_weights + (held - trained) * training.rounds)
     layer, ends = _gathered_elements(model, mesh) if mesh.sharded else (0, 0)
     optimizer = int(2 * _MOMENT[training.moments] * trained)
     need = {
-        "weights": (masters + BFLOAT16 if half and mesh.whole else FLOAT32) * held + compute * (2 * layer + ends),
+        "weights": (masters * (not offload) + BFLOAT16 * held if half and mesh.whole else FLOAT32 * held)
+        + compute * (2 * layer + ends),
         "gradients": FLOAT32 * trained + (compute + FLOAT32) * max(layer, ends),
         "optimizer": 0 if offload else optimizer,
         "activations": int(token * tokens) + head,
     }
-    return {**need, "total": sum(need.values()), "host": FLOAT32 * trained + optimizer if offload else 0}
+    return {**need, "total": sum(need.values()), "host": masters + optimizer if offload else 0}
 
 
 def _changes_logits(model: Any) -> bool:
@@ -261,7 +270,8 @@ def loading_bytes(model: Any, mesh: Mesh = ONE, gpu: bool = False) -> int:
 def saving_bytes(model: Any, training: Training, num_processes: int) -> int:
     """Bytes of host memory that each process needs to save a step.
 
-    A copy of its share of the weights and moments, and one tensor that it writes: as it comes in, and as it is saved.
+    A copy of its share of the weights and of the moments of those that are trained, and one tensor that it writes: as
+    it comes in, and as it is saved.
 
     Args:
         model: without weights, see `parameters`.
@@ -269,8 +279,10 @@ def saving_bytes(model: Any, training: Training, num_processes: int) -> int:
         num_processes: of the run; each copies as much, whether it holds all weights or a share.
     """
     total, _ = count_parameters(model)
+    trained, _ = count_parameters(model, training.trained(model))
     largest: int = max(parameter.numel() for parameter in model.parameters())
-    return int((FLOAT32 + 2 * _MOMENT[training.moments]) * total / num_processes) + 2 * FLOAT32 * largest
+    copied = FLOAT32 * total + 2 * _MOMENT[training.moments] * trained
+    return int(copied / num_processes) + 2 * FLOAT32 * largest
 
 
 def smaller(model: Any, training: Training, there: int, mesh: Mesh = ONE) -> list[tuple[str, int]]:

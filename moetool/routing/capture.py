@@ -123,7 +123,7 @@ class RouterCapture:
 
     def __init__(self, model: nn.Module) -> None:
         self.routers: dict[int, nn.Module] = {}
-        for name, module in _find_routers(model):
+        for name, module in find_routers(model):
             layer = _layer_index(name)
             if layer in self.routers:
                 raise CheckpointError(
@@ -196,10 +196,11 @@ class RouterCapture:
 
 def has_routers(model: nn.Module) -> bool:
     """Whether a model has at least one router."""
-    return next(_find_routers(model), None) is not None
+    return next(find_routers(model), None) is not None
 
 
-def _find_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def find_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The routers of a model, by name."""
     return ((name, module) for name, module in model.named_modules() if _ROUTER.search(type(module).__name__))
 
 

@@ -82,6 +82,7 @@ def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
     worst: dict[str, Callable[[Any], float]] = {
         "mri": max,
         "entropy": min,
+        "adaptive_aux": max,
         "dead_experts": lambda layers: sum(map(len, layers)),
     }
     values: dict[str, float] = {}

@@ -1,7 +1,8 @@
 """Who writes what of a step folder: a pure function of what the processes hold.
 
-A part is what one process makes whole at a time: a parameter that lies in the checkpoint under names of its own, or a
-moment of the optimizer. It becomes some tensors on disk. Every part has a writer, every writer its own files.
+A part is what one process makes whole at a time: a parameter that lies in the checkpoint under names of its own, a
+moment of the optimizer, or the state of a balance strategy. It becomes some tensors on disk. Every part has a writer,
+every writer its own files.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ FILES = {
     "model": "model{}.safetensors",
     "master": "training_state/master{}.safetensors",
     "optimizer": "training_state/optimizer{}.safetensors",
+    "balance": "training_state/balance{}.safetensors",
 }
 MAX_MODEL_FILE = "5GB"
 # Whole tensors by name -> what they become on disk: kind of file, name there, tensor.

@@ -2,8 +2,8 @@
 
 Shapes: T tokens of a micro-batch, E experts, K top-k, L layers.
 
-A strategy is a loss, here, or acts on the choice of experts (selection.py). The training loss is the
-language loss plus, for each loss, its coefficient times the mean of its values over the layers and
+A strategy is a loss, here (coupling.py has one of weights alone), or acts on the choice of experts (selection.py). The
+training loss is the language loss plus, for each loss, its coefficient times the mean of its values over the layers and
 over the micro-batches of the step. The mean over layers keeps a coefficient's meaning when the depth
 changes; every layer is judged by itself (but for pooled-aux), so that two layers that collapse in
 opposite ways do not look balanced together.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,12 @@ from moetool.errors import ConfigError
 from moetool.registry import names
 from moetool.routing.capture import Route, RouterCapture, has_routers
 from moetool.train.config import TrainConfig
-from moetool.train.selection import Selection
+from moetool.train.selection import PLAIN, How, Strategy
 from moetool.train.terms import Forward, Term
 
 DEFAULT = ("aux", "z-loss")
+# Of adaptive-aux: an expert's capacity in mean loads, and how much of a coefficient a step keeps.
+CAPACITY, MEMORY = 1.25, 0.99
 
 
 def aux(forward: Forward) -> Tensor:
@@ -65,6 +68,55 @@ def pooled_aux(forward: Forward) -> Tensor:
     return _switch(probability_1E, forward.counts_LE.sum(dim=0, keepdim=True))
 
 
+def seq_aux(forward: Forward) -> Tensor:
+    """`aux` of each sequence by itself, and the mean over the sequences.
+
+    With f_e = E / (K T) times the routes of a sequence of T tokens to expert e, and P_e the mean over its tokens of
+    s_e / sum_j s_j: sum over experts of f_e * P_e. DeepSeek-V3 (arXiv 2412.19437), equations 17 to 20, with their
+    coefficient 1e-4 beside a bias that balances the whole (`loss-free`). A sequence is a row of the batch, whatever
+    documents are in it.
+    """
+    B = forward.batch.inputs.shape[0]
+    probability_LBE = torch.stack([r.probabilities_TE().unflatten(0, (B, -1)).mean(dim=1) for r in forward.routes])
+    indices_LBR = torch.stack([route.indices_TK.reshape(B, -1) for route in forward.routes])
+    counts_LBE = torch.zeros_like(probability_LBE).scatter_add_(
+        2, indices_LBR, torch.ones_like(indices_LBR, dtype=probability_LBE.dtype)
+    )
+    return _switch(probability_LBE, counts_LBE).mean(dim=1)
+
+
+class AdaptiveAux(Strategy):
+    """`aux` with a coefficient of each layer that follows its imbalance, from 0 to the one that is given.
+
+    After each step, with d the share of the layer's routes that exceed an expert's capacity of 1.25 times the mean
+    load, a <- 0.99 a + 0.01 min(d / 5, a_max); a begins at a_max. Skywork-MoE (Wei et al. 2024, arXiv 2406.06563),
+    section 4.2, equations 7 to 9, whose d is the rate of tokens that are dropped; nothing is dropped here, so it is
+    counted: d = sum over experts of max(0, f_e - 1.25 / E), f the load of the step over all processes. 2 of 8 experts
+    in use give 0.69, so a = a_max; of balanced layers a halves in 69 steps. The values are a / a_max times those of
+    `aux`, because the coefficient is a_max.
+    """
+
+    coefficient: ClassVar[float] = 0.01
+    teaches_routers: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float, how: How = PLAIN) -> None:
+        self._most, self._now_L = coefficient, torch.full((len(capture.layers),), coefficient, dtype=torch.float64)
+        self.state = {"adaptive-aux": self._now_L}
+        self.term = Term(self._values, coefficient)
+
+    def _values(self, forward: Forward) -> Tensor:
+        values_L = aux(forward)
+        return (self._now_L / self._most).to(values_L.dtype).to(values_L.device) * values_L
+
+    @torch.no_grad()
+    def update(self, counts_LE: Tensor, step: int) -> None:
+        """Move every layer's coefficient."""
+        counts_LE = counts_LE.to("cpu", torch.float64)
+        load_LE = counts_LE / counts_LE.sum(dim=-1, keepdim=True)
+        over_L = (load_LE - CAPACITY / load_LE.shape[-1]).clamp_min(0).sum(dim=-1)
+        self._now_L.mul_(MEMORY).add_((1 - MEMORY) * (over_L / 5).clamp_max(self._most))
+
+
 def z_loss(forward: Forward) -> Tensor:
     """Mean over tokens of logsumexp(router logits) squared, in each layer.
 
@@ -76,6 +128,7 @@ def z_loss(forward: Forward) -> Tensor:
 AUX = Term(aux, 0.01)
 GLOBAL_AUX = Term(global_aux, 0.01, needs=("step counts",))
 POOLED_AUX = Term(pooled_aux, 0.04)
+SEQ_AUX = Term(seq_aux, 1e-4)
 Z_LOSS = Term(z_loss, 0.001)
 # `--balance none`: the language loss alone.
 NONE = None
@@ -87,6 +140,7 @@ def mean_probabilities(routes: Sequence[Route]) -> Tensor:
 
 
 def _switch(probability_LE: Tensor, counts_LE: Tensor) -> Tensor:
+    """Over the last dimension, whatever comes before it."""
     load_LE = counts_LE / counts_LE.sum(dim=-1, keepdim=True)
     return probability_LE.shape[-1] * (load_LE.to(probability_LE.dtype) * probability_LE).sum(dim=-1)
 
@@ -137,7 +191,7 @@ def parse(values: Sequence[str]) -> dict[str, float]:
 
 
 def build_terms(balance: Mapping[str, float]) -> dict[str, Term]:
-    """The strategies of a run that are losses, by name, with the run's coefficients."""
+    """The strategies of a run that are losses of routes alone, by name, with the run's coefficients."""
     return {
         name: replace(strategy, coefficient=balance[name])
         for name, strategy in _chosen(balance).items()
@@ -145,19 +199,24 @@ def build_terms(balance: Mapping[str, float]) -> dict[str, Term]:
     }
 
 
-def build_selections(
-    balance: Mapping[str, float], model: nn.Module, capture: RouterCapture, empty: RouterCapture | None = None
-) -> list[Selection]:
-    """The strategies of a run that act on the choice of experts, at work on a model's routers; see Selection.
+def build_strategies(
+    balance: Mapping[str, float], model: nn.Module, capture: RouterCapture, how: How = PLAIN
+) -> dict[str, Strategy]:
+    """The other strategies of a run, at work on a model's routers, by name; see Strategy.
 
     Raises:
         ConfigError: the model's family does not allow it.
     """
     chosen = _chosen(balance).items()
-    return [kind(model, capture, balance[name], empty) for name, kind in chosen if not isinstance(kind, Term)]
+    return {name: kind(model, capture, balance[name], how) for name, kind in chosen if not isinstance(kind, Term)}
 
 
-def _chosen(balance: Mapping[str, float]) -> dict[str, Term | type[Selection]]:
+def state(strategies: Mapping[str, Strategy]) -> dict[str, Tensor]:
+    """What the strategies of a run must have to go on, by name."""
+    return {name: tensor for strategy in strategies.values() for name, tensor in strategy.state.items()}
+
+
+def _chosen(balance: Mapping[str, float]) -> dict[str, Any]:
     return {name: registry.load("balance", name) for name in names("balance") if name in balance}
 
 
@@ -172,28 +231,39 @@ def check(config: TrainConfig, model: nn.Module) -> None:
         ConfigError: says which.
     """
     if not has_routers(model):
-        if config.freeze_router:
-            raise ConfigError(f"--freeze-router: {config.model} is a dense model without a router; leave it out")
+        asked = [f"--freeze-router: {config.model} is a dense model without a router"] * config.freeze_router
+        asked += [f"--router-lr: {config.model} is a dense model without a router"] * (config.router_lr != 1)
+        kind = config.train_only
+        asked += [f"--train-only {kind}: {config.model} is a dense model without {kind}"] * (kind != "everything")
+        if asked:
+            raise ConfigError(f"{asked[0]}; leave it out")
         return
-    check_frozen(config.balance, config.freeze_router)
-    build_selections(config.balance, model, RouterCapture(model))
+    check_frozen(config.balance, config.frozen_routers)
+    if "erc" in config.balance and not config.mesh.whole:
+        raise ConfigError(
+            f"--balance erc: it takes products of whole experts, which a mesh shards ({config.mesh}); leave it out"
+        )
+    build_strategies(config.balance, model, RouterCapture(model))
 
 
-def check_frozen(balance: Mapping[str, float], freeze_router: bool) -> None:
+def check_frozen(balance: Mapping[str, float], frozen: str) -> None:
     """Refuse losses for routers that do not learn.
+
+    Args:
+        balance: strategies of a run.
+        frozen: the option that keeps routers from learning; nothing if they learn.
 
     Raises:
         ConfigError: names them, and the strategies that may stay.
     """
-    learning = list(build_terms(balance))
-    if freeze_router and learning:
+    learning = [name for name, kind in _chosen(balance).items() if _teaches_routers(kind)]
+    if frozen and learning:
+        *others, last = [name for name in names("balance") if not _teaches_routers(registry.load("balance", name))]
         raise ConfigError(
-            f"--freeze-router: a frozen router does not learn from --balance {', '.join(learning)};"
-            " only sinkhorn, loss-free and none are possible"
+            f"{frozen}: a frozen router does not learn from --balance {', '.join(learning)};"
+            f" only {', '.join(others)} and {last} are possible"
         )
 
 
-def freeze_routers(capture: RouterCapture) -> None:
-    """`--freeze-router`: the routers get no gradient and no weight decay."""
-    for router in capture.routers.values():
-        router.requires_grad_(False)
+def _teaches_routers(kind: Any) -> bool:
+    return isinstance(kind, Term) or bool(kind and kind.teaches_routers)

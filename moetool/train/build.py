@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 from moetool import launch
 from moetool.checkpoint.model import load_model, skeleton
-from moetool.errors import CheckpointError
+from moetool.cost.parameters import router_names, trained_names
+from moetool.errors import CheckpointError, ConfigError
 from moetool.mesh import distributed
 from moetool.progress import Progress
 from moetool.routing.capture import RouterCapture, has_routers
@@ -25,7 +27,7 @@ from moetool.train.optimizer import adamw
 from moetool.train.ranks import new_ranks
 from moetool.train.run_plan import RunPlan, untrained_routers
 from moetool.train.saving import Saver
-from moetool.train.selection import Selection, is_selection_bias
+from moetool.train.selection import How, Strategy, is_selection_bias
 from moetool.train.validate import check_documents_apart, validate_all
 
 
@@ -44,14 +46,18 @@ def build_run(plan: RunPlan) -> Run:
         core, capture = _ready(config, accelerator.device, start)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {resume.ADVICE}" if step else str(error)) from None
-    selections: Sequence[Selection] = []
-    if capture:
-        selections = balance.build_selections(config.balance, core, capture, RouterCapture(skeleton(config.model)))
+    strategies: Mapping[str, Strategy] = {}
     warnings: list[str] = []
-    if capture and config.freeze_router:
-        balance.freeze_routers(capture)
-    elif capture:
-        warnings = untrained_routers(core, capture, list(plan.terms))
+    if capture:
+        last_move = round(config.balance_end * config.max_steps)
+        how = How(RouterCapture(skeleton(config.model)), last_move, "centred" in plan.identity)
+        strategies = balance.build_strategies(config.balance, core, capture, how)
+        plan = replace(plan, terms={**plan.terms, **{n: s.term for n, s in strategies.items() if s.term}})
+        if not config.frozen_routers:
+            warnings = untrained_routers(core, capture, list(plan.terms))
+        if warnings and config.train_only == "routers" and not plan.terms:
+            raise ConfigError(f"--train-only routers: {warnings[0]}")
+    _freeze(core, trained_names(core, config.train_only, config.freeze_router))
     if not config.cross_document:
         check_documents_apart(core, half and not mesh.whole)
     if going_on:
@@ -62,10 +68,12 @@ def build_run(plan: RunPlan) -> Run:
     reshard(core)
     weights = weights or dict(core.named_parameters())
     apply_execution(config, core)
-    optimizer = adamw(weights.values(), config, list(core.parameters()))
+    optimizer = adamw(weights.values(), config, list(core.parameters()), [weights[n] for n in router_names(core)])
     model, updates = prepare(accelerator, core, optimizer, ddp=mesh.whole and not half)
     if going_on:
         resume.load_moments(start, weights, optimizer, advice)
+    if step:
+        resume.load_balance(start, balance.state(strategies), advice)
     need = plan.values["memory"]
     here = 0 if accelerator.device.type == "cuda" else need["total"] - need["weights"]  # host memory to train
     here += need["host"]
@@ -79,7 +87,7 @@ def build_run(plan: RunPlan) -> Run:
         optimizer,
         updates,
         capture,
-        selections,
+        strategies,
         language_loss,
         layout,
         saver,
@@ -140,7 +148,12 @@ def _load(folder: Path, device: torch.device, mesh: Any) -> Any:
     # are; transformers refuses to save some that it loads.
     model.config.output_router_logits = False
     model.generation_config = GenerationConfig()
-    for name, parameter in model.named_parameters():
-        if is_selection_bias(name):  # no gradient reaches it, for which DDP would wait
-            parameter.requires_grad_(False)
+    # No gradient reaches a selection bias, for which DDP would wait.
+    _freeze(model, [name for name, _ in model.named_parameters() if not is_selection_bias(name)])
     return model
+
+
+def _freeze(model: Any, trained: Collection[str]) -> None:
+    """Let only some parameters of a model get a gradient."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in trained)

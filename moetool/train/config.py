@@ -122,7 +122,18 @@ class TrainConfig:
         UNSET, panel=MOE, shown="aux=0.01 and z-loss=0.001", kind="balance", metavar="NAME[=COEFFICIENT]",
         make=_strategies, defines=True,
     )  # fmt: skip
+    balance_end: float = option(
+        "Share of the run after which loss-free no longer moves the selection bias.",
+        1.0, panel=MOE, min=0, max=1, defines=True,
+    )  # fmt: skip
+    train_only: Literal["routers", "experts", "everything"] = option(
+        "What is trained: the routers, the experts (routed and shared), or everything.",
+        "everything", panel=MOE, defines=True,
+    )  # fmt: skip
     freeze_router: bool = option("Do not train the routers.", False, panel=MOE, defines=True)
+    router_lr: float = option(
+        "Factor on the learning rate of the routers, such as 0.1 or 10.", 1.0, panel=MOE, min=0, defines=True
+    )
     fsdp: int = fsdp_option()
     ep: int = ep_option()
     tp: int = tp_option()
@@ -197,6 +208,13 @@ class TrainConfig:
         """Whether bf16 weights lie beside the fp32 ones (mixed.py); FSDP gathers rounded weights instead."""
         return self.precision == "bf16" and self.mesh.whole
 
+    @property
+    def frozen_routers(self) -> str:
+        """The option that keeps routers from learning; nothing where they learn."""
+        if self.freeze_router:
+            return "--freeze-router"
+        return "--train-only experts" if self.train_only == "experts" else ""
+
     def check(self, typed: Collection[str]) -> None:
         """Refuse options that contradict each other, whatever the model.
 
@@ -222,10 +240,26 @@ class TrainConfig:
         check_batches(self.global_batch_size, micro_batch, self.mesh.data_parallel)
         if self.average_last and not self.keep_weights:
             raise ConfigError(f"--average-last {self.average_last}: give --keep-weights N, the steps between weights")
-        if self.balance and self.freeze_router:
+        self._check_routers(typed)
+
+    def _check_routers(self, typed: Collection[str]) -> None:
+        frozen = self.frozen_routers
+        if self.freeze_router and self.train_only == "routers":
+            raise ConfigError("--freeze-router with --train-only routers would train nothing; leave one of them out")
+        if self.freeze_router and self.train_only == "experts":
+            raise ConfigError("--freeze-router has no effect with --train-only experts, which trains no router")
+        if not 0 < self.router_lr < float("inf"):
+            raise ConfigError(
+                f"--router-lr {self.router_lr:g}: a factor above 0 is needed; --freeze-router keeps routers as they are"
+            )
+        if "router_lr" in typed and frozen:
+            raise ConfigError(f"--router-lr has no effect with {frozen}, which trains no router")
+        if "balance_end" in typed and "loss-free" not in (self.balance or {}):
+            raise ConfigError("--balance-end has no effect without --balance loss-free, whose selection bias it stops")
+        if self.balance and frozen:
             from moetool.train.balance import check_frozen
 
-            check_frozen(self.balance, self.freeze_router)
+            check_frozen(self.balance, frozen)
 
     def _check_sources(self, typed: Collection[str]) -> None:
         kinds = (self.train, self.replay)
@@ -293,7 +327,7 @@ class TrainConfig:
             cooldown_end=0.7 if self.cooldown_end is None else self.cooldown_end,
             constant_end=0.8 if self.constant_end is None else self.constant_end,
             warmup_steps=warmup,
-            balance=dict(({} if self.freeze_router else default_balance) if self.balance is None else self.balance),
+            balance=dict(({} if self.frozen_routers else default_balance) if self.balance is None else self.balance),
             precision=precision,
             compile=compiled if self.compile is None else self.compile,
             save_every=self.save_every or every,
@@ -328,6 +362,7 @@ class TrainConfig:
             "weight": {name: self.weight.get(name, 1) for name in (*self.train, *self.replay)},
             **{name.replace("_", "-"): getattr(self, name) for name in defining},
             "balance": dict(self.balance or {}),
+            **({"centred": True} if "loss-free" in (self.balance or {}) else {}),
         }
 
 
@@ -347,7 +382,7 @@ def differences(
     defaults = {field.name.replace("_", "-"): field.default for field in fields(TrainConfig)}
     for name in {**before, **now}:
         old, new = (identity.get(name, defaults.get(name)) for identity in (before, now))
-        if old == new:
+        if old == new or name == "centred":  # which is as it began, whatever it is
             continue
         if name == "model":
             changed.append("MODEL (other files)")

@@ -25,6 +25,7 @@ from moetool.recipe import LINEAGE, extend_lineage
 from moetool.train.ranks import Ranks
 from moetool.train.selection import is_selection_bias
 
+BALANCE = "balance/"  # before the names of what a balance strategy must have to go on
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -71,6 +72,9 @@ class Layout:
         """
         state: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
+            if name.startswith(BALANCE):
+                yield "balance", name.removeprefix(BALANCE), tensor
+                continue
             if "/" in name:
                 yield "optimizer", name, tensor
                 continue

@@ -36,14 +36,14 @@ from moetool.train.accelerator import (
 )
 from moetool.train.assignment import FILES
 from moetool.train.batches import MicroBatch, micro_batches
-from moetool.train.export import Layout, buffers, publish, save_beside
+from moetool.train.export import BALANCE, Layout, buffers, publish, save_beside
 from moetool.train.interrupt import noting
 from moetool.train.loss import LanguageLoss, logits, token_loss
 from moetool.train.metrics_log import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import rounding_seed, set_rate
 from moetool.train.run_plan import RunPlan
 from moetool.train.saving import Saver
-from moetool.train.selection import Selection
+from moetool.train.selection import Strategy
 from moetool.train.terms import Forward, Need, Sums
 from moetool.train.validate import validate_all
 
@@ -68,7 +68,7 @@ class Run:
         optimizer: AdamW over them.
         updates: the same, wrapped for its processes.
         capture: on the routers; None for a dense model.
-        selections: strategies that act on the choice of experts.
+        strategies: those that are more than a loss of routes, by name.
         language_loss: see loss.py.
         layout: of the model on disk.
         saver: writes its step folders.
@@ -83,7 +83,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     updates: Any
     capture: RouterCapture | None
-    selections: Sequence[Selection]
+    strategies: Mapping[str, Strategy]
     language_loss: LanguageLoss
     layout: Layout
     saver: Saver
@@ -207,8 +207,9 @@ class Run:
         row["balance"] = {name: float(value) / num_micro for name, value in sums.terms.items()}
         row["num_tokens"] = self.step * step_tokens
         if self.capture is not None:
-            for selection in self.selections:
-                selection.update(sums.counts_LE)
+            row |= {name.replace("-", "_"): state.tolist() for name, state in balance.state(self.strategies).items()}
+            for strategy in self.strategies.values():
+                strategy.update(sums.counts_LE, self.step)
             row |= routing_row(sums.counts_LE.long().numpy(), step_tokens)
         row["tokens_per_second"] = step_tokens / (seconds + time.perf_counter() - began)
         if plan.peak_flops:
@@ -337,8 +338,9 @@ class Run:
         self._ahead = self._ahead or self._gradient()
         plan, config, step, layout, ranks = self.plan, self.plan.config, self.step, self.layout, self.saver.ranks
         moments = dict(resume.moments(self.weights, self.optimizer))
-        tensors = {**buffers(self.core), **self.weights, **moments}
-        units = [*layout.units, *((name,) for name in moments)]
+        states = {BALANCE + name: tensor for name, tensor in balance.state(self.strategies).items()}
+        tensors = {**buffers(self.core), **self.weights, **moments, **states}
+        units = [*layout.units, *((name,) for name in (*moments, *states))]
         entry = {"command": "cpt", "moetool": __version__, "torch": torch.__version__, "seed": config.seed}
         entry |= {"model": plan.identity["model"]}
         entry |= {"options": config.to_json(), **self._so_far()}

@@ -105,6 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunks = -(-hidden_TD.shape[0] * weight_VD.shape[0] // CHUNK_ELEMENTS)
         size = -(-hidden_TD.shape[0] // max(1, chunks))
         total = torch.zeros((), device=hidden_TD.device)
+        learns = wanted and ctx.needs_input_grad[1]  # a head that is not trained has no gradient
         grad_hidden_TD = torch.empty_like(hidden_TD) if wanted else None
         grad_weight_VD: Tensor | None = None
         for start in range(0, hidden_TD.shape[0], size):
@@ -113,6 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += loss
             if grad_hidden_TD is not None:
                 grad_hidden_TD[start : start + size] = gradient_TV @ weight_VD
+            if learns:
                 part_VD = gradient_TV.T @ chunk_TD
                 if chunks > 1:
                     part_VD = part_VD.float() if grad_weight_VD is None else grad_weight_VD.add_(part_VD)
@@ -126,7 +128,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         (grad,) = grads
         # In place: nothing else holds them, and the weight's may be as large as the head.
-        return grad_hidden_TD.mul_(grad), grad_weight_VD.mul_(grad).to(grad_hidden_TD.dtype), None, None, None
+        weight_VD = None if grad_weight_VD is None else grad_weight_VD.mul_(grad).to(grad_hidden_TD.dtype)
+        return grad_hidden_TD.mul_(grad), weight_VD, None, None, None
 
 
 def _loss_and_gradient(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,8 @@ def cast(model: nn.Module, capture: RouterCapture | None, masters: Masters = "de
     Returns:
         Every parameter by name: the weight that is updated. Where it lies beside the bf16 one, its `grad` is the sum
         over micro-batches; everywhere else that is the `grad` of the model's parameter. For what is not trained it is
-        the model's own parameter, for routers also unless it lies in host memory, and for all without masters.
+        the model's own parameter, or the fp32 one beside it where bf16 cannot hold it, because it must not change. For
+        routers it is the model's own unless it lies in host memory, and for all that is trained without masters.
     """
     routers = list(capture.routers.values()) if capture else []
     for router in routers:
@@ -46,6 +47,12 @@ def cast(model: nn.Module, capture: RouterCapture | None, masters: Masters = "de
     for name, parameter in model.named_parameters():
         updated[name] = parameter
         if not parameter.requires_grad:
+            if id(parameter) not in exact and not is_selection_bias(name):
+                half = parameter.data.bfloat16()
+                if not torch.equal(half.float(), parameter.data):
+                    kept = parameter.data.cpu() if masters == "host" else parameter.data
+                    updated[name] = nn.Parameter(kept, requires_grad=False)
+                parameter.data = half
             continue
         if masters == "host":
             updated[name] = nn.Parameter(parameter.data.to("cpu", copy=True))
@@ -81,7 +88,11 @@ def _adding_to(master: nn.Parameter) -> Callable[[Tensor], None]:
 @torch.no_grad()
 def cast_back(updated: Mapping[str, nn.Parameter], model: nn.Module) -> None:
     """After an update: the model's bf16 weights are the rounded fp32 ones."""
-    rounded = {name: parameter for name, parameter in model.named_parameters() if updated[name] is not parameter}
+    rounded = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if updated[name] is not parameter and parameter.requires_grad
+    }
     if rounded:
         torch._foreach_copy_(list(rounded.values()), [updated[name] for name in rounded])
 

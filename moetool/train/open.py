@@ -80,6 +80,8 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
         _alike(ranks, {**identity, **vars(mesh), **often})
         found = state.find(out, ranks) if config.resume else state.Found()
         if found.identity is not None:
+            # A run from before biases were centred goes on as it began.
+            identity = {name: value for name, value in identity.items() if name != "centred" or name in found.identity}
             _same(out, found.identity, identity)
         if found.summary is not None:
             yield Opened(summary=found.summary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,29 +20,35 @@ EIGHT_BIT_PARTS = ("codes", "scale", "qmap")  # of torchao's moments
 
 
 def adamw(
-    parameters: Iterable[nn.Parameter], config: TrainConfig, graded: Sequence[nn.Parameter] = ()
+    parameters: Iterable[nn.Parameter],
+    config: TrainConfig,
+    graded: Sequence[nn.Parameter] = (),
+    routers: Collection[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
     Tensors of two or more dimensions decay (projections, experts, routers, embeddings), norms and
     biases do not, as in Megatron-LM and GPT-NeoX. What is sharded over another mesh is a group of its own, because
-    torch updates a group at once. The learning rate is set before each update. Moments of 8 bits
+    torch updates a group at once, and so are routers with `--router-lr`. The learning rate is set before each update:
+    see `set_rate`. Moments of 8 bits
     (Dettmers et al. 2022, arXiv 2110.02861) or bf16, and updates of bf16 weights with stochastic rounding, are
     torchao's.
 
     Args:
-        parameters: that are updated.
+        parameters: that are updated; those that are not trained are left out.
         config: of the run.
         graded: with `--moments offload`: what their gradients lie in, in the same order.
+        routers: those of them that are of routers.
     """
-    parameters = list(parameters)
+    parameters, of_routers = list(parameters), {id(parameter) for parameter in routers}
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     found: dict[Any, list[nn.Parameter]] = {}
     for parameter in sorted(trained, key=lambda p: p.ndim < 2):
-        found.setdefault((parameter.ndim >= 2, getattr(parameter, "device_mesh", None)), []).append(parameter)
+        factor = config.router_lr if id(parameter) in of_routers else 1.0
+        found.setdefault((parameter.ndim >= 2, factor, getattr(parameter, "device_mesh", None)), []).append(parameter)
     groups = [
-        {"params": group, "weight_decay": config.weight_decay if decays else 0.0}
-        for (decays, _), group in found.items()
+        {"params": group, "weight_decay": config.weight_decay if decays else 0.0, "factor": factor}
+        for (decays, factor, _), group in found.items()
     ]
     common: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": EPSILON}
     if config.moments == "offload":
@@ -142,12 +148,16 @@ def _torchao(moments: str) -> Any:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the next update; torchao's is a tensor, which must stay the same one."""
+    """Set the learning rate of the next update, times each group's own `factor`.
+
+    torchao's is a tensor, which must stay the same one.
+    """
     for group in optimizer.param_groups:
+        rate = lr * group.get("factor", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def rounding_seed(seed: int, step: int) -> int:

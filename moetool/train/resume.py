@@ -163,6 +163,27 @@ def load_moments(
             optimizer.state[parameter] = state_from(optimizer, parameter, values)
 
 
+@torch.no_grad()
+def load_balance(folder: Path, states: Mapping[str, Tensor], advice: str) -> None:
+    """Put what balance strategies must have to go on into place.
+
+    Args:
+        folder: the step folder.
+        states: by name; are written to.
+        advice: what to do when they do not fit.
+
+    Raises:
+        CheckpointError: they are absent, damaged, or of another model.
+    """
+    if not states:
+        return
+    with _told(folder, advice), _stored(folder, "balance") as found:
+        for name, state in states.items():
+            if name not in found or (found[name].shape, found[name].dtype) != (tuple(state.shape), state.dtype):
+                raise ValueError(f"it holds no state of --balance {name} for this model")
+            state.copy_(found[name].read(state))
+
+
 @contextmanager
 def _stored(folder: Path, kind: str) -> Iterator[dict[str, Stored]]:
     """The tensors of a kind of files (see `assignment.FILES`), by name."""

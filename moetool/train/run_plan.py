@@ -80,14 +80,20 @@ def plan_run(
         master_weights=config.master_weights,
         gradient_checkpointing=config.gradient_checkpointing,
         freeze_router=config.freeze_router,
+        train_only=config.train_only,
         compiled_loss=config.compile or config.liger,
         whole_logits=any("logits" in term.needs for term in terms.values()),
+        coupled="erc" in config.balance,
+        rounds=source_dtype(config.model) != "bfloat16",
     )
+    trained = training.trained(model)
     total, active = count_parameters(model)
     values: dict[str, Any] = {
         "num_parameters": total,
         "num_active_parameters": active,
-        "flops_per_token": flops_per_token(model, config.seq_len),
+        "num_trained_parameters": count_parameters(model, trained)[0],
+        "trained": "everything but routers" if config.freeze_router else config.train_only,
+        "flops_per_token": flops_per_token(model, config.seq_len, trained),
         "memory": estimate(model, training, config.mesh),
         "loading_memory": loading_bytes(model, config.mesh, device.type == "cuda"),
         "saving_memory": saving_bytes(model, training, accelerator.num_processes),

@@ -1,5 +1,7 @@
 """Balance strategies that change which experts are chosen, by hooks and buffers; the saved model is stock.
 
+And what every strategy is that needs more than a micro-batch's routes.
+
 Shapes: T tokens of a micro-batch, E experts, K top-k, L layers.
 """
 
@@ -9,7 +11,8 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from moetool.errors import ConfigError, in_one_line
 from moetool.routing.capture import Route, RouterCapture, read_output
 from moetool.train.accelerator import share
+from moetool.train.terms import Term
 
 # Half-steps of Sinkhorn's iteration come in pairs; after these the tokens' sums are even to a few
 # thousandths for logits of trained routers (the experts' are even by the last half-step itself).
@@ -27,27 +31,49 @@ BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 _FAMILIES_WITH_BIAS = "glm4_moe, dots1, solar_open, deepseek_v3, ernie4_5_moe, minimax_m2, lfm2_moe, afmoe and others"
 
 
-class Selection(Protocol):
-    """A strategy that acts on the choice of experts.
+@dataclass(frozen=True)
+class How:
+    """What strategies know of a run besides their coefficients.
+
+    Attributes:
+        empty: a capture on the same routers without weights, where the model's are sharded and cannot be copied.
+        last_move: the last update after which biases move; None: all of them.
+        centred: whether their moves are centred; a run from before there was that goes on without it.
+    """
+
+    empty: RouterCapture | None = None
+    last_move: int | None = None
+    centred: bool = True
+
+
+PLAIN = How()
+
+
+class Strategy:
+    """A strategy at work on the routers of a model: it changes the choice of experts, or has a state of its own.
 
     Attributes:
         coefficient: where the user names none; 0 where it takes none.
+        teaches_routers: whether it does nothing where routers do not learn.
+        term: the loss that it adds; None: none.
+        state: what a run that goes on must have, by name. It is the same in all processes.
     """
 
-    coefficient: ClassVar[float]
+    coefficient: ClassVar[float] = 0.0
+    teaches_routers: ClassVar[bool] = False
+    term: Term | None = None
+    state: Mapping[str, Tensor] = MappingProxyType({})
 
-    def __init__(
-        self, model: nn.Module, capture: RouterCapture, coefficient: float, empty: RouterCapture | None = None
-    ) -> None:
-        """Raise ConfigError where the model's family does not allow it; the weights may be on torch's meta device.
+    def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float, how: How) -> None:
+        """Raise ConfigError where the model's family does not allow it; the weights may be on torch's meta device."""
 
-        `empty` is on the same routers without weights, where those of `capture` are sharded and cannot be copied.
+    def update(self, counts_LE: Tensor, step: int) -> None:
+        """After an update of the weights.
+
+        Args:
+            counts_LE: routes to each expert in its step, over all micro-batches and processes.
+            step: updates made.
         """
-        ...
-
-    def update(self, counts_LE: Tensor) -> None:
-        """After an optimizer step: routes to each expert in it, over all micro-batches and processes."""
-        ...
 
 
 def sinkhorn(logits_TE: Tensor, iterations: int = SINKHORN_ITERATIONS) -> Tensor:
@@ -143,7 +169,7 @@ _NO_SINKHORN = (
 )
 
 
-class Sinkhorn:
+class Sinkhorn(Strategy):
     """Choose experts in training by Sinkhorn's assignment, which gives every expert the same share.
 
     A forward hook replaces the chosen indices by the top-k of `sinkhorn(logits)` over the micro-batch,
@@ -154,23 +180,16 @@ class Sinkhorn:
     A selection bias of the family has no part in the choice.
     """
 
-    coefficient: ClassVar[float] = 0.0
-
-    def __init__(
-        self, model: nn.Module, capture: RouterCapture, coefficient: float = 0.0, empty: RouterCapture | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float = 0.0, how: How = PLAIN) -> None:
         for layer, router in capture.routers.items():
             if getattr(router, "topk_group", 1) < getattr(router, "num_group", 1):
                 raise ConfigError(
                     f"--balance sinkhorn: layer {layer} chooses experts within groups (n_group"
                     f" {router.num_group}), which Sinkhorn's assignment would ignore; use aux, global-aux or loss-free"
                 )
-            weighting = find_weighting((empty or capture).routers[layer], capture.scoring[layer])
+            weighting = find_weighting((how.empty or capture).routers[layer], capture.scoring[layer])
             # Ahead of the hook that collects, so that the choices that act are the ones that are counted.
             router.register_forward_hook(_choose(weighting), prepend=True)
-
-    def update(self, counts_LE: Tensor) -> None:
-        """Nothing: each micro-batch is balanced by itself."""
 
 
 def _choose(weighting: Weighting) -> Any:
@@ -194,28 +213,33 @@ def _choose(weighting: Weighting) -> Any:
     return hook
 
 
-class LossFree:
+class LossFree(Strategy):
     """Add `coefficient` to the selection bias of underloaded experts after each step, take it from overloaded ones.
 
-    b_e += u * sign(mean load - load of e), from the routes of the whole step over all processes; the
-    bias decides who is chosen, not how choices are weighted: Wang et al. 2024 (arXiv 2408.15664),
-    algorithm 1, with their u = 0.001. The bias stays float32, in the saved checkpoint too.
+    b_e += u * (s_e - mean s) with s_e = sign(mean load - load of e), from the routes of the whole step over all
+    processes; the bias decides who is chosen, not how choices are weighted: Wang et al. 2024 (arXiv 2408.15664),
+    algorithm 1, with their u = 0.001, and centred as in torchtitan. A layer's mean bias so stays what it was;
+    uncentred moves add up in one direction where more experts lie below the mean load than above it. After update
+    `how.last_move` the bias stays: DeepSeek-V3 (arXiv 2412.19437, section 4.2) moved it for the first 14.3 of 14.8
+    trillion tokens. It is float32, in the saved checkpoint too.
     """
 
     coefficient: ClassVar[float] = 0.001
 
-    def __init__(
-        self, model: nn.Module, capture: RouterCapture, coefficient: float, empty: RouterCapture | None = None
-    ) -> None:
-        self._rate, self._places = coefficient, selection_biases(model, capture.routers)
+    def __init__(self, model: nn.Module, capture: RouterCapture, coefficient: float, how: How = PLAIN) -> None:
+        self._rate, self._how, self._places = coefficient, how, selection_biases(model, capture.routers)
 
     @torch.no_grad()
-    def update(self, counts_LE: Tensor) -> None:
+    def update(self, counts_LE: Tensor, step: int) -> None:
         """Move every bias by one step of the update rate."""
-        sign_LE = (counts_LE.mean(dim=-1, keepdim=True, dtype=torch.float64) - counts_LE).sign()
-        for (module, name), sign_E in zip(self._places, sign_LE, strict=True):
+        if self._how.last_move is not None and step > self._how.last_move:
+            return
+        move_LE = (counts_LE.mean(dim=-1, keepdim=True, dtype=torch.float64) - counts_LE).sign()
+        if self._how.centred:
+            move_LE -= move_LE.mean(dim=-1, keepdim=True)
+        for (module, name), move_E in zip(self._places, move_LE, strict=True):
             bias: Tensor = getattr(module, name)
-            bias.add_(share(sign_E.to(bias.dtype).reshape(bias.shape), bias), alpha=self._rate)
+            bias.add_(share(move_E.to(bias.dtype).reshape(bias.shape), bias), alpha=self._rate)
 
 
 def selection_biases(model: nn.Module, routers: Mapping[int, nn.Module]) -> list[tuple[nn.Module, str]]:

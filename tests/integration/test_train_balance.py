@@ -24,7 +24,7 @@ from moetool.data.text import TextSource
 from moetool.data.tokens import tokenized
 from moetool.routing.capture import RouterCapture
 from moetool.train import balance
-from moetool.train.balance import build_selections, build_terms, count_routes
+from moetool.train.balance import build_strategies, build_terms, count_routes
 from moetool.train.config import TrainConfig
 from moetool.train.execution import apply_execution, executing
 from moetool.train.loss import logits
@@ -33,7 +33,7 @@ from moetool.train.terms import Forward, Term
 from tests import tiny
 
 SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3, "--json", "--quiet"]
-LOSSES = ["aux", "global-aux", "pooled-aux", "z-loss"]
+LOSSES = ["aux", "global-aux", "pooled-aux", "seq-aux", "adaptive-aux", "z-loss", "erc"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,8 @@ def router_gradients(model_folder: Path, strategies: list[str], **how: Any) -> l
         capture = RouterCapture(model)
         with torch.no_grad(), capture.collect():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long))  # as the plan does
-        build_selections(config.balance, model, capture)
+        at_work = build_strategies(config.balance, model, capture)
+        terms = [*build_terms(config.balance).values(), *(s.term for s in at_work.values() if s.term)]
         apply_execution(config, model)
         model.train()
         seen: list[Tensor] = []
@@ -88,9 +89,9 @@ def router_gradients(model_folder: Path, strategies: list[str], **how: Any) -> l
                 logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
             assert [route.layer for route in routes] == capture.layers
             seen.append(count_routes(routes))
-            forward = tiny.forward(routes, seen[-1], torch.stack(seen).sum(dim=0))
+            forward = tiny.forward(routes, seen[-1], torch.stack(seen).sum(dim=0), sequences=2)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-            for term in build_terms(config.balance).values():
+            for term in terms:
                 loss = loss + term.values(forward).mean()
             (loss / 2).backward()
             assert len(routes) == len(capture.layers)  # nothing was collected in the recomputation
@@ -227,10 +228,11 @@ def test_the_selection_bias_is_saved_in_float32(tmp_path: Path, jsonl: Path, dty
     assert len(biases) == 2
     for bias in biases.values():
         assert bias.dtype == torch.float32
-        # Four steps of +u, -u or 0 each, of which bf16 would know three digits.
+        # Four steps of +u, -u or 0 each less their mean over four experts, of which bf16 would know three digits.
         steps_E = bias / 0.0011
-        torch.testing.assert_close(steps_E, steps_E.round(), atol=1e-4, rtol=0)
-        assert 0 < steps_E.abs().max() <= 4.001
+        torch.testing.assert_close(4 * steps_E, (4 * steps_E).round(), atol=4e-4, rtol=0)
+        assert steps_E.sum().abs() < 1e-3
+        assert 0 < steps_E.abs().max() <= 6.001
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert model.dtype == dtype
     loaded = model.model.layers[1].mlp.gate.e_score_correction_bias
@@ -254,8 +256,9 @@ def test_families_that_store_a_selection_bias_get_it_back(tmp_path: Path, jsonl:
     assert len(places) == 2
     for module, name in places:
         steps = getattr(module, name).detach() / 0.0011
-        assert steps.abs().max() > 0.9
-        torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+        assert steps.abs().max() > 0.4
+        torch.testing.assert_close(4 * steps, (4 * steps).round(), atol=4e-4, rtol=0)
+        assert steps.sum().abs() < 1e-3
 
 
 def save_with_bias(family: str, folder: Path) -> None:

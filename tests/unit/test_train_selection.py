@@ -149,7 +149,7 @@ def test_loss_free_moves_the_stored_bias_by_the_sign_of_the_error(family: str) -
         getattr(module, name).data.fill_(1.0)
     # Mean 5: expert 0 is over, 1 under, 2 and 3 are at it.
     counts_LE = torch.tensor([[9, 1, 5, 5], [5, 5, 5, 5]], dtype=torch.float64)
-    LossFree(model, capture, 0.25).update(counts_LE)
+    LossFree(model, capture, 0.25).update(counts_LE, 1)
     first, second = (getattr(module, name).detach().flatten() for module, name in places)
     assert first.tolist() == [0.75, 1.25, 1.0, 1.0]
     assert second.tolist() == [1.0] * 4
@@ -176,7 +176,7 @@ def test_options_that_contradict_the_model(tmp_path: Path) -> None:
     balance.check(config(["loss-free"], freeze_router=True), glm)
     balance.check(config(["sinkhorn"], freeze_router=True), glm)
     with pytest.raises(
-        ConfigError, match=r"does not learn from --balance global-aux, z-loss; only sinkhorn, loss-free and none"
+        ConfigError, match=r"does not learn from --balance global-aux, z-loss; only sinkhorn, loss-free, erc and none"
     ):
         balance.check(config(["loss-free", "global-aux", "z-loss"], freeze_router=True), glm)
     with pytest.raises(ConfigError, match="cannot store"):
