@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moetool.routing.capture import Route
-from moetool.train.balance import aux, count_routes, global_aux, pooled_aux, z_loss
+from moetool.train.balance import aux, count_routes, global_aux, pooled_aux, seq_aux, z_loss
+from moetool.train.coupling import erc, proxies
 from moetool.train.selection import sinkhorn
 from tests import tiny
 
@@ -67,7 +68,7 @@ def test_uniform_load_is_1(size: tuple[int, int, int, int], scoring: str) -> Non
     # Token t chooses expert t mod E and the next one: each expert has two of every E tokens.
     first = torch.arange(tokens * experts).expand(layers, -1)
     balanced = routes(logits, torch.stack([first, first + 1], dim=-1) % experts, scoring)
-    for term in (aux, global_aux, pooled_aux):
+    for term in (aux, global_aux, pooled_aux, seq_aux):
         losses = term(tiny.forward(balanced, count_routes(balanced)))
         torch.testing.assert_close(losses, torch.ones_like(losses), atol=1e-5, rtol=0)
 
@@ -77,7 +78,7 @@ def test_aux_lies_between_0_and_the_number_of_experts(size: tuple[int, int, int,
     made = top(size, scoring)
     counts_LE = count_routes(made)
     assert counts_LE.sum().item() == sum(route.indices_TK.numel() for route in made)
-    for term in (aux, pooled_aux):
+    for term in (aux, pooled_aux, seq_aux):
         losses = term(tiny.forward(made, counts_LE))
         assert (losses >= 0).all()
         assert (losses <= size[2] + 1e-4).all()
@@ -101,6 +102,48 @@ def test_global_aux_over_parts_is_aux_of_the_whole(size: tuple[int, int, int, in
     ]
     mean = torch.stack([global_aux(tiny.forward(part, counts_LE)) for part in split]).mean(dim=0)
     torch.testing.assert_close(mean, aux(tiny.forward(whole, counts_LE)), atol=1e-5, rtol=1e-5)
+
+
+@given(size=sizes, sequences=st.integers(1, 4), scoring=scorings)
+def test_seq_aux_is_the_mean_of_aux_over_sequences(
+    size: tuple[int, int, int, int], sequences: int, scoring: str
+) -> None:
+    layers, tokens, experts, seed = size
+    whole = top((layers, tokens * sequences, experts, seed), scoring)
+    alone = []
+    for i in range(sequences):
+        s = slice(i * tokens, (i + 1) * tokens)
+        part = [Route(r.layer, r.logits_TE[s], r.weights_TK[s], r.indices_TK[s], r.scoring) for r in whole]
+        alone.append(aux(tiny.forward(part, count_routes(part))))
+    together = seq_aux(tiny.forward(whole, count_routes(whole), sequences=sequences))
+    torch.testing.assert_close(together, torch.stack(alone).mean(dim=0), atol=1e-5, rtol=1e-5)
+
+
+@given(size=sizes, scale=st.sampled_from([1e-3, 1.0, 100.0]))
+def test_a_proxy_stays_nearest_to_its_own_row(size: tuple[int, int, int, int], scale: float) -> None:
+    """Appendix B of the paper."""
+    _, hidden, experts, seed = size
+    generator = torch.Generator().manual_seed(seed)
+    rows_ED = scale * torch.randn(experts, hidden, generator=generator, dtype=torch.float64)
+    noise_ED = torch.rand(experts, hidden, generator=generator, dtype=torch.float64).round()  # as far as it may
+    apart_EE = torch.cdist(proxies(rows_ED, noise_ED), rows_ED)
+    assert (apart_EE.diagonal() <= apart_EE.min(dim=1).values + 1e-9 * scale).all()
+
+
+@given(size=sizes, scale=st.sampled_from([0.1, 1.0, 10.0]))
+def test_erc_is_the_published_pseudocode(size: tuple[int, int, int, int], scale: float) -> None:
+    """Written out over pairs; it is at least 0, and grows with its matrices."""
+    width, hidden, E, seed = size
+    generator = torch.Generator().manual_seed(seed)
+    proxies_ED, gates_EFD = (
+        torch.randn(E, hidden, generator=generator),
+        torch.randn(E, width, hidden, generator=generator),
+    )
+    M = [[float((gates_EFD[j] @ proxies_ED[i]).norm()) for j in range(E)] for i in range(E)]
+    pairs = [(i, j) for i in range(E) for j in range(E) if i != j]
+    expected = sum(max(M[i][j] - M[i][i], 0) + max(M[j][i] - M[i][i], 0) for i, j in pairs) / E**2
+    torch.testing.assert_close(erc(proxies_ED, gates_EFD).item(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(erc(proxies_ED, scale * gates_EFD).item(), scale * expected, atol=1e-4, rtol=1e-4)
 
 
 @given(size=sizes)

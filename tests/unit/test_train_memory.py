@@ -62,6 +62,24 @@ def test_weights_and_moments_are_16_bytes_a_parameter(mixtral: Path) -> None:
     assert memory.estimate(model, training(precision="bf16"))["weights"] == 6 * total
     frozen = memory.estimate(model, training(freeze_router=True))
     assert need["gradients"] - frozen["gradients"] == 4 * 2 * 4 * 32
+    for kind, trained in (("routers", 2 * 4 * 32), ("experts", 2 * 4 * 3 * 32 * 64)):
+        part = memory.estimate(model, training(train_only=kind))
+        assert [part[name] for name in ("weights", "gradients", "optimizer")] == [4 * total, 4 * trained, 8 * trained]
+        assert memory.saving_bytes(model, training(train_only=kind), 1) == 4 * total + 8 * trained + 8 * largest
+        # In bf16, fp32 weights lie beside those that are trained, and beside the others if bf16 cannot hold them.
+        run = training(train_only=kind, precision="bf16")
+        assert memory.estimate(model, run)["weights"] == 2 * total + 4 * trained
+        assert memory.estimate(model, replace(run, rounds=True))["weights"] == 6 * total
+        offload = memory.estimate(model, replace(run, moments="offload"))
+        assert [offload["weights"], offload["host"]] == [2 * total, 12 * trained]
+        _, active = count_parameters(model)
+        learning = trained if kind == "routers" else trained // 2
+        attention = 12 * 2 * 32 * 16
+        names = run.trained(model)
+        assert flops_per_token(model, 16, names) == 4 * (active - 9600) + 2 * learning + attention
+    assert flops_per_token(model, 16, training().trained(model)) == flops_per_token(model, 16)
+    coupled = memory.estimate(model, training(coupled=True))  # the gradient of the gates and ups once more
+    assert coupled["activations"] - need["activations"] == 4 * 2 * 4 * 2 * 32 * 64
     half = memory.estimate(model, training(micro_batch_size=1))
     assert need["activations"] == 2 * half["activations"]
     less = memory.estimate(model, training(gradient_checkpointing=True))

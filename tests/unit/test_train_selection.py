@@ -16,7 +16,7 @@ from moetool.routing.capture import RouterCapture, has_routers
 from moetool.train import balance
 from moetool.train.balance import count_routes
 from moetool.train.config import TrainConfig
-from moetool.train.selection import LossFree, Sinkhorn, Weighting, find_weighting, selection_biases, sinkhorn
+from moetool.train.selection import How, LossFree, Sinkhorn, Weighting, find_weighting, selection_biases, sinkhorn
 from tests import tiny
 
 SIZES: dict[str, Any] = {
@@ -154,6 +154,26 @@ def test_loss_free_moves_the_stored_bias_by_the_sign_of_the_error(family: str) -
     assert first.tolist() == [0.75, 1.25, 1.0, 1.0]
     assert second.tolist() == [1.0] * 4
     assert first.dtype == torch.float32
+
+
+def test_loss_free_is_centred_and_ends() -> None:
+    model = meta_model("glm4_moe").to_empty(device="cpu")
+    capture = RouterCapture(model)
+    places = selection_biases(model, capture.routers)
+
+    def moved(how: How, step: int) -> list[float]:
+        for module, name in places:
+            getattr(module, name).data.fill_(1.0)
+        # Mean 5: one expert is over, three are under. Signs -1, 1, 1, 1, whose mean is 1/2.
+        LossFree(model, capture, 0.25, how).update(torch.tensor([[8, 4, 4, 4], [5, 5, 5, 5]]), step)
+        first, second = (getattr(module, name).tolist() for module, name in places)
+        assert second == [1.0] * 4
+        return list(first)
+
+    assert moved(How(), 1000) == [0.625, 1.125, 1.125, 1.125]
+    assert moved(How(centred=False), 1) == [0.75, 1.25, 1.25, 1.25]
+    assert moved(How(last_move=3), 3) == [0.625, 1.125, 1.125, 1.125]
+    assert moved(How(last_move=3), 4) == [1.0] * 4
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])
