@@ -46,6 +46,8 @@ def build_run(plan: RunPlan) -> Run:
         core, capture = _ready(config, accelerator.device, start)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {resume.ADVICE}" if step else str(error)) from None
+    # Before any forward: FSDP asks once, when it first gathers a weight.
+    _freeze(core, trained_names(core, config.train_only, config.freeze_router))
     strategies: Mapping[str, Strategy] = {}
     warnings: list[str] = []
     if capture:
@@ -57,7 +59,6 @@ def build_run(plan: RunPlan) -> Run:
             warnings = untrained_routers(core, capture, list(plan.terms))
         if warnings and config.train_only == "routers" and not plan.terms:
             raise ConfigError(f"--train-only routers: {warnings[0]}")
-    _freeze(core, trained_names(core, config.train_only, config.freeze_router))
     if not config.cross_document:
         check_documents_apart(core, half and not mesh.whole)
     if going_on:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from moetool.checkpoint.model import load_model
 from moetool.data.text import TextSource
 from moetool.data.tokens import tokenized
 from moetool.routing.capture import RouterCapture
-from moetool.train import balance
+from moetool.train import balance, state
 from moetool.train.balance import build_strategies, build_terms, count_routes
 from moetool.train.config import TrainConfig
 from moetool.train.execution import apply_execution, executing
@@ -149,6 +153,7 @@ STRATEGIES = [
     ("glm4_moe", ["sinkhorn"], "fp32"),
     ("glm4_moe", ["loss-free=0.01"], "fp32"),
     ("glm4_moe", ["loss-free", "aux=0.001"], "bf16"),
+    ("glm4_moe", ["adaptive-aux", "seq-aux", "erc", "loss-free"], "bf16"),
 ]
 
 
@@ -288,7 +293,8 @@ def save_with_bias(family: str, folder: Path) -> None:
     ("family", "strategies", "more", "later"),
     [
         ("glm4_moe", ["loss-free=0.01"], [], []),
-        ("glm4_moe", ["global-aux"], [], ["--gradient-checkpointing"]),  # which may change
+        # What may change, and a state that is kept.
+        ("glm4_moe", ["adaptive-aux=0.1", "global-aux", "seq-aux", "erc"], [], ["--gradient-checkpointing"]),
         ("glm4_moe", ["sinkhorn"], ["--freeze-router"], []),
         ("ernie4_5_moe", ["loss-free=0.01"], [], ["--deterministic"]),  # its bias is a parameter
     ],
@@ -323,6 +329,108 @@ def test_a_resumed_run_is_bit_identical(
     assert rows(tmp_path / "stopped") == rows(tmp_path / "straight")
     straight, stopped = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
     assert all(torch.equal(value, stopped[name]) for name, value in straight.items())
+
+
+def biases(folder: Path) -> list[Tensor]:
+    return [tensor for name, tensor in weights(folder).items() if name.endswith("e_score_correction_bias")]
+
+
+def test_loss_free_ends_where_it_is_told(tmp_path: Path, models: dict[str, Path], jsonl: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--balance", "loss-free=0.01", "--balance-end", 0.6, "--save-every", 1, "--keep-checkpoints", 5]
+    assert cpt(models["glm4_moe"], out, jsonl, *arguments, "--val-fraction", 0, steps=5)[0] == 0
+    moved = [biases(out / f"checkpoints/step-{step:06d}") for step in range(1, 6)]
+    for before, after in pairwise(moved[:3]):
+        assert any(not torch.equal(b, a) for b, a in zip(before, after, strict=True))
+    for later in moved[3:]:  # after update round(0.6 x 5)
+        assert all(torch.equal(b, a) for b, a in zip(moved[2], later, strict=True))
+
+
+def test_a_run_from_before_biases_were_centred_goes_on_without_it(
+    tmp_path: Path, models: dict[str, Path], jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, arguments = tmp_path / "out", ["--balance", "loss-free=0.01", "--save-every", 2, "--val-fraction", 0]
+    identity = TrainConfig.identity
+    new = ("centred", "balance-end", "train-only", "router-lr")
+
+    def earlier(self: TrainConfig, *known: Any) -> dict[str, Any]:
+        return {name: value for name, value in identity(self, *known).items() if name not in new}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainConfig, "identity", earlier)
+        assert cpt(models["glm4_moe"], out, jsonl, *arguments)[0] == 0
+    straight = biases(out)
+    for bias in straight:
+        torch.testing.assert_close(bias / 0.01, (bias / 0.01).round(), atol=1e-4, rtol=0)
+    assert any(bias.sum().abs() > 0.005 for bias in straight)
+    assert cpt(models["glm4_moe"], out, jsonl, *arguments)[0] == 0  # finished, and the same run
+    _unfinish(out)
+    assert cpt(models["glm4_moe"], out, jsonl, *arguments)[0] == 0
+    assert all(torch.equal(a, b) for a, b in zip(straight, biases(out), strict=True))
+    assert "centred" not in json.loads((out / "summary.json").read_text())["identity"]
+
+
+def _unfinish(out: Path) -> None:
+    """Leave what a kill after the save before the last leaves."""
+    shutil.rmtree(sorted((out / "checkpoints").iterdir())[-1])
+    for name in ("config.json", "summary.json"):
+        (out / name).unlink()
+    state.claim(out)
+
+
+def test_a_lost_state_of_a_strategy_is_not_made_up(tmp_path: Path, models: dict[str, Path], jsonl: Path) -> None:
+    out, arguments = tmp_path / "out", ["--balance", "adaptive-aux", "--save-every", 2, "--val-fraction", 0]
+    assert cpt(models["mixtral"], out, jsonl, *arguments)[0] == 0
+    assert all(len(row["adaptive_aux"]) == 2 for row in all_rows(out))
+    _unfinish(out)
+    folder = out / "checkpoints/step-000002/training_state"
+    document = json.loads((folder / "state.json").read_text())
+    del document["files"]["training_state/balance.safetensors"]
+    (folder / "state.json").write_text(json.dumps(document))
+    code, _, stderr = cpt(models["mixtral"], out, jsonl, *arguments)
+    assert code == 1
+    assert "it holds no state of --balance adaptive-aux for this model); delete that step folder" in stderr
+    # Another run begins with its own.
+    code, _, stderr = cpt(folder.parent, tmp_path / "next", jsonl, *arguments, "--keep-optimizer", steps=1)
+    assert (code, stderr) == (0, "")
+    assert all_rows(tmp_path / "next")[0]["adaptive_aux"] == [0.01, 0.01]
+
+
+def all_rows(out: Path) -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in read]
+
+
+def test_a_killed_run_goes_on_with_every_state_bit_for_bit(
+    tmp_path: Path, models: dict[str, Path], jsonl: Path
+) -> None:
+    """SIGKILL of a real process, at an instant of its own choosing."""
+    model, steps = models["glm4_moe"], 40
+    arguments = [*options(["adaptive-aux=0.1", "loss-free=0.01", "erc", "seq-aux"]), "--balance-end", 0.9]
+    arguments = [*arguments, "--router-lr", 3, "--train-only", "routers", "--save-every", 4, "--eval-every", 40]
+    assert cpt(model, tmp_path / "straight", jsonl, *arguments, steps=steps)[0] == 0
+    out = tmp_path / "killed"
+    words = ["cpt", model, out, "--train", f"new={jsonl}", "--max-steps", steps, *SMALL, *arguments]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-m", "moetool", *map(str, words)], env=environment,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:  # fmt: skip
+        until = time.monotonic() + 200
+        while time.monotonic() < until and not list((out / "checkpoints").glob("step-*")):
+            time.sleep(0.01)
+        running.kill()
+    assert running.returncode == -signal.SIGKILL
+    saved = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
+    assert saved
+    assert saved[-1] < "step-000040"
+    assert cpt(model, out, jsonl, *arguments, steps=steps)[0] == 0
+    assert all_rows(out) == all_rows(tmp_path / "straight")
+    coefficients = [row["adaptive_aux"] for row in all_rows(out) if "loss" in row]
+    assert coefficients[0] == [0.1, 0.1]
+    assert coefficients[-1] != coefficients[0]
+    straight, resumed = weights(tmp_path / "straight"), weights(out)
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+    last = "checkpoints/step-000040/training_state/balance.safetensors"
+    assert (out / last).read_bytes() == (tmp_path / "straight" / last).read_bytes()
 
 
 def test_frozen_routers_stay_as_they_are(tmp_path: Path, models: dict[str, Path], jsonl: Path) -> None:

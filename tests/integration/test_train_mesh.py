@@ -55,7 +55,7 @@ def right(each: list[Done]) -> None:
         assert bool(done.stdout) == (rank == 0)  # one process speaks
 
 
-def same_weights(one: Path, other: Path) -> None:
+def same_weights(one: Path, other: Path, moved: bool = True) -> None:
     ours, theirs = (
         {name: tensor for file in out.glob("model*.safetensors") for name, tensor in load_file(file).items()}
         for out in (one, other)
@@ -64,7 +64,7 @@ def same_weights(one: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         if name.endswith("e_score_correction_bias"):
-            assert tensor.any() == (one.name != "micro")  # which trains without loss-free
+            assert tensor.any() == (moved and one.name != "micro")  # which trains without loss-free
             assert torch.equal(tensor, theirs[name]), name
         assert torch.allclose(tensor, theirs[name], atol=1e-4, rtol=1e-2), name
 
@@ -84,6 +84,7 @@ REFUSED: dict[str, list[object]] = {
     "--tp 2 alone: transformers adds up gradients": ["--tp", 2],
     "--moments 8bit: torchao's optimizers do not take shards": ["--fsdp", 2, "--moments", "8bit"],
     "--compile: exchanges between processes": ["--fsdp", 2, "--ep", 2, "--compile"],
+    "--balance erc: it takes products of whole experts, which a mesh shards": ["--fsdp", 2, "--balance", "erc"],
 }
 
 
@@ -95,12 +96,25 @@ def test_two_processes_train_as_one(tmp_path: Path, glm: Path, text: Path, ones:
         command(glm, tmp_path / "ep", text, *STEP_LOAD, *both, micro=2),
         command(glm, on, text, *both),
     ]
+    # Routers alone, their coefficients following the loads of both processes; whole weights, then sharded ones.
+    routers = ["--balance", "adaptive-aux=0.1", "--balance", "seq-aux=0.1", "--train-only", "routers", "--router-lr", 9]
+    whole = [*routers, "--balance", "erc"]
+    for name, words in (("whole", whole), ("shards", routers)):
+        alone(*command(glm, tmp_path / f"one {name}", text, *words, steps=6))
+        trained.append(command(glm, tmp_path / name, text, *words, *(["--fsdp", 2] * (name == "shards")), steps=6))
     refused = [command(glm, tmp_path / "refused", text, *options) for options in REFUSED.values()]
     done = launch(2, tmp_path, *trained, *refused)
-    for each in done[:3]:
+    for each in (*done[:3], done[4]):
         right(each)
+    assert [one.code for one in done[3]] == [0, 0]  # torch warns of an argument of accelerate's
+    for name in ("whole", "shards"):
+        assert_alike(tmp_path / f"one {name}", tmp_path / name)
+        ours, theirs = (rows(tmp_path / run)[-2]["adaptive_aux"] for run in (f"one {name}", name))
+        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert max(ours) < 0.0999
+        same_weights(tmp_path / f"one {name}", tmp_path / name, moved=False)
     assert "from step 10" in done[2][0].stdout
-    for reason, each in zip(REFUSED, done[3:], strict=True):
+    for reason, each in zip(REFUSED, done[5:], strict=True):
         for one in each:
             assert one.code in (1, 2)
             assert reason in " ".join(one.stderr.replace("│", " ").split())
@@ -137,6 +151,8 @@ def test_four_processes_train_as_one(tmp_path: Path, glm: Path, text: Path, ones
 OTHERS: dict[str, tuple[str, list[object], float]] = {  # family, options, how near the losses are
     "sinkhorn": ("mixtral", ["--balance", "sinkhorn", "--balance", "z-loss", "--gradient-checkpointing"], 1e-5),
     "frozen": ("glm4_moe", ["--balance", "loss-free=0.01", "--freeze-router"], 1e-5),
+    "routers": ("glm4_moe", ["--train-only", "routers", "--balance", "adaptive-aux", "--balance", "seq-aux"], 1e-5),
+    "experts bf16": ("mixtral", ["--train-only", "experts", "--precision", "bf16", "--gradient-checkpointing"], 5e-3),
     "documents": ("mixtral", ["--no-cross-document", "--balance", "pooled-aux", "--deterministic"], 1e-5),
     "tied": ("mixtral-tied", [], 1e-5),
     "bf16": ("mixtral", ["--precision", "bf16", "--no-cross-document", "--gradient-checkpointing"], 5e-3),
