@@ -132,6 +132,9 @@ def _plan_text(plan: Mapping[str, Any]) -> str:
     for name, tokens in plan["val"].items():
         source = ", the last part of its only document" if name in plan["val_from_end"] else ""
         lines.append(f"  val    {escape(name)}: {count(tokens)} tokens{source}")
+    gradient = plan["router_gradient"]
+    if gradient["kind"] != "sparse":
+        lines.append(f"  router gradient {gradient['kind']}: {gradient['operations']:.1%} more operations")
     return "\n".join([*lines, f"  {_memory_text(plan)}"])
 
 

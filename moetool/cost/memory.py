@@ -113,6 +113,7 @@ class Training:
     gradient_checkpointing: bool = False
     freeze_router: bool = False
     train_only: str = "everything"
+    router_gradient: str = "sparse"
     compiled_loss: bool = False
     whole_logits: bool = False
     coupled: bool = False
@@ -231,6 +232,12 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
     if training.coupled:
         gates = (p for name, p in model.named_parameters() if name.endswith(".gate_up_proj"))
         head += compute * sum(p.numel() for p in gates)
+    routed = {name: p for name, p in model.named_parameters() if is_routed(name, p)}
+    if training.router_gradient == "dense":  # what a layer's experts keep, once more in the backward
+        layer_elements = sum(_token_elements(n, p, hidden, top_k, mesh, parts[n]) for n, p in routed.items())
+        head += int(tokens * compute * layer_elements / text.num_hidden_layers)
+    if training.router_gradient == "default":  # averages and the sums of a step
+        head += 2 * FLOAT32 * hidden * sum(p.shape[0] for name, p in routed.items() if name.endswith("down_proj"))
     offload = training.moments == "offload"
     # Beside bf16 weights: of those that are trained, and of the others what bf16 cannot hold.
     masters = FLOAT32 * (trained * training.master_weights + (held - trained) * training.rounds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from moetool.cost.parameters import count_parameters
+from moetool.cost.parameters import count_parameters, is_routed, routing_size
 
 
 def flops_per_token(model: Any, seq_len: int, trained: Collection[str] | None = None) -> int:
@@ -31,3 +31,21 @@ def flops_per_token(model: Any, seq_len: int, trained: Collection[str] | None = 
         _, learning = count_parameters(model, multiplied)
     attention = config.num_hidden_layers * config.num_attention_heads * head_dim * seq_len
     return int(4 * used + 2 * learning + 12 * attention)
+
+
+def router_gradient_flops(model: Any, kind: str) -> int:
+    """Operations of one token that `--router-gradient` adds; they train no more parameters, so MFU leaves them out.
+
+    `dense` computes the E - K other experts once more, 2 operations per parameter; `default` takes the product of a
+    gradient with E vectors in each layer.
+
+    Args:
+        model: without weights, see `parameters`.
+        kind: sparse, default or dense.
+    """
+    num_experts, top_k = routing_size(model)
+    routed = {name: p for name, p in model.named_parameters() if is_routed(name, p)}
+    if kind == "dense":
+        return int(2 * sum(p.numel() for p in routed.values()) * (num_experts - top_k) // num_experts)
+    layers = sum(name.endswith("down_proj") for name in routed)
+    return int(2 * layers * num_experts * model.config.get_text_config().hidden_size) if kind == "default" else 0

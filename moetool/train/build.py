@@ -25,6 +25,7 @@ from moetool.train.loop import Run
 from moetool.train.loss import LanguageLoss, chunked_loss, whole_loss
 from moetool.train.optimizer import adamw
 from moetool.train.ranks import new_ranks
+from moetool.train.router_gradient import RouterGradient
 from moetool.train.run_plan import RunPlan, untrained_routers
 from moetool.train.saving import Saver
 from moetool.train.selection import How, Strategy, is_selection_bias
@@ -55,7 +56,7 @@ def build_run(plan: RunPlan) -> Run:
         how = How(RouterCapture(skeleton(config.model)), last_move, "centred" in plan.identity)
         strategies = balance.build_strategies(config.balance, core, capture, how)
         plan = replace(plan, terms={**plan.terms, **{n: s.term for n, s in strategies.items() if s.term}})
-        if not config.frozen_routers:
+        if not config.frozen_routers and config.router_gradient == "sparse":
             warnings = untrained_routers(core, capture, list(plan.terms))
         if warnings and config.train_only == "routers" and not plan.terms:
             raise ConfigError(f"--train-only routers: {warnings[0]}")
@@ -69,12 +70,15 @@ def build_run(plan: RunPlan) -> Run:
     reshard(core)
     weights = weights or dict(core.named_parameters())
     apply_execution(config, core)
+    gradient = None
+    if capture and config.router_gradient != "sparse":
+        gradient = RouterGradient(config.router_gradient, core, capture, RouterCapture(skeleton(config.model)))
     optimizer = adamw(weights.values(), config, list(core.parameters()), [weights[n] for n in router_names(core)])
     model, updates = prepare(accelerator, core, optimizer, ddp=mesh.whole and not half)
     if going_on:
         resume.load_moments(start, weights, optimizer, advice)
     if step:
-        resume.load_balance(start, balance.state(strategies), advice)
+        resume.load_balance(start, balance.state(strategies) | (gradient.state if gradient else {}), advice)
     need = plan.values["memory"]
     here = 0 if accelerator.device.type == "cuda" else need["total"] - need["weights"]  # host memory to train
     here += need["host"]
@@ -89,6 +93,7 @@ def build_run(plan: RunPlan) -> Run:
         updates,
         capture,
         strategies,
+        gradient,
         language_loss,
         layout,
         saver,

@@ -134,6 +134,11 @@ class TrainConfig:
     router_lr: float = option(
         "Factor on the learning rate of the routers, such as 0.1 or 10.", 1.0, panel=MOE, min=0, defines=True
     )
+    router_gradient: Literal["sparse", "default", "dense"] = option(
+        "Experts that a router learns from: the chosen ones (sparse), or all of them. The others' outputs are a moving"
+        " average (default), or computed in the backward pass (dense: slower). The model computes the same.",
+        "sparse", panel=MOE, defines=True,
+    )  # fmt: skip
     fsdp: int = fsdp_option()
     ep: int = ep_option()
     tp: int = tp_option()
@@ -254,6 +259,10 @@ class TrainConfig:
             )
         if "router_lr" in typed and frozen:
             raise ConfigError(f"--router-lr has no effect with {frozen}, which trains no router")
+        if self.router_gradient != "sparse" and frozen:
+            raise ConfigError(
+                f"--router-gradient {self.router_gradient} has no effect with {frozen}, which trains no router"
+            )
         if "balance_end" in typed and "loss-free" not in (self.balance or {}):
             raise ConfigError("--balance-end has no effect without --balance loss-free, whose selection bias it stops")
         if self.balance and frozen:

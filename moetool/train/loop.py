@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ from moetool.train.interrupt import noting
 from moetool.train.loss import LanguageLoss, logits, token_loss
 from moetool.train.metrics_log import MetricsLog, routing_row, summarize
 from moetool.train.optimizer import rounding_seed, set_rate
+from moetool.train.router_gradient import RouterGradient
 from moetool.train.run_plan import RunPlan
 from moetool.train.saving import Saver
 from moetool.train.selection import Strategy
@@ -69,6 +71,7 @@ class Run:
         updates: the same, wrapped for its processes.
         capture: on the routers; None for a dense model.
         strategies: those that are more than a loss of routes, by name.
+        router_gradient: where routers learn from experts that were not chosen.
         language_loss: see loss.py.
         layout: of the model on disk.
         saver: writes its step folders.
@@ -84,6 +87,7 @@ class Run:
     updates: Any
     capture: RouterCapture | None
     strategies: Mapping[str, Strategy]
+    router_gradient: RouterGradient | None
     language_loss: LanguageLoss
     layout: Layout
     saver: Saver
@@ -210,6 +214,8 @@ class Run:
             row |= {name.replace("-", "_"): state.tolist() for name, state in balance.state(self.strategies).items()}
             for strategy in self.strategies.values():
                 strategy.update(sums.counts_LE, self.step)
+            if self.router_gradient:
+                self.router_gradient.update(sums.counts_LE, partial(total, plan.accelerator, config.mesh))
             row |= routing_row(sums.counts_LE.long().numpy(), step_tokens)
         row["tokens_per_second"] = step_tokens / (seconds + time.perf_counter() - began)
         if plan.peak_flops:
@@ -285,6 +291,8 @@ class Run:
                 language_loss = token_loss(logits_TV, micro)
             else:
                 language_loss = self.language_loss(self.model, micro, device)
+        if self.router_gradient:
+            self.router_gradient.collect()
         counts_LE = step_counts_LE = balance.count_routes(routes)
         if self._needed("step counts"):
             step_counts_LE = earlier_LE + total(accelerator, self.plan.config.mesh, counts_LE)
@@ -338,7 +346,8 @@ class Run:
         self._ahead = self._ahead or self._gradient()
         plan, config, step, layout, ranks = self.plan, self.plan.config, self.step, self.layout, self.saver.ranks
         moments = dict(resume.moments(self.weights, self.optimizer))
-        states = {BALANCE + name: tensor for name, tensor in balance.state(self.strategies).items()}
+        states = balance.state(self.strategies) | (self.router_gradient.state if self.router_gradient else {})
+        states = {BALANCE + name: tensor for name, tensor in states.items()}
         tensors = {**buffers(self.core), **self.weights, **moments, **states}
         units = [*layout.units, *((name,) for name in (*moments, *states))]
         entry = {"command": "cpt", "moetool": __version__, "torch": torch.__version__, "seed": config.seed}

@@ -16,7 +16,7 @@ from moetool.errors import ConfigError
 from moetool.mesh import check_model, check_sizes
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
-from moetool.train import balance, optimizer, state
+from moetool.train import balance, optimizer, router_gradient, state
 from moetool.train.accelerator import make_accelerator
 from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
@@ -67,6 +67,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=mesh.whole)
     check_batches(config.global_batch_size, config.micro_batch_size, mesh.data_parallel)
     balance.check(config, model)
+    router_gradient.check(config, model)
     check_execution(config, model, accelerator.device)
     check_sharing(config, model)
     optimizer.check(config, accelerator.device)

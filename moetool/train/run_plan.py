@@ -12,7 +12,7 @@ from torch import nn
 
 from moetool.cost import devices
 from moetool.cost.memory import Training, estimate, loading_bytes, saving_bytes, smaller
-from moetool.cost.operations import flops_per_token
+from moetool.cost.operations import flops_per_token, router_gradient_flops
 from moetool.cost.parameters import count_parameters
 from moetool.data.mixture import TokenMixture
 from moetool.routing.capture import RouterCapture
@@ -81,6 +81,7 @@ def plan_run(
         gradient_checkpointing=config.gradient_checkpointing,
         freeze_router=config.freeze_router,
         train_only=config.train_only,
+        router_gradient=config.router_gradient,
         compiled_loss=config.compile or config.liger,
         whole_logits=any("logits" in term.needs for term in terms.values()),
         coupled="erc" in config.balance,
@@ -94,6 +95,10 @@ def plan_run(
         "num_trained_parameters": count_parameters(model, trained)[0],
         "trained": "everything but routers" if config.freeze_router else config.train_only,
         "flops_per_token": flops_per_token(model, config.seq_len, trained),
+        "router_gradient": {
+            "kind": config.router_gradient,
+            "operations": router_gradient_flops(model, config.router_gradient) / flops_per_token(model, config.seq_len),
+        },
         "memory": estimate(model, training, config.mesh),
         "loading_memory": loading_bytes(model, config.mesh, device.type == "cuda"),
         "saving_memory": saving_bytes(model, training, accelerator.num_processes),

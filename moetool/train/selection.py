@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -123,7 +124,7 @@ class Weighting:
 
 
 @torch.no_grad()
-def find_weighting(router: nn.Module, scoring: str) -> Weighting:
+def find_weighting(router: nn.Module, scoring: str, refused: str) -> Weighting:
     """Find out how a router weights its choices by trying a copy of it on random tokens.
 
     What is found is what the family does, whatever flags its config sets: the rule must give the
@@ -132,10 +133,12 @@ def find_weighting(router: nn.Module, scoring: str) -> Weighting:
     Args:
         router: its weights may be on torch's meta device; they are replaced in the copy.
         scoring: as in Route.
+        refused: what the error says before the reason, with a place for the router's class.
 
     Raises:
         ConfigError: the weights are not a multiple of the chosen experts' scores.
     """
+    name = type(router).__name__
     generator = torch.Generator().manual_seed(0)
     probe = copy.deepcopy(router).to_empty(device="cpu").float().eval()
     for parameter in probe.parameters():
@@ -145,11 +148,7 @@ def find_weighting(router: nn.Module, scoring: str) -> Weighting:
     matrix = next(parameter for parameter in probe.parameters() if parameter.ndim == 2)
     hidden_TD = torch.randn(64, matrix.shape[-1], generator=generator)
     try:
-        try:
-            output = probe.forward(hidden_TD)
-        except TypeError:  # families whose block hands the selection bias over
-            output = probe.forward(hidden_TD, torch.zeros(matrix.shape[0]))
-        logits_TE, weights_TK, indices_TK = read_output(output, type(router).__name__, 0)
+        logits_TE, weights_TK, indices_TK = read_output(_tried(probe, hidden_TD, matrix.shape[0]), name, 0)
         for normalised in (False, True):
             expected_TK = Weighting(scoring, normalised, 1.0).weights_TK(logits_TE, indices_TK)
             ratio_TK = weights_TK.float() / expected_TK
@@ -158,13 +157,22 @@ def find_weighting(router: nn.Module, scoring: str) -> Weighting:
                 # Rounded: a factor is a number in a config, what is measured of it has float32's noise.
                 return Weighting(scoring, normalised, float(f"{factor:.5g}"))
     except Exception as error:  # a router that needs more than hidden states
-        reason = in_one_line(error, 120)
-        raise ConfigError(_NO_SINKHORN.format(type(router).__name__, f" ({reason})")) from None
-    raise ConfigError(_NO_SINKHORN.format(type(router).__name__, ""))
+        raise ConfigError(refused.format(f"{name} ({in_one_line(error, 120)})")) from None
+    raise ConfigError(refused.format(name))
+
+
+def _tried(router: nn.Module, hidden_TD: Tensor, num_experts: int) -> Any:
+    """What a router returns, which may be called with a selection bias that its block has, or with whole sequences."""
+    more: tuple[Tensor, ...]
+    for more in ((), (torch.zeros(num_experts),)):
+        for hidden in (hidden_TD, hidden_TD[None]):
+            with suppress(TypeError, ValueError):
+                return router.forward(hidden, *more)
+    return router.forward(hidden_TD)
 
 
 _NO_SINKHORN = (
-    "--balance sinkhorn: the way {} weights its choices cannot be applied to other choices{}; use aux, global-aux or"
+    "--balance sinkhorn: the weights that {} would give to other choices are not known; use aux, global-aux or"
     " loss-free"
 )
 
@@ -187,7 +195,7 @@ class Sinkhorn(Strategy):
                     f"--balance sinkhorn: layer {layer} chooses experts within groups (n_group"
                     f" {router.num_group}), which Sinkhorn's assignment would ignore; use aux, global-aux or loss-free"
                 )
-            weighting = find_weighting((how.empty or capture).routers[layer], capture.scoring[layer])
+            weighting = find_weighting((how.empty or capture).routers[layer], capture.scoring[layer], _NO_SINKHORN)
             # Ahead of the hook that collects, so that the choices that act are the ones that are counted.
             router.register_forward_hook(_choose(weighting), prepend=True)
 

@@ -90,7 +90,7 @@ def test_weights_are_the_familys_own(family: str, changes: dict[str, Any], expec
     model = meta_model(family, **changes)
     capture = RouterCapture(model)
     for layer, router in capture.routers.items():
-        assert find_weighting(router, capture.scoring[layer]) == expected
+        assert find_weighting(router, capture.scoring[layer], "{}") == expected
 
 
 @pytest.mark.parametrize("family", ["mixtral", "glm4_moe"])
@@ -133,7 +133,7 @@ def test_sinkhorn_weights_carry_the_routers_gradient(mixtral: Path) -> None:
 
 def test_sinkhorn_is_refused_where_weights_or_groups_are_the_familys_secret() -> None:
     phimoe = meta_model("phimoe")
-    with pytest.raises(ConfigError, match="PhimoeTopKRouter weights its choices cannot be applied"):
+    with pytest.raises(ConfigError, match="the weights that PhimoeTopKRouter would give to other"):
         Sinkhorn(phimoe, RouterCapture(phimoe))
     grouped = meta_model("glm4_moe", n_group=2, topk_group=1)
     with pytest.raises(ConfigError, match="within groups"):
