@@ -189,7 +189,7 @@ def test_gradients_are_the_same_however_a_run_is_computed(kind: Any, how: str, m
         for vectors in gradient.state.values():
             vectors.normal_(generator=torch.Generator().manual_seed(2))
         if changed and how == "checkpointing":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if changed and how == "compiled":
             monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
             _compile_layers(model)
