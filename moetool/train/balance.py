@@ -211,6 +211,11 @@ def build_strategies(
     return {name: kind(model, capture, balance[name], how) for name, kind in chosen if not isinstance(kind, Term)}
 
 
+def last_move(config: TrainConfig) -> int:
+    """The update of a resolved run after which `loss-free` moves no bias."""
+    return round(config.balance_end * config.max_steps)
+
+
 def state(strategies: Mapping[str, Strategy]) -> dict[str, Tensor]:
     """What the strategies of a run must have to go on, by name."""
     return {name: tensor for strategy in strategies.values() for name, tensor in strategy.state.items()}

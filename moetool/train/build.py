@@ -52,8 +52,8 @@ def build_run(plan: RunPlan) -> Run:
     strategies: Mapping[str, Strategy] = {}
     warnings: list[str] = []
     if capture:
-        last_move = round(config.balance_end * config.max_steps)
-        how = How(RouterCapture(skeleton(config.model)), last_move, "centred" in plan.identity)
+        empty = RouterCapture(skeleton(config.model))
+        how = How(empty, balance.last_move(config), "centred" in plan.identity)
         strategies = balance.build_strategies(config.balance, core, capture, how)
         plan = replace(plan, terms={**plan.terms, **{n: s.term for n, s in strategies.items() if s.term}})
         if not config.frozen_routers and config.router_gradient == "sparse":
