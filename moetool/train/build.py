@@ -57,8 +57,9 @@ def build_run(plan: RunPlan) -> Run:
         strategies = balance.build_strategies(config.balance, core, capture, how)
         plan = replace(plan, terms={**plan.terms, **{n: s.term for n, s in strategies.items() if s.term}})
         if not config.frozen_routers and config.router_gradient == "sparse":
-            warnings = untrained_routers(core, capture, list(plan.terms))
-        if warnings and config.train_only == "routers" and not plan.terms:
+            losses = [name for name in plan.terms if name in config.balance]
+            warnings = untrained_routers(core, capture, losses)
+        if warnings and config.train_only == "routers" and not losses:
             raise ConfigError(f"--train-only routers: {warnings[0]}")
     if not config.cross_document:
         check_documents_apart(core, half and not mesh.whole)
