@@ -35,6 +35,8 @@ def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str
 
     console = Console(context, output.json and is_first(), output.quiet or not is_first())
     config = replace(config, model=resolve_model(str(config.model)))
+    if config.teacher is not None:
+        config = replace(config, teacher=resolve_model(str(config.teacher)))
     with ExitStack() as stack:
         with console.progress() as progress:
             opened = stack.enter_context(open_run(config, progress))
@@ -129,6 +131,13 @@ def _plan_text(plan: Mapping[str, Any]) -> str:
             f"  {'replay' if source['replay'] else 'train '} {escape(name)}: {count(source['tokens'])} tokens,"
             f" {source['epochs']:.2g} epochs of {count(source['available_tokens'])}"
         )
+    if teacher := plan.get("teacher"):
+        sequences = "all sequences" if teacher["share"] == 1 else f"replayed sequences ({teacher['share']:.0%})"
+        lines.append(
+            f"  teacher {escape(teacher['model'])}: {count(teacher['num_parameters'])} parameters on {sequences},"
+            f" weight {teacher['weight']:g}, temperature {teacher['temperature']:g};"
+            f" {teacher['operations']:.0%} more operations"
+        )
     for name, tokens in plan["val"].items():
         source = ", the last part of its only document" if name in plan["val_from_end"] else ""
         lines.append(f"  val    {escape(name)}: {count(tokens)} tokens{source}")
@@ -140,7 +149,8 @@ def _plan_text(plan: Mapping[str, Any]) -> str:
 
 def _memory_text(plan: Mapping[str, Any]) -> str:
     need = plan["memory"]
-    parts = ", ".join(f"{name} {size(need[name])}" for name in ("weights", "gradients", "optimizer", "activations"))
+    names = [name for name in need if name not in ("total", "host")]
+    parts = ", ".join(f"{name} {size(need[name])}" for name in names)
     each = " in each process" if plan["num_processes"] > 1 else ""
     host = f", master weights and moments {size(need['host'])}{each}" if need["host"] else ""
     return (
@@ -174,6 +184,11 @@ def _result_text(summary: dict[str, Any]) -> list[Any]:
     for name, entry in summary["ledger"].items():
         table.add_row(escape(name), count(entry["tokens"]), f"{entry['epochs']:.2g}")
     parts.append(table)
+    if teacher := summary.get("teacher"):
+        parts.append(
+            f"divergence from the teacher (KL a token): {teacher['before']:.4f} in the first step,"
+            f" {teacher['after']:.4f} in the last"
+        )
     done = "already finished: " if summary["already_finished"] else ""
     # Unknown where metrics.jsonl was deleted before the last step folder became the result.
     speed = f", {count(summary['tokens_per_second'])} tokens/s" if summary["tokens_per_second"] else ""

@@ -157,7 +157,9 @@ def typer_command(run: Callable[..., Any]) -> Callable[..., Any]:
             together = SimpleNamespace(**{k: v for config in built.values() for k, v in vars(config).items()})
             for name, other in without_effect(together, {f.name: f.metadata["option"] for f in fields}):
                 if name in typed:
-                    raise ConfigError(f"{flag(name)} has no effect with {flag(other)} {getattr(together, other)}")
+                    value = getattr(together, other)
+                    why = f"without {flag(other)}" if value is None else f"with {flag(other)} {value}"
+                    raise ConfigError(f"{flag(name)} has no effect {why}")
             for config in built.values():
                 if hasattr(config, "check"):
                     config.check(typed)

@@ -102,7 +102,8 @@ class Training:
 
     `compiled_loss` is whether --compile or --liger keeps the loss from holding anything in fp32, `whole_logits` whether
     a term of the loss reads the logits, which are then those of all tokens, `coupled` whether one takes the gradient of
-    all gate matrices before the model's own, `rounds` whether bf16 cannot hold the weights that are not trained.
+    all gate matrices before the model's own, `rounds` whether bf16 cannot hold the weights that are not trained,
+    `teacher` a model without weights, or None.
     """
 
     seq_len: int
@@ -118,6 +119,7 @@ class Training:
     whole_logits: bool = False
     coupled: bool = False
     rounds: bool = False
+    teacher: Any = None
 
     def trained(self, model: Any) -> frozenset[str]:
         """The names of the parameters that are trained."""
@@ -189,8 +191,9 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
     layers' weights at a time, in bf16 if that is the precision, and one layer's gradient, which it reduces in fp32;
     embeddings and head stay gathered. Activations are an estimate: each matrix keeps its input and its output for the
     backward, each norm three rows in fp32, tokens that are sent to experts of other processes both ways, and the head
-    its logits and their gradient. bf16 takes these some tokens at a time, unless a term of the loss reads them (what
-    else it keeps is not known here), the head does more than a product, or tensor parallelism divides it.
+    its logits and their gradient. bf16, or a teacher, takes these some tokens at a time, unless a term of the loss
+    reads them (what else it keeps is not known here), the head does more than a product, or tensor parallelism divides
+    it.
 
     Args:
         model: without weights, see `parameters`.
@@ -198,8 +201,8 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
         mesh: of its processes.
 
     Returns:
-        `weights`, `gradients`, `optimizer`, `activations` and their sum, `total`; and `host`, which each process of
-        `--moments offload` needs in host memory for master weights and moments.
+        `weights`, `gradients`, `optimizer`, `activations`, `teacher` if there is one, and their sum, `total`; and
+        `host`, which each process of `--moments offload` needs in host memory for master weights and moments.
     """
     _, top_k = routing_size(model)
     shards = shard_elements(model, mesh)
@@ -208,32 +211,25 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
     half = training.precision == "bf16"
     compute = BFLOAT16 if half else FLOAT32
     text = model.config.get_text_config()
-    token: float = 0
-    hidden, parts = text.hidden_size, _parts(model, mesh)
-    for name, parameter in model.named_parameters():
-        if is_embedding(name):
-            continue
-        if parameter.ndim == 1:
-            token += 3 * FLOAT32 * parameter.numel()
-        else:
-            token += compute * _token_elements(name, parameter, hidden, top_k, mesh, parts[name])
-            if mesh.ep > 1 and is_routed(name, parameter):  # of two matrices: sent and come back
-                token += compute * top_k * hidden / mesh.tp
+    hidden = text.hidden_size
+    token = _token_bytes(model, compute, top_k, mesh)
     if training.gradient_checkpointing:  # the inputs of all layers, and all of one
         token = token // text.num_hidden_layers + text.num_hidden_layers * hidden * compute
     tokens = training.micro_batch_size * training.seq_len
     head = tokens * text.vocab_size * (2 * FLOAT32 + compute)
     if half and training.whole_logits:  # in fp32 they are kept for the term, beside those in bf16
         head += tokens * text.vocab_size * FLOAT32
-    elif half and mesh.tp == 1 and not _changes_logits(model):  # those of a chunk and their gradient, and the head's
+    elif (half or training.teacher is not None) and mesh.tp == 1 and not _changes_logits(model):
+        # Those of a chunk and their gradient, and the head's.
         between = 0 if training.compiled_loss else 3 * FLOAT32
-        head = (2 * BFLOAT16 + between) * min(tokens * text.vocab_size, CHUNK_ELEMENTS)
-        head += (FLOAT32 + BFLOAT16) * text.vocab_size * hidden * any(map(is_embedding, names))
+        head = (2 * compute + between) * min(tokens * text.vocab_size, CHUNK_ELEMENTS)
+        head += (FLOAT32 + compute) * text.vocab_size * hidden * any(map(is_embedding, names))
     if training.coupled:
         gates = (p for name, p in model.named_parameters() if name.endswith(".gate_up_proj"))
         head += compute * sum(p.numel() for p in gates)
     routed = {name: p for name, p in model.named_parameters() if is_routed(name, p)}
     if training.router_gradient == "dense":  # what a layer's experts keep, once more in the backward
+        parts = _parts(model, mesh)
         layer_elements = sum(_token_elements(n, p, hidden, top_k, mesh, parts[n]) for n, p in routed.items())
         head += int(tokens * compute * layer_elements / text.num_hidden_layers)
     if training.router_gradient == "default":  # averages and the sums of a step
@@ -250,7 +246,45 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
         "optimizer": 0 if offload else optimizer,
         "activations": int(token * tokens) + head,
     }
+    if training.teacher is not None:
+        need["teacher"] = _teacher_bytes(training, compute, mesh)
     return {**need, "total": sum(need.values()), "host": masters + optimizer if offload else 0}
+
+
+def _token_bytes(model: Any, compute: int, top_k: int, mesh: Mesh) -> float:
+    """Bytes that the layers of a model keep of a token for the backward."""
+    hidden, parts = model.config.get_text_config().hidden_size, _parts(model, mesh)
+    token: float = 0
+    for name, parameter in model.named_parameters():
+        if is_embedding(name):
+            continue
+        if parameter.ndim == 1:
+            token += 3 * FLOAT32 * parameter.numel()
+        else:
+            token += compute * _token_elements(name, parameter, hidden, top_k, mesh, parts[name])
+            if mesh.ep > 1 and is_routed(name, parameter):  # of two matrices: sent and come back
+                token += compute * top_k * hidden / mesh.tp
+    return token
+
+
+def _teacher_bytes(training: Training, compute: int, mesh: Mesh) -> int:
+    """Bytes that a teacher needs: its weights, what one layer makes of the tokens, its hidden states and logits.
+
+    A mesh shards the weights in fp32. The logits are those of a chunk, and in fp32 four times as many for the
+    comparison; all tokens' where the head does more than a product.
+    """
+    teacher, tokens = training.teacher, training.micro_batch_size * training.seq_len
+    text = teacher.config.get_text_config()
+    weights: int = compute * count_parameters(teacher)[0]
+    if not mesh.whole:
+        layer, ends = _gathered_elements(teacher, mesh) if mesh.sharded else (0, 0)
+        weights = FLOAT32 * sum(shard_elements(teacher, mesh).values()) + compute * (2 * layer + ends)
+    layer_of_token = _token_bytes(teacher, compute, routing_size(teacher)[1], mesh) / text.num_hidden_layers
+    chunk = min(tokens * text.vocab_size, CHUNK_ELEMENTS)
+    made = tokens * text.vocab_size if _changes_logits(teacher) else chunk
+    between = 0 if training.compiled_loss else 4 * FLOAT32
+    states = int(tokens * (layer_of_token + compute * text.hidden_size))
+    return weights + states + int(compute * made + between * chunk)
 
 
 def _changes_logits(model: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -119,17 +119,19 @@ class MicroBatch:
         labels: likewise, the token after each input; IGNORED where nothing is predicted.
         positions: likewise, each input's place in its document; None where documents see each other.
         seed: of the random numbers drawn in its forward.
+        taught: how many of its sequences have a teacher; they are the first.
     """
 
     inputs: Tensor
     labels: Tensor
     positions: Tensor | None
     seed: int = 0
+    taught: int = 0
 
     def pinned(self) -> MicroBatch:
         """The same in memory that a GPU copies from without the processor."""
         positions = None if self.positions is None else self.positions.pin_memory()
-        return MicroBatch(self.inputs.pin_memory(), self.labels.pin_memory(), positions, self.seed)
+        return replace(self, inputs=self.inputs.pin_memory(), labels=self.labels.pin_memory(), positions=positions)
 
 
 def micro_batches(
@@ -140,17 +142,24 @@ def micro_batches(
     Micro-batches are numbered over all processes and dealt out in turn, so that their contents and
     seeds, and with them the step's result, do not depend on the number of processes.
     """
+
+    def taught(n: int) -> bool:
+        if config.teacher is None or config.teacher_on == "all":
+            return config.teacher is not None
+        return mixture.sources[mixture.sample(n).source].replay
+
     size = config.micro_batch_size
     samples = mixture.batch(step)
     share = []
     for number in range(rank, len(samples) // size, num_processes):
-        chosen = samples[number * size : (number + 1) * size]
+        chosen = sorted(samples[number * size : (number + 1) * size], key=taught, reverse=True)  # which is stable
         tokens = torch.from_numpy(np.stack([mixture.tokens(n) for n in chosen]))
         positions = None
         if not config.cross_document:
             positions = torch.from_numpy(np.stack([mixture.positions(n)[:-1] for n in chosen]))
         key = np.random.SeedSequence([config.seed, step, number]).generate_state(1, np.uint64)
-        share.append(MicroBatch(tokens[:, :-1], tokens[:, 1:], positions, int(key[0])))
+        num_taught = sum(map(taught, chosen))
+        share.append(MicroBatch(tokens[:, :-1], tokens[:, 1:], positions, int(key[0]), num_taught))
     return share
 
 

@@ -16,7 +16,7 @@ from moetool.errors import CheckpointError, ConfigError
 from moetool.mesh import distributed
 from moetool.progress import Progress
 from moetool.routing.capture import RouterCapture, has_routers
-from moetool.train import balance, mixed, resume, state
+from moetool.train import balance, mixed, resume, state, teacher
 from moetool.train.accelerator import prepare, reshard
 from moetool.train.config import TrainConfig
 from moetool.train.execution import apply_execution
@@ -43,6 +43,8 @@ def build_run(plan: RunPlan) -> Run:
     start = state.step_folder(config.out, step) if step else config.model
     going_on, advice = bool(step or config.keep_optimizer), resume.ADVICE if step else resume.FRESH
     mesh, half = config.mesh, config.precision == "bf16"
+    # First, while there is most room: it is read in fp32.
+    teaching = _load_teacher(config, accelerator.device, config.teacher) if config.teacher else None
     try:
         core, capture = _ready(config, accelerator.device, start)
     except CheckpointError as error:
@@ -68,6 +70,7 @@ def build_run(plan: RunPlan) -> Run:
     masters: mixed.Masters = "host" if config.moments == "offload" else "device" if config.master_weights else "none"
     weights = mixed.cast(core, capture, masters) if config.keeps_copies else None
     language_loss = _language_loss(core, config)
+    asked = teacher.ready(teaching, config, core) if teaching else None
     reshard(core)
     weights = weights or dict(core.named_parameters())
     apply_execution(config, core)
@@ -81,7 +84,8 @@ def build_run(plan: RunPlan) -> Run:
     if step:
         resume.load_balance(start, balance.state(strategies) | (gradient.state if gradient else {}), advice)
     need = plan.values["memory"]
-    here = 0 if accelerator.device.type == "cuda" else need["total"] - need["weights"]  # host memory to train
+    there = need["weights"] + need.get("teacher", 0)
+    here = 0 if accelerator.device.type == "cuda" else need["total"] - there  # host memory to train
     here += need["host"]
     saver = Saver(launch.num_local_processes() * (plan.values["saving_memory"] + here), new_ranks())
     layout = lay_out(core, plan.save_dtype)
@@ -96,6 +100,7 @@ def build_run(plan: RunPlan) -> Run:
         strategies,
         gradient,
         language_loss,
+        asked,
         layout,
         saver,
         warnings,
@@ -134,11 +139,21 @@ def validate_other(run: Run, folder: Path, progress: Progress) -> dict[str, floa
 def _ready(config: TrainConfig, device: torch.device, folder: Path) -> tuple[Any, RouterCapture | None]:
     """A model with the weights of a folder, fp32 and sharded as the mesh says, and the capture on its routers."""
     half = config.precision == "bf16" and not config.mesh.whole
-    apart = mixed.exact_modules(skeleton(config.model)) if half else []
+    apart = mixed.exact_modules(skeleton(folder)) if half else []
     core = _load(folder, device, distributed(config.mesh, apart))
     if half:
         mixed.gather_in_bf16(core, apart)
     return core, RouterCapture(core) if has_routers(core) else None
+
+
+def _load_teacher(config: TrainConfig, device: torch.device, folder: Path) -> Any:
+    """A teacher in the precision of the run; see teacher.py."""
+    core, capture = _ready(config, device, folder)
+    if not config.cross_document:
+        check_documents_apart(core, config.precision == "bf16" and not config.mesh.whole)
+    if config.keeps_copies:
+        mixed.cast(core, capture, "none")
+    return core
 
 
 def _language_loss(core: Any, config: TrainConfig) -> LanguageLoss:

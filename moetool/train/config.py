@@ -21,8 +21,9 @@ DEFAULT_REPLAY_RATIO = 0.3
 UNSET: Any = None  # not given; `resolve` fills it in
 # accelerate's names, which are the packages' own.
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab")
-DATA, SIZE, RATE, MOE, RUN = (
-    "Data (options with NAME repeat)", "Size", "Optimizer and schedule", "Mixture of Experts", "Saving and resuming",
+DATA, TEACHER, SIZE, RATE, MOE, RUN = (
+    "Data (options with NAME repeat)", "Teacher", "Size", "Optimizer and schedule", "Mixture of Experts",
+    "Saving and resuming",
 )  # fmt: skip
 
 
@@ -71,6 +72,22 @@ class TrainConfig:
     cross_document: bool = option(
         "Let tokens attend to earlier documents in the same sequence, or only to their own document.",
         True, panel=DATA, defines=True,
+    )  # fmt: skip
+    teacher: Path = option(
+        "Model whose predictions the trained one stays near, such as the one before training: a folder or"
+        " owner/name\\[@revision].",
+        UNSET, panel=TEACHER, metavar="MODEL", typed=str,
+    )  # fmt: skip
+    teacher_on: Literal["replay", "all"] = option(
+        "Sequences that have the teacher.", "replay", panel=TEACHER, needs=("teacher", bool), defines=True
+    )
+    teacher_weight: float = option(
+        "Weight of the divergence from the teacher; the language loss has the rest.",
+        0.5, panel=TEACHER, min=0, max=1, needs=("teacher", bool), defines=True,
+    )  # fmt: skip
+    teacher_temperature: float = option(
+        "Temperature of the predictions that are compared.",
+        1.0, panel=TEACHER, min=0, needs=("teacher", bool), defines=True,
     )  # fmt: skip
     max_steps: int = option(
         "Length of the run in steps, instead of --max-tokens.",
@@ -240,6 +257,7 @@ class TrainConfig:
         if "min_lr" in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
             raise ConfigError("--min-lr has no effect with --constant-end 1: nothing anneals to it")
         self._check_sources(typed)
+        self._check_teacher()
         check_sizes(self.mesh, num_processes(), self.replicas is None)
         micro_batch = self.micro_batch_size or default_micro_batch(self.global_batch_size)
         check_batches(self.global_batch_size, micro_batch, self.mesh.data_parallel)
@@ -269,6 +287,17 @@ class TrainConfig:
             from moetool.train.balance import check_frozen
 
             check_frozen(self.balance, frozen)
+
+    def _check_teacher(self) -> None:
+        if self.teacher is None:
+            return
+        if self.teacher_on == "replay" and not self.replay:
+            raise ConfigError(
+                "--teacher-on replay: there is no --replay; give text to replay (--replay NAME=PATH), or"
+                " --teacher-on all"
+            )
+        if not 0 < self.teacher_temperature < float("inf"):
+            raise ConfigError(f"--teacher-temperature {self.teacher_temperature:g}: a number above 0 is needed")
 
     def _check_sources(self, typed: Collection[str]) -> None:
         kinds = (self.train, self.replay)
@@ -351,7 +380,7 @@ class TrainConfig:
             k: dict(v) if isinstance(v, Mapping) else str(v) if isinstance(v, Path) else v for k, v in values.items()
         }
 
-    def identity(self, model: str, sources: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    def identity(self, model: str, sources: Mapping[str, Mapping[str, str]], teacher: str = "") -> dict[str, Any]:
         """What makes two runs the same run, by option name; of a resolved config.
 
         How often a run saves and validates, and how many checkpoints it keeps, does not change what it
@@ -361,12 +390,14 @@ class TrainConfig:
         Args:
             model: fingerprint of the source checkpoint.
             sources: option (train, replay, val) -> name -> fingerprint of its tokens.
+            teacher: fingerprint of its checkpoint; nothing: there is none.
         """
         declared = options(self)
         ignored = {name for name, _ in without_effect(self, declared)}
         defining = [name for name, one in declared.items() if one.defines and name not in ignored]
         return {
             "model": model,
+            **({"teacher": teacher} if teacher else {}),
             **{kind: dict(named) for kind, named in sources.items()},
             "weight": {name: self.weight.get(name, 1) for name in (*self.train, *self.replay)},
             **{name.replace("_", "-"): getattr(self, name) for name in defining},
@@ -395,6 +426,8 @@ def differences(
             continue
         if name == "model":
             changed.append("MODEL (other files)")
+        elif name == "teacher":
+            changed.append(f"--teacher ({'new' if old is None else 'gone' if new is None else 'other files'})")
         elif name in ("train", "replay", "val") and isinstance(old, dict) and isinstance(new, dict):
             parts = [f"{key} ({_change(key, old, new)})" for key in {**old, **new} if old.get(key) != new.get(key)]
             changed.append(f"--{name} {', '.join(parts)}")

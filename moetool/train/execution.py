@@ -106,11 +106,15 @@ def apply_execution(config: TrainConfig, model: Any) -> None:
     if config.compile:
         # Routes are collected in the forward and not again in the recomputation, which is this side effect.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = config.gradient_checkpointing
-        _compile_layers(model)
+        compile_layers(model)
 
 
-def _compile_layers(model: nn.Module) -> None:
-    """Compile each layer by itself: layers of one kind share what was compiled, so depth costs no time."""
+def compile_layers(model: nn.Module) -> None:
+    """Compile each layer by itself: layers of one kind share what was compiled, so depth costs no time.
+
+    Args:
+        model: of transformers; is changed in place.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

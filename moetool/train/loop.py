@@ -46,7 +46,8 @@ from moetool.train.router_gradient import RouterGradient
 from moetool.train.run_plan import RunPlan
 from moetool.train.saving import Saver
 from moetool.train.selection import Strategy
-from moetool.train.terms import Forward, Need, Sums
+from moetool.train.teacher import Teacher
+from moetool.train.terms import Forward, Need, Sums, Taught
 from moetool.train.validate import validate_all
 
 
@@ -73,6 +74,7 @@ class Run:
         strategies: those that are more than a loss of routes, by name.
         router_gradient: where routers learn from experts that were not chosen.
         language_loss: see loss.py.
+        teacher: see teacher.py; None where there is none.
         layout: of the model on disk.
         saver: writes its step folders.
         warnings: what was seen in the weights, and the user should know before they are trained.
@@ -89,6 +91,7 @@ class Run:
     strategies: Mapping[str, Strategy]
     router_gradient: RouterGradient | None
     language_loss: LanguageLoss
+    teacher: Teacher | None
     layout: Layout
     saver: Saver
     warnings: Sequence[str]
@@ -130,6 +133,7 @@ class Run:
                 self._log(log, row)
                 note = f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  {row['tokens_per_second']:.0f} tok/s"
                 note += f"  {row['mfu']:.0%} MFU" if "mfu" in row else ""
+                note += f"  KL {row['teacher']:.3f}" if "teacher" in row else ""
                 progress("train", self.step, config.max_steps, note)
                 last = self.step == config.max_steps
                 if last or self.step % config.eval_every == 0:
@@ -208,6 +212,8 @@ class Run:
         step_tokens = config.seq_len * config.global_batch_size
         num_micro = config.global_batch_size // config.micro_batch_size
         row: dict[str, Any] = {"step": self.step, "loss": float(sums.loss) / step_tokens, "lr": lr, "grad_norm": norm}
+        if sums.taught.any():  # a step may have no sequence with a teacher
+            row["teacher"] = float(sums.taught[0] / sums.taught[1])
         row["balance"] = {name: float(value) / num_micro for name, value in sums.terms.items()}
         row["num_tokens"] = self.step * step_tokens
         if self.capture is not None:
@@ -285,31 +291,38 @@ class Run:
         accelerator, device = self.plan.accelerator, self.plan.accelerator.device
         collect: AbstractContextManager[list[Route]] = self.capture.collect() if self.capture else nullcontext([])
         logits_TV = torch.empty(0, 0, device=device)
+        taught: Taught | None = None
         with collect as routes:
             if self._needed("logits"):
                 logits_TV = logits(self.model, micro, device).flatten(0, 1).float()
                 language_loss = token_loss(logits_TV, micro)
+            elif self.teacher:
+                language_loss, taught = self.teacher.teach(*self.teacher.read(self.model, micro, device), micro)
             else:
                 language_loss = self.language_loss(self.model, micro, device)
+        if self.teacher and taught is None:
+            language_loss, taught = self.teacher.teach(logits_TV, None, micro)
         if self.router_gradient:
             self.router_gradient.collect()
         counts_LE = step_counts_LE = balance.count_routes(routes)
         if self._needed("step counts"):
             step_counts_LE = earlier_LE + total(accelerator, self.plan.config.mesh, counts_LE)
-        return Forward(micro, language_loss, routes, counts_LE, step_counts_LE, logits_TV)
+        return Forward(micro, language_loss, routes, counts_LE, step_counts_LE, logits_TV, taught)
 
     def _backward(self, forward: Forward, step_tokens: int) -> Sums:
         """Add a micro-batch's share of its step's gradient; returns its sums for the step's metrics."""
         config, accelerator, terms = self.plan.config, self.plan.accelerator, self.plan.terms
         num_micro = config.global_batch_size // config.micro_batch_size
         values = {name: term.values(forward).mean() for name, term in terms.items()}
-        loss = forward.language_loss / step_tokens
+        taught = forward.taught
+        loss = (taught.trained if taught else forward.language_loss) / step_tokens
         for name, value in values.items():
             loss = loss + terms[name].coefficient / num_micro * value
         # The gradients of the processes are averaged, but each is a share of one sum.
         accelerator.backward(loss * config.mesh.data_parallel)
         detached = {name: value.detach() for name, value in values.items()}
-        return Sums(forward.language_loss.detach(), detached, forward.counts_LE)
+        sums_2 = taught.sums_2 if taught else loss.new_empty(0)
+        return Sums(forward.language_loss.detach(), sums_2, detached, forward.counts_LE)
 
     def _saved(self) -> None:
         """Wait in all processes until the last step is written: a launcher ends them all when one has ended."""
@@ -351,7 +364,7 @@ class Run:
         tensors = {**buffers(self.core), **self.weights, **moments, **states}
         units = [*layout.units, *((name,) for name in (*moments, *states))]
         entry = {"command": "cpt", "moetool": __version__, "torch": torch.__version__, "seed": config.seed}
-        entry |= {"model": plan.identity["model"]}
+        entry |= {name: plan.identity[name] for name in ("model", "teacher") if name in plan.identity}
         entry |= {"options": config.to_json(), **self._so_far()}
 
         def write(put: Callable[[Path], dict[str, str]]) -> None:

@@ -16,8 +16,8 @@ from moetool.routing.load_metrics import dead_experts, entropy, mri
 from moetool.routing.stats import RoutingStats
 
 # What a run that goes on relies on in a row, and in one of a training step.
-_ROW = {"step": int, "val": {"*": float}, "routing": {"*": {"mri": [float]}}}
-_EMPTY: dict[str, Any] = {"val": {}, "routing": {}}
+_ROW = {"step": int, "val": {"*": float}, "routing": {"*": {"mri": [float]}}, "teacher": float}
+_EMPTY: dict[str, Any] = {"val": {}, "routing": {}, "teacher": 0.0}
 _TRAINED = _ROW | {"loss": float, "tokens_per_second": float}
 
 
@@ -77,15 +77,19 @@ def summarize(log: MetricsLog, step_tokens: int, train: Collection[str]) -> dict
     Returns:
         `loss`; `val` {domain: {before, after}}; `adaptation` {domain: change of its loss} of the domains
         that were trained on and `forgetting` of all others, replayed ones too: above 0 the model has
-        become worse; `mri` {domain: {before: [each layer], after}}; `seconds` (training steps alone) and
+        become worse; `mri` {domain: {before: [each layer], after}}; `teacher` {before, after}, the divergence
+        in the first and in the last step that had one, if any had; `seconds` (training steps alone) and
         `tokens_per_second`.
     """
     loss, seconds, tokens = None, 0.0, 0
     val: dict[str, dict[str, float]] = {}
     imbalance: dict[str, dict[str, list[float]]] = {}
+    divergence: dict[str, float] = {}
     for row in log.rows():
         if "loss" in row:
             loss = row["loss"]
+            if "teacher" in row:
+                divergence = {"before": row["teacher"]} | divergence | {"after": row["teacher"]}
             seconds += step_tokens / max(row["tokens_per_second"], 1e-9)
             tokens += step_tokens
         for name, value in row.get("val", {}).items():
@@ -99,6 +103,7 @@ def summarize(log: MetricsLog, step_tokens: int, train: Collection[str]) -> dict
         "adaptation": {name: value for name, value in change.items() if name in train},
         "forgetting": {name: value for name, value in change.items() if name not in train},
         "mri": imbalance,
+        **({"teacher": divergence} if divergence else {}),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds if seconds else None,
     }

@@ -23,6 +23,7 @@ from moetool.train.config import TrainConfig, check_batches, differences
 from moetool.train.execution import check_execution, check_sharing, executing
 from moetool.train.ranks import Ranks, new_ranks
 from moetool.train.run_plan import RunPlan, plan_run
+from moetool.train.teacher import check_teacher
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     main, out, ranks = accelerator.is_main_process, config.out, new_ranks()
     _alike(ranks, {"resume": config.resume, "keep-optimizer": config.keep_optimizer})  # what they do together below
     state.check_folder(config.model, out, config.resume)
+    if config.teacher is not None:
+        state.check_folder(config.teacher, out, config.resume)
     state.check_start(config.model, config.keep_optimizer, ranks)
     model = skeleton(config.model)
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
@@ -71,11 +74,13 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     check_execution(config, model, accelerator.device)
     check_sharing(config, model)
     optimizer.check(config, accelerator.device)
+    teacher = check_teacher(config, model)
     accelerator.wait_for_everyone()
     with FolderLock(out) if main else nullcontext():
         with accelerator.main_process_first():
             corpus = open_corpus(config, model.get_input_embeddings().num_embeddings, progress)
-        identity = config.identity(content_fingerprint(config.model), corpus.fingerprints)
+        known_teacher = content_fingerprint(config.teacher) if teacher else ""
+        identity = config.identity(content_fingerprint(config.model), corpus.fingerprints, known_teacher)
         often = {"save-every": config.save_every, "eval-every": config.eval_every}
         often |= {"keep-weights": config.keep_weights, "average-last": config.average_last}
         _alike(ranks, {**identity, **vars(mesh), **often})
@@ -88,7 +93,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
             yield Opened(summary=found.summary)
             return
         _check_average(config, found.step)
-        plan = plan_run(config, accelerator, model, corpus, identity, found.step)
+        plan = plan_run(config, accelerator, model, corpus, identity, found.step, teacher)
         damaged = [f"{reason}; continuing from step {found.step}" for reason in found.damaged]
         yield Opened(replace(plan, warnings=[*plan.warnings, *damaged]))
     accelerator.end_training()

@@ -21,6 +21,7 @@ from moetool.train.accelerator import Accelerator
 from moetool.train.batches import Corpus, mix
 from moetool.train.config import TrainConfig
 from moetool.train.export import source_dtype
+from moetool.train.teacher import share_taught
 from moetool.train.terms import Term
 
 
@@ -58,9 +59,17 @@ class RunPlan:
 
 
 def plan_run(
-    config: TrainConfig, accelerator: Accelerator, model: Any, corpus: Corpus, identity: Mapping[str, Any], step: int
+    config: TrainConfig,
+    accelerator: Accelerator,
+    model: Any,
+    corpus: Corpus,
+    identity: Mapping[str, Any],
+    step: int,
+    teacher: Any = None,
 ) -> RunPlan:
-    """Plan a run of a model without weights (see `checkpoint.model.skeleton`); the rest is as in RunPlan.
+    """Plan a run of a model and its teacher, without weights (see `checkpoint.model.skeleton`).
+
+    The rest is as in RunPlan.
 
     Raises:
         CheckpointError: the model's weights cannot be read.
@@ -86,21 +95,37 @@ def plan_run(
         whole_logits=any("logits" in term.needs for term in terms.values()),
         coupled="erc" in config.balance,
         rounds=source_dtype(config.model) != "bfloat16",
+        teacher=teacher,
     )
     trained = training.trained(model)
     total, active = count_parameters(model)
+    operations = flops_per_token(model, config.seq_len, trained)
+    taught: dict[str, Any] = {}
+    if teacher:
+        more = round(share_taught(config) * flops_per_token(teacher, config.seq_len) / 3)  # a forward alone
+        taught = {
+            "model": str(config.teacher),
+            "num_parameters": count_parameters(teacher)[0],
+            "share": share_taught(config),
+            "operations": more / operations,
+            "weight": config.teacher_weight,
+            "temperature": config.teacher_temperature,
+        }
+        operations += more
     values: dict[str, Any] = {
         "num_parameters": total,
         "num_active_parameters": active,
         "num_trained_parameters": count_parameters(model, trained)[0],
         "trained": "everything but routers" if config.freeze_router else config.train_only,
-        "flops_per_token": flops_per_token(model, config.seq_len, trained),
+        "flops_per_token": operations,
         "router_gradient": {
             "kind": config.router_gradient,
             "operations": router_gradient_flops(model, config.router_gradient) / flops_per_token(model, config.seq_len),
         },
         "memory": estimate(model, training, config.mesh),
-        "loading_memory": loading_bytes(model, config.mesh, device.type == "cuda"),
+        "loading_memory": max(
+            loading_bytes(one, config.mesh, device.type == "cuda") for one in (model, teacher) if one is not None
+        ),
         "saving_memory": saving_bytes(model, training, accelerator.num_processes),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
@@ -117,6 +142,7 @@ def plan_run(
             }
             for name, entry in mixture.ledger(config.max_steps * config.global_batch_size).items()
         },
+        **({"teacher": taught} if taught else {}),
         "val": {name: stream.num_tokens for name, stream in corpus.val.items()},
         "val_from_end": [name for name, stream in corpus.val.items() if stream.is_part],
         "step": step,

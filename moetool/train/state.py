@@ -40,7 +40,7 @@ _SUMMARY = {
     "tokens_per_second": (float, type(None)),
     "identity": {},
 }
-_AVERAGE = {"steps": [int], "val": _NUMBERS}
+_SOMETIMES = {"average": {"steps": [int], "val": _NUMBERS}, "teacher": {"before": float, "after": float}}
 
 
 def check_folder(model: Path, out: Path, resume: bool = True) -> None:
@@ -176,7 +176,7 @@ def _finished(out: Path) -> Found | None:
     if not ((out / SUMMARY).exists() and (out / "config.json").exists()) or (out / PARTIAL).exists():
         return None
     summary = read_json(out / SUMMARY)
-    whole = fits(summary, _SUMMARY | ({"average": _AVERAGE} if "average" in summary else {}))
+    whole = fits(summary, _SUMMARY | {name: shape for name, shape in _SOMETIMES.items() if name in summary})
     told = [summary[name].keys() for name in ("mri",) if whole and summary[name]]
     told += [summary["average"]["val"].keys()] if whole and "average" in summary else []
     if not whole or not all(summary["val"].keys() <= names for names in told):

@@ -18,6 +18,18 @@ from moetool.train.batches import MicroBatch
 Need = Literal["step counts", "logits"]
 
 
+class Taught(NamedTuple):
+    """What a teacher adds to a micro-batch (see teacher.py).
+
+    Attributes:
+        trained: what is trained on in place of the language loss, a sum over the tokens, with its gradient.
+        sums_2: the divergence from the teacher, a sum over the tokens that have one, and their number.
+    """
+
+    trained: Tensor
+    sums_2: Tensor
+
+
 @dataclass(frozen=True)
 class Forward:
     """What a micro-batch's forward gives, for all terms of its loss.
@@ -30,6 +42,7 @@ class Forward:
         step_counts_LE: the same over all processes and the step's micro-batches so far; where no term needs
             that, `counts_LE`.
         logits_TV: float32, with their gradient; empty where no term needs them.
+        taught: by the teacher, if there is one; the language loss then has no gradient.
     """
 
     batch: MicroBatch
@@ -38,6 +51,7 @@ class Forward:
     counts_LE: Tensor
     step_counts_LE: Tensor
     logits_TV: Tensor
+    taught: Taught | None = None
 
 
 @dataclass(frozen=True)
@@ -57,18 +71,24 @@ class Term:
 
 
 class Sums(NamedTuple):
-    """Sums over micro-batches: of the language loss, of each term's mean by name, of the routes to each expert."""
+    """Sums over micro-batches.
+
+    They are those of the language loss, of what a teacher adds (`Taught.sums_2`; empty without one), of each term's
+    mean by name, and of the routes to each expert.
+    """
 
     loss: Tensor
+    taught: Tensor
     terms: Mapping[str, Tensor]
     counts_LE: Tensor
 
     def flat(self, dtype: torch.dtype) -> Tensor:
         """One vector of all of them, which processes add up at once."""
-        parts = [self.loss, *self.terms.values(), self.counts_LE]
+        parts = [self.loss, self.taught, *self.terms.values(), self.counts_LE]
         return torch.cat([part.flatten().to(self.loss.device, dtype) for part in parts])
 
     def named(self, flat: Tensor) -> Sums:
         """The sums that lie in such a vector."""
-        loss, terms, counts = flat.split([1, len(self.terms), self.counts_LE.numel()])
-        return Sums(loss[0], dict(zip(self.terms, terms, strict=True)), counts.reshape(self.counts_LE.shape))
+        sizes = [1, self.taught.numel(), len(self.terms), self.counts_LE.numel()]
+        loss, taught, terms, counts = flat.split(sizes)
+        return Sums(loss[0], taught, dict(zip(self.terms, terms, strict=True)), counts.reshape(self.counts_LE.shape))

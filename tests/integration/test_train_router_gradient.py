@@ -179,7 +179,7 @@ def test_the_forward_of_every_family_is_the_stock_one(family: str, kind: Any, dt
 @pytest.mark.parametrize("how", ["checkpointing", "compiled"])
 @pytest.mark.parametrize("kind", ["default", "dense"])
 def test_gradients_are_the_same_however_a_run_is_computed(kind: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moetool.train.execution import _compile_layers
+    from moetool.train.execution import compile_layers
 
     found = []
     for changed in (False, True):
@@ -192,7 +192,7 @@ def test_gradients_are_the_same_however_a_run_is_computed(kind: Any, how: str, m
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if changed and how == "compiled":
             monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-            _compile_layers(model)
+            compile_layers(model)
         _, gradients = step(model, gradient)
         sums = {"sums": gradient._sums_LED} if kind == "default" else {}
         found.append(gradients | sums)
