@@ -46,7 +46,7 @@ def test_a_model_does_not_differ_from_itself_until_it_is_trained(
 ) -> None:
     same = ["--precision", precision, "--max-steps", 3, "--warmup-steps", 0, "--no-cross-document"]
     training, summary, printed = taught(mixtral, tmp_path / "out", mixtral, texts, *same)
-    assert 0 <= training[0]["teacher"] <= 1e-6
+    assert abs(training[0]["teacher"]) <= 1e-6  # rounding may leave it below 0
     assert all(row["teacher"] > 1e-4 for row in training[1:])
     assert summary["teacher"] == {"before": training[0]["teacher"], "after": training[-1]["teacher"]}
     assert "parameters on replayed sequences (40%), weight 0.5, temperature 1; 13% more operations" in printed
@@ -134,12 +134,12 @@ def test_a_compiled_model_has_the_same_gradients_and_rounds_as_its_teacher(
     half = taught(
         mixtral, tmp_path / "half", mixtral, texts, *wide, "--precision", "bf16", "--compile", "--max-steps", 2
     )
-    assert 0 <= half[0][0]["teacher"] <= 1e-6
+    assert abs(half[0][0]["teacher"]) <= 1e-6
     plain, compiled = (
         taught(mixtral, tmp_path / option, mixtral, texts, *wide, "--max-steps", 3, option)[0]
         for option in ("--no-compile", "--compile")
     )
-    assert 0 <= compiled[0]["teacher"] <= 1e-6
+    assert abs(compiled[0]["teacher"]) <= 1e-6
     alike(plain, compiled)
 
 
