@@ -72,7 +72,8 @@ def _train(context: typer.Context, console: Console, plan: RunPlan) -> dict[str,
             console.warn(warning)
         run.claim()
         if is_first():
-            write_options(context, out)
+            longer = plan.config.shares_of != plan.config.max_steps
+            write_options(context, out, **({"shares_of": plan.config.shares_of} if longer else {}))
         try:
             with console.progress() as progress:
                 run.train(progress)
@@ -130,6 +131,7 @@ def _plan_text(plan: Mapping[str, Any]) -> str:
         lines.append(
             f"  {'replay' if source['replay'] else 'train '} {escape(name)}: {count(source['tokens'])} tokens,"
             f" {source['epochs']:.2g} epochs of {count(source['available_tokens'])}"
+            + (f", weight {source['weight']} (from step)" if isinstance(source["weight"], str) else "")
         )
     if teacher := plan.get("teacher"):
         sequences = "all sequences" if teacher["share"] == 1 else f"replayed sequences ({teacher['share']:.0%})"

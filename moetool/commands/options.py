@@ -72,6 +72,8 @@ def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:
             raise ConfigError(f"--config {path}: '{key}' is given twice")
         if value in ("null", "~"):
             continue
+        if isinstance(value, dict) and parameters[name] and all(isinstance(v, str) for v in value.values()):
+            value = [f"{key}={v}" for key, v in value.items()]
         if isinstance(value, dict) or value == "":
             raise ConfigError(f"--config {path}: '{key}' needs a value")
         if parameters[name]:
@@ -286,15 +288,15 @@ def _completing(names: Collection[str]) -> Callable[[str], list[str]]:
     return offered
 
 
-def resolved_options(context: typer.Context) -> dict[str, Any]:
-    """The options of a call as a mapping that is itself a valid `--config` file."""
+def resolved_options(context: typer.Context, **more: Any) -> dict[str, Any]:
+    """The options of a call, and `more` by field name, as a mapping that is itself a valid `--config` file."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [plain(v) for v in value]
         return value if isinstance(value, (bool, int, str)) else str(value)
 
-    values = {str(p.name): context.params.get(str(p.name)) for p in context.command.params}
+    values = {str(p.name): (context.params | more).get(str(p.name)) for p in context.command.params}
     for p in context.command.params:  # an option that repeats, of which one value is the usual
         if isinstance(p.default, list) and len(values[str(p.name)] or ()) == 1:
             values[str(p.name)] = values[str(p.name)][0]  # type: ignore[index]
@@ -305,19 +307,19 @@ def resolved_options(context: typer.Context) -> dict[str, Any]:
     }
 
 
-def options_text(context: typer.Context) -> str:
-    """The content of `moetool.yaml`: the resolved options."""
+def options_text(context: typer.Context, **more: Any) -> str:
+    """The content of `moetool.yaml`: the resolved options, see `resolved_options`."""
     import yaml
 
-    text = yaml.safe_dump(resolved_options(context), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(resolved_options(context, **more), sort_keys=False, allow_unicode=True)
     return f"# moetool {context.command.name}\n{text}"
 
 
-def write_options(context: typer.Context, folder: Path) -> None:
-    """Leave `moetool.yaml` in a folder that a command has written."""
+def write_options(context: typer.Context, folder: Path, **more: Any) -> None:
+    """Leave `moetool.yaml` in a folder that a command has written, with `more` options by field name."""
     from moetool.checkpoint.folder import write_file
 
-    write_file(folder / "moetool.yaml", options_text(context).encode())
+    write_file(folder / "moetool.yaml", options_text(context, **more).encode())
 
 
 def num_cores() -> int:

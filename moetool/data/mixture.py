@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
 from moetool.data.tokens import TokenStream, exact_fraction
 from moetool.errors import ConfigError, DataError
+
+Number = Fraction | Decimal | float | str  # read as the exact decimal typed
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,14 @@ class Source:
     Attributes:
         name: unique in the mixture.
         stream: its tokens.
-        weight: share relative to the other sources of its kind (training, replay).
+        weight: share relative to the other sources of its kind (training, replay): a number, or the number from each
+            optimizer step on, from step 0.
         replay: whether it is earlier data, repeated to limit forgetting.
     """
 
     name: str
     stream: TokenStream
-    weight: Fraction | Decimal | float | str = 1
+    weight: Number | Mapping[int, Number] = 1
     replay: bool = False
 
 
@@ -45,6 +49,32 @@ class Sample:
     source: str
     epoch: int
     window: int
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Steps in which the weights of a kind of sources are the same.
+
+    Attributes:
+        step: the first of them.
+        before: samples of the kind before it.
+        used: of these, how many of each source: what each goes on from.
+        shares: see `_shares`.
+    """
+
+    step: int
+    before: int
+    used: Sequence[int]
+    shares: Sequence[Fraction]
+
+    def split(self, count: int) -> list[int]:
+        """How many of the first `count` samples of the kind are of each source; they end in this phase."""
+        left, counts = count - self.before, []
+        for used, share in zip(self.used, self.shares, strict=True):
+            here = _floor(left, share)
+            counts.append(used + here)
+            left -= here
+        return counts
 
 
 class TokenMixture:
@@ -59,7 +89,7 @@ class TokenMixture:
         sources: Sequence[Source],
         seq_len: int,
         global_batch_size: int,
-        replay_ratio: Fraction | Decimal | float | str = 0,
+        replay_ratio: Number = 0,
         seed: int = 0,
     ) -> None:
         """Check the sources and shares.
@@ -82,7 +112,6 @@ class TokenMixture:
         self.replay_ratio = exact_fraction("--replay-ratio", replay_ratio)
         self.sources = {source.name: source for source in sources}
         self._groups = [[s for s in sources if s.replay is replay] for replay in (False, True)]
-        self._shares = [_shares(group) for group in self._groups]
         train, replay = self._groups
         if len(self.sources) < len(sources):
             names = [source.name for source in sources]
@@ -105,6 +134,13 @@ class TokenMixture:
                     f"source '{name}' holds {self.sources[name].stream.num_tokens} tokens, fewer than one window"
                     f" of {seq_len + 1}; give more text or a smaller --seq-len"
                 )
+        self._phases = [_phases(group, partial(self._before, replay)) for replay, group in enumerate(self._groups)]
+
+    def _before(self, replay: int, step: int) -> int:
+        """How many samples of a kind come before a step."""
+        slots = step * self.global_batch_size
+        replayed = _floor(slots, self.replay_ratio)
+        return replayed if replay else slots - replayed
 
     def sample(self, n: int) -> Sample:
         """Sample `n` (from 0)."""
@@ -113,8 +149,9 @@ class TokenMixture:
         slot = step * self.global_batch_size + permute(place, self.global_batch_size, key(self.seed, "batch", step))
         before = _floor(slot, self.replay_ratio)
         replay = _floor(slot + 1, self.replay_ratio) > before
-        index, k = _choose(self._shares[replay], before if replay else slot - before)
-        name = self._groups[replay][index].name
+        phase = _phase(self._phases[replay], step)
+        index, k = _choose(phase.shares, (before if replay else slot - before) - phase.before)
+        name, k = self._groups[replay][index].name, phase.used[index] + k
         epoch, place = divmod(k, self.num_windows[name])
         window = permute(place, self.num_windows[name], key(self.seed, "epoch", name, epoch))
         return Sample(name, epoch, window)
@@ -139,14 +176,14 @@ class TokenMixture:
         Returns:
             Source name -> `sequences`, `tokens` (sequences x seq_len) and `epochs` (a fraction).
         """
-        whole = num_samples - num_samples % self.global_batch_size
-        replayed = _floor(whole, self.replay_ratio)
+        steps = num_samples // self.global_batch_size
         counts: dict[str, int] = {}
-        for group, shares, left in zip(self._groups, self._shares, (whole - replayed, replayed), strict=True):
-            for source, share in zip(group, shares, strict=True):
-                counts[source.name] = _floor(left, share)
-                left -= counts[source.name]
-        for n in range(whole, num_samples):  # positions are permuted, so a partial batch is counted one by one
+        for replay, (group, phases) in enumerate(zip(self._groups, self._phases, strict=True)):
+            split = _phase(phases, steps).split(self._before(replay, steps))
+            counts |= {source.name: count for source, count in zip(group, split, strict=True)}
+        for n in range(
+            steps * self.global_batch_size, num_samples
+        ):  # positions are permuted, so a partial batch is counted one by one
             counts[self.sample(n).source] += 1
         return {
             name: {
@@ -203,24 +240,57 @@ def _floor(count: int, share: Fraction) -> int:
     return count * share.numerator // share.denominator
 
 
-def _shares(group: list[Source]) -> list[Fraction]:
-    """Each source's share of the remainder left by the sources before it (so the last share is 1).
+def _phases(group: Sequence[Source], before: Callable[[int], int]) -> list[_Phase]:
+    """The phases of a kind of sources, ascending; `before` counts its samples before a step.
 
     Raises:
-        ConfigError: a weight is not a positive number.
+        ConfigError: a weight is not a positive number, or all weights of a phase are 0.
     """
-    weights = [exact_fraction(f"--weight {source.name}", source.weight) for source in group]
-    for source, weight in zip(group, weights, strict=True):
-        if weight <= 0:
-            raise ConfigError(f"--weight {source.name}={source.weight}: give a weight above 0")
-    return [weight / sum(weights[i:], Fraction(0)) for i, weight in enumerate(weights)]
+    by_name = {source.name: _weights(source) for source in group}
+    phases: list[_Phase] = []
+    for step in sorted({0, *(step for weights in by_name.values() for step in weights)}):
+        weights = [found[max(start for start in found if start <= step)] for found in by_name.values()]
+        if group and not any(weights):
+            names = " and ".join(by_name)
+            raise ConfigError(f"--weight: all weights of {names} are 0 from step {step} on; give one of them a weight")
+        shares = _shares(weights)
+        if not phases:
+            phases.append(_Phase(0, 0, [0] * len(group), shares))
+        elif shares != phases[-1].shares:
+            count = before(step)
+            phases.append(_Phase(step, count, phases[-1].split(count), shares))
+    return phases
 
 
-def _choose(shares: list[Fraction], k: int) -> tuple[int, int]:
+def _phase(phases: Sequence[_Phase], step: int) -> _Phase:
+    """The phase that a step is in."""
+    return phases[bisect_right(phases, step, key=lambda phase: phase.step) - 1]
+
+
+def _weights(source: Source) -> dict[int, Fraction]:
+    """The weight of a source from each step on.
+
+    Raises:
+        ConfigError: one is not a number above 0; of several, some may be 0.
+    """
+    several = source.weight if isinstance(source.weight, Mapping) else {0: source.weight}
+    weights = {step: exact_fraction(f"--weight {source.name}", weight) for step, weight in several.items()}
+    if min(weights.values()) < 0 or not any(weights.values()):
+        raise ConfigError(f"--weight {source.name}={source.weight}: give a weight above 0")
+    return weights
+
+
+def _shares(weights: Sequence[Fraction]) -> list[Fraction]:
+    """Each source's share of the remainder left by the sources before it (so the last one above 0 is 1)."""
+    rests = [sum(weights[i:], Fraction(0)) for i in range(len(weights))]
+    return [weight / rest if rest else rest for weight, rest in zip(weights, rests, strict=True)]
+
+
+def _choose(shares: Sequence[Fraction], k: int) -> tuple[int, int]:
     """The source of sample k of its group, and the sample's number within that source."""
     for index, share in enumerate(shares):
         before = _floor(k, share)
         if _floor(k + 1, share) > before:
             return index, before
         k -= before
-    raise AssertionError("the last share is 1")
+    raise AssertionError("a share is 1")

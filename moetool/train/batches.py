@@ -16,6 +16,7 @@ from moetool.data.tokens import TokenStream, split_validation, tokenized
 from moetool.errors import DataError
 from moetool.progress import Progress, silent
 from moetool.train.config import TrainConfig
+from moetool.train.weights import phases
 
 IGNORED = -100  # the label of a place that is not predicted
 
@@ -103,7 +104,7 @@ def _check_apart(config: TrainConfig, fingerprints: Mapping[str, Mapping[str, st
 def mix(corpus: Corpus, config: TrainConfig) -> TokenMixture:
     """The sequence of samples of a run; `config` is resolved."""
     sources = [
-        Source(name, stream, config.weight.get(name, 1), replay=kind == "replay")
+        Source(name, stream, phases(config.weight.get(name, 1)), replay=kind == "replay")
         for kind, named in (("train", corpus.train), ("replay", corpus.replay))
         for name, stream in named.items()
     ]

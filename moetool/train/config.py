@@ -11,9 +11,10 @@ from moetool import registry
 from moetool.errors import ConfigError
 from moetool.launch import num_processes
 from moetool.mesh import SHARING, Mesh, check_sizes, ep_option, fsdp_option, mesh_of, tp_option
-from moetool.option import document_option, dtype_option, option, options, text_field_option, without_effect
-from moetool.train.schedules import parameters
-from moetool.values import named, named_numbers, parse_count
+from moetool.option import document_option, dtype_option, flag, option, options, text_field_option, without_effect
+from moetool.train import weights
+from moetool.train.schedules import default_shape, parameters
+from moetool.values import named, parse_count
 
 MAX_DEFAULT_SEQ_LEN = 2048
 MAX_DEFAULT_MICRO_BATCH = 8
@@ -53,9 +54,10 @@ class TrainConfig:
     replay: Mapping[str, str] = option(
         "Earlier text, mixed in to prevent forgetting.", dict, panel=DATA, metavar="NAME=PATH", make=named
     )
-    weight: Mapping[str, float] = option(
-        "Weight of a source relative to the others of its kind; by default 1.",
-        dict, panel=DATA, metavar="NAME=W", make=named_numbers,
+    weight: Mapping[str, weights.Weight] = option(
+        "Weight of a source relative to the others of its kind; by default 1. Phases such as 0.2@0,0.6@50% change it"
+        " during the run; each begins at a step or at a share of the run.",
+        dict, panel=DATA, metavar="NAME=W", make=weights.parse,
     )  # fmt: skip
     replay_ratio: float = option(
         "Share of each batch taken by replay instead of new text.",
@@ -97,6 +99,11 @@ class TrainConfig:
         "Length of the run in tokens, such as 2B or 500M, rounded down to whole steps.",
         UNSET, panel=SIZE, metavar="COUNT", parse=parse_count,
     )  # fmt: skip
+    shares_of: int = option(
+        "Length in steps that --warmup-ratio, --cooldown-end and the starts of --weight are shares of. A run that is"
+        " made longer keeps its first one.",
+        UNSET, panel=SIZE, shown="the length of the run", min=1, metavar="STEPS", defines=True,
+    )  # fmt: skip
     seq_len: int = option(
         "Sequence length in tokens.",
         UNSET, panel=SIZE, shown="2048, or the model's maximum if that is less", min=1, defines=True,
@@ -122,6 +129,10 @@ class TrainConfig:
     constant_end: float = option(
         "Share of the run at which the constant phase ends (infinite, wsd).",
         UNSET, shown="0.8", min=0, max=1, defines=True, **_scheduled("constant_end"),
+    )  # fmt: skip
+    decay_shape: Literal["linear", "minus-sqrt", "exponential"] = option(
+        "How the learning rate falls to --min-lr after the constant phase (infinite, wsd).",
+        UNSET, shown="linear with wsd, exponential with infinite", defines=True, **_scheduled("decay_shape"),
     )  # fmt: skip
     warmup_ratio: float = option(
         "Share of the steps used for warm-up from 0.",
@@ -254,8 +265,13 @@ class TrainConfig:
             raise ConfigError(f"--lr {self.lr:g}: a number above 0 is needed")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ConfigError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the learning rate must fall to it")
-        if "min_lr" in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
-            raise ConfigError("--min-lr has no effect with --constant-end 1: nothing anneals to it")
+        for name in ("min_lr", "decay_shape"):
+            if name in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
+                raise ConfigError(f"{flag(name)} has no effect with --constant-end 1: nothing anneals to --min-lr")
+        shares = [self.warmup_steps is None, "cooldown_end" in parameters(self.schedule)]
+        shares += [weights.has_shares(weight) for weight in self.weight.values()]
+        if "shares_of" in typed and not any(shares):
+            raise ConfigError("--shares-of has no effect: no option is a share of the length")
         self._check_sources(typed)
         self._check_teacher()
         check_sizes(self.mesh, num_processes(), self.replicas is None)
@@ -343,9 +359,11 @@ class TrainConfig:
                 f"--max-tokens {self.max_tokens} is less than one step: --global-batch-size {self.global_batch_size}"
                 f" x --seq-len {seq_len} = {step_tokens} tokens"
             )
+        base = self.shares_of or steps
         warmup = self.warmup_steps
         if warmup is None:
-            warmup = round((0.01 if self.warmup_ratio is None else self.warmup_ratio) * steps)
+            warmup = round((0.01 if self.warmup_ratio is None else self.warmup_ratio) * base)
+        cooldown_end = 0.7 if self.cooldown_end is None else self.cooldown_end
         min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
         every = max(1, steps // 10)
         precision = self.precision or ("bf16" if gpu else "fp32")
@@ -357,13 +375,17 @@ class TrainConfig:
             else DEFAULT_REPLAY_RATIO * bool(self.replay),
             max_steps=steps,
             max_tokens=steps * step_tokens,
+            shares_of=base,
+            weight={name: weights.in_steps(name, one, base, steps) for name, one in self.weight.items()},
             seq_len=seq_len,
             micro_batch_size=self.micro_batch_size or default_micro_batch(self.global_batch_size),
             min_lr=min_lr,
             # The midpoint: 1.65e-4 between the 3e-4 and 3e-5 of the runs that this schedule is known from.
             constant_lr=(self.lr + min_lr) / 2 if self.constant_lr is None else self.constant_lr,
-            cooldown_end=0.7 if self.cooldown_end is None else self.cooldown_end,
+            # Of the whole run, as the schedule takes it: the same step.
+            cooldown_end=cooldown_end if base == steps else round(cooldown_end * base) / steps,
             constant_end=0.8 if self.constant_end is None else self.constant_end,
+            decay_shape=UNSET if self.decay_shape == default_shape(self.schedule) else self.decay_shape,
             warmup_steps=warmup,
             balance=dict(({} if self.frozen_routers else default_balance) if self.balance is None else self.balance),
             precision=precision,
@@ -446,7 +468,7 @@ def _plain(value: Any) -> str:
             " ".join(f"{key}={item:g}" if isinstance(item, float) else f"{key}={item}" for key, item in value.items())
             or "none"
         )
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def check_batches(global_batch_size: int, micro_batch_size: int, num_processes: int) -> None:

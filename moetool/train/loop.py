@@ -105,6 +105,7 @@ class Run:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             state.claim(config.out)
+            state.withdraw(config.out)
             if not config.resume:
                 state.clear(config.out)
             state.go_back(config.out, self.step)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from moetool.checkpoint.folder import FolderLock
@@ -21,6 +20,7 @@ from moetool.train.accelerator import make_accelerator
 from moetool.train.batches import open_corpus
 from moetool.train.config import TrainConfig, check_batches, differences
 from moetool.train.execution import check_execution, check_sharing, executing
+from moetool.train.longer import check_going_on, first_length
 from moetool.train.ranks import Ranks, new_ranks
 from moetool.train.run_plan import RunPlan, plan_run
 from moetool.train.teacher import check_teacher
@@ -67,7 +67,11 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
     mesh = config.mesh
     check_sizes(mesh, accelerator.num_processes, config.replicas is None)
     check_model(mesh, model)
-    config = config.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=mesh.whole)
+
+    def resolved(asked: TrainConfig) -> TrainConfig:
+        return asked.resolve(positions, default_balance, accelerator.device.type == "cuda", compiled=mesh.whole)
+
+    asked, config = config, resolved(config)
     check_batches(config.global_batch_size, config.micro_batch_size, mesh.data_parallel)
     balance.check(config, model)
     router_gradient.check(config, model)
@@ -84,18 +88,24 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
         often = {"save-every": config.save_every, "eval-every": config.eval_every}
         often |= {"keep-weights": config.keep_weights, "average-last": config.average_last}
         _alike(ranks, {**identity, **vars(mesh), **often})
-        found = state.find(out, ranks) if config.resume else state.Found()
+        found = state.find(out, ranks, config.max_steps) if config.resume else state.Found()
+        changed: list[str] = []
         if found.identity is not None:
+            first = first_length(found.identity)
+            if asked.shares_of is None and first and first < config.max_steps:
+                config = resolved(replace(asked, shares_of=first))
+                identity = config.identity(identity["model"], corpus.fingerprints)
             # A run from before biases were centred goes on as it began.
             identity = {name: value for name, value in identity.items() if name != "centred" or name in found.identity}
-            _same(out, found.identity, identity)
+            changed = check_going_on(config, found.identity, identity, found.step)
         if found.summary is not None:
             yield Opened(summary=found.summary)
             return
         _check_average(config, found.step)
         plan = plan_run(config, accelerator, model, corpus, identity, found.step, teacher)
-        damaged = [f"{reason}; continuing from step {found.step}" for reason in found.damaged]
-        yield Opened(replace(plan, warnings=[*plan.warnings, *damaged]))
+        told = [f"{reason}; continuing from step {found.step}" for reason in found.damaged]
+        told += [f"from step {found.step} on, this run has other options: {'; '.join(changed)}"] if changed else []
+        yield Opened(replace(plan, warnings=[*plan.warnings, *told]))
     accelerator.end_training()
 
 
@@ -121,12 +131,3 @@ def _check_average(config: TrainConfig, step: int) -> None:
                 f"--average-last {config.average_last}: --keep-weights {every} keeps {count} in this run of"
                 f" {config.max_steps} steps; give at most that, or keep them more often"
             )
-
-
-def _same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = differences(before, now)
-    if changed:
-        raise ConfigError(
-            f"{out} holds a run with other options: {'; '.join(changed)}. Repeat its options to continue it,"
-            " use --no-resume to delete it and start again, or choose another OUT"
-        )

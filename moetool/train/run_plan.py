@@ -138,6 +138,7 @@ def plan_run(
             name: {
                 **entry,
                 "replay": name in config.replay,
+                "weight": config.weight.get(name, 1),
                 "available_tokens": mixture.sources[name].stream.num_tokens,
             }
             for name, entry in mixture.ledger(config.max_steps * config.global_batch_size).items()

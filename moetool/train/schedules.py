@@ -38,8 +38,17 @@ def constant(step: int, total_steps: int, *, lr: float, warmup_steps: int) -> fl
     return lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else lr
 
 
-def wsd(step: int, total_steps: int, *, lr: float, min_lr: float, warmup_steps: int, constant_end: float) -> float:
-    """Warm-up, stable, decay: as `constant` up to update round(constant_end * N), then linearly to `min_lr`.
+def wsd(
+    step: int,
+    total_steps: int,
+    *,
+    lr: float,
+    min_lr: float,
+    warmup_steps: int,
+    constant_end: float,
+    decay_shape: str = "linear",
+) -> float:
+    """Warm-up, stable, decay: as `constant` up to update A = round(constant_end * N), then `decay` to `min_lr`.
 
     Hu et al. 2024 (MiniCPM, arXiv 2404.06395), section 4; the linear decay as in Haegele et al. 2024
     (arXiv 2405.18392), section 3.
@@ -47,7 +56,7 @@ def wsd(step: int, total_steps: int, *, lr: float, min_lr: float, warmup_steps: 
     update, end = step + 1, round(constant_end * total_steps)
     if update <= end:
         return constant(step, total_steps, lr=lr, warmup_steps=warmup_steps)
-    return lr + (min_lr - lr) * min(1.0, (update - end) / (total_steps - end))
+    return decay(min(1.0, (update - end) / (total_steps - end)), lr, min_lr, decay_shape)
 
 
 def infinite(
@@ -60,14 +69,15 @@ def infinite(
     warmup_steps: int,
     cooldown_end: float,
     constant_end: float,
+    decay_shape: str = "exponential",
 ) -> float:
     """Warm-up to `lr`, cosine cooldown to `constant_lr`, that rate for as long as one likes, annealing.
 
     Of N updates, u <= W = warmup_steps have lr * u / W; u <= C = round(cooldown_end * N) have
     constant_lr + (lr - constant_lr) * (1 + cos(pi * (u - W) / (C - W))) / 2; u <= A =
-    round(constant_end * N) have constant_lr; the rest constant_lr * (min_lr / constant_lr) **
-    ((u - A) / (N - A)): update N has exactly `min_lr`. With `cooldown_end` 0, for a run that leaves
-    from the constant phase of another, the warm-up rises to `constant_lr` and there is no cooldown.
+    round(constant_end * N) have constant_lr; the rest `decay` from it to `min_lr`, by default exponentially.
+    With `cooldown_end` 0, for a run that leaves from the constant phase of another, the warm-up rises to
+    `constant_lr` and there is no cooldown.
     Ibrahim et al. 2024 (arXiv 2403.08763), section 7.4, with the cosine cooldown of arXiv 2503.02844, equation 1.
     """
     update = step + 1
@@ -79,8 +89,19 @@ def infinite(
         return constant_lr + (lr - constant_lr) * (1 + math.cos(math.pi * share)) / 2
     if update <= annealed:
         return constant_lr
-    share = min(1.0, (update - annealed) / (total_steps - annealed))
-    return float(constant_lr * (min_lr / constant_lr) ** share)
+    return decay(min(1.0, (update - annealed) / (total_steps - annealed)), constant_lr, min_lr, decay_shape)
+
+
+def decay(share: float, above: float, below: float, shape: str) -> float:
+    """The rate after a share of the decay from `above` (share 0) to `below` (share 1).
+
+    `linear` is above + (below - above) * share; `minus-sqrt` has sqrt(share) in its place, so it falls fast at first
+    (the 1-sqrt cooldown of Haegele et al. 2024, arXiv 2405.18392, section 3); `exponential` is
+    above * (below / above) ** share.
+    """
+    if shape == "exponential":
+        return float(above * (below / above) ** share)
+    return above + (below - above) * (math.sqrt(share) if shape == "minus-sqrt" else share)
 
 
 def parameters(name: str) -> list[str]:
@@ -89,25 +110,31 @@ def parameters(name: str) -> list[str]:
     return [p.name for p in every if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
+def default_shape(name: str) -> str | None:
+    """The decay of a schedule if none is asked for; None if it has no decay."""
+    found = inspect.signature(registry.load("schedule", name)).parameters.get("decay_shape")
+    return found.default if found else None
+
+
 def build(name: str, total_steps: int, options: dict[str, Any]) -> Callable[[int], float]:
     """A schedule of the registry as step -> learning rate.
 
     Args:
         name: of the schedule.
         total_steps: updates of the whole run.
-        options: values by name; those that the schedule does not take are left out.
+        options: values by name; those that the schedule does not take are left out, and None is its own default.
 
     Raises:
         ConfigError: its phases do not follow one another, or its rates are out of order.
     """
-    taken = {key: options[key] for key in parameters(name)}
+    taken = {key: options[key] for key in parameters(name) if options.get(key) is not None}
     warmup = taken.get("warmup_steps", 0)
     if warmup > total_steps:
         raise ConfigError(
             f"{warmup} warm-up steps do not fit into {total_steps} steps; lower --warmup-steps or --warmup-ratio"
         )
     _check_phases(taken, total_steps)
-    _check_rates(taken)
+    _check_rates(name, {"decay_shape": default_shape(name)} | taken)
     return partial(registry.load("schedule", name), total_steps=total_steps, **taken)
 
 
@@ -127,8 +154,8 @@ def _check_phases(taken: dict[str, Any], total_steps: int) -> None:
         before, before_end = f"--{name.replace('_', '-')} {taken[name]:g} (update {end})", end
 
 
-def _check_rates(taken: dict[str, Any]) -> None:
-    """Refuse a rate that rises where the schedule falls, and annealing to 0, which no power reaches."""
+def _check_rates(name: str, taken: dict[str, Any]) -> None:
+    """Refuse a rate that rises where the schedule falls, and an exponential decay to 0, which no power reaches."""
     names = [name for name in ("lr", "constant_lr", "min_lr") if name in taken]
     if taken.get("cooldown_end") == 0:
         names.remove("lr")  # no warm-up reaches it
@@ -140,7 +167,10 @@ def _check_rates(taken: dict[str, Any]) -> None:
                 f"--{below.replace('_', '-')} {taken[below]:g} is above --{above.replace('_', '-')}"
                 f" {taken[above]:g}, but the learning rate must fall from the second to the first"
             )
-    if "constant_lr" in taken and not (taken["constant_lr"] > 0 and ("min_lr" not in names or taken["min_lr"] > 0)):
+    if taken["decay_shape"] == "exponential" and "min_lr" in names and not taken["min_lr"] > 0:
         raise ConfigError(
-            "--schedule infinite anneals by --constant-lr x (--min-lr / --constant-lr)^t, which needs rates above 0"
+            f"--min-lr {taken['min_lr']:g}: the decay of --schedule {name} is exponential and needs rates above 0; give"
+            " --min-lr above 0 or --decay-shape linear"
         )
+    if "constant_lr" in taken and not taken["constant_lr"] > 0:
+        raise ConfigError(f"--constant-lr {taken['constant_lr']:g}: --schedule {name} needs one above 0")

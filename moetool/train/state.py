@@ -21,6 +21,7 @@ from moetool.checkpoint.step_folder import AVERAGE, STATE, STATE_FILE, STEPS, WE
 from moetool.checkpoint.writer import foreign_files
 from moetool.errors import CheckpointError, ConfigError
 from moetool.outside import fits, read_json
+from moetool.recipe import LINEAGE
 from moetool.train import resume
 from moetool.train.ranks import ALONE, Ranks
 
@@ -108,6 +109,13 @@ def release(out: Path) -> None:
     sync_folder(out)
 
 
+def withdraw(out: Path) -> None:
+    """Delete the result of a finished run that goes on from a folder that `claim` has marked; step folders stay."""
+    for path in (out / "config.json", out / INDEX, out / SUMMARY, out / LINEAGE, *out.glob("*.safetensors")):
+        path.unlink(missing_ok=True)
+    sync_folder(out)
+
+
 def clear(out: Path) -> None:
     """Delete an earlier run (`--no-resume`) from a folder that `claim` has marked: what makes it loadable first."""
     for name in ("config.json", INDEX):
@@ -148,19 +156,25 @@ class Found:
     damaged: tuple[str, ...] = ()
 
 
-def find(out: Path, ranks: Ranks = ALONE) -> Found:
+def find(out: Path, ranks: Ranks = ALONE, max_steps: int = 0) -> Found:
     """Look for what can be gone on with: the newest step folder of which every byte is as it was written.
 
     Args:
         out: the run's folder.
         ranks: the processes that share the reading; all must call, and all find the same.
+        max_steps: length that is asked for; a finished run of fewer steps is one to go on with.
 
     Raises:
-        CheckpointError: the summary is damaged, or every step folder is.
+        CheckpointError: the summary is damaged, every step folder is, or a finished run has none to go on from.
     """
     finished, steps = ranks.together(lambda: (_finished(out), [*step_folders(out)]) if ranks.is_main else (None, []))[0]
-    if finished:
+    if finished and finished.step >= max_steps:
         return finished
+    if finished and not steps:
+        raise CheckpointError(
+            f"{out} is finished after {finished.step} steps and cannot go on to {max_steps}, because {out / STEPS}"
+            f" holds no step folder any more. Start a run in another OUT from {out}, with a new warm-up"
+        )
     damaged: list[str] = []
     for step in reversed(steps):
         try:

@@ -77,6 +77,37 @@ def test_wsd(step: int, value: float) -> None:
     assert rate == pytest.approx(value, abs=1e-12)
 
 
+# Of 20 updates, 17 to 20 decay, from `above` to 0.1: a share of 1/4, 1/2, 3/4 and 1.
+@pytest.mark.parametrize(
+    ("shape", "above", "values"),
+    [
+        ("linear", 1.0, [0.775, 0.55, 0.325, 0.1]),
+        ("minus-sqrt", 1.0, [0.55, 0.36360389693210725, 0.22057713659400518, 0.1]),  # 1 - 0.9 * sqrt(share)
+        ("exponential", 1.0, [0.5623413251903491, 0.31622776601683794, 0.1778279410038923, 0.1]),  # 10 ** -share
+        ("linear", 0.4, [0.325, 0.25, 0.175, 0.1]),
+        ("minus-sqrt", 0.4, [0.25, 0.18786796564403572, 0.14019237886466842, 0.1]),  # 0.4 - 0.3 * sqrt(share)
+        ("exponential", 0.4, [0.282842712474619, 0.2, 0.1414213562373095, 0.1]),  # 0.4 * 2 ** (-2 * share)
+    ],
+)
+def test_decay_shapes(shape: str, above: float, values: list[float]) -> None:
+    name, options = ("wsd", INFINITE) if above == 1.0 else ("infinite", INFINITE)
+    rate = schedules.build(name, 20, options | {"decay_shape": shape})
+    assert [rate(step) for step in range(15, 20)] == pytest.approx([above, *values], abs=1e-12)
+    own = schedules.build(name, 20, options)
+    assert all(own(step) == rate(step) for step in range(16))
+    assert schedules.default_shape(name) == ("linear" if name == "wsd" else "exponential")
+    same = [own(step) == rate(step) for step in range(16, 19)]
+    assert same == [shape == schedules.default_shape(name)] * 3
+
+
+def test_a_decay_that_is_no_power_reaches_zero() -> None:
+    for shape in ("linear", "minus-sqrt"):
+        rate = schedules.build("infinite", 20, INFINITE | {"min_lr": 0.0, "decay_shape": shape})
+        assert rate(19) == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(ConfigError, match=r"the decay of --schedule wsd is exponential .* --decay-shape linear"):
+        schedules.build("wsd", 20, INFINITE | {"min_lr": 0.0, "decay_shape": "exponential"})
+
+
 @pytest.mark.parametrize("name", registry.names("schedule"))
 @pytest.mark.parametrize("cooldown_end", [0.0, 0.7])
 def test_no_schedule_jumps(name: str, cooldown_end: float) -> None:
@@ -96,7 +127,9 @@ def test_no_schedule_jumps(name: str, cooldown_end: float) -> None:
         ({"cooldown_end": 0.0, "warmup_steps": 17}, r"--constant-end 0.8 is update 16 of 20, not after 17 warm-up"),
         ({"constant_lr": 2.0}, r"--constant-lr 2 is above --lr 1"),
         ({"min_lr": 0.5}, r"--min-lr 0.5 is above --constant-lr 0.4"),
-        ({"min_lr": 0.0}, r"needs rates above 0"),
+        ({"min_lr": 0.0}, r"--min-lr 0: the decay of --schedule infinite is exponential and needs rates above 0"),
+        ({"min_lr": 0.0, "constant_lr": 0.0}, r"needs rates above 0"),
+        ({"min_lr": 0.0, "constant_lr": 0.0, "decay_shape": "linear"}, r"--constant-lr 0: --schedule infinite needs"),
     ],
 )
 def test_build_refuses_phases_and_rates_out_of_order(changes: dict[str, float], message: str) -> None:
