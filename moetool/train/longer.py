@@ -51,11 +51,12 @@ def check_going_on(config: TrainConfig, before: Mapping[str, Any], now: Mapping[
     """
     out, before = config.out, {"shares-of": before.get("max-steps"), **before}
     changed = differences(before, now)
-    if not (fits(before, {"max-steps": int}) and now["max-steps"] > before["max-steps"]):
-        if changed:
-            raise _other(out, changed)
+    if not changed:
         return []
     chosen = differences(_chosen(before), _chosen(now))
+    if not (fits(before, {"max-steps": int}) and now["max-steps"] > before["max-steps"]):
+        old, new = before.get("max-steps"), now["max-steps"]
+        raise _other(out, changed if old == new else [*chosen, f"--max-steps ({old} before, {new} now)"])
     free = _by_step_options()
     if differences({n: v for n, v in before.items() if n not in free}, {n: v for n, v in now.items() if n not in free}):
         raise _other(out, chosen)
@@ -95,9 +96,9 @@ def _decayed(config: TrainConfig, before: Mapping[str, Any], step: int, name: st
     newest = out if (out / "config.json").exists() else folders[step]
     ways = f"from {newest} with a new warm-up"
     if early := [folder for there, folder in folders.items() if there <= other]:
-        ways = (
-            f"from {early[-1]}, the last step folder before that, with --keep-optimizer and --warmup-steps 0; or {ways}"
-        )
+        flags = "--keep-optimizer --warmup-steps 0"
+        flags += " --cooldown-end 0" * ("cooldown_end" in schedules.parameters(config.schedule))
+        ways = f"from {early[-1]}, the last step folder before that, with {flags}; or {ways}"
     return ConfigError(
         f"{out} cannot go on to {config.max_steps} steps, because it has made {step} as a run of"
         f" {before['max-steps']}, and from step {other + 1} on their {name} would have been another. Start a run in"

@@ -94,7 +94,7 @@ def _opened(config: TrainConfig, progress: Progress) -> Iterator[Opened]:
             first = first_length(found.identity)
             if asked.shares_of is None and first and first < config.max_steps:
                 config = resolved(replace(asked, shares_of=first))
-                identity = config.identity(identity["model"], corpus.fingerprints)
+                identity = config.identity(identity["model"], corpus.fingerprints, known_teacher)
             # A run from before biases were centred goes on as it began.
             identity = {name: value for name, value in identity.items() if name != "centred" or name in found.identity}
             changed = check_going_on(config, found.identity, identity, found.step)

@@ -41,7 +41,7 @@ def _phased(text: str, typed: str) -> str:
             )
         numbers.append(float(number))
         starts.append(start)
-    if _step(starts[0], 1) != 0:
+    if Fraction(starts[0].rstrip("%")) != 0:
         raise ConfigError(f"{typed}: the first phase must begin at 0, such as 1@0,{text}")
     if not any(numbers):
         raise ConfigError(f"{typed}: the weight is 0 in all phases; leave the source out")

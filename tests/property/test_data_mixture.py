@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from math import ceil, floor
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +26,27 @@ def stream(lengths: list[int]) -> TokenStream:
     """Documents of these lengths; every token is its own place."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return TokenStream({}, offsets[:-1], offsets, np.arange(offsets[-1], dtype=np.uint32))
+
+
+@st.composite
+def phases(draw: st.DrawFn) -> dict[int, Fraction]:
+    """Weights from up to four steps on; the first is above 0."""
+    starts = sorted(draw(st.sets(st.integers(1, 30), max_size=3)))
+    later = st.fractions(min_value=0, max_value=9, max_denominator=9)
+    return {0: draw(st.fractions(min_value=1, max_value=9, max_denominator=9)), **{s: draw(later) for s in starts}}
+
+
+@st.composite
+def phased(draw: st.DrawFn) -> TokenMixture:
+    """A mixture whose weights change; one source of each kind never has weight 0."""
+    ratio = draw(SHARES)
+    sources = [
+        Source(f"{kind}{i}", stream([draw(st.integers(4, 60))]), draw(phases()) if i else 1, kind == "replay")
+        for kind in ("train", "replay")
+        if kind == "train" or ratio > 0
+        for i in range(draw(st.integers(1, 3)))
+    ]
+    return TokenMixture(sources, 3, draw(st.integers(1, 12)), ratio, draw(st.integers(0, 2**63)))
 
 
 @st.composite
@@ -51,7 +75,7 @@ def test_permute_stays_in_range_and_apart_on_large_sizes(size: int, key: int, da
 
 
 @settings(deadline=None)
-@given(mixtures(), st.integers(1, 30))
+@given(mixtures() | phased(), st.integers(1, 30))
 def test_replay_is_exact_in_each_batch_and_in_total(mixed: TokenMixture, steps: int) -> None:
     total = 0
     share = mixed.replay_ratio * mixed.global_batch_size
@@ -63,7 +87,7 @@ def test_replay_is_exact_in_each_batch_and_in_total(mixed: TokenMixture, steps: 
 
 
 @settings(deadline=None)
-@given(mixtures(), st.integers(0, 150))
+@given(mixtures() | phased(), st.integers(0, 150))
 def test_the_ledger_counts_what_the_samples_are(mixed: TokenMixture, num_samples: int) -> None:
     counts = Counter(mixed.sample(n).source for n in range(num_samples))
     ledger = mixed.ledger(num_samples)
@@ -85,8 +109,46 @@ def test_sources_of_a_kind_share_it_by_weight(mixed: TokenMixture) -> None:
             assert abs(ledger[source.name]["sequences"] - total * Fraction(str(source.weight)) / weights) < len(group)
 
 
+@settings(deadline=None)
+@given(phased(), st.data())
+def test_sources_share_each_phase_by_its_weights(mixed: TokenMixture, data: st.DataObject) -> None:
+    """Between two steps of a phase; what the phases of any split use adds up."""
+    weights: dict[str, dict[int, Any]] = {
+        name: source.weight if isinstance(source.weight, dict) else {0: source.weight}
+        for name, source in mixed.sources.items()
+    }
+    ends = sorted({0, 40, *(start for one in weights.values() for start in one)})
+    batch, used = mixed.global_batch_size, dict.fromkeys(mixed.sources, 0.0)
+    for start, end in pairwise(ends):
+        step = data.draw(st.integers(start, end))
+        before, then, after = (mixed.ledger(n * batch) for n in (start, step, end))
+        now = {name: Fraction(one[max(s for s in one if s <= start)]) for name, one in weights.items()}
+        for replay in (False, True):
+            group = [name for name, source in mixed.sources.items() if source.replay is replay]
+            counts = {name: then[name]["sequences"] - before[name]["sequences"] for name in group}
+            for name in group:
+                share = sum(counts.values()) * now[name] / sum(now[other] for other in group)
+                # A kind goes on from where it stood if its own weights stay, and is split anew if they change.
+                assert abs(counts[name] - share) < 2 * len(group)
+                assert now[name] or not counts[name]
+                used[name] += counts[name] + after[name]["sequences"] - then[name]["sequences"]
+    assert used == {name: entry["sequences"] for name, entry in mixed.ledger(40 * batch).items()}
+
+
 @settings(deadline=None, max_examples=50)
-@given(mixtures())
+@given(phased(), st.integers(0, 30))
+def test_later_phases_change_nothing_before_them(mixed: TokenMixture, step: int) -> None:
+    def until(weight: Any) -> Any:
+        return {s: w for s, w in weight.items() if s < max(step, 1)} if isinstance(weight, dict) else weight
+
+    sources = [replace(source, weight=until(source.weight)) for source in mixed.sources.values()]
+    other = TokenMixture(sources, mixed.seq_len, mixed.global_batch_size, mixed.replay_ratio, mixed.seed)
+    samples = range(step * mixed.global_batch_size)
+    assert [mixed.sample(n) for n in samples] == [other.sample(n) for n in samples]
+
+
+@settings(deadline=None, max_examples=50)
+@given(mixtures() | phased())
 def test_every_window_comes_once_an_epoch_before_any_comes_again(mixed: TokenMixture) -> None:
     seen: dict[str, list[tuple[int, int]]] = {name: [] for name in mixed.sources}
     for n in range(50 * mixed.global_batch_size):
@@ -103,7 +165,9 @@ def test_every_window_comes_once_an_epoch_before_any_comes_again(mixed: TokenMix
 
 
 @settings(deadline=None)
-@given(mixtures(), st.lists(st.integers(0, 10**9), min_size=1, max_size=20), st.randoms(use_true_random=False))
+@given(
+    mixtures() | phased(), st.lists(st.integers(0, 10**9), min_size=1, max_size=20), st.randoms(use_true_random=False)
+)
 def test_a_sample_depends_on_its_number_alone(mixed: TokenMixture, numbers: list[int], rng: random.Random) -> None:
     once = {n: (mixed.sample(n), mixed.tokens(n).tolist()) for n in numbers}
     again = TokenMixture(

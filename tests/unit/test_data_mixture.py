@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 
@@ -75,6 +76,50 @@ def test_weights_are_relative_within_their_kind() -> None:
     ]
     counts = TokenMixture(sources, 4, 16, "0.5", 0).ledger(160)
     assert {name: entry["sequences"] for name, entry in counts.items()} == {"a": 60, "b": 20, "c": 40, "d": 40}
+
+
+def test_the_ledger_over_phases_by_hand() -> None:
+    """Batches of 8, a quarter replay: 6 and 2 sequences a step."""
+    sources = [
+        Source("a", stream(41), weight={0: 1, 2: 2, 4: "0"}),  # of 6: 3, from step 2 on 4, from step 4 on none
+        Source("b", stream(41)),
+        Source("c", stream(41), weight={0: 0, 3: 3}, replay=True),  # of 2: none; from step 3 on 3 of 4
+        Source("d", stream(41), replay=True),
+    ]
+    mixed = TokenMixture(sources, 4, 8, "0.25", 0)
+    by_step = [[0, 0, 0, 0], [3, 3, 0, 2], [6, 6, 0, 4], [10, 8, 0, 6], [14, 10, 1, 7], [14, 16, 3, 7], [14, 22, 4, 8]]
+    for step, counts in enumerate(by_step):
+        assert [entry["sequences"] for entry in mixed.ledger(8 * step).values()] == counts
+    assert mixed.ledger(48)["b"] == {"sequences": 22, "tokens": 88, "epochs": 2.2}
+    # Each source goes on where it stood: its windows in the order that it has alone.
+    for source in sources:
+        alone = TokenMixture([replace(source, weight=1, replay=False)], 4, 8, 0, 0)
+        windows = [(s.epoch, s.window) for s in in_turn(mixed, 48) if s.source == source.name]
+        assert windows == [(s.epoch, s.window) for s in in_turn(alone, len(windows))]
+
+
+def in_turn(mixed: TokenMixture, count: int) -> list[Sample]:
+    """The first samples in the order of their slots: each batch is shuffled."""
+    size, samples = mixed.global_batch_size, []
+    for step in range(-(-count // size)):
+        places = [permute(place, size, key(mixed.seed, "batch", step)) for place in range(size)]
+        samples += [mixed.sample(step * size + places.index(slot)) for slot in range(size)]
+    return samples[:count]
+
+
+def test_equal_weights_in_other_words_are_no_phase() -> None:
+    plain = [Source("a", stream(50), weight="0.2"), Source("b", stream(50))]
+    twice = [Source("a", stream(50), weight={0: 0.2, 5: "0.2"}), Source("b", stream(50), weight={0: 1, 9: 1})]
+    one, other = (TokenMixture(sources, 4, 7, 0, 3) for sources in (plain, twice))
+    assert [one.sample(n) for n in range(200)] == [other.sample(n) for n in range(200)]
+
+
+def test_a_kind_needs_a_weight_in_every_phase() -> None:
+    sources = [Source("a", stream(50), weight={0: 1, 5: 0}), Source("b", stream(50), weight={0: 0, 6: 1})]
+    with pytest.raises(ConfigError, match="all weights of a and b are 0 from step 5 on"):
+        TokenMixture(sources, 4, 8, 0, 0)
+    with pytest.raises(ConfigError, match=r"--weight a=.*give a weight above 0"):
+        TokenMixture([Source("a", stream(50), weight={0: 1, 5: -1}), sources[1]], 4, 8, 0, 0)
 
 
 def test_an_epoch_has_an_order_of_its_own_by_seed_source_and_number() -> None:
