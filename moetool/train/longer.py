@@ -54,22 +54,28 @@ def check_going_on(config: TrainConfig, before: Mapping[str, Any], now: Mapping[
     if not changed:
         return []
     chosen = differences(_chosen(before), _chosen(now))
-    if not (fits(before, {"max-steps": int}) and now["max-steps"] > before["max-steps"]):
+    if not (fits(before, {"max-steps": int, "weight": {"*": (float, str)}}) and now["max-steps"] > before["max-steps"]):
         old, new = before.get("max-steps"), now["max-steps"]
         raise _other(out, changed if old == new else [*chosen, f"--max-steps ({old} before, {new} now)"])
     free = _by_step_options()
     if differences({n: v for n, v in before.items() if n not in free}, {n: v for n, v in now.items() if n not in free}):
         raise _other(out, chosen)
     recorded: dict[str, Any] = {name.replace("-", "_"): before.get(name) for name in free}
+    longer = by_step(config)
     try:
         earlier = by_step(replace(config, **recorded))
-    except (ConfigError, KeyError, TypeError, ValueError):  # an identity that was changed by hand
+        others = [(name, _first_other(value, earlier[name], step)) for name, value in longer.items()]
+    except (ArithmeticError, ConfigError, KeyError, TypeError, ValueError):  # an identity that was changed by hand
         raise _other(out, changed) from None
-    for name, value in by_step(config).items():
-        other = next((done for done in range(step) if value(done) != earlier[name](done)), None)
+    for name, other in others:
         if other is not None:
             raise _other(out, chosen) if chosen else _decayed(config, before, step, name, other)
     return chosen
+
+
+def _first_other(one: Callable[[int], Any], other: Callable[[int], Any], steps: int) -> int | None:
+    """The first of some steps in which two functions differ; None if they agree."""
+    return next((step for step in range(steps) if one(step) != other(step)), None)
 
 
 def _by_step_options() -> set[str]:

@@ -154,10 +154,13 @@ def test_a_run_of_an_earlier_version_or_without_step_folders(tmp_path: Path, lla
     trained(llama, out, jsonl, *options, steps=3)
     assert rates(out) == [1e-3] * 3
     assert yaml.safe_load((out / "moetool.yaml").read_text())["shares-of"] == 2
-    document["identity"] |= {"max-steps": 3, "schedule": "of my own"}
-    for folder in (out / "checkpoints").iterdir():
-        (folder / "training_state" / "state.json").write_text(json.dumps(document | {"files": {}}))
-    assert "--schedule (of my own before, constant now)" in refused(llama, out, jsonl, *options, steps=4)
+    for name, value in {"schedule": "of my own", "lr": "high", "weight": ["new"], "warmup-steps": None}.items():
+        damaged = document | {"files": {}, "identity": document["identity"] | {"max-steps": 3, name: value}}
+        for folder in (out / "checkpoints").iterdir():
+            (folder / "training_state" / "state.json").write_text(json.dumps(damaged))
+        line = refused(llama, out, jsonl, *options, steps=4)
+        assert "holds a run with other options: " in line
+        assert f"--{name} (" in line
     shutil.rmtree(out / "checkpoints")
     assert refused(llama, out, jsonl, *options, steps=4) == (
         f"moetool: {out} is finished after 3 steps and cannot go on to 4, because {out}/checkpoints holds no step"
