@@ -22,9 +22,11 @@ from moetool.train.config import TrainConfig, differences
 def by_step(config: TrainConfig) -> dict[str, Callable[[int], Any]]:
     """What the updates of a resolved run depend on, as functions of the step, by what an error calls them."""
     sources = {name: config.weight.get(name, 1) for name in (*config.train, *config.replay)}
+    moves = round(config.balance_end * config.max_steps) if "loss-free" in config.balance else 0
     return {
         "learning rate": schedules.build(config.schedule, config.max_steps, vars(config)),
         "weights of the sources": weights.by_step(sources),
+        "selection bias": lambda step: step < moves,
     }
 
 
@@ -81,7 +83,7 @@ def _first_other(one: Callable[[int], Any], other: Callable[[int], Any], steps: 
 def _by_step_options() -> set[str]:
     """The options, as an identity names them, that `by_step` reads: all that a longer run may change."""
     rates = {flag(name)[2:] for name, one in options(TrainConfig).items() if one.needs and one.needs[0] == "schedule"}
-    return {"schedule", "max-steps", "shares-of", "weight"} | (rates - {"warmup-ratio"})
+    return {"schedule", "max-steps", "shares-of", "weight", "balance-end"} | (rates - {"warmup-ratio"})
 
 
 def _chosen(identity: Mapping[str, Any]) -> dict[str, Any]:

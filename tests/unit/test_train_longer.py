@@ -20,7 +20,7 @@ def run(
     """A resolved run and its identity as state.json holds it."""
     sources = {"a": "a.txt", "b": "b.txt"}
     config = TrainConfig(model=Path("m"), out=out, train=sources, max_steps=steps, **options)
-    config = (replace(config, shares_of=shares_of) if shares_of else config).resolve(128, {}, gpu=False)
+    config = (replace(config, shares_of=shares_of) if shares_of else config).resolve(128, {"aux": 0.01}, gpu=False)
     return config, json.loads(json.dumps(config.identity("m", {"train": sources})))
 
 
@@ -57,6 +57,17 @@ def test_a_run_may_be_longer_until_it_decays(tmp_path: Path, options: dict[str, 
         assert f"or from {tmp_path}/checkpoints/step-{step:06d} with a new warm-up" in str(error.value)
 
 
+BIASED: dict[str, Any] = {"schedule": "constant", "balance": {"loss-free": 0.001}}
+
+
+def test_the_selection_bias_must_not_have_stopped(tmp_path: Path) -> None:
+    options = BIASED | {"balance_end": 0.9}  # of 20 updates the first 18 move it, of 40 the first 36
+    assert going_on(18, options) == []
+    (tmp_path / "checkpoints" / "step-000019").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="from step 19 on their selection bias would have been another"):
+        going_on(19, options, out=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("before", "now", "last", "told"),
     [
@@ -68,6 +79,8 @@ def test_a_run_may_be_longer_until_it_decays(tmp_path: Path, options: dict[str, 
         ({"schedule": "constant", "lr": 1e-3}, {"lr": 2e-3}, 0, "--lr (0.001 before, 0.002 now)"),
         ({"schedule": "constant"}, {"weight": {"a": "1@0,2@17"}}, 17, "--weight (a=1 b=1 before, a=1@0,2@17 b=1 now)"),
         ({"schedule": "constant"}, {"weight": {"a": "1@0,1@17"}}, 20, "--weight (a=1 b=1 before, a=1@0,1@17 b=1 now)"),
+        (BIASED, {"balance_end": 0.4}, 16, "--balance-end (1 before, 0.4 now)"),
+        (BIASED | {"balance_end": 0.5}, {"balance_end": 0.25}, 20, "--balance-end (0.5 before, 0.25 now)"),
         ({"schedule": "constant"}, {"warmup_steps": 3}, 0, "--warmup-steps (0 before, 3 now)"),
     ],
 )
