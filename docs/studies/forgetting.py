@@ -77,7 +77,7 @@ def table(results: Results) -> str:
         rows = [
             spread([end(found, arm, OLD) for found in every]),
             spread(forgotten),
-            f"{mean(a / b for a, b in zip(forgotten, whole, strict=True)):.0%}".replace("-", "\N{MINUS SIGN}"),
+            f"{mean(a / b if b else 1 for a, b in zip(forgotten, whole, strict=True)):.0%}".replace("-", "\N{MINUS SIGN}"),
             spread([end(found, arm, NEW) for found in every]),
             spread([end(found, arm, NEW) - end(found, "nothing", NEW) for found in every]),
         ]
@@ -96,10 +96,10 @@ def draw(results: Results) -> None:
             axes.plot(x, y, "o-", ms=3, label=arm)
         if domain == OLD:
             axes.axhline(mean(found["dense"][OLD] for found in every), color="gray", lw=1, ls="--", label="dense model")
-            axes.legend(fontsize=7)
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlabel("steps", fontsize=8)
     cells[0].set_ylabel("validation loss (nats)", fontsize=8)
+    made.legend(*cells[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     made.savefig(HERE / "forgetting.png")
 
 
