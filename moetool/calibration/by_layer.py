@@ -62,6 +62,10 @@ class _Unread:
         return raw.view(dtype).view(self.info.shape)
 
 
+class _Through(Exception):
+    """The layer that is in memory has run: nothing after it is needed, such as the last norm."""
+
+
 class LayeredModel:
     """A causal language model of transformers of which at most one decoder layer is in memory.
 
@@ -181,7 +185,7 @@ class LayeredModel:
         if not isinstance(made_BSD, Tensor) or made_BSD.shape != hidden_BSD.shape:
             raise CheckpointError(f"a layer of {type(self.core).__name__} gives more than states; leave --stream out")
         self._made = made_BSD
-        return made_BSD
+        raise _Through
 
     @torch.inference_mode()  # a graph would keep the weights of all layers
     def run(
@@ -213,7 +217,8 @@ class LayeredModel:
             for index, ids_BS in enumerate(batches):
                 begin(index)
                 self._given = states[index].to(self._device) if number else None
-                self.core.base_model(input_ids=ids_BS.to(self._device), use_cache=False)
+                with suppress(_Through):
+                    self.core.base_model(input_ids=ids_BS.to(self._device), use_cache=False)
                 assert self._made is not None
                 if not last:
                     continue
