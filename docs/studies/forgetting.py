@@ -77,7 +77,9 @@ def table(results: Results) -> str:
         rows = [
             spread([end(found, arm, OLD) for found in every]),
             spread(forgotten),
-            f"{mean(a / b if b else 1 for a, b in zip(forgotten, whole, strict=True)):.0%}".replace("-", "\N{MINUS SIGN}"),
+            f"{mean(a / b if b else 1 for a, b in zip(forgotten, whole, strict=True)):.0%}".replace(
+                "-", "\N{MINUS SIGN}"
+            ),
             spread([end(found, arm, NEW) for found in every]),
             spread([end(found, arm, NEW) - end(found, "nothing", NEW) for found in every]),
         ]

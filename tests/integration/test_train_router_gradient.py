@@ -142,6 +142,20 @@ def test_an_average_moves_by_what_an_expert_made_of_its_tokens() -> None:
     assert expected.tolist() == pytest.approx([0.9 * 0.2 + 0.1, 0.2, 0.3, 0.9 * 0.2 + 0.05])
 
 
+def test_copies_tell_a_router_nothing() -> None:
+    """In a family that does not divide by the sum of the chosen: sum of all dp_i E(x) = 0."""
+    _, different = step(built("olmoe"))
+    model = built("olmoe")
+    gradient = changed("dense", model)
+    for layer in RouterCapture(model).layers:
+        experts = model.model.layers[layer].mlp.experts
+        with torch.no_grad():
+            experts.gate_up_proj[:], experts.down_proj[:] = experts.gate_up_proj[:1], experts.down_proj[:1]
+    _, found = step(model, gradient)
+    for name in router_names(model):
+        assert found[name].abs().max() < 1e-3 * different[name].abs().max()
+
+
 def test_averages_are_of_the_outputs_of_routes() -> None:
     model = built("mixtral")
     capture = RouterCapture(model)
