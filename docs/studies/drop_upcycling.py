@@ -5,10 +5,11 @@ python docs/studies/drop_upcycling.py FOLDER --text en=EN.txt --text code=CODE.t
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from study import Study, figure, keep, mean, options, spread, texts
+from study import Study, by_seed, figure, mean, options, spread, texts
 
 MODEL = {
     "vocab_size": 4096,
@@ -198,10 +199,7 @@ def main() -> None:
     """Run, keep the numbers, draw, and print the table of the page."""
     arguments = options("Drop-Upcycling, small")
     study = Study(arguments.folder, texts(arguments), MODEL, arguments.scale)
-    results: Results = {}
-    for seed in arguments.seed:
-        results[seed] = seed_runs(study, seed)
-    keep(HERE, "drop-upcycling.json", {str(seed): found for seed, found in results.items()})
+    results: Results = by_seed(arguments.seed, partial(seed_runs, study), HERE, "drop-upcycling.json")
     draw_losses(results)
     draw_ratios(results)
     draw_routing(results[arguments.seed[0]])

@@ -5,23 +5,12 @@ python docs/studies/forgetting.py FOLDER --text en=EN.txt --text code=CODE.txt -
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from study import Study, figure, keep, mean, options, spread, texts
+from study import SMALL, Study, by_seed, figure, mean, options, spread, texts
 
-MODEL: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 SEQ_LEN, BATCH = 128, 8
 STEP = SEQ_LEN * BATCH  # tokens
 DENSE, TRAINED = 1500 * STEP, 500 * STEP
@@ -108,11 +97,8 @@ def draw(results: Results) -> None:
 def main() -> None:
     """Run, keep the numbers, draw, and print the page's table."""
     arguments = options("Forgetting, small")
-    study = Study(arguments.folder, texts(arguments), MODEL, arguments.scale, SEQ_LEN, BATCH)
-    results: Results = {}
-    for seed in arguments.seed:
-        results[seed] = seed_runs(study, seed)
-        keep(HERE, "forgetting.json", {str(seed): found for seed, found in results.items()})
+    study = Study(arguments.folder, texts(arguments), SMALL, arguments.scale, SEQ_LEN, BATCH)
+    results: Results = by_seed(arguments.seed, partial(seed_runs, study), HERE, "forgetting.json")
     draw(results)
     print(table(results))
 

@@ -6,23 +6,12 @@ python docs/studies/start.py FOLDER --text en=EN.txt --text code=CODE.txt --text
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from study import Study, figure, keep, mean, options, texts
+from study import SMALL, Study, by_seed, figure, mean, options, texts
 
-MODEL: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 SEQ_LEN, BATCH = 128, 8
 STEP = SEQ_LEN * BATCH  # tokens
 DENSE, DONOR, TRAINED = 600 * STEP, 150 * STEP, 300 * STEP
@@ -165,7 +154,7 @@ def group_table(results: Results, group: str) -> str:
 
 def donor_table(results: Results) -> str:
     """Share of held-out routes that go to the text's donor, by layer."""
-    layers = range(MODEL["num_hidden_layers"])
+    layers = range(SMALL["num_hidden_layers"])
     lines = [f"| router | text | {' | '.join(f'layer {n}' for n in layers)} |", "|---" * (2 + len(layers)) + "|"]
     for name in STARTS["donors"]:
         for donor, domain in enumerate(DONORS):
@@ -205,11 +194,8 @@ def draw(results: Results) -> None:
 def main() -> None:
     """Run, keep the numbers, draw, and print the tables of the page."""
     arguments = options("Starts, small")
-    study = Study(arguments.folder, texts(arguments), MODEL, arguments.scale, SEQ_LEN, BATCH)
-    results: Results = {}
-    for seed in arguments.seed:
-        results[seed] = seed_runs(study, seed)
-        keep(HERE, "start.json", {str(seed): found for seed, found in results.items()})
+    study = Study(arguments.folder, texts(arguments), SMALL, arguments.scale, SEQ_LEN, BATCH)
+    results: Results = by_seed(arguments.seed, partial(seed_runs, study), HERE, "start.json")
     draw(results)
     print(table(results))
 

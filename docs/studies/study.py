@@ -16,12 +16,25 @@ import random
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 VALIDATION = 40_000  # bytes of each text, in whole lines
 SEQ_LEN, BATCH = 256, 8
+# A Llama of 0.23 M parameters, for studies of many runs.
+SMALL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 # Each command runs in a process of its own, forked from one that has imported these, which takes seconds.
 PRELOAD = ["moetool.cli", "moetool.surgery.apply", "moetool.train.build", "moetool.train.open", "transformers"]
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -228,6 +241,15 @@ def figure(path: Path, rows: int = 1, columns: int = 1, width: float = 6.4, heig
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     return made, list(cells.flat)
+
+
+def by_seed(seeds: Iterable[int], run: Callable[[int], Any], folder: Path, name: str) -> dict[int, Any]:
+    """What `run` finds of each seed; raw results are written beside the study after each."""
+    results: dict[int, Any] = {}
+    for seed in seeds:
+        results[seed] = run(seed)
+        keep(folder, name, {str(one): found for one, found in results.items()})
+    return results
 
 
 def keep(folder: Path, name: str, document: Mapping[str, Any]) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from study import Study, figure, keep, mean, options, texts
+from study import Study, by_seed, figure, mean, options, texts
 
 MODEL = {
     "vocab_size": 512,
@@ -239,10 +240,7 @@ def main() -> None:
     """Run, keep the numbers, draw, and print the tables of the page."""
     arguments = options("Surgery, small")
     study = Study(arguments.folder, texts(arguments), MODEL, arguments.scale, SEQ_LEN, BATCH)
-    results: Results = {}
-    for seed in arguments.seed:
-        results[seed] = seed_runs(study, seed)
-        keep(HERE, "surgery.json", {str(seed): found for seed, found in results.items()})
+    results: Results = by_seed(arguments.seed, partial(seed_runs, study), HERE, "surgery.json")
     draw_prune(results)
     draw_grow(results)
     print(table(results))
