@@ -42,7 +42,7 @@ def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str
             opened = stack.enter_context(open_run(config, progress))
         summary = opened.summary if opened.plan is None else _train(context, console, opened.plan)
     averaged = len(summary.get("average", {}).get("steps", ()))
-    if opened.plan is None and config.average_last not in (0, averaged):
+    if opened.plan is None and config.average_last not in (None, averaged):
         console.warn(
             f"the run is finished, so --average-last is not done; moetool average NEW {config.out} --last"
             f" {config.average_last} does it"

@@ -221,7 +221,13 @@ def test_a_step_folder_is_a_model(tmp_path: Path, llama: Path, jsonl: Path) -> N
     ("options", "message"),
     [
         ([], "either --max-tokens 2B or --max-steps 1000"),
-        (["--max-steps", 1, "--max-tokens", "1k"], "either --max-tokens 2B or --max-steps 1000"),
+        (
+            ["--max-steps", 1, "--max-tokens", "1k"],
+            "--max-tokens 1000 and --max-steps 1 both give the length of the run",
+        ),
+        (["--max-steps", 1, "--weight-decay", "inf"], "--weight-decay inf: a finite number is needed"),
+        (["--max-steps", 1, "--weight", "0.5"], "--weight '0.5': expected NAME=W, such as --weight code=0.5"),
+        (["--max-steps", 1, "--balance", "seq-aux=0"], "must be a number above 0, such as seq-aux=0.0001"),
         (["--max-tokens", "many"], "'many' is not a count"),
         (["--max-steps", 1, "--warmup-steps", 1, "--warmup-ratio", 0.1], "not both"),
         (
@@ -632,6 +638,10 @@ def test_a_run_killed_before_its_average_makes_it(
     assert code == 0
     assert "already finished" in stdout
     assert "the run is finished, so --average-last is not done" in " ".join(stderr.split())
+    for asked in ([], ["--average-last", 3]):  # nothing is asked for that is not there
+        code, stdout, stderr = cpt(mixtral, two, jsonl, *options, *asked)
+        assert (code, stderr) == (0, "")
+        assert "already finished" in stdout
     code, _, stderr = cpt(mixtral, two, jsonl, *options, "--average-last", 3, "--no-resume", "--lr", 5e-4)
     assert code == 0, stderr
 
