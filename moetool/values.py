@@ -85,8 +85,14 @@ def parse_count(text: str) -> int:
     return int(number)
 
 
-def named(values: Sequence[str], flag: str) -> dict[str, str]:
+def named(values: Sequence[str], flag: str, what: str = "PATH", example: str = "src.jsonl") -> dict[str, str]:
     """Split repeated NAME=PATH values at the first `=`.
+
+    Args:
+        values: as typed.
+        flag: of the option.
+        what: stands behind the name, in errors.
+        example: of that.
 
     Raises:
         ConfigError: a value without a name or path, or a name given twice.
@@ -95,8 +101,9 @@ def named(values: Sequence[str], flag: str) -> dict[str, str]:
     for value in values:
         name, equals, path = value.partition("=")
         if not (name and equals and path):
-            example = f"{name or 'code'}={path or 'src.jsonl'}" if equals else f"{Path(value).stem or 'code'}={value}"
-            raise ConfigError(f"{flag} '{value}': expected NAME=PATH, such as {flag} {example}")
+            alone = Path(value).stem if what == "PATH" else ""
+            typed = f"{name or 'code'}={path or example}" if equals else f"{alone or 'code'}={value}"
+            raise ConfigError(f"{flag} '{value}': expected NAME={what}, such as {flag} {typed}")
         if name in paths:
             raise ConfigError(f"{flag}: the name '{name}' is given twice")
         paths[name] = path

@@ -73,8 +73,12 @@ def read_config(path: Path, parameters: dict[str, bool]) -> dict[str, Any]:
         if value in ("null", "~"):
             continue
         if isinstance(value, dict) and parameters[name] and all(isinstance(v, str) for v in value.values()):
-            value = [f"{key}={v}" for key, v in value.items()]
-        if isinstance(value, dict) or value == "":
+            if bare := [of for of, v in value.items() if not v]:
+                raise ConfigError(
+                    f"--config {path}: '{key}' has no value for '{bare[0]}'; in braces, quote values that hold a comma"
+                )
+            value = [f"{of}={v}" for of, v in value.items()]
+        if (isinstance(value, dict) and not parameters[name]) or value == "":
             raise ConfigError(f"--config {path}: '{key}' needs a value")
         if parameters[name]:
             value = value if isinstance(value, list) else [value]

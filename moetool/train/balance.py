@@ -181,7 +181,9 @@ def parse(values: Sequence[str]) -> dict[str, float]:
         except ValueError:
             chosen[name] = -1.0
         if default and not 0 < chosen[name] < float("inf"):
-            raise ConfigError(f"--balance {value}: the coefficient must be a number above 0, such as {name}=0.01")
+            raise ConfigError(
+                f"--balance {value}: the coefficient must be a number above 0, such as {name}={default:g}"
+            )
     if "sinkhorn" in chosen and "loss-free" in chosen:
         raise ConfigError(
             "--balance sinkhorn and loss-free: Sinkhorn's choices are always balanced, so the selection bias would"

@@ -81,10 +81,11 @@ class TrainConfig:
         UNSET, panel=TEACHER, metavar="MODEL", typed=str,
     )  # fmt: skip
     teacher_on: Literal["replay", "all"] = option(
-        "Sequences that have the teacher.", "replay", panel=TEACHER, needs=("teacher", bool), defines=True
-    )
+        "Sequences on which the model is held to the teacher.",
+        "replay", panel=TEACHER, needs=("teacher", bool), defines=True,
+    )  # fmt: skip
     teacher_weight: float = option(
-        "Weight of the divergence from the teacher; the language loss has the rest.",
+        "Weight of the divergence from the teacher; the language loss gets the rest.",
         0.5, panel=TEACHER, min=0, max=1, needs=("teacher", bool), defines=True,
     )  # fmt: skip
     teacher_temperature: float = option(
@@ -100,8 +101,8 @@ class TrainConfig:
         UNSET, panel=SIZE, metavar="COUNT", parse=parse_count,
     )  # fmt: skip
     shares_of: int = option(
-        "Length in steps that --warmup-ratio, --cooldown-end and the starts of --weight are shares of. A run that is"
-        " made longer keeps its first one.",
+        "Number of steps of which --warmup-ratio, --cooldown-end and starts of --weight in % are shares. It stays the"
+        " first length of a run that is made longer.",
         UNSET, panel=SIZE, shown="the length of the run", min=1, metavar="STEPS", defines=True,
     )  # fmt: skip
     seq_len: int = option(
@@ -164,7 +165,7 @@ class TrainConfig:
     )
     router_gradient: Literal["sparse", "default", "dense"] = option(
         "Experts that a router learns from: the chosen ones (sparse), or all of them. The others' outputs are a moving"
-        " average (default), or computed in the backward pass (dense: slower). The model computes the same.",
+        " average (default), or computed in the backward pass (dense: slower). The outputs of the model stay the same.",
         "sparse", panel=MOE, defines=True,
     )  # fmt: skip
     fsdp: int = fsdp_option()
@@ -257,14 +258,21 @@ class TrainConfig:
         Raises:
             ConfigError: names them.
         """
-        if (self.max_tokens is None) == (self.max_steps is None):
+        if self.max_tokens is None and self.max_steps is None:
             raise ConfigError("give the length of the run: either --max-tokens 2B or --max-steps 1000")
+        if self.max_tokens is not None and self.max_steps is not None:
+            raise ConfigError(
+                f"--max-tokens {self.max_tokens} and --max-steps {self.max_steps} both give the length of the run;"
+                " leave one of them out"
+            )
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             raise ConfigError("give --warmup-ratio or --warmup-steps, not both")
         if not 0 < self.lr < float("inf"):
             raise ConfigError(f"--lr {self.lr:g}: a number above 0 is needed")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ConfigError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the learning rate must fall to it")
+        if self.weight_decay == float("inf"):
+            raise ConfigError("--weight-decay inf: a finite number is needed")
         for name in ("min_lr", "decay_shape"):
             if name in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
                 raise ConfigError(f"{flag(name)} has no effect with --constant-end 1: nothing anneals to --min-lr")
@@ -360,6 +368,10 @@ class TrainConfig:
                 f" x --seq-len {seq_len} = {step_tokens} tokens"
             )
         base = self.shares_of or steps
+        if base > steps:
+            raise ConfigError(
+                f"--shares-of {base}: the run has only {steps} steps; give at most that, the length with which it began"
+            )
         warmup = self.warmup_steps
         if warmup is None:
             warmup = round((0.01 if self.warmup_ratio is None else self.warmup_ratio) * base)
@@ -464,11 +476,13 @@ def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return (
-            " ".join(f"{key}={item:g}" if isinstance(item, float) else f"{key}={item}" for key, item in value.items())
-            or "none"
-        )
+        return " ".join(_named(key, item) for key, item in value.items()) or "none"
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _named(name: str, value: Any) -> str:
+    """A strategy that takes no coefficient has 0."""
+    return name if value == 0 else f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
 
 
 def check_batches(global_batch_size: int, micro_batch_size: int, num_processes: int) -> None:

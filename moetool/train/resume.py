@@ -28,7 +28,10 @@ from moetool.train.tensor_file import Stored, stored
 
 # What to do when it does not fit: where a run goes on, and where it begins with another run's.
 ADVICE = "delete that step folder to continue from the one before it"
-FRESH = "give a step folder of a run with the same layers, or leave --keep-optimizer out"
+FRESH = (
+    "give a step folder of a run with the same layers and --moments that trained all that is trained now (--train-only,"
+    " --freeze-router), or leave --keep-optimizer out"
+)
 
 
 def intact(folder: Path, ranks: Ranks = ALONE, within: str = "") -> dict[str, Any]:
@@ -180,7 +183,7 @@ def load_balance(folder: Path, states: Mapping[str, Tensor], advice: str) -> Non
     with _told(folder, advice), _stored(folder, "balance") as found:
         for name, state in states.items():
             if name not in found or (found[name].shape, found[name].dtype) != (tuple(state.shape), state.dtype):
-                raise ValueError(f"it holds no state of --balance {name} for this model")
+                raise ValueError(f"it holds no {name} of this model")
             state.copy_(found[name].read(state))
 
 

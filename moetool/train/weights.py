@@ -24,7 +24,7 @@ def parse(values: Sequence[str], flag: str) -> dict[str, Weight]:
         ConfigError: a value without a name, a number or a start; phases of which the first does not begin at 0.
     """
     weights: dict[str, Weight] = {}
-    for name, text in named(values, flag).items():
+    for name, text in named(values, flag, "W", "0.5").items():
         typed = f"{name}={text}"
         weights[name] = _phased(text, f"{flag} {typed}") if "@" in text else named_numbers([typed], flag)[name]
     return weights

@@ -144,6 +144,8 @@ def test_inspect_does_not_count_what_it_does_not_know(mixtral: Path, tmp_path: P
         ("drop-ratio: 2", "between 0 and 1"),
         ("num-experts: many", "integer"),
         ("num-experts:", "needs a value"),
+        ("calibrate: {a: 1, b}", "'calibrate' has no value for 'b'; in braces, quote values that hold a comma"),
+        ("calibrate: {a: {b: 1}}", "takes plain values"),
         ("&a [*a]", "--config"),
     ],
 )

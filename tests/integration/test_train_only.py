@@ -131,6 +131,7 @@ def test_moments_of_everything_serve_a_part_and_not_the_reverse(
     code, _, stderr = cpt(part, tmp_path / "whole", jsonl, "--keep-optimizer")
     assert code == 1
     assert "holds nothing for" in stderr
+    assert "that trained all that is trained now (--train-only, --freeze-router), or leave --keep-optimizer" in stderr
     grown = tiny.in_process("grow", part, tmp_path / "grown", "--num-experts", 8, "--quiet")
     assert grown[0] == 0, grown[2]
     code, _, stderr = cpt(tmp_path / "grown", tmp_path / "next", jsonl, "--train-only", "routers", "--keep-optimizer")

@@ -46,6 +46,8 @@ def test_tokens_are_rounded_down_to_whole_steps() -> None:
     assert (done.max_steps, done.max_tokens) == (3, 960)
     with pytest.raises(ConfigError, match="less than one step"):
         config(max_steps=None, max_tokens=319, seq_len=10).resolve(128, {}, gpu=False)
+    with pytest.raises(ConfigError, match="--shares-of 4: the run has only 3 steps; give at most that"):
+        config(max_steps=3, shares_of=4, schedule="infinite").resolve(128, {}, gpu=False)
 
 
 def test_identity_holds_what_defines_the_result_and_no_more() -> None:
@@ -63,6 +65,11 @@ def test_identity_holds_what_defines_the_result_and_no_more() -> None:
         "--min-lr (3e-05 before, 0.0001 now)",
         "--balance (aux=0.01 z-loss=0.001 before, aux=0.1 now)",
     ]
+
+
+def test_a_strategy_without_a_coefficient_is_told_by_its_name() -> None:
+    balances = {"balance": {"sinkhorn": 0.0, "erc": 1.0}}, {"balance": {"sinkhorn": 0.0}}
+    assert differences(*balances) == ["--balance (sinkhorn erc=1 before, sinkhorn now)"]
 
 
 def test_check_batches() -> None:
