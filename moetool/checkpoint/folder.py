@@ -27,6 +27,14 @@ PATIENCE = 2.0  # seconds in which the workers of a killed process end
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
+def unfinished(folder: Path) -> str:
+    """What is said of a folder that holds PARTIAL, and so no model."""
+    if read_json(folder / PARTIAL).get("command") != "cpt":
+        return f"{folder} is an unfinished conversion; run the command that started it again"
+    steps = f", or give a step folder ({folder}/checkpoints)" if (folder / "checkpoints").is_dir() else ""
+    return f"{folder} holds an unfinished run of moetool cpt; repeat its command to finish it{steps}"
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Add a file name to system errors: a write to a full disk fails without one."""

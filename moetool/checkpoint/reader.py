@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from moetool.checkpoint.folder import PARTIAL, unfinished
 from moetool.errors import CheckpointError
 from moetool.outside import read_json
 
@@ -253,8 +254,8 @@ class CheckpointReader(BlockFile):
     def __init__(self, folder: Path, unpickle: bool = False) -> None:
         super().__init__(folder)
         check_entries(folder)
-        if (folder / "moetool.partial.json").exists():
-            raise CheckpointError(f"{folder} is an unfinished conversion; run the command that started it again")
+        if (folder / PARTIAL).exists():
+            raise CheckpointError(unfinished(folder))
         config, self._single, self._pickled = self.names
         if (folder / ADAPTER_CONFIG).exists() and not (folder / config).exists():
             raise CheckpointError(

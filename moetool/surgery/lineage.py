@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moetool import __version__, registry
-from moetool.checkpoint.folder import PARTIAL
+from moetool.checkpoint.folder import PARTIAL, unfinished
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
 from moetool.recipe import LINEAGE_FORMAT, read_lineage, recorded_sources
@@ -75,7 +75,7 @@ def provable_entry(folder: Path) -> dict[str, Any]:
         CheckpointError: no operation did, or another command has changed the checkpoint since.
     """
     if (folder / PARTIAL).exists():
-        raise CheckpointError(f"{folder} is an unfinished conversion; run the same command again to finish it")
+        raise CheckpointError(unfinished(folder))
     entries = (read_lineage(folder) or {}).get("lineage") or []
     commands = [str(entry.get("command")) for entry in entries]
     proven = [number for number, command in enumerate(commands) if command in registry.names("operation")]

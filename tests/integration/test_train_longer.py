@@ -187,6 +187,12 @@ def test_a_killed_longer_run_is_no_result_and_goes_on(tmp_path: Path, llama: Pat
         (out / name).exists() for name in ("config.json", "summary.json", "moetool.json", "model.safetensors")
     )
     assert (out / "moetool.partial.json").exists()
+    for arguments in (["inspect", out], ["verify", out], ["cpt", out, tmp_path / "next", "--train", f"a={jsonl}"]):
+        line = tiny.refusal(*arguments, *(["--max-steps", 1] if arguments[0] == "cpt" else []))
+        assert line == (
+            f"moetool: {out} holds an unfinished run of moetool cpt; repeat its command to finish it, or give a step"
+            f" folder ({out}/checkpoints)"
+        )
     done = max(int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-??????"))
     assert 6 <= done < 4000
     assert "--max-steps (4000 before" in refused(llama, out, jsonl, *options, steps=done + 1)
