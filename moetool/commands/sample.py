@@ -22,8 +22,8 @@ def sample(context: typer.Context, asked: SampleOptions, output: Output) -> dict
     """Let a model write text, to replay where its own training text is not public.
 
     Each line of OUT.jsonl is a sample, drawn from the model's distribution. cpt reads the file as it is:
-    --replay self=OUT.jsonl. A killed run leaves no OUT.jsonl, and the same command continues it: to the same
-    text, on the same machine.
+    --replay self=OUT.jsonl. After a kill there is no OUT.jsonl; the same command continues, and on the same machine
+    the text is the same as without the kill.
     """
     from moetool.checkpoint.folder import FolderLock
     from moetool.checkpoint.hub import resolve_model

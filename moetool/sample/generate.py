@@ -77,9 +77,11 @@ def generate(
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
+        divided = f", divided by --temperature {temperature:g}," if temperature < 1 else ""
         raise CheckpointError(
-            "the model's logits are not finite, so nothing can be drawn from them; check the checkpoint, or give"
-            " another --dtype (float16 overflows in many models)"
+            f"the model's logits{divided} are not finite, so nothing can be drawn from them;"
+            f" {'raise --temperature, ' if divided else ''}check the checkpoint, or give another --dtype (float16"
+            " overflows in many models)"
         ) from None
     lengths = _lengths(ids_BS, end).tolist()
     return [row[:own] for row, own in zip(ids_BS.tolist(), lengths, strict=True)]

@@ -70,6 +70,8 @@ class SampleOptions:
         check_device(self)
         if self.temperature == 0:
             raise ConfigError("--temperature 0 would write the same text again and again; give a number above 0")
+        if self.temperature == float("inf"):
+            raise ConfigError("--temperature inf would draw tokens at random; give a finite number")
         if self.out.suffix != ".jsonl":
             raise ConfigError(f"OUT is {self.out}: give a name that ends in .jsonl, which says how the text is read")
         if not self.prompts:

@@ -144,6 +144,7 @@ def test_prompts_begin_the_samples_and_cpt_reads_the_file(tmp_path: Path, mixtra
     [
         (("out.txt",), "give a name that ends in .jsonl"),
         (("o.jsonl", "--temperature", 0), "--temperature 0 would write the same text again and again"),
+        (("o.jsonl", "--temperature", "inf"), "--temperature inf would draw tokens at random"),
         (("o.jsonl", "--prompt-tokens", 3), "--prompt-tokens has no effect without --prompts"),
         (("o.jsonl", "--document", "line"), "--document has no effect without --prompts"),
         (("o.jsonl", "--device", "cpu", "--device-map", "auto"), "exclude each other"),

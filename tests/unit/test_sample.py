@@ -96,6 +96,8 @@ def test_logits_that_are_no_numbers_are_one_line() -> None:
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(CheckpointError, match=r"not finite.*--dtype"):
         generate(model, torch.tensor([[0]]), length=4, end=0, temperature=1.0, seed=0, tell=lambda tokens: None)
+    with pytest.raises(CheckpointError, match=r"divided by --temperature 0\.5, are not finite.* raise --temperature"):
+        generate(model, torch.tensor([[0]]), length=4, end=0, temperature=0.5, seed=0, tell=lambda tokens: None)
     with pytest.raises(DataError, match="token 64, but the model has 64"):
         generate(model, torch.tensor([[64]]), length=4, end=0, temperature=1.0, seed=0, tell=lambda tokens: None)
 
