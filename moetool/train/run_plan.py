@@ -99,7 +99,7 @@ def plan_run(
     )
     trained = training.trained(model)
     total, active = count_parameters(model)
-    operations = flops_per_token(model, config.seq_len, trained)
+    operations = alone = flops_per_token(model, config.seq_len, trained)
     taught: dict[str, Any] = {}
     if teacher:
         more = round(share_taught(config) * flops_per_token(teacher, config.seq_len) / 3)  # a forward alone
@@ -107,7 +107,7 @@ def plan_run(
             "model": str(config.teacher),
             "num_parameters": count_parameters(teacher)[0],
             "share": share_taught(config),
-            "operations": more / operations,
+            "operations": more / alone,
             "weight": config.teacher_weight,
             "temperature": config.teacher_temperature,
         }
@@ -120,7 +120,7 @@ def plan_run(
         "flops_per_token": operations,
         "router_gradient": {
             "kind": config.router_gradient,
-            "operations": router_gradient_flops(model, config.router_gradient) / flops_per_token(model, config.seq_len),
+            "operations": router_gradient_flops(model, config.router_gradient) / alone,
         },
         "memory": estimate(model, training, config.mesh),
         "loading_memory": max(
