@@ -7,7 +7,7 @@ efsdp x ep for these, over the same processes. Processes that differ in `tp` alo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,25 +157,47 @@ def check_model(mesh: Mesh, model: Any) -> None:
     """
     if mesh.whole:
         return
-    config, kind = model.config.get_text_config(), model.config.model_type
-    experts = {int(p.shape[0]) for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3}
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    check_division(
+        mesh,
+        model.config.model_type,
+        {int(p.shape[0]) for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3},
+        (heads, getattr(config, "num_key_value_heads", None) or heads),
+        {"--tp": bool(model.tp_plan), "--ep": bool(model.ep_plan), "--fsdp": bool(model.fsdp_plan)},
+    )
+
+
+def check_division(
+    mesh: Mesh, kind: str, experts: Collection[int], heads: tuple[int, int], plans: Mapping[str, bool]
+) -> None:
+    """The same, of what decides it.
+
+    Args:
+        mesh: not of whole weights.
+        kind: model_type.
+        experts: numbers of experts that layers have.
+        heads: of queries, and of keys and values.
+        plans: for `--tp`, `--ep` and `--fsdp`, whether transformers has a plan of how to share the family.
+
+    Raises:
+        ConfigError: says which sizes would do.
+    """
     if mesh.ep > 1 and not experts:
         raise ConfigError(f"--ep {mesh.ep}: '{kind}' is a dense model without experts; use --fsdp alone")
     shown = " and ".join(map(str, sorted(experts)))
     _check_ep(mesh, lambda ep: not any(number % ep for number in experts), f", and divide the model's {shown} experts")
     for number in experts:
         _check_shares(mesh, number)
-    heads = [config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads]
     if any(number % mesh.tp for number in heads):
         fitting = _sizes(lambda tp: not any(number % tp for number in heads), max(heads))
         raise ConfigError(
             f"--tp {mesh.tp} does not divide the {heads[0]} heads and {heads[1]} key-value heads of the model; it may"
             f" be {fitting}"
         )
-    plans = {"--tp": mesh.tp > 1 and not model.tp_plan, "--ep": mesh.ep > 1 and not model.ep_plan}
-    plans["--fsdp"] = mesh.sharded and not model.fsdp_plan
-    for flag, absent in plans.items():
-        if absent:
+    needed = {"--tp": mesh.tp > 1, "--ep": mesh.ep > 1, "--fsdp": mesh.sharded}
+    for flag, used in needed.items():
+        if used and not plans[flag]:
             raise ConfigError(f"{flag}: transformers has no plan for how to share '{kind}' in this way; leave it out")
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from moetool.checkpoint.model import skeleton
 from moetool.checkpoint.reader import CheckpointReader
-from moetool.cost.parameters import count_parameters, is_embedding, is_routed, routing_size, trained_names
+from moetool.cost.parameters import Sizes, is_embedding, is_routed, pattern, sizes_of, trained_names
 from moetool.mesh import ONE, Mesh
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
@@ -42,10 +43,10 @@ def weight_bytes(folder: Path, dtype: str = "auto", mesh: Mesh = ONE) -> int:
         )
     if mesh.whole:
         return need
-    model = skeleton(folder)
-    held = sum(shard_elements(model, mesh).values())
-    layer, ends = _gathered_elements(model, mesh) if mesh.sharded else (0, 0)
-    return int(need * (held + 2 * layer + ends) / sum(parameter.numel() for parameter in model.parameters()))
+    sizes = sizes_of(skeleton(folder))
+    held = sum(shard_elements(sizes, mesh).values())
+    layer, ends = _gathered_elements(sizes, mesh) if mesh.sharded else (0, 0)
+    return int(need * (held + 2 * layer + ends) / sizes.total)
 
 
 def layer_bytes(folder: Path, dtype: str = "auto") -> int:
@@ -103,7 +104,7 @@ class Training:
     `compiled_loss` is whether --compile or --liger keeps the loss from holding anything in fp32, `whole_logits` whether
     a term of the loss reads the logits, which are then those of all tokens, `coupled` whether one takes the gradient of
     all gate matrices before the model's own, `rounds` whether bf16 cannot hold the weights that are not trained,
-    `teacher` a model without weights, or None.
+    `teacher` a model without weights (or its sizes), or None.
     """
 
     seq_len: int
@@ -126,43 +127,54 @@ class Training:
         return trained_names(model, self.train_only, self.freeze_router)
 
 
-def _parts(model: Any, mesh: Mesh) -> dict[str, int]:
+@lru_cache(maxsize=256)
+def _parts(sizes: Sizes, mesh: Mesh) -> Mapping[str, int]:
     """Into how many parts each parameter is divided, by name, before FSDP shards it.
 
     `ep` divides the experts, `tp` the matrices that transformers' plan for the family names: of some families all but
     the routers, of others (GraniteMoeHybrid) the embeddings, the head and the experts alone.
     """
-    plan = {name for name, style in (model.tp_plan or {}).items() if style.startswith(_DIVIDING)}
+    plan = {name for name, style in sizes.tp_plan.items() if style.startswith(_DIVIDING)}
     parts = {}
-    for name, parameter in model.named_parameters():
-        kind = re.sub(r"\.\d+\.", ".*.", name)
-        divided = parameter.ndim > 1 and (kind in plan or kind.removesuffix(".weight") in plan)
-        parts[name] = mesh.ep if is_routed(name, parameter) and mesh.ep > 1 else mesh.tp if divided else 1
+    for name, shape in sizes.shapes.items():
+        kind = pattern(name)
+        divided = len(shape) > 1 and (kind in plan or kind.removesuffix(".weight") in plan)
+        parts[name] = mesh.ep if is_routed(name, shape) and mesh.ep > 1 else mesh.tp if divided else 1
     return parts
 
 
-def shard_elements(model: Any, mesh: Mesh) -> dict[str, int]:
+def shard_elements(model: Any, mesh: Mesh) -> Mapping[str, int]:
     """The most elements of each parameter that a process of a mesh holds, by name.
 
     FSDP deals out rows (of experts: experts), so that some processes hold one more than others.
+
+    Args:
+        model: without weights, or its sizes; see `parameters`.
+        mesh: of the processes.
     """
-    parts, shards = _parts(model, mesh), {}
-    for name, parameter in model.named_parameters():
-        rows, rest = int(parameter.shape[0]), math.prod(map(int, parameter.shape[1:]))
-        if is_routed(name, parameter) and mesh.ep > 1:
+    return _shards(sizes_of(model), mesh)
+
+
+@lru_cache(maxsize=256)
+def _shards(sizes: Sizes, mesh: Mesh) -> Mapping[str, int]:
+    parts, shards = _parts(sizes, mesh), {}
+    for name, shape in sizes.shapes.items():
+        rows, rest = shape[0], math.prod(shape[1:])
+        if is_routed(name, shape) and mesh.ep > 1:
             shards[name] = math.ceil(rows / mesh.ep / mesh.efsdp) * rest
         else:
             shards[name] = math.ceil(rows / mesh.fsdp) * rest // parts[name]
     return shards
 
 
-def _gathered_elements(model: Any, mesh: Mesh) -> tuple[int, int]:
+@lru_cache(maxsize=256)
+def _gathered_elements(sizes: Sizes, mesh: Mesh) -> tuple[int, int]:
     """What FSDP gathers for a forward: the elements of the largest layer, and of the embeddings and the head."""
-    parts = _parts(model, mesh)
+    parts = _parts(sizes, mesh)
     layers: Counter[str] = Counter()
     ends = 0
-    for name, parameter in model.named_parameters():
-        held = parameter.numel() // parts[name]
+    for name, shape in sizes.shapes.items():
+        held = math.prod(shape) // parts[name]
         if is_embedding(name):
             ends += held
         else:
@@ -171,16 +183,33 @@ def _gathered_elements(model: Any, mesh: Mesh) -> tuple[int, int]:
     return max(layers.values()), ends
 
 
-def _token_elements(name: str, parameter: Any, hidden: int, top_k: int, mesh: Mesh, parts: int) -> float:
+@lru_cache(maxsize=256)
+def _token_bytes(sizes: Sizes, mesh: Mesh, compute: int) -> float:
+    """Bytes that all layers keep of each token for the backward."""
+    token: float = 0
+    hidden, top_k, parts = sizes.hidden_size, sizes.top_k, _parts(sizes, mesh)
+    for name, shape in sizes.shapes.items():
+        if is_embedding(name):
+            continue
+        if len(shape) == 1:
+            token += 3 * FLOAT32 * shape[0]
+        else:
+            token += compute * _token_elements(name, shape, hidden, top_k, mesh, parts[name])
+            if mesh.ep > 1 and is_routed(name, shape):  # of two matrices: sent and come back
+                token += compute * top_k * hidden / mesh.tp
+    return token
+
+
+def _token_elements(name: str, shape: tuple[int, ...], hidden: int, top_k: int, mesh: Mesh, parts: int) -> float:
     """Elements that a matrix keeps of each token: its input and output.
 
     Tensor parallelism divides all but the residual stream; of tokens that go to experts, each process sends its share.
     """
-    sizes = [int(size) for size in parameter.shape[-2:]]
-    if is_routed(name, parameter) and mesh.ep > 1:
-        return float(top_k * sum(sizes) / mesh.tp)
-    one = sum(size if size == hidden else size / parts for size in sizes)
-    return float(one * (top_k if is_routed(name, parameter) else 1))
+    sides = shape[-2:]
+    if is_routed(name, shape) and mesh.ep > 1:
+        return float(top_k * sum(sides) / mesh.tp)
+    one = sum(side if side == hidden else side / parts for side in sides)
+    return float(one * (top_k if is_routed(name, shape) else 1))
 
 
 def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]:
@@ -196,7 +225,7 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
     it.
 
     Args:
-        model: without weights, see `parameters`.
+        model: without weights, or its sizes; see `parameters`.
         training: its options.
         mesh: of its processes.
 
@@ -204,40 +233,38 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
         `weights`, `gradients`, `optimizer`, `activations`, `teacher` if there is one, and their sum, `total`; and
         `host`, which each process of `--moments offload` needs in host memory for master weights and moments.
     """
-    _, top_k = routing_size(model)
-    shards = shard_elements(model, mesh)
-    names = training.trained(model)
+    sizes = sizes_of(model)
+    shards, hidden = _shards(sizes, mesh), sizes.hidden_size
+    names = training.trained(sizes)
     held, trained = sum(shards.values()), sum(size for name, size in shards.items() if name in names)
     half = training.precision == "bf16"
     compute = BFLOAT16 if half else FLOAT32
-    text = model.config.get_text_config()
-    hidden = text.hidden_size
-    token = _token_bytes(model, compute, top_k, mesh)
+    token = _token_bytes(sizes, mesh, compute)
     if training.gradient_checkpointing:  # the inputs of all layers, and all of one
-        token = token // text.num_hidden_layers + text.num_hidden_layers * hidden * compute
+        token = token // sizes.num_layers + sizes.num_layers * hidden * compute
     tokens = training.micro_batch_size * training.seq_len
-    head = tokens * text.vocab_size * (2 * FLOAT32 + compute)
+    head = tokens * sizes.vocab_size * (2 * FLOAT32 + compute)
     if half and training.whole_logits:  # in fp32 they are kept for the term, beside those in bf16
-        head += tokens * text.vocab_size * FLOAT32
-    elif (half or training.teacher is not None) and mesh.tp == 1 and not _changes_logits(model):
+        head += tokens * sizes.vocab_size * FLOAT32
+    elif (half or training.teacher is not None) and mesh.tp == 1 and not sizes.changes_logits:
         # Those of a chunk and their gradient, and the head's.
         between = 0 if training.compiled_loss else 3 * FLOAT32
-        head = (2 * compute + between) * min(tokens * text.vocab_size, CHUNK_ELEMENTS)
-        head += (FLOAT32 + compute) * text.vocab_size * hidden * any(map(is_embedding, names))
+        head = (2 * compute + between) * min(tokens * sizes.vocab_size, CHUNK_ELEMENTS)
+        head += (FLOAT32 + compute) * sizes.vocab_size * hidden * any(map(is_embedding, names))
     if training.coupled:
-        gates = (p for name, p in model.named_parameters() if name.endswith(".gate_up_proj"))
-        head += compute * sum(p.numel() for p in gates)
-    routed = {name: p for name, p in model.named_parameters() if is_routed(name, p)}
+        gates = (shape for name, shape in sizes.shapes.items() if name.endswith(".gate_up_proj"))
+        head += compute * sum(map(math.prod, gates))
+    routed = {name: shape for name, shape in sizes.shapes.items() if is_routed(name, shape)}
     if training.router_gradient == "dense":  # what a layer's experts keep, once more in the backward
-        parts = _parts(model, mesh)
-        layer_elements = sum(_token_elements(n, p, hidden, top_k, mesh, parts[n]) for n, p in routed.items())
-        head += int(tokens * compute * layer_elements / text.num_hidden_layers)
+        parts = _parts(sizes, mesh)
+        layer_elements = sum(_token_elements(n, s, hidden, sizes.top_k, mesh, parts[n]) for n, s in routed.items())
+        head += int(tokens * compute * layer_elements / sizes.num_layers)
     if training.router_gradient == "default":  # averages and the sums of a step
-        head += 2 * FLOAT32 * hidden * sum(p.shape[0] for name, p in routed.items() if name.endswith("down_proj"))
+        head += 2 * FLOAT32 * hidden * sum(s[0] for name, s in routed.items() if name.endswith("down_proj"))
     offload = training.moments == "offload"
     # Beside bf16 weights: of those that are trained, and of the others what bf16 cannot hold.
     masters = FLOAT32 * (trained * training.master_weights + (held - trained) * training.rounds)
-    layer, ends = _gathered_elements(model, mesh) if mesh.sharded else (0, 0)
+    layer, ends = _gathered_elements(sizes, mesh) if mesh.sharded else (0, 0)
     optimizer = int(2 * _MOMENT[training.moments] * trained)
     need = {
         "weights": (masters * (not offload) + BFLOAT16 * held if half and mesh.whole else FLOAT32 * held)
@@ -251,46 +278,23 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
     return {**need, "total": sum(need.values()), "host": masters + optimizer if offload else 0}
 
 
-def _token_bytes(model: Any, compute: int, top_k: int, mesh: Mesh) -> float:
-    """Bytes that the layers of a model keep of a token for the backward."""
-    hidden, parts = model.config.get_text_config().hidden_size, _parts(model, mesh)
-    token: float = 0
-    for name, parameter in model.named_parameters():
-        if is_embedding(name):
-            continue
-        if parameter.ndim == 1:
-            token += 3 * FLOAT32 * parameter.numel()
-        else:
-            token += compute * _token_elements(name, parameter, hidden, top_k, mesh, parts[name])
-            if mesh.ep > 1 and is_routed(name, parameter):  # of two matrices: sent and come back
-                token += compute * top_k * hidden / mesh.tp
-    return token
-
-
 def _teacher_bytes(training: Training, compute: int, mesh: Mesh) -> int:
     """Bytes that a teacher needs: its weights, what one layer makes of the tokens, its hidden states and logits.
 
     A mesh shards the weights in fp32. The logits are those of a chunk, and in fp32 four times as many for the
     comparison; all tokens' where the head does more than a product.
     """
-    teacher, tokens = training.teacher, training.micro_batch_size * training.seq_len
-    text = teacher.config.get_text_config()
-    weights: int = compute * count_parameters(teacher)[0]
+    teacher, tokens = sizes_of(training.teacher), training.micro_batch_size * training.seq_len
+    weights = compute * teacher.total
     if not mesh.whole:
         layer, ends = _gathered_elements(teacher, mesh) if mesh.sharded else (0, 0)
-        weights = FLOAT32 * sum(shard_elements(teacher, mesh).values()) + compute * (2 * layer + ends)
-    layer_of_token = _token_bytes(teacher, compute, routing_size(teacher)[1], mesh) / text.num_hidden_layers
-    chunk = min(tokens * text.vocab_size, CHUNK_ELEMENTS)
-    made = tokens * text.vocab_size if _changes_logits(teacher) else chunk
+        weights = FLOAT32 * sum(_shards(teacher, mesh).values()) + compute * (2 * layer + ends)
+    layer_of_token = _token_bytes(teacher, mesh, compute) / teacher.num_layers
+    chunk = min(tokens * teacher.vocab_size, CHUNK_ELEMENTS)
+    made = tokens * teacher.vocab_size if teacher.changes_logits else chunk
     between = 0 if training.compiled_loss else 4 * FLOAT32
-    states = int(tokens * (layer_of_token + compute * text.hidden_size))
+    states = int(tokens * (layer_of_token + compute * teacher.hidden_size))
     return weights + states + int(compute * made + between * chunk)
-
-
-def _changes_logits(model: Any) -> bool:
-    """Whether a head adds a bias or a family caps its logits: their loss is not taken in chunks."""
-    head, text = model.get_output_embeddings(), model.config.get_text_config()
-    return getattr(head, "bias", None) is not None or bool(getattr(text, "final_logit_softcapping", None))
 
 
 def loading_bytes(model: Any, mesh: Mesh = ONE, gpu: bool = False) -> int:
@@ -300,7 +304,7 @@ def loading_bytes(model: Any, mesh: Mesh = ONE, gpu: bool = False) -> int:
     process reads one tensor at a time, into its shards on the device.
 
     Args:
-        model: without weights, see `parameters`.
+        model: without weights, or its sizes; see `parameters`.
         mesh: of its processes.
         gpu: whether the device has memory of its own.
     """
@@ -315,14 +319,14 @@ def saving_bytes(model: Any, training: Training, num_processes: int) -> int:
     it comes in, and as it is saved.
 
     Args:
-        model: without weights, see `parameters`.
+        model: without weights, or its sizes; see `parameters`.
         training: its options.
         num_processes: of the run; each copies as much, whether it holds all weights or a share.
     """
-    total, _ = count_parameters(model)
-    trained, _ = count_parameters(model, training.trained(model))
-    largest: int = max(parameter.numel() for parameter in model.parameters())
-    copied = FLOAT32 * total + 2 * _MOMENT[training.moments] * trained
+    sizes = sizes_of(model)
+    largest = max(map(math.prod, sizes.shapes.values()))
+    trained, _ = sizes.count(training.trained(sizes))
+    copied = FLOAT32 * sizes.total + 2 * _MOMENT[training.moments] * trained
     return int(copied / num_processes) + 2 * FLOAT32 * largest
 
 
@@ -330,7 +334,7 @@ def smaller(model: Any, training: Training, there: int, mesh: Mesh = ONE) -> lis
     """The options with which a run that is too large would fit, and what it would need: what costs least comes first.
 
     Args:
-        model: without weights, see `parameters`.
+        model: without weights, or its sizes; see `parameters`.
         training: that is too large.
         there: bytes of the device.
         mesh: of its processes.
@@ -340,6 +344,7 @@ def smaller(model: Any, training: Training, there: int, mesh: Mesh = ONE) -> lis
         steps += [{"moments": "bf16"}, {"moments": "8bit"}]
         if training.precision == "bf16":
             steps += [{"master_weights": False}, {"moments": "offload", "master_weights": True}]
+    model = sizes_of(model)
     fitting: list[tuple[str, int]] = []
     changes: dict[str, Any] = {}
     need = estimate(model, training, mesh)["total"]

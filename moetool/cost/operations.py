@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import prod
 from typing import Any
 
-from moetool.cost.parameters import count_parameters, is_routed, routing_size
+from moetool.cost.parameters import is_routed, sizes_of
 
 
 def flops_per_token(model: Any, seq_len: int, trained: Collection[str] | None = None) -> int:
@@ -17,19 +18,17 @@ def flops_per_token(model: Any, seq_len: int, trained: Collection[str] | None = 
     embedding, which is looked up. What gradient checkpointing computes twice counts once.
 
     Args:
-        model: without weights, see `parameters`.
+        model: without weights, or its sizes; see `parameters`.
         seq_len: tokens of a sequence.
         trained: names of what is trained; None: everything.
     """
-    config = model.config.get_text_config()
-    _, active = count_parameters(model)
-    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    used = learning = active - looked_up
+    sizes = sizes_of(model)
+    looked_up = 0 if sizes.tied else sizes.vocab_size * sizes.hidden_size
+    used = learning = sizes.active - looked_up
     if trained is not None:
         multiplied = {name for name in trained if not (looked_up and name.endswith("embed_tokens.weight"))}
-        _, learning = count_parameters(model, multiplied)
-    attention = config.num_hidden_layers * config.num_attention_heads * head_dim * seq_len
+        _, learning = sizes.count(multiplied)
+    attention = sizes.num_layers * sizes.num_heads * sizes.head_dim * seq_len
     return int(4 * used + 2 * learning + 12 * attention)
 
 
@@ -40,12 +39,12 @@ def router_gradient_flops(model: Any, kind: str) -> int:
     gradient with E vectors in each layer.
 
     Args:
-        model: without weights, see `parameters`.
+        model: without weights, or its sizes; see `parameters`.
         kind: sparse, default or dense.
     """
-    num_experts, top_k = routing_size(model)
-    routed = {name: p for name, p in model.named_parameters() if is_routed(name, p)}
+    sizes = sizes_of(model)
+    routed = {name: prod(shape) for name, shape in sizes.shapes.items() if is_routed(name, shape)}
     if kind == "dense":
-        return int(2 * sum(p.numel() for p in routed.values()) * (num_experts - top_k) // num_experts)
+        return int(2 * sum(routed.values()) * (sizes.num_experts - sizes.top_k) // sizes.num_experts)
     layers = sum(name.endswith("down_proj") for name in routed)
-    return int(2 * layers * num_experts * model.config.get_text_config().hidden_size) if kind == "default" else 0
+    return int(2 * layers * sizes.num_experts * sizes.hidden_size) if kind == "default" else 0

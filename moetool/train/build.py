@@ -11,7 +11,7 @@ import torch
 
 from moetool import launch
 from moetool.checkpoint.model import load_model, skeleton
-from moetool.cost.parameters import router_names, trained_names
+from moetool.cost.parameters import exact_modules, is_selection_bias, router_names, trained_names
 from moetool.errors import CheckpointError, ConfigError
 from moetool.mesh import distributed
 from moetool.progress import Progress
@@ -28,7 +28,7 @@ from moetool.train.ranks import new_ranks
 from moetool.train.router_gradient import RouterGradient
 from moetool.train.run_plan import RunPlan, untrained_routers
 from moetool.train.saving import Saver
-from moetool.train.selection import How, Strategy, is_selection_bias
+from moetool.train.selection import How, Strategy
 from moetool.train.validate import check_documents_apart, validate_all
 
 
@@ -139,7 +139,7 @@ def validate_other(run: Run, folder: Path, progress: Progress) -> dict[str, floa
 def _ready(config: TrainConfig, device: torch.device, folder: Path) -> tuple[Any, RouterCapture | None]:
     """A model with the weights of a folder, fp32 and sharded as the mesh says, and the capture on its routers."""
     half = config.precision == "bf16" and not config.mesh.whole
-    apart = mixed.exact_modules(skeleton(folder)) if half else []
+    apart = exact_modules(skeleton(folder)) if half else []
     core = _load(folder, device, distributed(config.mesh, apart))
     if half:
         mixed.gather_in_bf16(core, apart)

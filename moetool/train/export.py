@@ -19,11 +19,11 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from moetool.checkpoint.folder import UNFINISHED, create, naming, sync_folder, write_file
 from moetool.checkpoint.reader import INDEX, CheckpointReader, read_header
 from moetool.checkpoint.writer import COMPANIONS
+from moetool.cost.parameters import is_selection_bias
 from moetool.errors import ConfigError
 from moetool.outside import read_json
 from moetool.recipe import LINEAGE, extend_lineage
 from moetool.train.ranks import Ranks
-from moetool.train.selection import is_selection_bias
 
 BALANCE = "balance/"  # before the names of what a balance strategy must have to go on
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-from moetool.routing.capture import RouterCapture, has_routers
-from moetool.train.selection import is_selection_bias
+from moetool.cost.parameters import is_selection_bias
+from moetool.routing.capture import RouterCapture
 
 Masters = Literal["device", "host", "none"]
 
@@ -97,14 +97,6 @@ def cast_back(updated: Mapping[str, nn.Parameter], model: nn.Module) -> None:
         torch._foreach_copy_(list(rounded.values()), [updated[name] for name in rounded])
 
 
-def exact_modules(model: nn.Module) -> list[str]:
-    """The modules whose weights stay fp32, with `*` for a layer's number: routers and owners of selection biases."""
-    routers = list(RouterCapture(model).routers.values()) if has_routers(model) else []
-    names = [name for name, module in model.named_modules() if any(module is router for router in routers)]
-    names += [name.rpartition(".")[0] for name, _ in model.named_parameters() if is_selection_bias(name)]
-    return sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
-
-
 def gather_in_bf16(model: nn.Module, exact: Collection[str]) -> None:
     """Have FSDP gather bf16 weights from the fp32 shards, and reduce their gradients in fp32.
 
@@ -113,7 +105,7 @@ def gather_in_bf16(model: nn.Module, exact: Collection[str]) -> None:
 
     Args:
         model: sharded by FSDP, with groups of their own for the `exact` modules; has not run forward.
-        exact: see `exact_modules`.
+        exact: see `cost.parameters.exact_modules`.
     """
     half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=True)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from moetool.cost.parameters import is_selection_bias
 from moetool.errors import ConfigError, in_one_line
 from moetool.routing.capture import Route, RouterCapture, read_output
 from moetool.train.accelerator import share
@@ -27,8 +28,6 @@ from moetool.train.terms import Term
 # thousandths for logits of trained routers (the experts' are even by the last half-step itself).
 SINKHORN_ITERATIONS = 8
 
-# The last part of the names under which families store a selection bias.
-BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 _FAMILIES_WITH_BIAS = "glm4_moe, dots1, solar_open, deepseek_v3, ernie4_5_moe, minimax_m2, lfm2_moe, afmoe and others"
 
 
@@ -277,8 +276,3 @@ def selection_biases(model: nn.Module, routers: Mapping[int, nn.Module]) -> list
         owner, _, attribute = found[0].rpartition(".")
         places.append((model.get_submodule(owner), attribute))
     return places
-
-
-def is_selection_bias(name: str) -> bool:
-    """Whether a tensor of a model is a selection bias, by its name."""
-    return name.rpartition(".")[2] in BIAS_NAMES

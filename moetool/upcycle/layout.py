@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moetool.arch.dense import ATTENTION, BIASES, EMBEDDING, FFN, NORM
+from moetool.arch.dense import ATTENTION, BIASES, EMBEDDING, FFN, LM_HEAD, NORM
 from moetool.arch.spec import ArchSpec, dense_ffn, routed_factor, scales
 from moetool.checkpoint.reader import TensorInfo
 from moetool.checkpoint.writer import TensorLayout
@@ -87,6 +87,11 @@ def fills_of(
             add(fill, (len(together) * shape[0], shape[1]))
     fills = _from_scratch(fills, spec, dense) if recipe.method == "scratch" else _numbered(fills, recipe, units)
     return fills, list(tensors.values())
+
+
+def with_head(tensors: Mapping[str, TensorInfo], spec: ArchSpec) -> Mapping[str, TensorInfo]:
+    """With a head of their own, where the family never ties it to the embedding."""
+    return tensors if spec.ties else {LM_HEAD: tensors[EMBEDDING], **tensors}
 
 
 def _missing_bias(name: str, tensors: Mapping[str, TensorInfo], spec: ArchSpec) -> str | None:

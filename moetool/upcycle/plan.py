@@ -24,8 +24,8 @@ from moetool.surgery.plan import Operation, Plan, lay_out
 from moetool.upcycle.blocks import kinds
 from moetool.upcycle.check import check_donor, check_tensors
 from moetool.upcycle.groups import split_share
-from moetool.upcycle.layout import fills_of
-from moetool.upcycle.state import DenseState, carried_state, dense_state, with_head
+from moetool.upcycle.layout import fills_of, with_head
+from moetool.upcycle.state import DenseState, carried_state, dense_state
 from moetool.upcycle.target import settle
 from moetool.upcycle.texts import TextOptions
 from moetool.values import FLOAT_DTYPES

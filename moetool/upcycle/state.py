@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetool.arch.dense import EMBEDDING, LM_HEAD, DenseSpec
+from moetool.arch.dense import DenseSpec
 from moetool.arch.forms import dense_tensors
 from moetool.arch.spec import ArchSpec, scales
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
@@ -18,7 +18,7 @@ from moetool.checkpoint.writer import TensorLayout
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import UpcycleRecipe
 from moetool.surgery.fill import Fill, Piece, Place
-from moetool.upcycle.layout import fills_of
+from moetool.upcycle.layout import fills_of, with_head
 
 Tensors = Mapping[str, TensorInfo]
 POWERS = {"exp_avg": 1, "exp_avg_sq": 2}  # AdamW's moments: means of powers of the gradient
@@ -161,11 +161,6 @@ def carried_state(
         add(OPTIMIZER, f"/{moment}", ([_moment(fill, moment, recipe, spec) for fill in made], layouts))
     add(OPTIMIZER, "/step", _steps(made, layouts, state.step))
     return fills, files
-
-
-def with_head(tensors: Tensors, spec: ArchSpec) -> Tensors:
-    """With a head of their own, where the family never ties it to the embedding."""
-    return tensors if spec.ties else {LM_HEAD: tensors[EMBEDDING], **tensors}
 
 
 def _without_bias(

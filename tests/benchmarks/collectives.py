@@ -10,7 +10,7 @@ import torch
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.benchmarks.mesh_bytes import sent
+from moetool.cost.traffic import sent
 
 _OPERATIONS = {
     "_allgather_base_": "gather",

@@ -6,7 +6,7 @@
 Starts itself with torchrun, over gloo. A random Mixtral (4 layers, hidden 256, 8 experts top-2, vocabulary 2048) is
 trained on 8 sequences of 256 tokens a step, of one micro-batch each. Every mesh runs in each round, in turn; of its
 steps the median counts, then the median of the rounds. Bytes are counted in a step of its own (collectives.py) and held
-against the closed form (mesh_bytes.py). `--recommend` prints the table of docs/multi-gpu.md (mesh_choice.py).
+against the closed form (moetool.cost.traffic). `--recommend` prints the table of docs/multi-gpu.md (mesh_choice.py).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def differences(folder: Path, mesh: Mesh, ranks: Sequence[dict[str, Any]], **opt
     """
     from moetool.checkpoint.model import skeleton
     from moetool.cost.memory import Training
-    from tests.benchmarks.mesh_bytes import step_traffic, totals
+    from moetool.cost.traffic import step_traffic, totals
 
     options = OPTIONS | options
     training = Training(

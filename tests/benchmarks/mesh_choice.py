@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from moetool.cost.memory import Training, estimate
 from moetool.cost.operations import flops_per_token
+from moetool.cost.traffic import Group, Traffic, step_traffic, totals
 from moetool.errors import ConfigError
 from moetool.mesh import Mesh, check_model, check_sizes
-from tests.benchmarks.mesh_bytes import Group, Traffic, step_traffic, totals
 
 NODE = 8  # GPUs that NVLink connects
 NVLINK = 450e9  # bytes/s a direction and GPU: H100 SXM data sheet, 900 GB/s both ways

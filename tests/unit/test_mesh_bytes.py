@@ -9,9 +9,9 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moetool.cost.memory import Training
+from moetool.cost.traffic import Group, Traffic, step_traffic, totals
 from moetool.errors import ConfigError
 from moetool.mesh import Mesh, check_model
-from tests.benchmarks.mesh_bytes import Group, Traffic, step_traffic, totals
 from tests.benchmarks.mesh_choice import NETWORK, NVLINK, REACHED, crossing, seconds
 
 H, F, E, K, V, T = 32, 48, 8, 2, 64, 16

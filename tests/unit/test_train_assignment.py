@@ -17,11 +17,11 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from moetool.checkpoint.model import load_model
 from moetool.checkpoint.reader import read_header
+from moetool.cost.parameters import is_selection_bias
 from moetool.train import assignment
 from moetool.train.assignment import Held, assign, balanced, givers
 from moetool.train.export import Layout, lay_out, save_beside
 from moetool.train.saving import Saver
-from moetool.train.selection import is_selection_bias
 from moetool.train.shards import Region, boxes, everything, extent, num_elements
 from tests import tiny
 from tests.integration.test_routing_families import FAMILIES, SMALL

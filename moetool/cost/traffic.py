@@ -6,17 +6,14 @@ Shapes: T tokens of a micro-batch, K experts per token, H hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 from moetool.cost.memory import BFLOAT16, FLOAT32, Training
-from moetool.cost.parameters import is_routed, routing_size
+from moetool.cost.parameters import Sizes, is_routed, pattern, sizes_of
 from moetool.mesh import Mesh
-from moetool.train.mixed import exact_modules
 
 INT64 = FLOAT64 = 8
 
@@ -80,25 +77,24 @@ def step_traffic(model: Any, mesh: Mesh, training: Training, micro_batches: int,
     """What a process sends in a step. Not counted: validation, saving, `--balance global-aux`.
 
     Args:
-        model: a Mixture of Experts without weights.
+        model: without weights, or its sizes; see `parameters`.
         mesh: of the processes.
         training: the options of the run.
         micro_batches: of one process and step.
         num_terms: losses beside the language loss.
     """
+    sizes = sizes_of(model)
     found: dict[tuple[str, str, Group], float] = defaultdict(float)
     calls: Counter[tuple[str, str, Group]] = Counter()
-    for kind, operation, payload, group in _micro_batch(model, mesh, training):
+    for kind, operation, payload, group in _micro_batch(sizes, mesh, training):
         times = 1 if kind == "replicas" else micro_batches  # these are summed with the step's last micro-batch
         found[kind, operation, group] += payload * times
         calls[kind, operation, group] += times
     world = Group(mesh.processes, 1)
     if mesh.whole:
-        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        trained = [math.prod(shape) for name, shape in sizes.shapes.items() if name not in sizes.frozen]
         found["gradients", "reduce", world] += FLOAT32 * sum(trained)
-    num_experts, _ = routing_size(model)
-    layers = sum(name.endswith("down_proj") for name, p in model.named_parameters() if is_routed(name, p))
-    sums = FLOAT64 * (1 + num_terms + layers * num_experts)
+    sums = FLOAT64 * (1 + num_terms + len(_expert_layers(sizes)) * sizes.num_experts)
     found["metrics", "reduce", world] += sums if mesh.whole else sums + FLOAT64  # the square of the gradient's norm
     calls["metrics", "reduce", world] += 1 if mesh.whole else 2
     return [
@@ -111,33 +107,33 @@ def step_traffic(model: Any, mesh: Mesh, training: Training, micro_batches: int,
 _Sent = tuple[str, str, float, Group]
 
 
-def _micro_batch(model: Any, mesh: Mesh, training: Training) -> Iterator[_Sent]:
+def _micro_batch(sizes: Sizes, mesh: Mesh, training: Training) -> Iterator[_Sent]:
     if mesh.whole:
         return
     if mesh.sharded:
-        yield from _fsdp(model, mesh, training)
+        yield from _fsdp(sizes, mesh, training)
     if mesh.ep > 1:
-        yield from _experts(model, mesh, training)
+        yield from _experts(sizes, mesh, training)
     if mesh.tp > 1:
-        yield from _tensor_parallel(model, mesh, training)
+        yield from _tensor_parallel(sizes, mesh, training)
 
 
-def _fsdp(model: Any, mesh: Mesh, training: Training) -> Iterator[_Sent]:
+def _fsdp(sizes: Sizes, mesh: Mesh, training: Training) -> Iterator[_Sent]:
     """Each unit's weights are gathered before its forward and again before its backward, its gradients reduced after.
 
     The head and the last norm stay gathered in between. FSDP deals out rows (of experts: experts), so it sends as if
     their number were the next multiple of the processes. A checkpointed layer is repeated while it is gathered.
     """
     half = training.precision == "bf16"
-    exact = set(exact_modules(model)) if half else set()
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    for unit, parameters in _units(model, mesh, exact).items():
+    exact = set(sizes.exact) if half else set()
+    tied = "lm_head.weight" not in sizes.shapes
+    for unit, parameters in _units(sizes, mesh, exact).items():
         experts = mesh.ep > 1 and unit.endswith(".experts")
         size = mesh.efsdp if experts else mesh.fsdp
         shard = Group(size, mesh.ep if experts else mesh.tp)
-        elements = sum(_padded(model, name, parameter, mesh, size) for name, parameter in parameters)
-        bytes_each = FLOAT32 if not half or _pattern(unit) in exact else BFLOAT16
-        style = model.fsdp_plan.get(_pattern(unit), "free_full_weight") if unit else "keep_full_weight"
+        elements = sum(_padded(sizes, name, mesh, size) for name in parameters)
+        bytes_each = FLOAT32 if not half or pattern(unit) in exact else BFLOAT16
+        style = sizes.fsdp_plan.get(pattern(unit), "free_full_weight") if unit else "keep_full_weight"
         times = 1 if style == "keep_full_weight" or (tied and unit.endswith("embed_tokens")) else 2
         for _ in range(times):
             yield "weights", "gather", bytes_each * elements, shard
@@ -146,84 +142,78 @@ def _fsdp(model: Any, mesh: Mesh, training: Training) -> Iterator[_Sent]:
         yield "replicas", "reduce", FLOAT32 * elements / size, replicas
 
 
-def _units(model: Any, mesh: Mesh, exact: set[str]) -> dict[str, list[tuple[str, Any]]]:
+def _units(sizes: Sizes, mesh: Mesh, exact: set[str]) -> dict[str, list[str]]:
     """The parameters that FSDP gathers together, by the module that holds them; '' is the rest."""
-    patterns = {*model.fsdp_plan, *exact}
+    patterns = {*sizes.fsdp_plan, *exact}
     if mesh.ep > 1:
-        patterns |= {name for name, style in model.ep_plan.items() if style == "ep_dispatch_experts"}
-    keep = [name for name, style in model.fsdp_plan.items() if style == "keep_full_weight"]
-    units: dict[str, list[tuple[str, Any]]] = {}
-    for name, parameter in model.named_parameters():
+        patterns |= set(sizes.spread)
+    keep = [name for name, style in sizes.fsdp_plan.items() if style == "keep_full_weight"]
+    units: dict[str, list[str]] = {}
+    for name in sizes.shapes:
         owner = name
-        while owner and _pattern(owner) not in patterns:
+        while owner and pattern(owner) not in patterns:
             owner = owner.rpartition(".")[0]
         owner = keep[0] if owner in keep else owner  # the head and the last norm are one unit
-        units.setdefault(owner, []).append((name, parameter))
+        units.setdefault(owner, []).append(name)
     return units
 
 
-@cache
-def _pattern(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
-
-
-def _padded(model: Any, name: str, parameter: Any, mesh: Mesh, size: int) -> float:
+def _padded(sizes: Sizes, name: str, mesh: Mesh, size: int) -> float:
     """Elements of a parameter as FSDP sends it: what `ep` and `tp` leave here, its rows rounded up."""
-    rows, rest = int(parameter.shape[0]), math.prod(map(int, parameter.shape[1:]))
-    style = _style(model, name) if mesh.tp > 1 else ""
-    if is_routed(name, parameter) and mesh.ep > 1:
+    shape = sizes.shapes[name]
+    rows, rest = shape[0], math.prod(shape[1:])
+    style = _style(sizes, name) if mesh.tp > 1 else ""
+    if is_routed(name, shape) and mesh.ep > 1:
         rows //= mesh.ep
-    elif style in ("colwise", "colwise_gather_output", "embedding_rowwise") and parameter.ndim < 3:
+    elif style in ("colwise", "colwise_gather_output", "embedding_rowwise") and len(shape) < 3:
         rows = math.ceil(rows / mesh.tp)
-    elif style in ("rowwise", "packed_colwise", "colwise") and parameter.ndim > 1:
+    elif style in ("rowwise", "packed_colwise", "colwise") and len(shape) > 1:
         rest = math.ceil(rest / mesh.tp)
     return math.ceil(rows / size) * size * rest
 
 
-def _style(model: Any, name: str) -> str:
+def _style(sizes: Sizes, name: str) -> str:
     """The tensor-parallel style of a parameter, which its module may have."""
-    pattern = _pattern(name)
-    return str(model.tp_plan.get(pattern) or model.tp_plan.get(pattern.rpartition(".")[0], ""))
+    kind = pattern(name)
+    return sizes.tp_plan.get(kind) or sizes.tp_plan.get(kind.rpartition(".")[0], "")
 
 
-def _experts(model: Any, mesh: Mesh, training: Training) -> Iterator[_Sent]:
+def _experts(sizes: Sizes, mesh: Mesh, training: Training) -> Iterator[_Sent]:
     """Tokens go to their experts and come back, in the forward and in the backward; before that, how many will."""
-    num_experts, top_k = routing_size(model)
     tokens = training.micro_batch_size * training.seq_len / mesh.tp
     bytes_each = BFLOAT16 if training.precision == "bf16" else FLOAT32
-    payload = tokens * top_k * _hidden(model) * bytes_each
+    payload = tokens * sizes.top_k * sizes.hidden_size * bytes_each
     group = Group(mesh.ep, 1)
     again = training.gradient_checkpointing
-    for _ in _expert_layers(model):
+    for _ in _expert_layers(sizes):
         for _ in range(2):
             yield "tokens forward", "exchange", payload, group
         for _ in range(4 if again else 2):
             yield "tokens backward", "exchange", payload, group
         for _ in range(2 if again else 1):
-            yield "split sizes", "exchange", INT64 * num_experts, group
+            yield "split sizes", "exchange", INT64 * sizes.num_experts, group
 
 
-def _tensor_parallel(model: Any, mesh: Mesh, training: Training) -> Iterator[_Sent]:
+def _tensor_parallel(sizes: Sizes, mesh: Mesh, training: Training) -> Iterator[_Sent]:
     """Sums of partial outputs in the forward, and of partial gradients of inputs in the backward, for each matrix."""
-    _, top_k = routing_size(model)
     tokens = training.micro_batch_size * training.seq_len
     bytes_each = BFLOAT16 if training.precision == "bf16" else FLOAT32
     group, again = Group(mesh.tp, 1), training.gradient_checkpointing
-    row = tokens * _hidden(model) * bytes_each
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    row = tokens * sizes.hidden_size * bytes_each
+    modules = dict.fromkeys(owner for name in sizes.shapes for owner in _owners(name))
 
     def both(operation: str, payload: float, layer: bool) -> Iterator[_Sent]:
         for _ in range(2 if again and layer else 1):
             yield "tensor parallel", operation, payload, group
 
-    for module, _ in model.named_modules():
-        style, layer = model.tp_plan.get(_pattern(module)), ".layers." in module
-        shape = shapes.get(f"{module}.weight", (0, 0))
+    for module in modules:
+        style, layer = sizes.tp_plan.get(pattern(module)), ".layers." in module
+        shape = sizes.shapes.get(f"{module}.weight", (0, 0))
         if style == "moe_tp_experts":
-            operation, weights = ("gather" if mesh.ep > 1 else "reduce"), tokens * top_k * FLOAT32
+            operation, weights = ("gather" if mesh.ep > 1 else "reduce"), tokens * sizes.top_k * FLOAT32
             # Where tokens are sent, their sum weighted in fp32 is gathered before it is rounded.
             # A checkpointed layer is not repeated beyond what its backward needs, which is not this.
-            yield "tensor parallel", operation, tokens * _hidden(model) * FLOAT32 if mesh.ep > 1 else row, group
+            yield "tensor parallel", operation, tokens * sizes.hidden_size * FLOAT32 if mesh.ep > 1 else row, group
             yield "tensor parallel", operation, row, group
             yield "tensor parallel", operation, weights, group
         elif style == "embedding_rowwise" or style == "rowwise":
@@ -236,9 +226,11 @@ def _tensor_parallel(model: Any, mesh: Mesh, training: Training) -> Iterator[_Se
             yield "tensor parallel", "reduce", FLOAT32 * shape[0], group
 
 
-def _expert_layers(model: Any) -> list[str]:
-    return [name for name, p in model.named_parameters() if is_routed(name, p) and name.endswith("down_proj")]
+def _owners(name: str) -> Iterator[str]:
+    """The modules that hold a parameter, from the inside."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
-def _hidden(model: Any) -> int:
-    return int(model.config.get_text_config().hidden_size)
+def _expert_layers(sizes: Sizes) -> list[str]:
+    return [name for name, shape in sizes.shapes.items() if is_routed(name, shape) and name.endswith("down_proj")]
