@@ -50,6 +50,10 @@ def _experts(block: str) -> dict[str, str]:
 _DENSE = {**_ENDS, **_ATTENTION, **_ffn("mlp")}
 _MOE = {**_ENDS, **_ATTENTION, **_experts("mlp")}
 _GRANITE = _experts("block_sparse_moe")
+_PLAIN = (
+    "llama", "mistral", "qwen2", "ernie4_5", "granite", "cohere2", "smollm3", "cwm", "internlm3", "iquestcoder",
+    "seed_oss", "helium", "cohere", "ministral",
+)  # fmt: skip
 # Family -> module or parameter -> style of tensor parallelism.
 TENSOR_PARALLEL: dict[str, Mapping[str, str]] = {
     "mixtral": _MOE,
@@ -59,18 +63,21 @@ TENSOR_PARALLEL: dict[str, Mapping[str, str]] = {
     "cohere2_moe": {**_MOE, **_ffn("mlp")},
     "flex_olmo": {**_ENDS, **_GATHERED, **_experts("mlp")},
     "qwen3_5_moe_text": {**_MOE, **_HEAD_NORMS, **_ffn("mlp.shared_expert"), **_LINEAR},
-    **dict.fromkeys(("glm4_moe", "ernie4_5_moe"), {**_MOE, **_ffn("mlp.shared_experts"), **_ffn("mlp")}),
-    **dict.fromkeys(("granitemoe", "granitemoehybrid"), {**_ENDS, **_GRANITE}),
+    "glm4_moe": {**_MOE, **_ffn("mlp.shared_experts"), **_ffn("mlp")},
+    "ernie4_5_moe": {**_MOE, **_ffn("mlp.shared_experts"), **_ffn("mlp")},
+    "dots1": {**_MOE, **_HEAD_NORMS, **_ffn("mlp.shared_experts"), **_ffn("mlp")},
+    "lfm2_moe": {**_ENDS, **_experts("feed_forward")},
+    "hunyuan_v1_moe": {**_ENDS, **_experts("mlp")},
+    "granitemoe": {**_ENDS, **_GRANITE},
+    "granitemoehybrid": {**_ENDS, **_GRANITE},
     "granitemoe_swa": {**_ENDS, **_ATTENTION, **_SINKS, **_GRANITE},
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "ernie4_5", "granite", "cohere2", "smollm3", "cwm", "internlm3", "iquestcoder",
-         "seed_oss", "helium", "cohere"), _DENSE,
-    ),
+    **dict.fromkeys(_PLAIN, _DENSE),
     "qwen3": {**_DENSE, **_HEAD_NORMS},
     "qwen3_5_text": {**_DENSE, **_HEAD_NORMS, **_LINEAR},
     "olmo2": {**_ENDS, **_GATHERED, **_ffn("mlp")},
     "granite_swa": {**_DENSE, **_SINKS},
     "lfm2": _HEAD,
+    "hunyuan_v1_dense": _HEAD,
     "phi3": {
         **_ENDS,
         f"{_LAYER}self_attn.qkv_proj": "colwise_gather_output",
@@ -78,4 +85,4 @@ TENSOR_PARALLEL: dict[str, Mapping[str, str]] = {
         f"{_LAYER}mlp.gate_up_proj": "colwise_gather_output",
         f"{_LAYER}mlp.down_proj": "rowwise_split_input",
     },
-}  # fmt: skip
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -102,6 +103,21 @@ def row_blocks(rows: int, row_length: int) -> list[tuple[int, int]]:
     """First and one-past-last row of each block of BLOCK_ELEMENTS."""
     step = max(1, BLOCK_ELEMENTS // max(1, row_length))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def peak_memory(fills: Sequence[Fill], workers: int) -> int:
+    """Resident bytes that writing takes, about.
+
+    The interpreter with torch; a few blocks per worker: what is read, its fp32 and fp64 forms while it
+    is summed, what is drawn; sums of units, and a digest of each block: 1 % of the model, or less.
+
+    Args:
+        fills: all that is written.
+        workers: that write at the same time.
+    """
+    blocks = sum(len(fill.blocks) * len(fill.places) for fill in fills)
+    summed = (piece.info.shape[fill.axis] for fill in fills if fill.summed for piece in fill.sources)
+    return 270_000_000 + workers * 160 * BLOCK_ELEMENTS + 300 * blocks + 2 * 8 * sum(summed)
 
 
 def as_matrix(info: TensorInfo) -> TensorInfo:

@@ -18,7 +18,7 @@ from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, lay_out_f
 from moetool.errors import CheckpointError
 from moetool.progress import Progress
 from moetool.recipe import read_lineage
-from moetool.surgery.fill import BLOCK_ELEMENTS, Fill, Place
+from moetool.surgery.fill import Fill, Place, peak_memory
 from moetool.surgery.kinds import Kind
 
 
@@ -90,14 +90,8 @@ class Plan:
         return sum(math.prod(tensor.shape) for tensor in self.model_tensors)
 
     def peak_memory(self, workers: int) -> int:
-        """Resident bytes that writing takes, about.
-
-        The interpreter with torch; a few blocks per worker: what is read, its fp32 and fp64 forms while it
-        is summed, what is drawn; sums of units, and a digest of each block: 1 % of the model, or less.
-        """
-        blocks = sum(len(fill.blocks) * len(fill.places) for fill in self.fills)
-        summed = (piece.info.shape[fill.axis] for fill in self.fills if fill.summed for piece in fill.sources)
-        return 270_000_000 + workers * 160 * BLOCK_ELEMENTS + 300 * blocks + 2 * 8 * sum(summed)
+        """Resident bytes that writing takes, about; see `fill.peak_memory`."""
+        return peak_memory(self.fills, workers)
 
     @cached_property
     def written(self) -> dict[str, TensorInfo]:
