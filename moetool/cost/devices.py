@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-# Dense bf16 operations per second of tensor cores, from the vendors' data sheets (without sparsity).
-_PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU, from its data sheet.
+
+    Attributes:
+        name: as `torch.cuda.get_device_name` contains it.
+        memory: bytes.
+        peak_flops: dense bf16 operations per second of its tensor cores (without sparsity).
+        link: bytes per second that it sends to others of its machine, in one direction: NVLink, else PCIe.
+    """
+
+    name: str
+    memory: float
+    peak_flops: float
+    link: float
+
+
+PCIE_4, PCIE_5 = 32e9, 64e9  # 16 lanes, one direction
+# As `moetool plan --gpu` names them. Of two whose names begin alike, the longer comes first.
+GPUS = {
+    "b200": Gpu("B200", 180e9, 2250e12, 900e9),
+    "h200": Gpu("H200", 141e9, 989e12, 450e9),
+    "h100-nvl": Gpu("H100 NVL", 94e9, 835e12, 300e9),
+    "h100-pcie": Gpu("H100 PCIe", 80e9, 756e12, PCIE_5),
+    "h100": Gpu("H100", 80e9, 989e12, 450e9),
+    "a100-40": Gpu("A100-SXM4-40GB", 40e9, 312e12, 300e9),
+    "a100": Gpu("A100", 80e9, 312e12, 300e9),
+    "l40s": Gpu("L40S", 48e9, 362e12, PCIE_4),
+    "rtx-4090": Gpu("RTX 4090", 24e9, 165e12, PCIE_4),
 }
 
 
@@ -29,7 +50,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+    return next((gpu.peak_flops for gpu in GPUS.values() if gpu.name in name), None)
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -9,6 +9,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from moetool.cost.memory import BFLOAT16, FLOAT32, Training
@@ -111,20 +112,21 @@ def _micro_batch(sizes: Sizes, mesh: Mesh, training: Training) -> Iterator[_Sent
     if mesh.whole:
         return
     if mesh.sharded:
-        yield from _fsdp(sizes, mesh, training)
+        yield from _fsdp(sizes, mesh, training.precision == "bf16")
     if mesh.ep > 1:
         yield from _experts(sizes, mesh, training)
     if mesh.tp > 1:
         yield from _tensor_parallel(sizes, mesh, training)
 
 
-def _fsdp(sizes: Sizes, mesh: Mesh, training: Training) -> Iterator[_Sent]:
+@lru_cache(maxsize=256)
+def _fsdp(sizes: Sizes, mesh: Mesh, half: bool) -> list[_Sent]:
     """Each unit's weights are gathered before its forward and again before its backward, its gradients reduced after.
 
     The head and the last norm stay gathered in between. FSDP deals out rows (of experts: experts), so it sends as if
     their number were the next multiple of the processes. A checkpointed layer is repeated while it is gathered.
     """
-    half = training.precision == "bf16"
+    found: list[_Sent] = []
     exact = set(sizes.exact) if half else set()
     tied = "lm_head.weight" not in sizes.shapes
     for unit, parameters in _units(sizes, mesh, exact).items():
@@ -135,11 +137,11 @@ def _fsdp(sizes: Sizes, mesh: Mesh, training: Training) -> Iterator[_Sent]:
         bytes_each = FLOAT32 if not half or pattern(unit) in exact else BFLOAT16
         style = sizes.fsdp_plan.get(pattern(unit), "free_full_weight") if unit else "keep_full_weight"
         times = 1 if style == "keep_full_weight" or (tied and unit.endswith("embed_tokens")) else 2
-        for _ in range(times):
-            yield "weights", "gather", bytes_each * elements, shard
-        yield "gradients", "scatter", FLOAT32 * elements, shard
+        found += [("weights", "gather", bytes_each * elements, shard)] * times
+        found.append(("gradients", "scatter", FLOAT32 * elements, shard))
         replicas = Group(mesh.replicas, mesh.fsdp * mesh.tp)
-        yield "replicas", "reduce", FLOAT32 * elements / size, replicas
+        found.append(("replicas", "reduce", FLOAT32 * elements / size, replicas))
+    return found
 
 
 def _units(sizes: Sizes, mesh: Mesh, exact: set[str]) -> dict[str, list[str]]:
@@ -200,13 +202,12 @@ def _tensor_parallel(sizes: Sizes, mesh: Mesh, training: Training) -> Iterator[_
     bytes_each = BFLOAT16 if training.precision == "bf16" else FLOAT32
     group, again = Group(mesh.tp, 1), training.gradient_checkpointing
     row = tokens * sizes.hidden_size * bytes_each
-    modules = dict.fromkeys(owner for name in sizes.shapes for owner in _owners(name))
 
     def both(operation: str, payload: float, layer: bool) -> Iterator[_Sent]:
         for _ in range(2 if again and layer else 1):
             yield "tensor parallel", operation, payload, group
 
-    for module in modules:
+    for module in _modules(sizes):
         style, layer = sizes.tp_plan.get(pattern(module)), ".layers." in module
         shape = sizes.shapes.get(f"{module}.weight", (0, 0))
         if style == "moe_tp_experts":
@@ -226,10 +227,14 @@ def _tensor_parallel(sizes: Sizes, mesh: Mesh, training: Training) -> Iterator[_
             yield "tensor parallel", "reduce", FLOAT32 * shape[0], group
 
 
-def _owners(name: str) -> Iterator[str]:
-    """The modules that hold a parameter, from the inside."""
-    while name := name.rpartition(".")[0]:
-        yield name
+@lru_cache(maxsize=8)
+def _modules(sizes: Sizes) -> list[str]:
+    """All modules that hold parameters."""
+    found: dict[str, None] = {}
+    for name in sizes.shapes:
+        while (name := name.rpartition(".")[0]) and name not in found:
+            found[name] = None
+    return list(found)
 
 
 def _expert_layers(sizes: Sizes) -> list[str]:

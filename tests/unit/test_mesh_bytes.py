@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from moetool.budget.meshes import NETWORK, REACHED, Cluster, crossing, seconds
+from moetool.cost.devices import GPUS
 from moetool.cost.memory import Training
 from moetool.cost.traffic import Group, Traffic, step_traffic, totals
 from moetool.errors import ConfigError
 from moetool.mesh import Mesh, check_model
-from tests.benchmarks.mesh_choice import NETWORK, NVLINK, REACHED, crossing, seconds
 
 H, F, E, K, V, T = 32, 48, 8, 2, 64, 16
 EXPERT = 3 * H * F
@@ -106,5 +107,7 @@ def test_whole_weights_sum_all_gradients_once(model: Any) -> None:
 def test_bandwidths(operation: str, group: Group, sent: float, across: float) -> None:
     traffic = Traffic("any", operation, 1e9, group, 1)
     assert traffic.sent == pytest.approx(1e9 * sent)
-    assert crossing(traffic) == pytest.approx(1e9 * across)
-    assert seconds(traffic) == pytest.approx(1e9 * max(sent / NVLINK, across / NETWORK) / REACHED)
+    assert crossing(traffic, 8) == pytest.approx(1e9 * across)
+    assert seconds(traffic, Cluster(GPUS["h100"], 64)) == pytest.approx(
+        1e9 * max(sent / 450e9, across / NETWORK) / REACHED
+    )
