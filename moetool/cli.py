@@ -26,6 +26,7 @@ from moetool.commands.eval import evaluate
 from moetool.commands.grow import grow
 from moetool.commands.inspect import inspect
 from moetool.commands.options import OpenPlaces, typer_command
+from moetool.commands.plan import plan
 from moetool.commands.prune import prune
 from moetool.commands.quickstart import quickstart
 from moetool.commands.sample import sample
@@ -48,6 +49,7 @@ app = typer.Typer(
 # The order of --help: the journey, then its tools.
 COMMANDS: dict[str, Callable[..., Any]] = {
     "quickstart": quickstart,
+    "plan": plan,
     "upcycle": upcycle,
     "inspect": inspect,
     "verify": verify,

@@ -128,6 +128,21 @@ def check_name(declared: Option, text: str) -> None:
 # Options that several commands have.
 
 
+def same(config: Any, name: str, default: Any = ..., **more: Any) -> Any:
+    """An option of another command's config, under the same name and with the same meaning.
+
+    Args:
+        config: that declares it.
+        name: of the field.
+        default: where that is another.
+        more: see `Option`, where that is different.
+    """
+    declared = options(config)[name]
+    usual = next(field.default for field in dataclasses.fields(config) if field.name == name)
+    metadata = {"option": dataclasses.replace(declared, **more)}
+    return dataclasses.field(default=usual if default is ... else default, metadata=metadata)
+
+
 def text_field_option(panel: str | None = None, whose: str = "the text", **more: Any) -> Any:
     """The field of a document that holds its text."""
     return option(f"Field or column with {whose}.", "text", panel=panel, metavar="NAME", **more)

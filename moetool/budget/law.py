@@ -30,7 +30,7 @@ def dense_loss(tokens: float, parameters: float) -> float:
         tokens: of its training.
         parameters: of the model.
     """
-    return 8.83 * tokens**-0.088 + 12.3 * parameters**-0.116 + END
+    return 8.83 * math.pow(tokens, -0.088) + 12.3 * math.pow(parameters, -0.116) + END
 
 
 def scratch_loss(tokens: float, parameters: float) -> float:
@@ -40,7 +40,7 @@ def scratch_loss(tokens: float, parameters: float) -> float:
         tokens: of its training.
         parameters: of a dense model of its depth and width.
     """
-    return 32.0 * tokens**-0.161 + 7.05 * parameters**-0.080 + END
+    return 32.0 * math.pow(tokens, -0.161) + 7.05 * math.pow(parameters, -0.080) + END
 
 
 def upcycled_loss(dense_tokens: float, tokens: float, parameters: float) -> float:
@@ -51,15 +51,12 @@ def upcycled_loss(dense_tokens: float, tokens: float, parameters: float) -> floa
         tokens: of the training after that.
         parameters: of the dense model.
     """
-    return 16.3 * dense_tokens**-0.043 * tokens ** _slope(dense_tokens) + _rest(parameters)
+    learned = 16.3 * math.pow(dense_tokens, -0.043) * math.pow(tokens, _slope(dense_tokens))
+    return learned + 8.53 * math.pow(parameters, -0.112) + END
 
 
 def _slope(dense_tokens: float) -> float:
     return -0.085 + 7.98e-4 * math.log(dense_tokens)
-
-
-def _rest(parameters: float) -> float:
-    return 8.53 * parameters**-0.112 + END
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,10 @@ def _choice(sizes: Sizes, cluster: Cluster, mesh: Mesh, training: Training, flop
 
 def best_of_each(found: Sequence[Choice]) -> list[Choice]:
     """Of each mesh the first choice, in their order."""
-    return list({one.mesh: one for one in reversed(found)}.values())[::-1]
+    best: dict[Mesh, Choice] = {}
+    for one in found:
+        best.setdefault(one.mesh, one)
+    return list(best.values())
 
 
 def least_memory(sizes: Sizes, cluster: Cluster, seq_len: int) -> tuple[Mesh, dict[str, int]]:

@@ -1,0 +1,354 @@
+"""A plan as one document: everything that the page, the HTML file and `--json` show is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moetool.budget import law
+from moetool.budget.commands import commands
+from moetool.budget.known import known_tokens
+from moetool.budget.meshes import (
+    ALONE,
+    NETWORK,
+    REACHED,
+    SPARE,
+    Choice,
+    Cluster,
+    best_of_each,
+    choices,
+    finer,
+    least_memory,
+    meshes,
+    more_gpus,
+    run_options,
+)
+from moetool.budget.options import MFU, PlanOptions
+from moetool.budget.rules import ON_LEARNING_RATE, ON_UPCYCLING, learning_rate, skywork
+from moetool.budget.shapes import Models, plan_models
+from moetool.budget.ways import TITLES, Speed, Way, cost, recommend, speed
+from moetool.checkpoint.reader import CheckpointReader
+from moetool.cost.memory import estimate, smaller
+from moetool.cost.operations import flops_per_token
+from moetool.cost.parameters import Sizes
+from moetool.errors import ConfigError
+from moetool.mesh import Mesh
+
+SCHEMA = 1
+DEFAULT_SEQ_LEN, DEFAULT_BATCH, FEWEST_STEPS = 4096, 1024, 500
+UPCYCLED_PER_SECOND = 5.11e9 / 7.04  # bytes on two cores (docs/benchmarks/upcycle.md)
+KEPT = 3  # step folders on the disk at once: two that are kept, and the next before the older is deleted
+CURVE = [10 ** (9 + n / 20) for n in range(61)]  # training tokens, 1 B to 1 T
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan before it is a document.
+
+    Attributes:
+        options: that were asked.
+        models: dense and planned.
+        cluster: the GPUs.
+        dense_tokens: of DENSE; None where not known.
+        seq_len: tokens of a sequence.
+        batch: sequences of a step.
+        measured: tokens per second that a probe measured, and on what; None where there was none.
+    """
+
+    options: PlanOptions
+    models: Models
+    cluster: Cluster
+    dense_tokens: tuple[int, str] | None
+    seq_len: int
+    batch: int
+    measured: tuple[float, str] | None = None
+
+    @property
+    def train_tokens(self) -> int:
+        """Of the planned training."""
+        return self.options.train_tokens
+
+    @property
+    def speed(self) -> Speed:
+        """Of the GPUs."""
+        asked, flops = self.options, flops_per_token(self.models.moe, self.seq_len)
+        mfu = float(MFU if asked.mfu is None else asked.mfu)
+        if self.measured:
+            return speed(self.cluster, mfu, self.measured[0], flops, self.measured[1])
+        return speed(self.cluster, mfu, asked.tokens_per_second, flops)
+
+
+def make_plan(options: PlanOptions, reader: CheckpointReader) -> Plan:
+    """Read headers and settle what was left open.
+
+    Args:
+        options: that were asked.
+        reader: of DENSE.
+
+    Raises:
+        ConfigError: the options do not fit DENSE.
+        CheckpointError: DENSE is damaged.
+    """
+    models = plan_models(reader, options.recipe(), tuple(options.for_))
+    positions = reader.config.get("max_position_embeddings")
+    most = positions if type(positions) is int and positions > 0 else DEFAULT_SEQ_LEN
+    seq_len = options.seq_len or min(DEFAULT_SEQ_LEN, most)
+    if seq_len > most and type(positions) is int:
+        raise ConfigError(f"--seq-len {seq_len}: the model has only {most} positions; give at most that")
+    batch = options.global_batch_size or DEFAULT_BATCH
+    if options.global_batch_size is None:
+        while batch > options.num_gpus and options.train_tokens < FEWEST_STEPS * batch * seq_len:
+            batch //= 2
+    if options.train_tokens < batch * seq_len:
+        raise ConfigError(
+            f"--train-tokens {options.train_tokens} is less than one step of {batch} x {seq_len} tokens; give a smaller"
+            " --global-batch-size, or more tokens"
+        )
+    typed = options.dense_tokens
+    tokens = (typed, "given") if typed else known_tokens(options.dense)
+    return Plan(options, models, options.cluster(), tokens, seq_len, batch)
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """All of a plan, as plain values.
+
+    Args:
+        plan: settled.
+    """
+    models, asked, cluster = plan.models, plan.options, plan.cluster
+    moe_flops, dense_flops = (flops_per_token(one, plan.seq_len) for one in (models.moe, models.dense))
+    had = plan.dense_tokens[0] * dense_flops if plan.dense_tokens else None
+    said = _law(plan)
+    verdict = law.Verdict(**said["verdict"]) if said["verdict"] else None
+    way, why = recommend(verdict, moe_flops * plan.train_tokens, had, said["reasons"], models.unfit)
+    found = choices(models.moe, cluster, plan.seq_len, plan.batch)
+    dense_found = choices(models.dense, cluster, plan.seq_len, plan.batch)
+    best = (dense_found if way == "dense" else found)[:1]
+    spread = models.num_bytes > cluster.room
+    return {
+        "schema_version": SCHEMA,
+        "model": asked.dense,
+        "family": models.dense.family,
+        "target": "" if models.unfit else models.moe.family,
+        "unfit": models.unfit,
+        "num_experts": models.moe.num_experts,
+        "top_k": models.moe.top_k,
+        "granularity": models.recipe.granularity,
+        "shared_experts": models.recipe.shared_experts,
+        "parameters": {"dense": models.dense.total, "total": models.moe.total, "active": models.moe.active},
+        "dense_tokens": plan.dense_tokens and {"tokens": plan.dense_tokens[0], "source": plan.dense_tokens[1]},
+        "train_tokens": plan.train_tokens,
+        "seq_len": plan.seq_len,
+        "global_batch_size": plan.batch,
+        "steps": plan.train_tokens // (plan.batch * plan.seq_len),
+        "law": said,
+        "recommended": {"way": way, "title": TITLES[way], "because": why},
+        "ways": _ways(plan, verdict, moe_flops, dense_flops, found, dense_found),
+        "rules": {
+            "cost_ratio": moe_flops * plan.train_tokens / had if had else None,
+            "skywork": skywork(moe_flops * plan.train_tokens, had) if had else None,
+            "findings": [asdict(one) for one in ON_UPCYCLING],
+        },
+        "cluster": {
+            "gpu": cluster.gpu.name, "num_gpus": cluster.num_gpus, "gpus_per_node": cluster.node,
+            "memory": cluster.gpu.memory, "peak_flops": cluster.gpu.peak_flops, "mfu": plan.speed.mfu,
+            "speed": plan.speed.source, "room": cluster.room,
+        },
+        "meshes": _meshes(plan, found),
+        "upcycling": _upcycling(plan),
+        "disk": _disk(plan),
+        "learning_rate": asdict(learning_rate(plan.train_tokens))
+        | {"findings": [asdict(one) for one in ON_LEARNING_RATE]},
+        "commands": commands(
+            way, asked.dense, asked.recipe(), tuple(asked.for_), cluster, best[0] if best else None,
+            plan.train_tokens, plan.seq_len, plan.batch, spread,
+        ),
+        "assumptions": {
+            "memory_share": SPARE, "bandwidth_share": REACHED, "network": NETWORK, "one_gpu_mfu": ALONE,
+            "disk_speed": asked.disk_speed, "precision": "bf16", "gradient_checkpointing": True,
+        },
+    }  # fmt: skip
+
+
+def _law(plan: Plan) -> dict[str, Any]:
+    """What the law says, and why it does not where the case is outside its range."""
+    recipe, parameters = plan.models.recipe, plan.models.dense.total
+    said: dict[str, Any] = {
+        "source": law.SOURCE,
+        "range": {"parameters": law.PARAMETERS, "dense_tokens": law.DENSE_TOKENS, "train_tokens": law.TRAIN_TOKENS},
+        "inside": False,
+        "verdict": None,
+        "curves": None,
+    }
+    if plan.dense_tokens is None:
+        return said | {"reasons": ["the tokens that the dense model was trained on are not known; give --dense-tokens"]}
+    dense, tokens = plan.dense_tokens[0], plan.train_tokens
+    shape = recipe.num_experts, recipe.top_k, recipe.granularity, recipe.shared_experts or 0
+    said["reasons"] = law.outside(parameters, dense, tokens, *shape)
+    if said["reasons"]:
+        return said
+    curves = {
+        "dense": [law.dense_loss(dense + D2, parameters) for D2 in CURVE],
+        "upcycled": [law.upcycled_loss(dense, D2, parameters) for D2 in CURVE],
+        "scratch": [law.scratch_loss(D2, parameters) for D2 in CURVE],
+    }
+    found = asdict(law.verdict(parameters, dense, tokens))
+    return said | {"inside": True, "verdict": found, "curves": {"tokens": CURVE, **curves}}
+
+
+def _ways(
+    plan: Plan, verdict: law.Verdict | None, moe: int, dense: int, found: list[Choice], dense_found: list[Choice]
+) -> list[dict[str, Any]]:
+    price = plan.options.price_per_gpu_hour
+    losses: dict[Way, float | None] = {
+        "dense": verdict.dense if verdict else None,
+        "copy": verdict.upcycled if verdict else None,
+        "drop": None,  # there is no law for it
+        "scratch": verdict.scratch if verdict else None,
+    }
+    rows = []
+    for way in TITLES:
+        if plan.models.unfit and way == "drop":
+            continue
+        flops, best = (dense, dense_found) if way == "dense" else (moe, found)
+        money = None if price is None else float(price)
+        rows.append({
+            "way": way, "title": TITLES[way], "loss": losses[way],
+            **cost(float(flops * plan.train_tokens), plan.speed, plan.cluster, money),
+            "flops_per_token": flops,
+            "mesh": str(best[0].mesh) or "one GPU" if best else None,
+            "memory": best[0].memory["total"] if best else None,
+        })  # fmt: skip
+    return rows
+
+
+def _meshes(plan: Plan, found: list[Choice]) -> dict[str, Any]:
+    """Those that fit, the recommended one first, then the others by what they need; and what to do if none fits."""
+    sizes, cluster = plan.models.moe, plan.cluster
+    fitting = best_of_each(found)
+    rows = [_row(one) for one in fitting]
+    taken = {one.mesh for one in fitting}
+    others: list[dict[str, Any]] = []
+    for mesh in meshes(sizes, cluster):
+        if mesh not in taken:
+            need = estimate(sizes, run_options(mesh, plan.seq_len, 1), mesh)
+            small = need["total"] <= cluster.room  # but the batch cannot be shared out
+            others.append({
+                "mesh": str(mesh) or "one GPU", "micro_batch_size": 1, "memory": need, "fits": False,
+                "why": f"{plan.batch} sequences cannot be shared out" if small else "too large",
+            })  # fmt: skip
+    others.sort(key=lambda one: one["memory"]["total"])
+    return {
+        "fitting": rows,
+        "others": others,
+        "recommended": rows[0] if rows else None,
+        "because": _because(fitting[0], fitting) if fitting else "none fits",
+        "advice": [] if fitting else _advice(plan),
+    }
+
+
+def _row(one: Choice) -> dict[str, Any]:
+    mesh = one.mesh
+    return {
+        "mesh": str(mesh) or "one GPU",
+        "sizes": {"fsdp": mesh.fsdp, "ep": mesh.ep, "tp": mesh.tp, "replicas": mesh.replicas},
+        "micro_batch_size": one.training.micro_batch_size,
+        "memory": one.memory,
+        "fits": True,
+        "loading_per_machine": one.loading,
+        "saving_per_machine": one.saving,
+        "sent": one.sent,
+        "sent_per_step": sum(one.sent.values()),
+        "network_per_step": one.crossing,
+        "efficiency": [one.alone, one.overlapped],
+    }
+
+
+def _because(best: Choice, fitting: list[Choice]) -> str:
+    others = [one for one in fitting if one.mesh != best.mesh]
+    if not others:
+        return "it is the only one that fits"
+    if best.mesh.processes == 1:
+        return "there is one GPU"
+    if any(one.overlapped > best.overlapped + 0.005 for one in others):
+        return "of those within a twentieth of the best efficiency, it sends least over the network"
+    return "of those that fit, GPUs spend the largest share of a step on arithmetic"
+
+
+def _advice(plan: Plan) -> list[str]:
+    """What would make the training fit."""
+    sizes, cluster, room = plan.models.moe, plan.cluster, plan.cluster.room
+    mesh, need = least_memory(sizes, cluster, plan.seq_len)
+    said = [
+        f"the smallest needs {need['total'] / 1e9:.0f} GB of each GPU ({mesh or 'whole weights'}), and"
+        f" {room / 1e9:.0f} GB of {cluster.gpu.memory / 1e9:.0f} are taken at most"
+    ]
+    if (gpus := more_gpus(sizes, cluster, plan.seq_len)) is not None:
+        said.append(f"{gpus} such GPUs are enough")
+    if gpus != 2 * cluster.num_gpus and (parts := _parts(sizes, plan)):
+        many, top = parts * sizes.num_experts, parts * sizes.top_k
+        said.append(
+            f"finer experts divide further: --granularity {parts * plan.models.recipe.granularity} --num-experts"
+            f" {many} --top-k {top}"
+        )
+    whole = Mesh(replicas=cluster.num_gpus)
+    ways = smaller(sizes, run_options(whole, plan.seq_len, 1), int(room), whole)
+    return said + [f"{typed} fits without a mesh ({size / 1e9:.0f} GB)" for typed, size in ways]
+
+
+def _parts(sizes: Sizes, plan: Plan) -> int | None:
+    """The fewest parts of an expert with which a mesh fits."""
+    width = min(shape[-1] for name, shape in sizes.shapes.items() if ".experts." in name and "down" in name)
+    for parts in (2, 4, 8, 16):
+        if plan.models.unfit or width % parts:
+            return None
+        _, need = least_memory(finer(sizes, parts), plan.cluster, plan.seq_len)
+        if need["total"] <= plan.cluster.room:
+            return parts
+    return None
+
+
+def _upcycling(plan: Plan) -> dict[str, Any]:
+    """What `moetool upcycle` takes on a machine with two cores and one disk."""
+    models = plan.models
+    return {
+        "reads": models.dense_bytes,
+        "writes": models.num_bytes,
+        "memory": models.upcycle_memory,
+        "seconds": models.num_bytes / min(UPCYCLED_PER_SECOND, plan.options.disk_speed),
+    }
+
+
+def _disk(plan: Plan) -> dict[str, Any]:
+    """Checkpoints of the training: weights as they are saved, fp32 ones beside rounded ones, and two moments."""
+    models = plan.models
+    rounded = models.num_bytes < 3 * models.moe.total
+    step = models.num_bytes + (12 if rounded else 8) * models.moe.total
+    return {
+        "checkpoint": models.num_bytes,
+        "step_folder": step,
+        "most": KEPT * step + models.num_bytes,
+        "seconds_to_save": step / plan.options.disk_speed,
+    }
+
+
+def summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a plan by which plans are compared.
+
+    Args:
+        found: its document.
+    """
+    way = next(one for one in found["ways"] if one["way"] == "copy")
+    best = found["meshes"]["recommended"]
+    return {
+        "total": found["parameters"]["total"],
+        "active": found["parameters"]["active"],
+        "checkpoint": found["disk"]["checkpoint"],
+        "gpu_hours": way["gpu_hours"],
+        "money": way["money"],
+        "loss": way["loss"],
+        "mesh": best and best["mesh"],
+        "memory": (best or found["meshes"]["others"][0])["memory"]["total"],
+        "fits": best is not None,
+    }

@@ -1,0 +1,44 @@
+"""`moetool plan`: what upcycling would cost and give, before any of it is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import typer
+
+from moetool.budget.options import PlanOptions
+from moetool.commands.console import Console, escape
+from moetool.commands.options import Output
+from moetool.commands.plan_page import page
+
+
+def plan(context: typer.Context, asked: PlanOptions, output: Output) -> dict[str, Any]:
+    """Compute what upcycling a model would cost and give, before any of it is done.
+
+    Reads config.json and the headers of DENSE, from a folder or the hub, and loads no weights. Compares training
+    the dense model further, upcycling it and training from scratch: operations, GPU-hours, money, and the loss that
+    a scaling law predicts where it was fitted. Says which meshes fit, and prints the commands for the recommended way.
+    """
+    from moetool.budget.report import document, make_plan
+    from moetool.budget.sweep import swept
+    from moetool.checkpoint.hub import fetch_headers
+    from moetool.checkpoint.reader import CheckpointReader
+
+    console = Console(context, output.json, output.quiet)
+    folder = Path(context.with_resource(TemporaryDirectory(prefix="moetool-")))
+    reader = context.with_resource(CheckpointReader(fetch_headers(asked.dense, folder)))
+    settled = make_plan(asked, reader)
+    found = document(settled)
+    found["sweep"] = swept(asked, reader) if asked.sweep else []
+    if asked.html:
+        from moetool.budget.html import render
+        from moetool.checkpoint.folder import write_file
+
+        write_file(asked.html, render(found).encode())
+    console.result(found, *page(found))
+    if not output.json:
+        for line in found["commands"]:
+            console.say(escape(line), whole=True)
+    return found

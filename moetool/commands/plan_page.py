@@ -1,0 +1,210 @@
+"""A plan for people: the page that `moetool plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moetool.budget.commands import written
+from moetool.commands.console import count, escape, size
+from moetool.commands.plan_table import two_columns
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+SHOWN_MESHES = 6
+
+
+def page(found: Mapping[str, Any]) -> list[RenderableType]:
+    """The parts of the page, the verdict on the law's range first.
+
+    Args:
+        found: the document of a plan.
+    """
+    parts: list[RenderableType] = [_law(found), "", _models(found), "", _ways(found), *_rules(found)]
+    parts += ["", *_meshes(found), "", two_columns(_rest(found)), "", *_rate(found)]
+    if found["sweep"]:
+        parts += ["", *_sweep(found["sweep"])]
+    best = found["recommended"]
+    parts += ["", f"[bold]recommended: {escape(best['title'])}[/bold], because {escape(best['because'])}"]
+    if not found["meshes"]["fitting"] and best["way"] != "dense":
+        parts.append("[yellow]the training is left out of the commands, because no mesh fits[/yellow]")
+    elif found["cluster"]["num_gpus"] > found["cluster"]["gpus_per_node"]:
+        parts.append("[dim]RANK is each machine's number from 0, HOST the address of the first[/dim]")
+    return parts
+
+
+def _law(found: Mapping[str, Any]) -> str:
+    law = found["law"]
+    if not law["inside"]:
+        reasons = "; ".join(law["reasons"])
+        return (
+            f"[bold yellow]OUTSIDE the range of the scaling law: no prediction of the loss.[/bold yellow]\n"
+            f"  {escape(reasons)}"
+        )
+    verdict = law["verdict"]
+    lines = [
+        "[bold green]INSIDE the range of the scaling law[/bold green] of plain copies; differences of 0.02 nats decide"
+        " the crossings, so read each as \"about\"",
+        f"  the dense model stands at {verdict['start']:.3f} nats; copies pass it"
+        f" {_at(verdict['break_even'])}, and the dense model trained as long {_at(verdict['beats_dense'])}",
+        f"  from scratch passes copies {_at(verdict['scratch_wins'])}",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _at(tokens: float | None) -> str:
+    return "never" if tokens is None else f"after about {rounded(tokens)} tokens"
+
+
+def rounded(number: float) -> str:
+    """Two digits of a count: `9.2 B`."""
+    for unit, unit_size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= unit_size:
+            return f"{float(f'{number / unit_size:.2g}'):g} {unit}"
+    return f"{number:.0f}"
+
+
+def _models(found: Mapping[str, Any]) -> Table:
+    parameters, tokens = found["parameters"], found["dense_tokens"]
+    finer = f", each 1/{found['granularity']} FFN" if found["granularity"] > 1 else ""
+    shared = f", {found['shared_experts']} shared" if found["shared_experts"] else ""
+    name = found["target"] or "no family of moetool"
+    seen = f", trained on {rounded(tokens['tokens'])} tokens ({tokens['source']})" if tokens else ""
+    run = f"{count(found['train_tokens'])} tokens, {found['steps']:,} steps of {found['global_batch_size']} x"
+    rows = {
+        "dense": f"{found['model']} ({found['family']}), {count(parameters['dense'])}{seen}",
+        "Mixture of Experts": f"{name}, {found['num_experts']} experts{finer}, top-{found['top_k']}{shared}:"
+        f" {count(parameters['total'])}, {count(parameters['active'])} active",
+        "training": f"{run} {found['seq_len']} tokens",
+    }
+    if found["unfit"]:
+        rows["cannot be upcycled"] = found["unfit"] + "; figures are those of copies of its FFNs"
+    return two_columns(rows)
+
+
+def _ways(found: Mapping[str, Any]) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    cluster = found["cluster"]
+    title = (
+        f"cost on {cluster['num_gpus']} x {escape(cluster['gpu'])} at {cluster['mfu']:.3g} of their peak"
+        f" ({escape(cluster['speed'])})"
+    )
+    table = Table("way", title=title, title_justify="left", box=SIMPLE)
+    priced = any(one["money"] is not None for one in found["ways"])
+    for name in ("operations", "GPU-hours", "days", *(["money"] if priced else []), "loss, nats", "GB a GPU"):
+        table.add_column(name, justify="right")
+    for one in found["ways"]:
+        loss = f"{one['loss']:.3f}" if one["loss"] is not None else "no law" if one["way"] == "drop" else "outside"
+        held = f"{one['memory'] / 1e9:.0f}" if one["memory"] else "none fits"
+        cells = [f"{one['operations']:.2e}", amount(one["gpu_hours"]), f"{one['days']:,.1f}"]
+        cells += [amount(one["money"])] if priced else []
+        style = "bold" if one["way"] == found["recommended"]["way"] else None
+        table.add_row(escape(one["title"]), *cells, loss, held, style=style)
+    return table
+
+
+def amount(number: float) -> str:
+    """An amount with as many digits as matter."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _rules(found: Mapping[str, Any]) -> list[str]:
+    rules = found["rules"]
+    lines = []
+    if rules["cost_ratio"] is not None:
+        said = {
+            "upcycle": "much less, so upcycle",
+            "open": "neither much less nor twice as much, so it is open",
+            "from scratch": "twice as much or more, so train from scratch",
+        }[rules["skywork"]]
+        lines.append(
+            f"the training costs {rules['cost_ratio']:.2g} times what the dense model's did:"
+            f" {said} (Skywork-MoE's rule)"
+        )
+    lines += [f"[dim]{escape(one['source'])}: {escape(one['says'])}[/dim]" for one in rules["findings"]]
+    return lines
+
+
+def _meshes(found: Mapping[str, Any]) -> list[RenderableType]:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    meshes, cluster = found["meshes"], found["cluster"]
+    if not meshes["fitting"]:
+        none = f"[bold yellow]no mesh of {cluster['num_gpus']} x {escape(cluster['gpu'])} fits[/bold yellow]"
+        return [none, *(f"  {escape(one)}" for one in meshes["advice"])]
+    shown = meshes["fitting"][:SHOWN_MESHES]
+    title = "meshes that fit, the recommended one first; GB, computed"
+    table = Table("mesh", title=title, title_justify="left", box=SIMPLE)
+    for name in ("micro", "a GPU", "a host", "sent a step", "network", "busy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, one in enumerate(shown):
+        low, high = one["efficiency"]
+        table.add_row(
+            escape(one["mesh"]), str(one["micro_batch_size"]), f"{one['memory']['total'] / 1e9:.0f}",
+            f"{max(one['loading_per_machine'], one['saving_per_machine']) / 1e9:,.0f}",
+            f"{one['sent_per_step'] / 1e9:,.0f}", f"{one['network_per_step'] / 1e9:,.0f}", f"{low:.0%}-{high:.0%}",
+            style=None if number else "bold",
+        )  # fmt: skip
+    more = len(meshes["fitting"]) - len(shown)
+    unfit = len(meshes["others"])
+    others = [f"{more} more fit"] * bool(more) + [f"{unfit} do not"] * bool(unfit)
+    tail = f"; {', '.join(others)}" if others else ""
+    return [table, f"[dim]{escape(meshes['recommended']['mesh'])}, because {escape(meshes['because'])}{tail}[/dim]"]
+
+
+def _rest(found: Mapping[str, Any]) -> dict[str, str]:
+    upcycling, disk = found["upcycling"], found["disk"]
+    memory = f", {size(upcycling['memory'])} of memory" if upcycling["memory"] else ""
+    rows = {
+        "upcycling": f"reads {size(upcycling['reads'])}, writes {size(upcycling['writes'])} in about"
+        f" {duration(upcycling['seconds'])} on two cores and one disk{memory}",
+        "disk": f"{size(disk['most'])} at most: step folders of {size(disk['step_folder'])}, of which three exist"
+        f" for a moment, and the result, {size(disk['checkpoint'])}",
+        "saving": f"{duration(disk['seconds_to_save'])} a step folder at"
+        f" {size(found['assumptions']['disk_speed'])}/s, beside the training",
+    }
+    if found["unfit"]:
+        del rows["upcycling"]
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `45 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _rate(found: Mapping[str, Any]) -> list[str]:
+    rate = found["learning_rate"]
+    lines = [f"learning rate: {escape(rate['between'])}, because {escape(rate['why'])}; the sources disagree:"]
+    return lines + [f"[dim]  {escape(one['source'])}: {escape(one['says'])}[/dim]" for one in rate["findings"]]
+
+
+def _sweep(rows: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """The plans of a sweep side by side; below, why some are none."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(*rows[0]["settings"], title="sweep", title_justify="left", box=SIMPLE)
+    for name in ("total", "active", "disk", "GPU-hours", "loss", "a GPU"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("mesh")
+    lines = []
+    for row in rows:
+        cells = [written(value) if isinstance(value, int) else value for value in row["settings"].values()]
+        if row["error"]:
+            named = ", ".join(f"{name} {cell}" for name, cell in zip(row["settings"], cells, strict=True))
+            lines.append(f"[dim]{escape(named)}: {escape(row['error'])}[/dim]")
+            table.add_row(*map(escape, cells), *["-"] * 7, style="dim")
+            continue
+        loss = "outside" if row["loss"] is None else f"{row['loss']:.3f}"
+        held, mesh = f"{row['memory'] / 1e9:.0f} GB", row["mesh"] or "none fits"
+        sizes = [count(row["total"]), count(row["active"]), size(row["checkpoint"]), amount(row["gpu_hours"])]
+        table.add_row(*map(escape, cells), *sizes, loss, held, escape(mesh))
+    return [table, *lines]
