@@ -189,15 +189,21 @@ def best_of_each(found: Sequence[Choice]) -> list[Choice]:
     return list(best.values())
 
 
-def least_memory(sizes: Sizes, cluster: Cluster, seq_len: int) -> tuple[Mesh, dict[str, int]]:
+def least_memory(
+    sizes: Sizes, cluster: Cluster, seq_len: int, most_replicas: int = 1 << 30
+) -> tuple[Mesh, dict[str, int]]:
     """The mesh that needs least of each GPU with one sequence at a time, and the bytes that it needs.
 
     Args:
         sizes: of the model.
         cluster: its GPUs.
         seq_len: tokens of a sequence.
+        most_replicas: meshes with more copies are left out.
     """
-    need = {mesh: estimate(sizes, run_options(mesh, seq_len, 1), mesh) for mesh in meshes(sizes, cluster)}
+    need = {}
+    for mesh in meshes(sizes, cluster):
+        if mesh.whole or mesh.replicas <= most_replicas:
+            need[mesh] = estimate(sizes, run_options(mesh, seq_len, 1), mesh)
     return min(need.items(), key=lambda item: item[1]["total"])
 
 
@@ -220,7 +226,7 @@ def finer(sizes: Sizes, parts: int) -> Sizes:
     return replace(sizes, shapes=shapes, num_experts=experts * parts, top_k=sizes.top_k * parts)
 
 
-def more_gpus(sizes: Sizes, cluster: Cluster, seq_len: int, most: int = 4096) -> int | None:
+def more_gpus(sizes: Sizes, cluster: Cluster, seq_len: int, most: int = 2048) -> int | None:
     """The next larger number of such GPUs, by doubling, on which the model fits; None if it never does.
 
     Args:
@@ -231,7 +237,8 @@ def more_gpus(sizes: Sizes, cluster: Cluster, seq_len: int, most: int = 4096) ->
     """
     gpus = 2 * cluster.num_gpus
     while gpus <= most:
-        _, need = least_memory(sizes, Cluster(cluster.gpu, gpus, cluster.node), seq_len)
+        # Copies need no less: what they hold was tried with fewer GPUs.
+        _, need = least_memory(sizes, replace(cluster, num_gpus=gpus), seq_len, most_replicas=1)
         if need["total"] <= cluster.room:
             return gpus
         gpus *= 2

@@ -95,14 +95,27 @@ class Fill:
     @cached_property
     def blocks(self) -> list[tuple[int, int]]:
         """First and one-past-last row of each block; a block of the first source's rows is no larger."""
-        longest = max([self.row_length, *(math.prod(piece.info.shape[1:]) for piece in self.sources[:1])])
-        return row_blocks(self.shape[0] if self.shape else 1, longest) if self.row_length else []
+        return row_blocks(self.shape[0] if self.shape else 1, self._longest_row) if self.row_length else []
+
+    @property
+    def num_blocks(self) -> int:
+        """How many there are, without making them."""
+        rows = self.shape[0] if self.shape else 1
+        return -(-rows // _rows_of_block(self._longest_row)) if self.row_length else 0
+
+    @property
+    def _longest_row(self) -> int:
+        return max([self.row_length, *(math.prod(piece.info.shape[1:]) for piece in self.sources[:1])])
 
 
 def row_blocks(rows: int, row_length: int) -> list[tuple[int, int]]:
     """First and one-past-last row of each block of BLOCK_ELEMENTS."""
-    step = max(1, BLOCK_ELEMENTS // max(1, row_length))
+    step = _rows_of_block(row_length)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _rows_of_block(row_length: int) -> int:
+    return max(1, BLOCK_ELEMENTS // max(1, row_length))
 
 
 def peak_memory(fills: Sequence[Fill], workers: int) -> int:
@@ -115,7 +128,7 @@ def peak_memory(fills: Sequence[Fill], workers: int) -> int:
         fills: all that is written.
         workers: that write at the same time.
     """
-    blocks = sum(len(fill.blocks) * len(fill.places) for fill in fills)
+    blocks = sum(fill.num_blocks * len(fill.places) for fill in fills)
     summed = (piece.info.shape[fill.axis] for fill in fills if fill.summed for piece in fill.sources)
     return 270_000_000 + workers * 160 * BLOCK_ELEMENTS + 300 * blocks + 2 * 8 * sum(summed)
 

@@ -143,7 +143,7 @@ def _numbered(fills: Sequence[Fill], recipe: UpcycleRecipe, units: int) -> list[
         return replace(place, draw=most * matrix_index(recipe, fill.layer, place.expert, fill.projection))
 
     # Streams per matrix: the blocks of the one that has most.
-    most = max(len(fill.blocks) for fill in fills if fill.kind == "expert")
+    most = max(fill.num_blocks for fill in fills if fill.kind == "expert")
     return [
         replace(fill, places=tuple(numbered(fill, place) for place in sorted(fill.places, key=origin)))
         if fill.kind == "expert"
