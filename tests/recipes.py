@@ -39,12 +39,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "allenai/OLMo-2-0425-1B": _OLMO2 | _sizes(2048, 8192, 16, 16) | {"num_key_value_heads": 16},
     "allenai/OLMo-2-1124-7B": _OLMO2 | _sizes(4096, 11008, 32, 32) | {"num_key_value_heads": 32},
 }
+# Of the same page, at paper scale.
+LARGE: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-3.1-70B": _LLAMA3 | _sizes(8192, 28672, 80, 64) | {"head_dim": 128, "tie_word_embeddings": False},
+    "Qwen/Qwen3-32B": _QWEN3 | _sizes(5120, 25600, 64, 64) | {"tie_word_embeddings": False},
+}
 POSITIONS = {"llama": 131072, "qwen2": 131072, "qwen3": 32768, "olmo2": 4096}
 
 
 def config(name: str) -> dict[str, Any]:
     """config.json of a model, as far as it decides sizes."""
-    found = CONFIGS[name]
+    found = (CONFIGS | LARGE)[name]
     family = found["model_type"]
     architecture = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"}[family] + "ForCausalLM"
     return {
@@ -76,10 +81,10 @@ def save_headers(name: str, folder: Path) -> Path:
     return folder
 
 
-def table() -> list[dict[str, str]]:
-    """The rows of the page's table of sizes."""
+def table(name: str = "sizes") -> list[dict[str, str]]:
+    """The rows of one of the page's tables."""
     text = PAGE.read_text(encoding="utf-8")
-    block = re.search(r"<!-- sizes -->\n(.*?)<!-- /sizes -->", text, re.DOTALL)
+    block = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
     assert block
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block[1].strip().splitlines()]
     return [dict(zip(header, row, strict=True)) for row in rows]

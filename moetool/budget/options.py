@@ -62,7 +62,12 @@ class PlanOptions:
         "Its dense bf16 TFLOP/s, from the data sheet.", None, panel=MACHINE, metavar="N", parse=decimal
     )
     mfu: Decimal | None = option(
-        "Share of the GPUs' peak that training reaches.", None, shown="0.3", panel=MACHINE, metavar="0..1", parse=ratio
+        "Share of the GPUs' peak that training reaches.",
+        None,
+        shown="0.3, or less if the mesh's traffic leaves less",
+        panel=MACHINE,
+        metavar="0..1",
+        parse=ratio,
     )
     tokens_per_second: int | None = option(
         "Speed of all GPUs together with the Mixture of Experts, as cpt prints it, instead of --mfu.",

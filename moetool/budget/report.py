@@ -69,14 +69,23 @@ class Plan:
         """Of the planned training."""
         return self.options.train_tokens
 
-    @property
-    def speed(self) -> Speed:
-        """Of the GPUs."""
+    def speed(self, best: Choice | None) -> Speed:
+        """Of the GPUs, with a mesh: where nothing was given, no more is assumed than its traffic leaves.
+
+        Args:
+            best: the mesh; None where none fits.
+        """
         asked, flops = self.options, flops_per_token(self.models.moe, self.seq_len)
-        mfu = float(MFU if asked.mfu is None else asked.mfu)
         if self.measured:
-            return speed(self.cluster, mfu, self.measured[0], flops, self.measured[1])
-        return speed(self.cluster, mfu, asked.tokens_per_second, flops)
+            return speed(self.cluster, 0, self.measured[0], flops, self.measured[1])
+        if asked.mfu is not None:
+            return speed(self.cluster, float(asked.mfu), None, flops, "given")
+        if asked.tokens_per_second:
+            typed = f"from {asked.tokens_per_second:,} tokens/s"
+            return speed(self.cluster, 0, asked.tokens_per_second, flops, typed)
+        left = ALONE * best.overlapped if best else 1.0
+        source = "assumed" if left >= MFU else "assumed: what the mesh's traffic leaves"
+        return speed(self.cluster, min(float(MFU), left), None, flops, source)
 
 
 def make_plan(options: PlanOptions, reader: CheckpointReader) -> Plan:
@@ -126,6 +135,7 @@ def document(plan: Plan) -> dict[str, Any]:
     dense_found = choices(models.dense, cluster, plan.seq_len, plan.batch)
     best = (dense_found if way == "dense" else found)[:1]
     spread = models.num_bytes > cluster.room
+    reached = plan.speed(found[0] if found else None)
     return {
         "schema_version": SCHEMA,
         "model": asked.dense,
@@ -152,8 +162,8 @@ def document(plan: Plan) -> dict[str, Any]:
         },
         "cluster": {
             "gpu": cluster.gpu.name, "num_gpus": cluster.num_gpus, "gpus_per_node": cluster.node,
-            "memory": cluster.gpu.memory, "peak_flops": cluster.gpu.peak_flops, "mfu": plan.speed.mfu,
-            "speed": plan.speed.source, "room": cluster.room,
+            "memory": cluster.gpu.memory, "peak_flops": cluster.gpu.peak_flops, "mfu": reached.mfu,
+            "speed": reached.source, "room": cluster.room,
         },
         "meshes": _meshes(plan, found),
         "upcycling": _upcycling(plan),
@@ -215,7 +225,7 @@ def _ways(
         money = None if price is None else float(price)
         rows.append({
             "way": way, "title": TITLES[way], "loss": losses[way],
-            **cost(float(flops * plan.train_tokens), plan.speed, plan.cluster, money),
+            **cost(float(flops * plan.train_tokens), plan.speed(best[0] if best else None), plan.cluster, money),
             "flops_per_token": flops,
             "mesh": str(best[0].mesh) or "one GPU" if best else None,
             "memory": best[0].memory["total"] if best else None,

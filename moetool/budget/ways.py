@@ -34,21 +34,21 @@ class Speed:
     source: str
 
 
-def speed(cluster: Cluster, mfu: float, tokens_per_second: float | None, flops: float, measured: str = "") -> Speed:
+def speed(cluster: Cluster, mfu: float, tokens_per_second: float | None, flops: float, source: str) -> Speed:
     """The speed of training.
 
     Args:
         cluster: the GPUs.
-        mfu: share of the peak that is assumed where no speed is given.
+        mfu: share of the peak, where no speed is given.
         tokens_per_second: of all GPUs together with the Mixture of Experts.
         flops: operations that it takes for a token.
-        measured: where the speed comes from, if it was not typed.
+        source: of what is given, in words.
     """
     peak = cluster.gpu.peak_flops
     if tokens_per_second is None:
-        return Speed(mfu * peak, mfu, measured or "assumed")
+        return Speed(mfu * peak, mfu, source)
     reached = tokens_per_second * flops / cluster.num_gpus
-    return Speed(reached, reached / peak, measured or f"from {tokens_per_second:,.0f} tokens/s")
+    return Speed(reached, reached / peak, source)
 
 
 def cost(operations: float, reached: Speed, cluster: Cluster, price: float | None) -> dict[str, Any]:

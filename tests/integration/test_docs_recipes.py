@@ -19,7 +19,8 @@ from tests.integration.test_docs import commands
 GPU = 80e9
 GPUS = (1, 2, 4, 8, 16, 32)
 # Appended to the page's commands: the last one counts.
-SMALL = {
+SMALL: dict[str, list[str]] = {
+    "plan": [],
     "upcycle": ["--dtype", "float32"],
     "cpt": [
         *("--max-tokens", "512", "--seq-len", "64", "--global-batch-size", "4", "--micro-batch-size", "2"),
@@ -104,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small models of the same families under the same names, and text."""
     root = tmp_path_factory.mktemp("recipes")
     (root / "data").mkdir()
-    for name, config in recipes.CONFIGS.items():
+    for name, config in (recipes.CONFIGS | recipes.LARGE).items():
         changes = {key: config[key] for key in ("tie_word_embeddings", "use_sliding_window") if key in config}
         tiny.save_tokenizer(tiny.save_dense(config["model_type"], root / name, **changes))
     for name in ("code", "prose"):
