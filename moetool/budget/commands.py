@@ -71,7 +71,7 @@ def commands(
     start = dense if way == "dense" else f"models/{name}-moe"
     run, lines = f"runs/{name}" if way == "dense" else f"runs/{name}-moe", []
     if way != "dense":
-        made = ["moetool", "upcycle", dense, start, *_recipe_options(recipe, way)]
+        made = ["moetool", "upcycle", dense, start, *recipe_options(recipe, way)]
         lines.append(made + [word for client in clients for word in ("--for", client)])
     if choice:
         lines.append([
@@ -91,8 +91,13 @@ def commands(
     return [shlex.join(line) for line in lines]
 
 
-def _recipe_options(recipe: UpcycleRecipe, way: Way) -> list[str]:
-    """What is not the default of `upcycle`."""
+def recipe_options(recipe: UpcycleRecipe, way: Way) -> list[str]:
+    """The options of `upcycle` that are not its defaults.
+
+    Args:
+        recipe: as it was asked.
+        way: that is taken.
+    """
     words: list[str] = []
     asked: dict[str, Any] = {"method": way}
     for field in fields(UpcycleRecipe):

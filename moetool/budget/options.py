@@ -20,7 +20,7 @@ from moetool.values import decimal, parse_count, parse_size, ratio
 
 MOE, MACHINE, TRAINING = "Mixture of Experts", "Machine", "Training"
 MFU = Decimal("0.3")
-NOT_SWEPT = ("dense", "sweep", "html", "for_")
+NOT_SWEPT = ("dense", "sweep", "html", "for_", "probe")
 MOST = 200  # plans
 
 
@@ -92,6 +92,11 @@ class PlanOptions:
         "Plan with each of several values of an option, such as num-experts=4,8,16 (repeatable: all combinations).",
         (), metavar="OPTION=A,B", panel="Output",
     )  # fmt: skip
+    probe: bool = option(
+        "First upcycle DENSE into a temporary folder and train it for 20 steps of the plan on this machine, to predict"
+        " the time from what they take.",
+        False, flag="--probe", panel=MACHINE, after="tokens_per_second",
+    )  # fmt: skip
     html: Path | None = option("Also write the plan as one page that opens offline.", None, panel="Output")
 
     def check(self, typed: Collection[str]) -> None:
@@ -105,6 +110,9 @@ class PlanOptions:
         """
         if self.mfu is not None and self.tokens_per_second is not None:
             raise ConfigError("give --mfu or --tokens-per-second, not both")
+        if self.probe and (self.mfu is not None or self.tokens_per_second is not None):
+            other = "--mfu" if self.mfu is not None else "--tokens-per-second"
+            raise ConfigError(f"give --probe or {other}, not both")
         if self.mfu == 0:
             raise ConfigError("--mfu 0: a share above 0 is needed, such as 0.3")
         if self.gpu_tflops == 0:

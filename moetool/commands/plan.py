@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,8 +30,16 @@ def plan(context: typer.Context, asked: PlanOptions, output: Output) -> dict[str
     console = Console(context, output.json, output.quiet)
     folder = Path(context.with_resource(TemporaryDirectory(prefix="moetool-")))
     reader = context.with_resource(CheckpointReader(fetch_headers(asked.dense, folder)))
-    settled = make_plan(asked, reader)
+    settled, probe = make_plan(asked, reader), None
+    if asked.probe:
+        from moetool.budget.probe import measure
+
+        with console.progress() as progress:
+            probe = measure(settled, progress)
+        if (probe.device, probe.processes) == ("cuda", asked.num_gpus):
+            settled = replace(settled, measured=(probe.tokens_per_second, "measured by --probe"))
     found = document(settled)
+    found["probe"] = probe and probe.to_json(found["steps"])
     found["sweep"] = swept(asked, reader) if asked.sweep else []
     if asked.html:
         from moetool.budget.html import render

@@ -170,6 +170,12 @@ def _rest(found: Mapping[str, Any]) -> dict[str, str]:
     }
     if found["unfit"]:
         del rows["upcycling"]
+    if probe := found["probe"]:
+        where = f"{probe['processes']} x {probe['device']}" if probe["processes"] > 1 else probe["device"]
+        rows["probe"] = (
+            f"{probe['tokens_per_second']:,.0f} tokens/s here ({where}), measured in {probe['steps']} steps: all"
+            f" {found['steps']:,} would take {duration(probe['predicted_seconds'])}, without validation and saving"
+        )
     return rows
 
 
@@ -177,7 +183,9 @@ def duration(seconds: float) -> str:
     """Seconds for people: `45 s`, `12 min`, `3.5 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 200_000:
+        return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:,.0f} days"
 
 
 def _rate(found: Mapping[str, Any]) -> list[str]:
