@@ -160,18 +160,26 @@ def scatters(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         made.append({
             "title": title, "left": LEFT, "right": LEFT + WIDTH, "top": TOP, "bottom": TOP + HEIGHT,
             "dots": [
-                {"x": x(a), "y": y(b), "label": ", ".join(f"{k} {v}" for k, v in row["settings"].items())}
+                {
+                    "x": x(a),
+                    "y": y(b),
+                    "left": x(a) > LEFT + WIDTH / 2,
+                    "fits": row["fits"],
+                    "label": ", ".join(f"{k} {v}" for k, v in row["settings"].items()),
+                }
                 for row, a, b in zip(there, xs, ys, strict=True)
             ],
-            "x_ticks": [{"x": x(v), "label": amount(v)} for v in sorted({min(xs), max(xs)})],
-            "y_ticks": [{"y": y(v), "label": f"{v:.3g}"} for v in sorted({min(ys), max(ys)})],
+            "x_ticks": list({amount(v): {"x": x(v), "label": amount(v)} for v in (min(xs), max(xs))}.values()),
+            "y_ticks": list({f"{v:.3g}": {"y": y(v), "label": f"{v:.3g}"} for v in (min(ys), max(ys))}.values()),
         })  # fmt: skip
     return made
 
 
 def _axis(values: Sequence[float], start: float, length: float) -> Any:
     low, high = min(values), max(values)
-    span = (high - low) or 1
+    if high - low < 0.02 * high:  # as good as the same: in the middle
+        low, high = low - 0.5, high + 0.5
+    span = high - low
 
     def place(value: float) -> float:
         return round(start + length * (0.05 + 0.9 * (value - low) / span), 1)
