@@ -64,6 +64,15 @@ def plan_models(reader: CheckpointReader, recipe: UpcycleRecipe, clients: Sequen
         config = text_config(reader.config)
         if config.get("quantization_config") or "already a Mixture of Experts" in str(error):
             raise
+        asked = {
+            "--target": recipe.target != "auto",
+            "--for": bool(clients),
+            "--moe-layers": recipe.moe_layers != "all",
+        }
+        asked |= {"--shared-experts": bool(recipe.shared_experts)}
+        for flag, typed in asked.items():
+            if typed:
+                raise ConfigError(f"{flag}: {error}; leave it out to see cost and memory alone") from None
         return _unsupported(reader, recipe, str(error))
     settled = settle(recipe, dense, clients, beside(reader.folder))
     source = check_tensors(reader, spec, dense)
@@ -179,13 +188,13 @@ def _unsupported(reader: CheckpointReader, recipe: UpcycleRecipe, unfit: str) ->
             moe[f"{owner}.gate.weight"] = (recipe.num_experts, hidden)
             moe[f"{owner}.experts.{matrix}"] = (recipe.num_experts, rows, columns)
     family = str(config.get("model_type"))[:60]
-    spread = {pattern(name).rpartition(".")[0] for name in moe if ".experts." in name}
     planned = Sizes(
-        family=family, shapes=moe, num_experts=recipe.num_experts, top_k=recipe.top_k, spread=sorted(spread),
+        family=family, shapes=moe, num_experts=recipe.num_experts, top_k=recipe.top_k,
         exact=sorted({pattern(name.removesuffix(".weight")) for name in moe if name.endswith(".gate.weight")}),
         routers=frozenset(name for name in moe if name.endswith(".gate.weight")), **common,
     )  # fmt: skip
     each = max(ITEM_SIZE[info.dtype] for info in reader.tensors.values())
+    each = each if recipe.dtype == "auto" else ITEM_SIZE[recipe.dtype]
     return Models(
         Sizes(family=family, shapes=shapes, **common), planned, replace(recipe, shared_experts=0), unfit,
         each * planned.total, _size(reader.tensors), None,

@@ -99,6 +99,13 @@ def test_the_figures_of_the_law_on_the_page() -> None:
     found = law.verdict(1e9, 74e9, 37e9)
     assert f"{found.start:.3f} nats" in text
     assert f"{found.upcycled:.3f} nats" in text
+    for what, (low, high) in (
+        ("parameters of the dense model", law.PARAMETERS),
+        ("dense tokens", law.DENSE_TOKENS),
+        ("training tokens", law.TRAIN_TOKENS),
+    ):
+        ends = (f"{end / 1e12:g} T" if end >= 1e12 else f"{end / 1e9:g} B" for end in (low, high))
+        assert f"| {what} | {' | '.join(ends)} |" in text
     block = re.search(r"<!-- crossings -->\n(.*?)<!-- /crossings -->", text, re.DOTALL)
     assert block
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block[1].strip().splitlines()]

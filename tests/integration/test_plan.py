@@ -108,19 +108,19 @@ def test_a_speed_that_was_measured_gives_the_share_of_the_peak(dense: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "way"),
     [
-        ("--dense-tokens", "74B", "--train-tokens", "37B"),
-        ("--dense-tokens", "74B", "--train-tokens", "5B"),
-        ("--num-gpus", 32, "--granularity", 4, "--num-experts", 64, "--dtype", "bf16"),
-        ("--num-gpus", 1, "--gpu", "b200", "--train-tokens", "1B", "--for", "vllm", "--shared-experts", 1),
+        (("--dense-tokens", "74B", "--train-tokens", "37B"), "drop"),
+        (("--dense-tokens", "74B", "--train-tokens", "5B"), "dense"),
+        (("--dense-tokens", "10B", "--train-tokens", "100B"), "scratch"),
+        (("--num-gpus", 32, "--granularity", 4, "--num-experts", 64, "--dtype", "bf16"), "drop"),
+        (("--num-gpus", 1, "--gpu", "b200", "--train-tokens", "1B", "--for", "vllm", "--shared-experts", 1,
+          "--target", "glm4_moe"), "drop"),
     ],
-)
+)  # fmt: skip
 def test_every_command_is_one_that_moetool_takes(
-    dense: Path, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+    dense: Path, arguments: tuple[object, ...], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "--shared-experts" in arguments:
-        arguments = (*arguments, "--target", "glm4_moe")
     found = plan(dense, *arguments)
     group = typer.main.get_command(app)
     kinds = []
@@ -139,9 +139,9 @@ def test_every_command_is_one_that_moetool_takes(
             from moetool.train.config import TrainConfig
 
             _build(TrainConfig, context.params).check(frozenset())
-    way = found["recommended"]["way"]
+    assert found["recommended"]["way"] == way
     assert kinds == (["cpt", "eval"] if way == "dense" else ["upcycle", "cpt", "analyze-routing", "eval"])
-    assert way == ("dense" if "5B" in arguments else "drop")
+    assert ("--method scratch" in found["commands"][0]) == (way == "scratch")
 
 
 def test_the_recommended_mesh_is_the_one_of_the_commands(dense: Path) -> None:
@@ -302,6 +302,9 @@ def test_a_family_that_cannot_be_upcycled_gets_cost_and_memory(tmp_path: Path) -
     code, out, _ = tiny.in_process("plan", tmp_path / "gemma")
     assert code == 0
     assert "cannot be upcycled" in out
+    said = tiny.refusal("plan", tmp_path / "gemma", "--target", "mixtral")
+    assert "--target: " in said
+    assert "leave it out to see cost and memory alone" in said
 
 
 def test_a_mixture_of_experts_is_refused(mixtral: Path) -> None:

@@ -70,5 +70,4 @@ def test_200_steps_take_what_20_predict(tmp_path: Path) -> None:
         )  # fmt: skip
         assert code == 0, err
         ratios.append(found["probe"]["predicted_seconds"] / json.loads(out)["seconds"])
-    print(ratios)
     assert statistics.median(ratios) == pytest.approx(1, abs=0.15), ratios
