@@ -8,32 +8,16 @@ from typing import Any
 
 from moetool.budget import law
 from moetool.budget.commands import commands
+from moetool.budget.fit import fit
 from moetool.budget.known import known_tokens
-from moetool.budget.meshes import (
-    ALONE,
-    NETWORK,
-    REACHED,
-    SPARE,
-    Choice,
-    Cluster,
-    best_of_each,
-    choices,
-    finer,
-    least_memory,
-    meshes,
-    more_gpus,
-    run_options,
-)
+from moetool.budget.meshes import ALONE, NETWORK, REACHED, SPARE, Choice, Cluster, choices
 from moetool.budget.options import MFU, PlanOptions
 from moetool.budget.rules import ON_LEARNING_RATE, ON_UPCYCLING, learning_rate, skywork
 from moetool.budget.shapes import Models, plan_models
 from moetool.budget.ways import TITLES, Speed, Way, cost, recommend, speed
 from moetool.checkpoint.reader import CheckpointReader
-from moetool.cost.memory import estimate, smaller
 from moetool.cost.operations import flops_per_token
-from moetool.cost.parameters import Sizes
 from moetool.errors import ConfigError
-from moetool.mesh import Mesh
 
 SCHEMA = 1
 DEFAULT_SEQ_LEN, DEFAULT_BATCH, FEWEST_STEPS = 4096, 1024, 500
@@ -165,7 +149,7 @@ def document(plan: Plan) -> dict[str, Any]:
             "memory": cluster.gpu.memory, "peak_flops": cluster.gpu.peak_flops, "mfu": reached.mfu,
             "speed": reached.source, "room": cluster.room,
         },
-        "meshes": _meshes(plan, found),
+        "meshes": fit(models, cluster, plan.seq_len, plan.batch, found),
         "upcycling": _upcycling(plan),
         "disk": _disk(plan),
         "learning_rate": asdict(learning_rate(plan.train_tokens))
@@ -231,92 +215,6 @@ def _ways(
             "memory": best[0].memory["total"] if best else None,
         })  # fmt: skip
     return rows
-
-
-def _meshes(plan: Plan, found: list[Choice]) -> dict[str, Any]:
-    """Those that fit, the recommended one first, then the others by what they need; and what to do if none fits."""
-    sizes, cluster = plan.models.moe, plan.cluster
-    fitting = best_of_each(found)
-    rows = [_row(one) for one in fitting]
-    taken = {one.mesh for one in fitting}
-    others: list[dict[str, Any]] = []
-    for mesh in meshes(sizes, cluster):
-        if mesh not in taken:
-            need = estimate(sizes, run_options(mesh, plan.seq_len, 1), mesh)
-            small = need["total"] <= cluster.room  # but the batch cannot be shared out
-            others.append({
-                "mesh": str(mesh) or "one GPU", "micro_batch_size": 1, "memory": need, "fits": False,
-                "why": f"{plan.batch} sequences cannot be shared out" if small else "too large",
-            })  # fmt: skip
-    others.sort(key=lambda one: one["memory"]["total"])
-    return {
-        "fitting": rows,
-        "others": others,
-        "recommended": rows[0] if rows else None,
-        "because": _because(fitting[0], fitting) if fitting else "none fits",
-        "advice": [] if fitting else _advice(plan),
-    }
-
-
-def _row(one: Choice) -> dict[str, Any]:
-    mesh = one.mesh
-    return {
-        "mesh": str(mesh) or "one GPU",
-        "sizes": {"fsdp": mesh.fsdp, "ep": mesh.ep, "tp": mesh.tp, "replicas": mesh.replicas},
-        "micro_batch_size": one.training.micro_batch_size,
-        "memory": one.memory,
-        "fits": True,
-        "loading_per_machine": one.loading,
-        "saving_per_machine": one.saving,
-        "sent": one.sent,
-        "sent_per_step": sum(one.sent.values()),
-        "network_per_step": one.crossing,
-        "efficiency": [one.alone, one.overlapped],
-    }
-
-
-def _because(best: Choice, fitting: list[Choice]) -> str:
-    others = [one for one in fitting if one.mesh != best.mesh]
-    if not others:
-        return "it is the only one that fits"
-    if best.mesh.processes == 1:
-        return "there is one GPU"
-    if any(one.overlapped > best.overlapped + 0.005 for one in others):
-        return "of those within a twentieth of the best efficiency, it sends least over the network"
-    return "of those that fit, GPUs spend the largest share of a step on arithmetic"
-
-
-def _advice(plan: Plan) -> list[str]:
-    """What would make the training fit."""
-    sizes, cluster, room = plan.models.moe, plan.cluster, plan.cluster.room
-    mesh, need = least_memory(sizes, cluster, plan.seq_len)
-    said = [
-        f"the smallest needs {need['total'] / 1e9:.0f} GB of each GPU ({mesh or 'whole weights'}), and"
-        f" {room / 1e9:.0f} GB of {cluster.gpu.memory / 1e9:.0f} are taken at most"
-    ]
-    if (gpus := more_gpus(sizes, cluster, plan.seq_len)) is not None:
-        said.append(f"{gpus} such GPUs are enough")
-    if gpus != 2 * cluster.num_gpus and (parts := _parts(sizes, plan)):
-        many, top = parts * sizes.num_experts, parts * sizes.top_k
-        said.append(
-            f"finer experts divide further: --granularity {parts * plan.models.recipe.granularity} --num-experts"
-            f" {many} --top-k {top}"
-        )
-    whole = Mesh(replicas=cluster.num_gpus)
-    ways = smaller(sizes, run_options(whole, plan.seq_len, 1), int(room), whole)
-    return said + [f"{typed} fits without a mesh ({size / 1e9:.0f} GB)" for typed, size in ways]
-
-
-def _parts(sizes: Sizes, plan: Plan) -> int | None:
-    """The fewest parts of an expert with which a mesh fits."""
-    width = min(shape[-1] for name, shape in sizes.shapes.items() if ".experts." in name and "down" in name)
-    for parts in (2, 4, 8, 16):
-        if plan.models.unfit or width % parts:
-            return None
-        _, need = least_memory(finer(sizes, parts), plan.cluster, plan.seq_len)
-        if need["total"] <= plan.cluster.room:
-            return parts
-    return None
 
 
 def _upcycling(plan: Plan) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def plan(context: typer.Context, asked: PlanOptions, output: Output) -> dict[str
         from moetool.budget.html import render
         from moetool.checkpoint.folder import write_file
 
+        asked.html.parent.mkdir(parents=True, exist_ok=True)
         write_file(asked.html, render(found).encode())
     console.result(found, *page(found))
     if not output.json:

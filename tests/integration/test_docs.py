@@ -38,6 +38,7 @@ NOT_RUN = {
     "pip install '.[fuzz]'": "needs a network",
     "python -m tests.fuzz": "takes minutes, needs atheris; tests/integration/test_hostile_input.py",
     "python -m pytest": "tests themselves, which run with these",
+    "--probe": "trains for a minute; tests/integration/test_plan_probe.py (slow)",
     "python docs/studies/": "takes hours; tests/unit/test_studies.py parses each command",
     " s0/": "of the studies; tests/unit/test_studies.py compares them with what the scripts run",
     "--tasks arc_easy": "needs a network; tests/integration/test_eval.py runs local tasks",
