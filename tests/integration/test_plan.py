@@ -16,6 +16,7 @@ import typer
 
 from moetool.cli import app
 from tests import recipes, tiny
+from tests.hub import served
 
 LLAMA = "meta-llama/Llama-3.2-1B"
 
@@ -305,6 +306,22 @@ def test_a_family_that_cannot_be_upcycled_gets_cost_and_memory(tmp_path: Path) -
     said = tiny.refusal("plan", tmp_path / "gemma", "--target", "mixtral")
     assert "--target: " in said
     assert "leave it out to see cost and memory alone" in said
+
+
+def test_a_model_of_the_hub_is_planned_from_headers(tmp_path: Path) -> None:
+    folder = tiny.save_llama(tmp_path / "hub" / LLAMA, hidden_size=128, intermediate_size=512, vocab_size=3000)
+    weights = (folder / "model.safetensors").stat().st_size
+    with served(tmp_path / "hub", tmp_path / "cache") as (env, asked):
+        told = tiny.cli("plan", LLAMA, "--json", env=env)
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout)
+    assert found["dense_tokens"] == {
+        "tokens": 9 * 10**12,
+        "source": f"the card of {LLAMA}: token count up to 9T",
+    }
+    assert found["parameters"] == plan(folder)["parameters"]
+    assert found["commands"][0] == f"moetool upcycle {LLAMA} models/llama-3.2-1b-moe"
+    assert 0 < sum(size for name, size in asked if name.endswith(".safetensors")) <= 100_001 < weights
 
 
 def test_a_mixture_of_experts_is_refused(mixtral: Path) -> None:
