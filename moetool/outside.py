@@ -37,6 +37,12 @@ def printable_json(text: str) -> str:
     return _NOT_ASCII.sub(lambda m: json.dumps(m[0])[1:-1] if unicodedata.category(m[0]) in _ACTING else m[0], text)
 
 
+def safe_json(value: Any) -> str:
+    """JSON that may stand inside an HTML script element, whatever strings it holds."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII: other characters are escaped
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
 def read_bytes(
     path: Path, limit: int = MAX_JSON, error: type[MoetoolError] = CheckpointError, pipe: bool = False
 ) -> bytes:

@@ -150,7 +150,7 @@ class FolderLock:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(self._descriptor)
-                if not _holders(folder) and time.monotonic() < patient:
+                if not holders(folder) and time.monotonic() < patient:
                     time.sleep(0.01)
                     continue
                 raise CheckpointError(
@@ -183,7 +183,7 @@ class FolderLock:
 
 def _holder(folder: Path) -> str:
     """The holder of a folder, if this machine knows it. Nothing is stored, so nothing can be out of date."""
-    for process in _holders(folder):
+    for process in holders(folder):
         return f" ({_describe(process)})"
     with suppress(OSError, ValueError, KeyError, TypeError):  # the holder is on another machine or in another container
         writer = json.loads((folder / PARTIAL).read_text())["writer"]
@@ -191,7 +191,7 @@ def _holder(folder: Path) -> str:
     return ""
 
 
-def _holders(folder: Path) -> list[str]:
+def holders(folder: Path) -> list[str]:
     """Processes of this machine that have locked a folder and live; a lock outlives one whose workers have it too."""
     with suppress(OSError, ValueError, IndexError):
         status = os.stat(folder)

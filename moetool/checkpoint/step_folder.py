@@ -15,6 +15,7 @@ from moetool.errors import CheckpointError
 from moetool.outside import fits, read_json
 
 STEPS, WEIGHTS, AVERAGE, STATE = "checkpoints", "weights", "average", "training_state"
+METRICS, SUMMARY, PAGE = "metrics.jsonl", "summary.json", "run.html"  # of a run, beside them
 STATE_FILE, STATE_FORMAT = f"{STATE}/state.json", 2
 _KINDS = ("master", "optimizer")  # of files of tensors in a state
 MASTER, OPTIMIZER = (f"{STATE}/{kind}.safetensors" for kind in _KINDS)  # their names, where there is one of each

@@ -6,7 +6,6 @@ are written out, and the embedded JSON cannot close its element.
 
 from __future__ import annotations
 
-import json
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from moetool import __version__
+from moetool.outside import safe_json
 from moetool.routing.coactivation import MATRIX_EXPERTS
+from moetool.routing.levels import DEAD_LOAD
 from moetool.routing.lined_up import copies_in_words, how_lined_up, listed
-from moetool.routing.load_metrics import DEAD_LOAD
 from moetool.routing.upcycling_page import beginning, changed_units, notes, similarity_series, tiles, use_series
 
 # The page shows the tokens of so many experts at most; report.json has all.
@@ -60,12 +60,6 @@ def render(report: dict[str, Any]) -> str:
         coactivation_json=Markup(safe_json(matrices)),
         token_layers=_token_layers(report),
     )
-
-
-def safe_json(value: Any) -> str:
-    """JSON that may stand inside an HTML script element, whatever strings it holds."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII: other characters are escaped
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def visible(text: Any) -> str:

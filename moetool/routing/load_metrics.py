@@ -10,14 +10,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from moetool.routing.levels import DEAD_LOAD
 from moetool.routing.stats import RoutingStats
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
-
-# An expert is dead when its load is below this share of the balanced load 1 / E. With eight experts
-# that is 1 % of the routes, the bound under which the released Drop-Upcycling models were examined;
-# as a share of the balanced load it means the same for 8 and for 128 experts.
-DEAD_LOAD = 0.08
 
 
 def load(stats: RoutingStats) -> Array:

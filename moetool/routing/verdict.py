@@ -1,11 +1,7 @@
 """What a report's numbers say, in plain words: balanced, skewed or collapsed.
 
 A layer is judged on all domains together, since an expert that only code uses is a specialist, not a
-fault. Top-k cannot load fewer than K experts, so entropy never falls below log K / log E: what is judged
-is where it lies between that floor (0) and balance (1), the layer's spread. The bounds are where this
-tool draws the line, not laws: of the released 8 x 1.5B models of the Drop-Upcycling authors, the one
-upcycled by plain copying (mean entropy 0.44, spread 0.16) falls under `collapsed`, those from scratch
-(0.73, 0.60) and with drop ratio 0.5 (0.76, 0.64) under `skewed`.
+fault. levels.py says what each word means.
 """
 
 from __future__ import annotations
@@ -14,11 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moetool.routing.load_metrics import DEAD_LOAD
-
-COLLAPSED_SPREAD = 0.4
-BALANCED_SPREAD = 0.85
-BALANCED_MRI_NORMALIZED = 2.0
+from moetool.routing.levels import BALANCED_MRI_NORMALIZED, DEAD_LOAD, level_of_load
 
 
 def verdict(report: dict[str, Any]) -> dict[str, Any]:
@@ -31,7 +23,7 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
     """
     layers = [row["layer"] for row in next(iter(report["domains"].values()))["layers"]]
     load_LE = _pooled_load(report)
-    levels = [_level(load_E, report["top_k"]) for load_E in load_LE]
+    levels = [level_of_load(load_E.tolist(), report["top_k"]) for load_E in load_LE]
     dead = [[layers[row], int(e)] for row, e in zip(*np.nonzero(_dead_in_all(report)), strict=True)]
     worst = _worst(report)
     level = next(name for name in ("collapsed", "skewed", "balanced") if name in levels)
@@ -51,19 +43,6 @@ def _pooled_load(report: dict[str, Any]) -> Any:
     weights = [domain["num_tokens"] for domain in domains]
     loads_NLE = np.array([[row["load"] for row in domain["layers"]] for domain in domains])
     return np.average(loads_NLE, axis=0, weights=weights)
-
-
-def _level(load_E: Any, top_k: int) -> str:
-    E = len(load_E)
-    if top_k >= E:
-        return "balanced"
-    used_E = load_E[load_E > 0]
-    entropy = -(used_E * np.log(used_E)).sum()
-    spread = (entropy - np.log(top_k)) / (np.log(E) - np.log(top_k))
-    if spread < COLLAPSED_SPREAD:
-        return "collapsed"
-    skewed = spread < BALANCED_SPREAD or load_E.max() * E > BALANCED_MRI_NORMALIZED or load_E.min() < DEAD_LOAD / E
-    return "skewed" if skewed else "balanced"
 
 
 def _dead_in_all(report: dict[str, Any]) -> Any:

@@ -92,9 +92,14 @@ def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
         elif key == "routing":
             for name, measures in value.items():
                 values |= {f"{measure}/{name}": worst[measure](layers) for measure, layers in measures.items()}
-        elif key != "step":
+        elif key not in ("step", "load"):
             values[f"train/{key}"] = worst[key](value) if key in worst else value
     accelerator.log(values, step=row["step"])
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """`memory`: bytes of its GPU that this process has held at most; nothing where it trains on a CPU."""
+    return {"memory": int(torch.cuda.max_memory_allocated(device))} if device.type == "cuda" else {}
 
 
 def total(accelerator: Accelerator, mesh: Mesh, tensor: Tensor) -> Tensor:

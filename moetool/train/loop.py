@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moetool import __version__
-from moetool.checkpoint.step_folder import STEPS, WEIGHTS
+from moetool.checkpoint.step_folder import METRICS, STEPS, WEIGHTS
 from moetool.errors import ConfigError
 from moetool.progress import Progress, silent
 from moetool.routing.capture import Route, RouterCapture
@@ -31,6 +31,7 @@ from moetool.train.accelerator import (
     accumulating,
     clip_shards,
     mean_gradients,
+    peak_memory,
     sum_dtype,
     total,
     track,
@@ -40,12 +41,13 @@ from moetool.train.batches import MicroBatch, micro_batches
 from moetool.train.export import BALANCE, Layout, buffers, publish, save_beside
 from moetool.train.interrupt import noting
 from moetool.train.loss import LanguageLoss, logits, token_loss
-from moetool.train.metrics_log import MetricsLog, routing_row, summarize
+from moetool.train.metrics_log import LOADS, MetricsLog, load_row, routing_row, summarize
 from moetool.train.optimizer import rounding_seed, set_rate
 from moetool.train.router_gradient import RouterGradient
 from moetool.train.run_plan import RunPlan
 from moetool.train.saving import Saver
 from moetool.train.selection import Strategy
+from moetool.train.signs import Seen, Signs, unseen
 from moetool.train.teacher import Teacher
 from moetool.train.terms import Forward, Need, Sums, Taught
 from moetool.train.validate import validate_all
@@ -104,7 +106,7 @@ class Run:
         config, accelerator = self.plan.config, self.plan.accelerator
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            state.claim(config.out)
+            state.claim(config.out, {"options": config.to_json(), "sources": self.plan.values["sources"]})
             state.withdraw(config.out)
             if not config.resume:
                 state.clear(config.out)
@@ -112,16 +114,21 @@ class Run:
         if config.log_with:
             accelerator.init_trackers("moetool", {key: str(value) for key, value in config.to_json().items()})
 
-    def train(self, progress: Progress = silent) -> None:
+    def train(self, progress: Progress = silent, seen: Seen = unseen) -> None:
         """Train to the last step, validating and saving on the way, in an OUT that is claimed.
 
         Ctrl-C and SIGTERM end it after the step that is under way, with a checkpoint; then they act.
+
+        Args:
+            progress: reports each step.
+            seen: gets each training row and the signs of trouble in it, in the process that writes them.
 
         Raises:
             ConfigError: the loss or the gradient is not finite; nothing that led to it is saved.
         """
         config = self.plan.config
         log = self._metrics()
+        signs = Signs(log.rows() if log and self.step else (), not config.freeze_router)
 
         def tell() -> None:
             progress("train", self.step, config.max_steps, "stopping after this step; a second signal stops at once")
@@ -132,7 +139,10 @@ class Run:
             while self.step < config.max_steps:
                 row = self._update()
                 self._log(log, row)
+                if log:
+                    seen(row, signs.see(row))
                 note = f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  {row['tokens_per_second']:.0f} tok/s"
+                note += f"  mri {max(row['mri']):.2f}" if "mri" in row else ""
                 note += f"  {row['mfu']:.0%} MFU" if "mfu" in row else ""
                 note += f"  KL {row['teacher']:.3f}" if "teacher" in row else ""
                 progress("train", self.step, config.max_steps, note)
@@ -178,7 +188,7 @@ class Run:
     def _metrics(self) -> MetricsLog | None:
         """metrics.jsonl up to this step, in the process that writes it."""
         config = self.plan.config
-        return MetricsLog(config.out / state.METRICS, self.step) if self.plan.accelerator.is_main_process else None
+        return MetricsLog(config.out / METRICS, self.step) if self.plan.accelerator.is_main_process else None
 
     def _log(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
         if log:
@@ -223,12 +233,15 @@ class Run:
                 strategy.update(sums.counts_LE, self.step)
             if self.router_gradient:
                 self.router_gradient.update(sums.counts_LE, partial(total, plan.accelerator, config.mesh))
-            row |= routing_row(sums.counts_LE.long().numpy(), step_tokens)
+            counts_LE = sums.counts_LE.long().numpy()
+            row |= routing_row(counts_LE, step_tokens)
+            if self.step in (1, config.max_steps) or self.step % max(1, config.max_steps // LOADS) == 0:
+                row["load"] = load_row(self.capture.layers, counts_LE)
         row["tokens_per_second"] = step_tokens / (seconds + time.perf_counter() - began)
         if plan.peak_flops:
             operations = row["tokens_per_second"] * plan.values["flops_per_token"]
             row["mfu"] = operations / plan.peak_flops / plan.accelerator.num_processes
-        return row
+        return row | peak_memory(plan.accelerator.device)
 
     def _gradient(self) -> Gradient:
         """The gradient of the next step, left in the parameters.

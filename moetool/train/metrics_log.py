@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from moetool.routing.stats import RoutingStats
 # What a run that goes on relies on in a row, and in one of a training step.
 _ROW = {"step": int, "val": {"*": float}, "routing": {"*": {"mri": [float]}}, "teacher": float}
 _EMPTY: dict[str, Any] = {"val": {}, "routing": {}, "teacher": 0.0}
+LOADS = 100  # training rows of a run that have the load of each expert, and the first
 _TRAINED = _ROW | {"loss": float, "tokens_per_second": float}
 
 
@@ -64,6 +65,14 @@ def routing_row(counts_LE: np.ndarray[Any, np.dtype[np.int64]], num_tokens: int)
     top_k = int(counts_LE[0].sum()) // max(num_tokens, 1)
     stats = RoutingStats.from_arrays(range(L), top_k, arrays)
     return {"mri": mri(stats), "entropy": entropy(stats), "dead_experts": dead_experts(stats)}
+
+
+def load_row(layers: Sequence[int], counts_LE: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, list[float]]:
+    """Layer -> each expert's share of its routes, to five digits."""
+    return {
+        str(layer): [round(count / max(1, sum(counts_E)), 5) for count in counts_E]
+        for layer, counts_E in zip(layers, counts_LE.tolist(), strict=True)
+    }
 
 
 def summarize(log: MetricsLog, step_tokens: int, train: Collection[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -174,3 +174,25 @@ def _check_rates(name: str, taken: dict[str, Any]) -> None:
         )
     if "constant_lr" in taken and not taken["constant_lr"] > 0:
         raise ConfigError(f"--constant-lr {taken['constant_lr']:g}: --schedule {name} needs one above 0")
+
+
+def phases(name: str, total_steps: int, options: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """The phases of a schedule as (name, first update - 1, last update); those without an update are left out.
+
+    Args:
+        name: of the schedule.
+        total_steps: updates of the whole run.
+        options: of a run, resolved.
+    """
+    ends = {"warm-up": options["warmup_steps"]}
+    if name == "infinite":
+        ends["cooldown"] = round(options["cooldown_end"] * total_steps)
+    if name in ("infinite", "wsd"):
+        ends["constant"] = round(options["constant_end"] * total_steps)
+    ends["constant" if name == "constant" else "decay"] = total_steps
+    found, begin = [], 0
+    for phase, end in ends.items():
+        if end > begin:
+            found.append((phase, begin, end))
+            begin = end
+    return found

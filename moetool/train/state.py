@@ -10,14 +10,24 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moetool.checkpoint.folder import PARTIAL, naming, remove, sync_folder, write_file
 from moetool.checkpoint.reader import INDEX
-from moetool.checkpoint.step_folder import AVERAGE, STATE, STATE_FILE, STEPS, WEIGHTS, step_folders
+from moetool.checkpoint.step_folder import (
+    AVERAGE,
+    METRICS,
+    PAGE,
+    STATE,
+    STATE_FILE,
+    STEPS,
+    SUMMARY,
+    WEIGHTS,
+    step_folders,
+)
 from moetool.checkpoint.writer import foreign_files
 from moetool.errors import CheckpointError, ConfigError
 from moetool.outside import fits, read_json
@@ -25,7 +35,7 @@ from moetool.recipe import LINEAGE
 from moetool.train import resume
 from moetool.train.ranks import ALONE, Ranks
 
-METRICS, SUMMARY, TRACKERS = "metrics.jsonl", "summary.json", "trackers"
+TRACKERS = "trackers"
 
 
 _NUMBERS = {"*": float}
@@ -72,7 +82,9 @@ def check_folder(model: Path, out: Path, resume: bool = True) -> None:
         raise CheckpointError(
             f"{out} holds {', '.join(sorted(names)[:3])} and no run of moetool cpt; choose another OUT"
         )
-    foreign = [] if resume else sorted(set(foreign_files(out)) - {METRICS, SUMMARY, STEPS, WEIGHTS, AVERAGE, TRACKERS})
+    foreign = (
+        [] if resume else sorted(set(foreign_files(out)) - {METRICS, SUMMARY, PAGE, STEPS, WEIGHTS, AVERAGE, TRACKERS})
+    )
     if foreign:
         raise CheckpointError(f"{out} also holds {', '.join(foreign[:3])}; move that away or choose another OUT")
 
@@ -97,10 +109,15 @@ def check_start(model: Path, keep_optimizer: bool, ranks: Ranks) -> None:
         raise CheckpointError(f"--keep-optimizer: {error}; give another step folder, or leave the option out") from None
 
 
-def claim(out: Path) -> None:
-    """Mark a folder as an unfinished run of this process: no complete model until `release`."""
+def claim(out: Path, told: Mapping[str, Any] | None = None) -> None:
+    """Mark a folder as an unfinished run of this process: no complete model until `release`.
+
+    Args:
+        out: the run's folder.
+        told: what else whoever looks at the run may know of it before its first checkpoint.
+    """
     writer = {"process": os.getpid(), "host": socket.gethostname()}
-    write_file(out / PARTIAL, json.dumps({"command": "cpt", "writer": writer}, indent=2).encode())
+    write_file(out / PARTIAL, json.dumps({"command": "cpt", "writer": writer, **(told or {})}, indent=2).encode())
 
 
 def release(out: Path) -> None:

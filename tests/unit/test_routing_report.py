@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from moetool.errors import DataError
+from moetool.outside import safe_json
 from moetool.routing import load_metrics
 from moetool.routing.capture import Route
 from moetool.routing.coactivation import coactivation, expected_pairs
 from moetool.routing.counts_file import read_counts
-from moetool.routing.html import percent, render, safe_json, visible
+from moetool.routing.html import percent, render, visible
 from moetool.routing.report import build_report, write_report
 from moetool.routing.stats import RoutingStats
 

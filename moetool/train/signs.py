@@ -1,0 +1,144 @@
+"""Signs of trouble in a run's rows: a loss or a gradient that jumps, a router that collapses, speed that halves.
+
+Each row is compared with the block of rows before it. The same functions serve the warnings of a run and the marks of
+`moetool watch`, which must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moetool.routing.levels import level
+
+BLOCK = 20  # rows
+# By how much of the median a value must exceed it, at least, to be a spike.
+SPIKE = {"loss": 0.1, "grad_norm": 2.0}
+SLOW = 0.5
+NOISE = 8  # times the median absolute deviation of the block
+
+
+def spike_bound(block: Sequence[float], least: float) -> float:
+    """The value above which the rows after a block hold a spike.
+
+    Median + max(8 x median absolute deviation, `least` x median): noise of the usual size is none, and
+    neither is a small change of a very even curve.
+    """
+    middle = statistics.median(block)
+    return middle + max(NOISE * statistics.median(abs(value - middle) for value in block), least * abs(middle))
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One sign of trouble.
+
+    Attributes:
+        kind: spike, collapse or slow.
+        step: where it was seen.
+        text: one sentence: what was seen, and which option helps.
+        layer: whose router it is.
+    """
+
+    kind: str
+    step: int
+    text: str
+    layer: str | None = None
+
+
+Seen = Callable[[Mapping[str, Any], Sequence[Sign]], None]
+
+
+def unseen(row: Mapping[str, Any], signs: Sequence[Sign]) -> None:
+    """Look at no row."""
+
+
+class Signs:
+    """Reads a run's training rows in order, and says once what it sees until it is over."""
+
+    def __init__(self, earlier: Iterable[Mapping[str, Any]] = (), steers: bool = True) -> None:
+        """Begin after rows that are known.
+
+        Args:
+            earlier: of a run that goes on: what its routers are like is read from them.
+            steers: whether a balance loss could be raised; not where the routers are frozen.
+        """
+        self._steers = steers
+        self._block: list[Mapping[str, Any]] = []  # that is being filled
+        self._before: list[Mapping[str, Any]] = []  # the last full one
+        self._bounds: dict[str, float] = {}
+        self._speed = 0.0  # of the fastest block
+        self._layers: list[str] = []  # that have a router
+        self._shape = (1, 1)  # experts, top-k
+        self._told: set[tuple[str, str]] = set()
+        for row in earlier:
+            self._shaped(row)
+
+    def _shaped(self, row: Mapping[str, Any]) -> None:
+        if load := row.get("load"):
+            self._layers = list(load)
+            first = load[self._layers[0]]
+            self._shape = len(first), max(1, round(row["mri"][0] / max(first)))
+
+    def see(self, row: Mapping[str, Any]) -> list[Sign]:
+        """What a training row (see metrics_log.py) adds to the earlier ones."""
+        self._shaped(row)
+        found = [*self._spikes(row), *self._collapsed(row)]
+        self._block.append(row)
+        if len(self._block) == BLOCK:
+            found += self._slow(row["step"])
+            self._before, self._block = self._block, []
+            self._bounds = {
+                name: spike_bound([one[name] for one in self._before], least) for name, least in SPIKE.items()
+            }
+        return found
+
+    def _once(self, kind: str, layer: str, holds: bool) -> bool:
+        """Whether something that holds has not been told since it last did not."""
+        new = holds and (kind, layer) not in self._told
+        (self._told.add if holds else self._told.discard)((kind, layer))
+        return new
+
+    def _spikes(self, row: Mapping[str, Any]) -> list[Sign]:
+        names = {"loss": "the loss", "grad_norm": "the gradient norm"}
+        over = {name: row[name] for name, bound in self._bounds.items() if row[name] > bound}
+        if not self._once("spike", "", bool(over)):
+            return []
+        said = " and ".join(
+            f"{names[name]} jumped from {statistics.median(one[name] for one in self._before):.3g} to {value:.3g}"
+            for name, value in over.items()
+        )
+        advice = "if it does not come down again, start again with a lower --lr or --grad-clip, or a longer warm-up"
+        return [Sign("spike", row["step"], f"{said} at step {row['step']}; {advice}")]
+
+    def _collapsed(self, row: Mapping[str, Any]) -> list[Sign]:
+        (experts, top_k), found = self._shape, []
+        for i, layer in enumerate(self._layers):
+            holds = level(row["entropy"][i], row["mri"][i], 0, experts, top_k) == "collapsed"
+            if self._once("collapse", layer, holds):
+                found.append((layer, row["mri"][i]))
+        if not found:
+            return []
+        worst, mri = max(found, key=lambda pair: pair[1])
+        which = f"the router of layer {worst}" if len(found) == 1 else f"the routers of {len(found)} layers"
+        advice = (
+            "a larger --balance aux=COEFFICIENT acts on each layer"
+            if self._steers
+            else "leave --freeze-router out, so that a balance loss can act"
+        )
+        said = (
+            f"{which} collapsed: one expert{'' if len(found) == 1 else f' of layer {worst}'} gets {mri:.0%} of tokens"
+        )
+        return [
+            Sign("collapse", row["step"], f"{said} at step {row['step']}, balance is {top_k / experts:.0%}; {advice}",
+                 worst)
+        ]  # fmt: skip
+
+    def _slow(self, step: int) -> list[Sign]:
+        speed = statistics.median(one["tokens_per_second"] for one in self._block)
+        before, self._speed = self._speed, max(self._speed, speed)
+        if not self._once("slow", "", speed < SLOW * before):
+            return []
+        advice = "see what else uses this machine, its GPU's clock and the file system of the data"
+        return [Sign("slow", step, f"{speed:.0f} tokens/s at step {step}, after {before:.0f} before; {advice}")]

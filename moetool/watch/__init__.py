@@ -1,0 +1,1 @@
+"""What runs of `moetool cpt` are doing, read from their folders: one JSON document, and a page drawn from it."""

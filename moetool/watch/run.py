@@ -1,0 +1,264 @@
+"""One run's folder: what is read of it, and the JSON document that is made from it."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moetool.checkpoint.step_folder import METRICS
+from moetool.outside import fits
+from moetool.train.schedules import phases
+from moetool.train.signs import BLOCK, SPIKE
+from moetool.watch import verdict
+from moetool.watch.facts import read_facts
+from moetool.watch.rows import MEASURES, SCALARS, Rows
+from moetool.watch.tail import Tail, open_regular
+from moetool.watch.thin import Array, evenly, heat, thinned
+
+SAMPLED = 20_000_000  # bytes of metrics.jsonl above which a first look takes a sample
+SAMPLE = 3000  # rows of it
+SCANNED = 600_000_000  # bytes up to which its losses are read, too
+_STEP, _LOSS, _NORM = rb'"step": (\d{1,15}), "loss": ', rb'"loss": ([^,\n]+), "lr": ', rb'"grad_norm": ([^,\n]+),'
+QUIET = 120.0  # seconds without a row, at least, after which a run is not said to be running
+# A page holds at most so many numbers of all its runs: points of a curve, cells of a heatmap, loads of experts.
+POINTS, CELLS, LOADS = 8000, 40_000, 400_000
+_SOURCES = {"*": {"tokens": float, "epochs": float}}
+
+
+class WatchedRun:
+    """A run's folder, read again and again.
+
+    Attributes:
+        path: the folder.
+        name: how it is called beside the others.
+        rows: of its metrics.jsonl.
+        sampled: whether they are only a sample so far.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        self.rows, self.sampled = Rows(), False
+        self._scanned: dict[str, tuple[Array, Array]] = {}  # of all rows, while `rows` are a sample
+        self._tail = Tail(path / METRICS)
+
+    def sample(self) -> None:
+        """Take a first look at a large file: every loss and gradient norm, and the rest of evenly spread rows."""
+        with suppress(OSError):
+            size = os.stat(self.path / METRICS).st_size
+            if size <= SAMPLED:
+                return
+            self.sampled = True
+            for line in self._tail.sample(SAMPLE):
+                self.rows.add(line)
+            if size <= SCANNED:
+                with open_regular(self.path / METRICS) as file:
+                    self._scanned = scanned(file.read())
+
+    def refresh(self) -> bool:
+        """Read what is new; whether there was anything."""
+        found = self._tail.look()
+        rows = Rows() if found.anew else self.rows
+        new = found.anew
+        for line in found.lines:
+            rows.add(line)
+            new = True
+        self.rows, self.sampled, self._scanned = rows, False, {}
+        return new
+
+    def document(self, share: int = 1) -> dict[str, Any]:
+        """Everything that is shown of it (described in docs/watch.md).
+
+        Args:
+            share: how many runs are shown: each gets its part of the page's size.
+        """
+        rows, facts = self.rows, read_facts(self.path)
+        options, steps = facts["options"], array_of(rows.steps)
+        step = int(steps[-1]) if len(steps) else 0
+        step_tokens = rows.columns["num_tokens"][-1] / step if step and "num_tokens" in rows.columns else 0.0
+        total = total_steps(options, step_tokens)
+        speed = array_of(rows.columns.get("tokens_per_second", ()))
+        state = facts["state"] if self._tail.changed or facts["state"] == "gone" else "starting"
+        age = max(0.0, time.time() - self._tail.changed) if self._tail.changed else None
+        if state == "running" and age is not None and age > max(QUIET, 30 * _step_seconds(step_tokens, speed)):
+            state = "quiet"
+        left = verdict.seconds_left(step, total, step_tokens, speed)
+        took = float(np.sum(step_tokens / speed[speed > 0])) if len(speed) else 0.0
+        points = max(200, min(2000, POINTS // share))
+        shape = _shape(rows)
+        layers = list(rows.loads[-1][1]) if rows.loads else [str(i) for i in range(rows.num_layers)]
+        whole = {name: (steps, column) for name, column in rows.columns.items()} | self._scanned
+        trained = [name for name in facts["train"] if name in rows.val] or facts["train"]
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "status": {
+                "state": state,
+                "step": step,
+                "steps": total,
+                "tokens": int(rows.columns["num_tokens"][-1]) if step and "num_tokens" in rows.columns else 0,
+                "seconds_left": left if state in ("running", "quiet", "stopped") else None,
+                "seconds": took,
+                "seconds_since_row": age,
+                "rows": len(steps),
+                "skipped_lines": rows.skipped,
+                "sampled": self.sampled,
+            },
+            "verdict": [
+                answer._asdict()
+                for answer in (
+                    verdict.learning(rows.val, trained, rows.columns.get("loss", ())),
+                    verdict.forgetting(rows.val, trained),
+                    _balanced(rows, layers, shape),
+                    verdict.slower(speed),
+                    verdict.how_long(state, step, total, left, took),
+                )
+            ]
+            if rows.steps or rows.val
+            else [],
+            "series": {name: thinned(whole[name][0], whole[name][1], points) for name in SCALARS if name in whole},
+            "marks": {name: verdict.marks(whole[name][0], whole[name][1], name) for name in SPIKE if name in whole},
+            "balance": {name: thinned(steps, values, points) for name, values in rows.balance.items()},
+            "val": {
+                name: {"kind": "adaptation" if name in trained else "forgetting"} | thinned(x, y, points)
+                for name, (x, y) in rows.val.items()
+            },
+            "val_mri": {
+                name: thinned(x, [max(layers, default=np.nan) for layers in y], points)
+                for name, (x, y) in rows.val_mri.items()
+            },
+            "dead_experts": thinned(steps, _measure(rows, "dead_experts").sum(axis=1), points),
+            "dead_now": {layer: dead for layer, dead in zip(layers, rows.dead, strict=False) if dead},
+            "phases": _phases(options, total),
+            "routers": _routers(rows, layers, shape, share),
+            "load": _loads(rows, share),
+            "sources": _sources(facts, step, total),
+            "options": {name: value for name, value in options.items() if value not in (None, {}, [], "")},
+            "command": facts["command"],
+            "lineage": facts["lineage"],
+        }
+
+
+def scanned(data: bytes) -> dict[str, tuple[Array, Array]]:
+    """Loss and gradient norm of every training row, each with its steps, without reading the rows whole.
+
+    Returns:
+        Nothing where rows are not as this version writes them, or a run went back in them.
+    """
+    columns = []
+    for pattern in (_STEP, _LOSS, _NORM):
+        texts = re.findall(pattern, data)
+        try:
+            columns.append(np.fromiter(map(float, texts), np.float64, len(texts)))
+        except ValueError:
+            return {}
+    steps, losses, norms = columns
+    if not len(steps) == len(losses) == len(norms) > 0 or (np.diff(steps) <= 0).any():
+        return {}
+    return {"loss": (steps.astype(np.int64), losses), "grad_norm": (steps.astype(np.int64), norms)}
+
+
+def array_of(values: Any) -> Array:
+    """A copy of a column, which may then grow."""
+    return np.array(values, dtype=np.float64 if getattr(values, "typecode", "d") == "d" else np.int64)
+
+
+def _step_seconds(step_tokens: float, speed: Array) -> float:
+    return step_tokens / float(np.median(speed[-BLOCK:])) if len(speed) and speed[-1] > 0 else 0.0
+
+
+def _measure(rows: Rows, name: str) -> Array:
+    return array_of(rows.measures[name]).reshape(len(rows.steps), max(1, rows.num_layers) if rows.num_layers else 0)
+
+
+def _shape(rows: Rows) -> tuple[int, int] | None:
+    """Experts of a layer and top-k, from the last row that has loads."""
+    if not rows.loads:
+        return None
+    step, load = rows.loads[-1]
+    first = next(iter(load.values()))
+    at = np.flatnonzero(array_of(rows.steps) == step)
+    if not len(at) or max(first) <= 0:
+        return None
+    return len(first), max(1, round(rows.measures["mri"][int(at[0]) * rows.num_layers] / max(first)))
+
+
+def _balanced(rows: Rows, layers: Sequence[str], shape: tuple[int, int] | None) -> verdict.Answer:
+    lately = {}
+    for name in MEASURES if rows.num_layers else ():
+        last = array_of(rows.measures[name][-BLOCK * rows.num_layers :]).reshape(-1, rows.num_layers)
+        lately[name] = last[np.isfinite(last).all(axis=1)].mean(axis=0).tolist() if np.isfinite(last).any() else []
+    dead = [len(experts) for experts in rows.dead]
+    return verdict.balanced(lately.get("entropy", []), lately.get("mri", []), dead, layers, shape)
+
+
+def _routers(rows: Rows, layers: list[str], shape: tuple[int, int] | None, share: int) -> dict[str, Any]:
+    """Heatmaps of layer x step."""
+    if not rows.num_layers:
+        return {}
+    most = max(40, min(240, CELLS // share // rows.num_layers))
+    worst = {"mri": np.maximum, "entropy": np.minimum, "dead_experts": np.maximum}
+    tables = {name: heat(array_of(rows.steps), _measure(rows, name), most, worst[name]) for name in MEASURES}
+    return {
+        "layers": layers,
+        "num_experts": shape[0] if shape else None,
+        "top_k": shape[1] if shape else None,
+        "x": tables["mri"]["x"],
+        **{name: table["rows"] for name, table in tables.items()},
+    }
+
+
+def _loads(rows: Rows, share: int) -> dict[str, Any]:
+    """The load of every expert at some steps: `x`, and layer -> a list for each step."""
+    if not rows.loads:
+        return {}
+    size = sum(len(shares) for shares in rows.loads[-1][1].values())
+    same = [one for one in rows.loads if one[1].keys() == rows.loads[-1][1].keys()]
+    kept = evenly(same, max(2, min(100, LOADS // share // size)))
+    return {
+        "x": [step for step, _ in kept],
+        "layers": {layer: [load[layer] for _, load in kept] for layer in rows.loads[-1][1]},
+    }
+
+
+def total_steps(options: Mapping[str, Any], step_tokens: float) -> int | None:
+    """How many steps the run will have, from resolved options or those that were typed."""
+    if steps := _whole(options.get("max_steps")):
+        return steps
+    tokens = _whole(options.get("max_tokens"))
+    return int(tokens // step_tokens) if tokens and step_tokens else None
+
+
+def _whole(value: Any) -> int | None:
+    return int(value) if isinstance(value, (int, str)) and str(value).isdigit() else None
+
+
+def _phases(options: Mapping[str, Any], total: int | None) -> list[dict[str, Any]]:
+    needed = {"schedule": str, "warmup_steps": int, "cooldown_end": float, "constant_end": float}
+    if not total or not fits(options, needed):
+        return []
+    return [{"name": n, "from": begin, "to": end} for n, begin, end in phases(options["schedule"], total, options)]
+
+
+def _sources(facts: Mapping[str, Any], step: int, total: int | None) -> dict[str, Any]:
+    """Where each source stands: exact to a sequence, because each batch has the same shares."""
+    named = facts["sources"]
+    if not fits(named, _SOURCES):
+        return {}
+    at = facts["sources_step"] or total
+    done = step / at if at else 0
+    replay = facts["options"].get("replay")
+    return {
+        name: {
+            "tokens": round(entry["tokens"] * done),
+            "epochs": entry["epochs"] * done,
+            "replay": name in replay if isinstance(replay, (dict, list)) else bool(entry.get("replay")),
+        }
+        for name, entry in named.items()
+    }
