@@ -33,6 +33,7 @@ from moetool.commands.sample import sample
 from moetool.commands.tokenize import tokenize
 from moetool.commands.upcycle import upcycle
 from moetool.commands.verify import verify
+from moetool.commands.watch import watch
 from moetool.errors import MoetoolError, in_one_line, out_of_memory
 from moetool.outside import printable
 
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "tokenize": tokenize,
     "sample": sample,
     "cpt": cpt,
+    "watch": watch,
     "average": average,
     "grow": grow,
     "prune": prune,

@@ -89,6 +89,15 @@ class Console:
             with _unheard():
                 self._progress.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=wrap)
 
+    def event(self, event: str, text: str = "", **values: Any) -> None:
+        """Tell machines something with `--json`, as a line of JSON on stderr; tell people the text as a warning."""
+        if not self.json:
+            self.warn(text)
+        elif not self.quiet:
+            line = jsonlib.dumps(_finite({"event": event, **values, **({"text": text} if text else {})}))
+            with _unheard():
+                print(line, file=sys.stderr, flush=True)
+
     def result(self, document: dict[str, Any], *renderables: RenderableType) -> None:
         """Print a command's outcome: the document with `--json`, else the renderables."""
         if self.json:

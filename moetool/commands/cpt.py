@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from moetool.progress import Progress
     from moetool.train.loop import Run
     from moetool.train.run_plan import RunPlan
+    from moetool.train.signs import Seen, Sign
+
+EVENTS = 10.0  # seconds between two lines of progress on stderr, with --json
 
 
 def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str, Any]:
@@ -76,15 +81,56 @@ def _train(context: typer.Context, console: Console, plan: RunPlan) -> dict[str,
             write_options(context, out, **({"shares_of": plan.config.shares_of} if longer else {}))
         try:
             with console.progress() as progress:
-                run.train(progress)
+                run.train(progress, _telling(console, plan.config.max_steps))
         except (KeyboardInterrupt, SystemExit):
+            _leave_page(console, out)
             saved = saved_steps(out)
             where = f"the checkpoint of step {saved[-1]}" if saved else "the beginning, because no checkpoint is saved"
             console.warn(f"stopped after step {run.step}; the same command continues from {where}")
             raise
         with console.progress() as progress:
             more = {"average": _average(run, plan.config.average_last, progress)} if plan.config.average_last else {}
-            return run.finish(more)
+            summary = run.finish(more)
+    _leave_page(console, out)
+    return summary
+
+
+def _telling(console: Console, steps: int) -> Seen:
+    """What the command says of training rows: signs of trouble, and with `--json` how far it is."""
+    began, told, done = time.monotonic(), time.monotonic(), 0
+
+    def seen(row: Mapping[str, Any], signs: Sequence[Sign]) -> None:
+        nonlocal told, done
+        done += 1
+        for sign in signs:
+            console.event("warning", sign.text, kind=sign.kind, step=sign.step, layer=sign.layer)
+        now = time.monotonic()
+        if console.json and now - told >= EVENTS:
+            told = now
+            left = (now - began) / done * (steps - row["step"])
+            worst = {"mri": max(row["mri"])} if "mri" in row else {}
+            console.event(
+                "progress", step=row["step"], steps=steps, loss=row["loss"], **worst, seconds_left=round(left, 1)
+            )
+
+    return seen
+
+
+def _leave_page(console: Console, out: Path) -> None:
+    """Write OUT/run.html, the page of `moetool watch` as the run ends; no run fails for it."""
+    if not is_first():
+        return
+    from moetool.checkpoint.folder import write_file
+    from moetool.checkpoint.step_folder import PAGE
+    from moetool.watch.open import open_runs
+    from moetool.watch.page import collect, render
+
+    try:
+        runs = open_runs([out])
+        runs[0].refresh()
+        write_file(out / PAGE, render(collect(runs)).encode("utf-8", "replace"))
+    except OSError as error:
+        console.warn(f"{out / PAGE} is not written ({error.strerror}); moetool watch {out} --html FILE makes it")
 
 
 def _average(run: Run, last: int, progress: Progress) -> dict[str, Any]:

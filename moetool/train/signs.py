@@ -84,10 +84,10 @@ class Signs:
     def see(self, row: Mapping[str, Any]) -> list[Sign]:
         """What a training row (see metrics_log.py) adds to the earlier ones."""
         self._shaped(row)
-        found = [*self._spikes(row), *self._collapsed(row)]
+        found = self._spikes(row)
         self._block.append(row)
         if len(self._block) == BLOCK:
-            found += self._slow(row["step"])
+            found += [*self._collapsed(row["step"]), *self._slow(row["step"])]
             self._before, self._block = self._block, []
             self._bounds = {
                 name: spike_bound([one[name] for one in self._before], least) for name, least in SPIKE.items()
@@ -112,28 +112,29 @@ class Signs:
         advice = "if it does not come down again, start again with a lower --lr or --grad-clip, or a longer warm-up"
         return [Sign("spike", row["step"], f"{said} at step {row['step']}; {advice}")]
 
-    def _collapsed(self, row: Mapping[str, Any]) -> list[Sign]:
+    def _collapsed(self, step: int) -> list[Sign]:
+        """Of the block's mean: one small batch may look like anything."""
         (experts, top_k), found = self._shape, []
         for i, layer in enumerate(self._layers):
-            holds = level(row["entropy"][i], row["mri"][i], 0, experts, top_k) == "collapsed"
-            if self._once("collapse", layer, holds):
-                found.append((layer, row["mri"][i]))
+            entropy, mri = (statistics.fmean(row[name][i] for row in self._block) for name in ("entropy", "mri"))
+            if self._once("collapse", layer, level(entropy, mri, 0, experts, top_k) == "collapsed"):
+                found.append((layer, mri))
         if not found:
             return []
         worst, mri = max(found, key=lambda pair: pair[1])
-        which = f"the router of layer {worst}" if len(found) == 1 else f"the routers of {len(found)} layers"
+        one = len(found) == 1
+        which = f"the router of layer {worst} has" if one else f"the routers of {len(found)} layers have"
+        where = "" if one else f" of layer {worst}"
         advice = (
             "a larger --balance aux=COEFFICIENT acts on each layer"
             if self._steers
             else "leave --freeze-router out, so that a balance loss can act"
         )
-        said = (
-            f"{which} collapsed: one expert{'' if len(found) == 1 else f' of layer {worst}'} gets {mri:.0%} of tokens"
+        text = (
+            f"{which} collapsed at step {step}: one expert{where} gets {mri:.0%} of tokens, where balance would give"
+            f" {top_k / experts:.0%}; {advice}"
         )
-        return [
-            Sign("collapse", row["step"], f"{said} at step {row['step']}, balance is {top_k / experts:.0%}; {advice}",
-                 worst)
-        ]  # fmt: skip
+        return [Sign("collapse", step, text, worst)]
 
     def _slow(self, step: int) -> list[Sign]:
         speed = statistics.median(one["tokens_per_second"] for one in self._block)

@@ -81,7 +81,8 @@ class Tail:
         except OSError:
             return
         with file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            self.changed, size = status.st_mtime, status.st_size
             for i in range(count):
                 file.seek(size * i // count)
                 if i:

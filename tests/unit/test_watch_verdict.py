@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moetool.routing.levels import level, level_of_load, spread
 from moetool.train.schedules import phases
-from moetool.train.signs import BLOCK, SPIKE, Signs, spike_bound
+from moetool.train.signs import BLOCK, SPIKE, Sign, Signs, spike_bound
 from moetool.watch.verdict import (
     balanced,
     duration,
@@ -131,16 +131,21 @@ def test_a_collapse_is_told_once_with_the_option_that_helps() -> None:
     }
     even: dict[str, Any] = {"mri": [0.5], "entropy": [1.0], "dead_experts": [[]]}
     signs = Signs()
-    (sign,) = signs.see(row(1, **routed))
-    assert (sign.kind, sign.layer) == ("collapse", "3")
-    assert "100% of tokens at step 1, balance is 50%" in sign.text
+
+    def block(number: int, **more: Any) -> list[Sign]:
+        steps = range(BLOCK * number + 1, BLOCK * (number + 1) + 1)
+        return [sign for step in steps for sign in signs.see(row(step, **more))]
+
+    (sign,) = block(0, **routed)
+    assert (sign.kind, sign.step, sign.layer) == ("collapse", BLOCK, "3")
+    assert "one expert gets 100% of tokens, where balance would give 50%" in sign.text
     assert "--balance aux=" in sign.text
-    assert signs.see(row(2, **routed)) == []
-    assert signs.see(row(3, **even)) == []
+    assert block(1, **routed) == []
+    assert block(2, **even) == []
     del routed["load"]
-    assert [sign.kind for sign in signs.see(row(4, **routed))] == ["collapse"]
-    frozen = Signs([row(1, **routed, load={"3": [0.5, 0.5, 0.0, 0.0]})], steers=False)
-    assert "--freeze-router" in frozen.see(row(5, **routed))[0].text
+    assert [sign.kind for sign in block(3, **routed)] == ["collapse"]
+    signs = Signs([row(1, **routed, load={"3": [0.5, 0.5, 0.0, 0.0]})], steers=False)  # a run that goes on
+    assert "--freeze-router" in block(0, **routed)[0].text
 
 
 def test_halved_speed_is_told() -> None:

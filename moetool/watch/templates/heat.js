@@ -1,0 +1,120 @@
+// Heatmaps over steps: rows are layers or experts. The colours are viridis, which grows lighter evenly, so that
+// colour-blind people and prints in grey show the same order.
+"use strict";
+
+const VIRIDIS = [[68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141], [39, 173, 129], [92, 200, 99], [170, 220, 50], [253, 231, 37]];
+function viridis(share) {
+  const place = Math.max(0, Math.min(1, share)) * (VIRIDIS.length - 1), i = Math.min(VIRIDIS.length - 2, Math.floor(place)), part = place - i;
+  return `rgb(${VIRIDIS[i].map((c, k) => Math.round(c + part * (VIRIDIS[i + 1][k] - c))).join(",")})`;
+}
+
+// spec: id, title, note, rows [name], rowName, x [step], values [row][column], format, low, high, lowName, highName,
+// pick (row) or null, picked (row) or null
+class Heat {
+  constructor(host, spec, ...controls) {
+    this.at = null;
+    this.canvas = make("canvas", { tabindex: "0", role: "group", "aria-roledescription": "heatmap",
+      onmousemove: (event) => this.point(event), onmouseleave: () => { this.at = null; this.draw(); this.tell(); },
+      onclick: (event) => { this.point(event); this.choose(); }, onkeydown: (event) => this.key(event) });
+    this.note = make("p", { class: "note" });
+    this.values = make("output", { class: "values", "aria-live": "polite", "aria-label": `Values: ${spec.title}` });
+    this.scale = make("div", { class: "scale" });
+    this.heading = make("h3");
+    host.append(make("figure", { class: "card wide heat", id: spec.id },
+      make("figcaption", {}, this.heading, ...controls,
+        make("button", { type: "button", text: "PNG", "aria-label": `PNG of ${spec.title}`, onclick: () => savePng(this.spec.title, this.canvas, [[this.values.textContent, null]]) }),
+        make("button", { type: "button", text: "CSV", "aria-label": `CSV of ${spec.title}`, onclick: () => this.csv() })),
+      this.note, make("div", { class: "plot" }, this.canvas), this.scale, this.values));
+    this.update(spec);
+  }
+
+  update(spec) {
+    this.spec = spec;
+    this.heading.textContent = spec.title;
+    this.note.textContent = spec.note || "";
+    if (this.at) this.at = [Math.min(this.at[0], spec.rows.length - 1), Math.min(this.at[1], spec.x.length - 1)];
+    const bar = make("canvas", { width: 150, height: 10, "aria-hidden": "true" }), pen = bar.getContext("2d");
+    for (let i = 0; i < 150; i++) { pen.fillStyle = viridis(i / 149); pen.fillRect(i, 0, 1, 10); }
+    this.scale.replaceChildren(spec.lowName, bar, spec.highName);
+    this.draw();
+    this.tell();
+  }
+
+  // Where the cells lie, in CSS pixels.
+  box() {
+    const rows = this.spec.rows.length, cell = Math.max(5, Math.min(22, 420 / rows));
+    return { left: 46, top: 4, width: Math.max(60, this.canvas.parentElement.clientWidth - 56), height: cell * rows, cell };
+  }
+
+  draw() {
+    const { spec, canvas } = this, box = this.box(), ratio = devicePixelRatio || 1, pen = canvas.getContext("2d");
+    canvas.width = (box.left + box.width + 10) * ratio;
+    canvas.height = (box.top + box.height + 22) * ratio;
+    canvas.style.width = canvas.width / ratio + "px";
+    canvas.style.height = canvas.height / ratio + "px";
+    pen.scale(ratio, ratio);
+    pen.font = "11px system-ui, sans-serif";
+    const columns = spec.x.length, wide = box.width / columns, every = Math.ceil(13 / box.cell);
+    spec.rows.forEach((name, r) => {
+      const y = box.top + r * box.cell;
+      for (let c = 0; c < columns; c++) {
+        pen.fillStyle = viridis((spec.values[r][c] - spec.low) / (spec.high - spec.low || 1));
+        pen.fillRect(box.left + c * wide, y, wide + 0.6, box.cell - (box.cell > 8 ? 1 : 0));
+      }
+      pen.fillStyle = color(r === spec.picked ? "--ink" : "--soft");
+      pen.textAlign = "right";
+      if (r % every === 0 || r === spec.picked) pen.fillText(visible(name).slice(0, 7), box.left - 5, y + box.cell / 2 + 4);
+    });
+    pen.strokeStyle = color("--ink");
+    pen.lineWidth = 2;
+    if (spec.picked !== null && spec.picked !== undefined) pen.strokeRect(box.left, box.top + spec.picked * box.cell, box.width, box.cell - 1);
+    if (this.at) pen.strokeRect(box.left + this.at[1] * wide - 1, box.top + this.at[0] * box.cell - 1, wide + 2, box.cell + 1);
+    pen.fillStyle = color("--soft");
+    pen.textAlign = "center";
+    const ticks = Math.min(columns, Math.max(2, Math.floor(box.width / 90)));
+    for (let i = 0; i < ticks; i++) {
+      const c = ticks === 1 ? 0 : Math.round((i * (columns - 1)) / (ticks - 1));
+      pen.fillText(number(spec.x[c]), Math.min(box.left + (c + 0.5) * wide, box.left + box.width - 12), box.top + box.height + 15);
+    }
+  }
+
+  // The value of the cell that is pointed at; the largest of the last column where there is none.
+  tell() {
+    const { spec } = this, last = spec.x.length - 1;
+    let [r, c] = this.at || [0, last], prefix = "";
+    if (!this.at) {
+      for (let i = 0; i < spec.rows.length; i++) if (spec.values[i][last] > spec.values[r][last]) r = i;
+      prefix = "largest: ";
+    }
+    const text = `${prefix}${spec.rowName} ${visible(spec.rows[r])}, step ${number(spec.x[c])}: `;
+    this.values.replaceChildren(make("span", {}, text, make("b", { text: spec.format(spec.values[r][c]) })));
+    this.canvas.setAttribute("aria-label", `${spec.title}: ${this.values.textContent}`);
+  }
+
+  point(event) {
+    const box = this.box(), place = this.canvas.getBoundingClientRect();
+    const r = Math.floor((event.clientY - place.top - box.top) / box.cell), c = Math.floor(((event.clientX - place.left - box.left) / box.width) * this.spec.x.length);
+    this.at = r >= 0 && r < this.spec.rows.length && c >= 0 && c < this.spec.x.length ? [r, c] : null;
+    this.draw();
+    this.tell();
+  }
+
+  choose() { if (this.at && this.spec.pick) this.spec.pick(this.at[0]); }
+
+  key(event) {
+    const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+    if (event.key === "Enter" || event.key === " ") this.choose();
+    else if (moves[event.key]) {
+      const [r, c] = this.at || [0, this.spec.x.length - 1], [dr, dc] = this.at ? moves[event.key] : [0, 0];
+      this.at = [Math.max(0, Math.min(this.spec.rows.length - 1, r + dr)), Math.max(0, Math.min(this.spec.x.length - 1, c + dc))];
+      this.draw();
+      this.tell();
+    } else return;
+    event.preventDefault();
+  }
+
+  csv() {
+    const { spec } = this;
+    saveCsv(spec.title, [spec.rowName, ...spec.x.map((x) => `step ${x}`)], spec.rows.map((name, r) => [name, ...spec.values[r]]));
+  }
+}

@@ -1,0 +1,239 @@
+// The page: what is shown of each run, in which order; and how it stays up to date.
+"use strict";
+
+let documents = JSON.parse(document.getElementById("data").textContent);
+const hidden = new Set();       // names of runs that are not shown
+const drawn = new Map();        // id -> Chart or Heat
+const picked = { run: null, layer: 0, measure: "mri", change: false };
+const byId = (id) => document.getElementById(id);
+const shown = () => documents.runs.filter((run) => !hidden.has(run.name));
+const indexOf = (run) => documents.runs.findIndex((other) => other.name === run.name);
+
+const STATES = { running: "running", quiet: "no new row for a while", stopped: "stopped", finished: "finished", starting: "starting", gone: "deleted" };
+
+function ago(seconds) {
+  if (seconds === null || seconds === undefined) return "";
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
+  return `${Math.round(seconds / 3600)} h`;
+}
+
+// ---- runs and their verdicts
+
+function drawRuns() {
+  byId("runs").replaceChildren(...documents.runs.map((run) => make("button", { type: "button", "aria-pressed": String(!hidden.has(run.name)), "aria-label": `Show ${visible(run.name)}`,
+    onclick: (event) => { hidden.has(run.name) ? hidden.delete(run.name) : hidden.add(run.name); drawAll(); byId("runs").children[indexOf(run)].focus(); event.preventDefault(); } },
+    swatch(indexOf(run)), visible(run.name))));
+  byId("runs").hidden = documents.runs.length < 2;
+}
+
+function drawVerdict() {
+  byId("verdict").replaceChildren(...shown().map((run) => {
+    const s = run.status, share = s.steps ? s.step / s.steps : 0;
+    const facts = [STATES[s.state], s.steps ? `step ${number(s.step)} of ${number(s.steps)}` : `step ${number(s.step)}`, `${number(s.tokens)} tokens`];
+    if (s.state !== "finished" && s.seconds_since_row !== null) facts.push(`last row ${ago(s.seconds_since_row)} before this page's numbers`);
+    if (s.sampled) facts.push("a sample of the rows; the rest is being read");
+    if (s.skipped_lines) facts.push(`${number(s.skipped_lines)} lines are no rows and are left out`);
+    return make("article", { class: "card run", "aria-label": visible(run.name) },
+      make("h2", {}, visible(run.name), make("small", { text: facts.join(" · ") })),
+      s.steps ? make("progress", { max: 1, value: share, "aria-label": `Progress of ${visible(run.name)}` }) : null,
+      make("dl", { class: "answers" }, ...run.verdict.map((v) => make("div", { class: `answer ${v.level}` },
+        make("dt", { text: v.question }), make("dd", { class: "word", text: visible(v.answer) }), make("dd", { text: visible(v.text) })))));
+  }));
+}
+
+// ---- charts
+
+const line = (run, series, marks) => ({ name: run.name, index: indexOf(run), x: series.x, y: series.y, mean: series.mean, marks });
+function lines(pick, marks) {
+  return shown().map((run) => [run, pick(run), marks ? run.marks[marks] : null]).filter(([, series]) => series && series.x.length)
+    .map(([run, series, spikes]) => line(run, series, spikes));
+}
+const names = (part) => [...new Set(shown().flatMap((run) => Object.keys(run[part] || {})))];
+const own = (object, name) => (Object.hasOwn(object || {}, name) ? object[name] : null);
+
+function fromStart(series) {
+  if (!series || !picked.change) return series;
+  const first = series.y[0], less = (y) => y.map((v) => v - first);
+  return { x: series.x, y: less(series.y), mean: series.mean && { x: series.mean.x, y: less(series.mean.y) } };
+}
+
+function specs() {
+  const found = [], phases = (shown()[0] || { phases: [] }).phases;
+  const add = (group, id, title, list, more = {}) => { if (list.length) found.push({ group, id, title, lines: list, format: number, ...more }); };
+  add("Loss", "loss", "Training loss", lines((run) => own(run.series, "loss"), "loss"), { note: "Circles: spikes, far above the 20 steps before.", phases: shown().length === 1 ? phases : [] });
+  names("val").forEach((domain, i) => {
+    const kinds = new Set(shown().map((run) => own(run.val, domain)).filter(Boolean).map((v) => v.kind));
+    const note = kinds.has("adaptation") ? "In training: its fall is adaptation." : "Not new text: its rise is forgetting.";
+    add("Loss", `val-${i}`, `Validation loss: ${visible(domain)}${picked.change ? ", change from the start" : ""}`, lines((run) => fromStart(own(run.val, domain))), { note });
+  });
+  add("Learning rate", "lr", "Learning rate", lines((run) => own(run.series, "lr")), { zero: true, phases, note: phases.length ? `Shaded: the schedule's phases${shown().length > 1 ? `, of ${visible(shown()[0].name)}` : ""}.` : "" });
+  found.push({ group: "Routers" });
+  add("Balance", "dead", "Dead experts", lines((run) => run.dead_experts), { zero: true, note: "All layers together; below 8 % of the balanced load. The highest of each stretch is kept." });
+  names("val_mri").forEach((domain, i) => add("Balance", `val-mri-${i}`, `mri in validation: ${visible(domain)}`, lines((run) => own(run.val_mri, domain)), { note: "Of the worst layer: the largest share of tokens that one expert gets.", format: percent }));
+  names("balance").forEach((name, i) => add("Balance", `balance-${i}`, `Balance loss: ${visible(name)}`, lines((run) => own(run.balance, name))));
+  add("Balance", "grad_norm", "Gradient norm", lines((run) => own(run.series, "grad_norm"), "grad_norm"), { zero: true, note: "Before clipping. Circles: spikes." });
+  add("Speed", "tokens_per_second", "Tokens per second", lines((run) => own(run.series, "tokens_per_second")), { zero: true });
+  add("Speed", "mfu", "MFU", lines((run) => own(run.series, "mfu")), { zero: true, format: percent });
+  add("Speed", "memory", "GPU memory, peak", lines((run) => own(run.series, "memory")), { zero: true, format: bytes });
+  documents.scores.forEach((score, i) => {
+    const list = documents.runs.filter((run) => !hidden.has(run.name) && Object.hasOwn(score.runs, run.name)).map((run) => line(run, { ...score.runs[run.name], mean: null }));
+    add("Scores", `score-${i}`, `${visible(score.task)}: ${visible(score.metric)}`, list, { note: score.higher_is_better === false ? "Lower is better." : score.higher_is_better ? "Higher is better." : "" });
+  });
+  return found;
+}
+
+let structure = "";
+function drawCharts() {
+  const wanted = specs(), key = JSON.stringify(wanted.map((spec) => [spec.group, spec.id])) + shown().map((run) => run.name).join("\n");
+  if (key === structure) {
+    for (const spec of wanted) if (spec.id) drawn.get(spec.id).update(spec);
+    drawRouters(byId("routers"));
+    return;
+  }
+  structure = key;
+  for (const chart of all) chart.chart.destroy();
+  all.clear();
+  drawn.clear();
+  const host = byId("charts");
+  host.replaceChildren();
+  byId("scores").replaceChildren();
+  let section = null, group = null;
+  for (const spec of wanted) {
+    if (spec.group === "Routers") {
+      const routers = make("section", { id: "routers" });
+      host.append(routers);
+      drawRouters(routers);
+      group = null;
+      continue;
+    }
+    if (spec.group !== group) {
+      group = spec.group;
+      section = make("div", { class: "charts" });
+      (group === "Scores" ? byId("scores") : host).append(make("section", { "aria-label": group }, make("h2", { text: group }), section));
+    }
+    drawn.set(spec.id, new Chart(section, spec));
+  }
+}
+
+// ---- routers
+
+const MEASURES = {
+  mri: ["mri: largest share of tokens that one expert gets", percent],
+  entropy: ["entropy of the load: 1 is balanced, 0 is one expert", number],
+  dead_experts: ["dead experts", number],
+};
+
+function drawRouters(host) {
+  const runs = shown().filter((run) => run.routers.x && run.routers.x.length);
+  if (!runs.length) { host.replaceChildren(); return; }
+  const run = runs.find((one) => one.name === picked.run) || runs[0], routers = run.routers;
+  picked.layer = Math.min(picked.layer, routers.layers.length - 1);
+  const values = routers[picked.measure], E = routers.num_experts;
+  const balanced = E ? routers.top_k / E : 0;
+  const limits = { mri: [balanced, 1], entropy: [0, 1], dead_experts: [0, E || Math.max(1, ...values.flat())] }[picked.measure];
+  const words = { mri: [E ? `${percent(balanced)}, balanced` : "0 %", "100 %"], entropy: ["0", "1, balanced"], dead_experts: ["0", String(limits[1])] }[picked.measure];
+  const spec = {
+    id: "routers-heat", title: `Routers of ${visible(run.name)}: layer × step`, rowName: "layer",
+    note: `${MEASURES[picked.measure][0]}. Each column shows the worst step of those that it stands for. Click a layer, or choose it with Enter, for the load of its experts.`,
+    rows: routers.layers, x: routers.x, values, format: MEASURES[picked.measure][1], low: limits[0], high: limits[1], lowName: words[0], highName: words[1],
+    picked: picked.layer, pick: (layer) => { picked.layer = layer; drawRouters(host); },
+  };
+  const load = loadSpec(run, routers.layers[picked.layer]);
+  if (!drawn.has("routers-heat")) {
+    const which = make("select", { "aria-label": "Run whose routers are shown", onchange: (event) => { picked.run = event.target.value; drawRouters(host); } });
+    const measure = make("select", { "aria-label": "Measure of the routers", onchange: (event) => { picked.measure = event.target.value; drawRouters(host); } },
+      ...Object.keys(MEASURES).map((name) => make("option", { value: name, text: name.replace("_", " ") })));
+    measure.value = picked.measure;
+    const grid = make("div", { class: "charts" });
+    host.replaceChildren(make("h2", { text: "Routers" }), grid);
+    drawn.set("routers-heat", new Heat(grid, spec, which, measure));
+    drawn.set("routers-which", which);
+    drawn.set("routers-load", load ? new Heat(grid, load) : null);
+    if (!load) grid.append(make("p", { class: "note wide", text: "The rows of this run hold no loads of single experts: an earlier version of moetool wrote them." }));
+  } else {
+    drawn.get("routers-heat").update(spec);
+    if (load && drawn.get("routers-load")) drawn.get("routers-load").update(load);
+  }
+  const which = drawn.get("routers-which");
+  which.replaceChildren(...runs.map((one) => make("option", { value: one.name, text: visible(one.name) })));
+  which.value = run.name;
+  which.hidden = runs.length < 2;
+}
+
+function loadSpec(run, layer) {
+  const steps = own(run.load.layers, layer);
+  if (!steps) return null;
+  const E = steps[0].length, values = Array.from({ length: E }, (_, e) => steps.map((load) => load[e]));
+  return {
+    id: "routers-load", title: `Load of the experts of layer ${visible(layer)}, ${visible(run.name)}`, rowName: "expert", rows: Array.from({ length: E }, (_, e) => String(e)),
+    note: `Share of the layer's routes; balance is ${percent(1 / E)}.`, x: run.load.x, values, format: percent,
+    low: 0, high: Math.min(1, 3 / E), lowName: "0 %", highName: `${percent(Math.min(1, 3 / E))} or more`, picked: null, pick: null,
+  };
+}
+
+// ---- sources, options, lineage
+
+function table(head, rows, kind = "") {
+  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": head.join(", ") }, make("table", { class: kind },
+    make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { scope: "col", text })))),
+    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((text) => make("td", { text: visible(text) })))))));
+}
+const plain = (value) => (Array.isArray(value) ? value.map(plain).join(", ") : value && typeof value === "object" ? Object.entries(value).map(([k, v]) => `${k}=${plain(v)}`).join(" ") : String(value));
+
+const about = (run, ...parts) => make("article", { class: "card run", "aria-label": `About ${visible(run.name)}` }, make("h3", { text: visible(run.name) }), ...parts);
+
+function drawSources() {
+  const known = shown().filter((run) => Object.keys(run.sources).length);
+  byId("sources").replaceChildren(...(known.length ? [make("h2", { text: "Sources" })] : []), ...known.map((run) => about(run,
+    table(["source", "kind", "tokens", "epochs"], Object.entries(run.sources).map(([name, s]) => [name, s.replay ? "replay" : "new text", number(s.tokens), s.epochs.toFixed(3)])))));
+}
+
+function drawMore() {
+  const open = new Set([...document.querySelectorAll("#more details[open]")].map((one) => one.id));
+  byId("more").replaceChildren(make("h2", { text: "Command and lineage" }), ...shown().map((run, i) => about(run,
+    run.command ? make("pre", { text: visible(run.command) }) : null,
+    make("p", { class: "note", text: visible(run.path) }),
+    Object.keys(run.dead_now).length ? make("p", { class: "note", text: `Dead in the last step: ${Object.entries(run.dead_now).map(([layer, dead]) => `layer ${visible(layer)}: ${dead.join(", ")}`).join("; ")}` }) : null,
+    make("details", { id: `options-${i}` }, make("summary", { text: "Options" }), table(["option", "value"], Object.entries(run.options).map(([name, value]) => [name, plain(value)]), "options")),
+    run.lineage.length ? make("details", { id: `lineage-${i}` }, make("summary", { text: `Lineage: ${run.lineage.map((entry) => visible(entry.command)).join(" → ")}` }),
+      table(["command", "source", "options", "moetool"], run.lineage.map((e) => [e.command, e.source, plain(e.values), e.moetool]), "options")) : null)));
+  for (const id of open) if (byId(id)) byId(id).open = true;
+}
+
+// ---- all of it
+
+function drawAll() { drawRuns(); drawVerdict(); drawCharts(); drawSources(); drawMore(); }
+function redraw() { for (const one of drawn.values()) if (one && one.draw) one.draw(); drawRuns(); }
+
+byId("smoothing").addEventListener("input", (event) => {
+  view.smoothing = +event.target.value;
+  byId("smoothed").textContent = view.smoothing ? view.smoothing.toFixed(2) : "off";
+  for (const chart of all) chart.draw();
+});
+byId("change").addEventListener("click", () => { picked.change = !picked.change; byId("change").setAttribute("aria-pressed", picked.change); drawCharts(); });
+byId("reset").addEventListener("click", () => showRange(null, null));
+let width = innerWidth;
+addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; redraw(); } });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+addEventListener("beforeprint", () => { document.documentElement.classList.add("print"); redraw(); });
+addEventListener("afterprint", () => { document.documentElement.classList.remove("print"); redraw(); });
+
+const when = () => new Date(documents.made * 1000).toLocaleString();
+byId("foot").textContent = `Made by moetool ${documents.moetool} from the runs' own files.`;
+drawAll();
+
+async function poll() {
+  const began = performance.now();
+  try {
+    const answer = await fetch(`runs.json?have=${documents.version}`, { cache: "no-store" });
+    if (answer.status === 200) { documents = await answer.json(); drawAll(); }
+    else if (answer.status !== 204) throw new Error(answer.status);
+    byId("live").textContent = `Live; numbers of ${when()}.`;
+  } catch {
+    byId("live").textContent = `moetool watch does not answer; numbers of ${when()}. Trying again.`;
+  }
+  setTimeout(poll, Math.max(documents.every, 10 * (performance.now() - began)));
+}
+if (documents.every) { byId("live").textContent = `Live; numbers of ${when()}.`; setTimeout(poll, documents.every); }
+else byId("live").textContent = `Numbers of ${when()}.`;
