@@ -1,0 +1,276 @@
+"""The page of `moetool watch` in a real browser, on runs whose numbers are known."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetool.watch.open import open_runs
+from moetool.watch.page import collect, render
+from moetool.watch.server import Watcher, serve
+from tests.watched import HOSTILE, row, save_run
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="no Playwright: pip install playwright, and apt-get install chromium"
+)
+if CHROMIUM is None:
+    pytest.skip("no Chromium: apt-get install chromium", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Seen:
+    """A page and what happened on it."""
+
+    def __init__(self, browser: Any, address: str, **context: Any) -> None:
+        self.context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | context))
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        self.page.on("dialog", lambda dialog: self.errors.append(f"dialog {dialog.message}"))
+        self.page.goto(address)
+
+    def chart(self, name: str) -> Any:
+        return self.page.locator(f"#{name}")
+
+    def csv(self, name: str) -> list[list[str]]:
+        with self.page.expect_download() as download:
+            self.chart(name).get_by_role("button", name="CSV").click()
+        return list(csv.reader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"))))
+
+    def fine(self) -> None:
+        assert self.errors == []
+        self.context.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs and their page, as one file."""
+    root = tmp_path_factory.mktemp("watched")
+    save_run(root / "one", steps=60)
+    save_run(root / "two", steps=40, domain=HOSTILE)
+    runs = open_runs([root / "one", root / "two"])
+    for run in runs:
+        run.refresh()
+    (root / "page.html").write_text(render(collect(runs)), encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def seen(browser: Any, folder: Path) -> Iterator[Seen]:
+    opened = Seen(browser, f"file://{folder}/page.html")
+    yield opened
+    opened.fine()
+
+
+def test_the_numbers_are_those_of_the_files_and_nothing_is_asked_for(seen: Seen, folder: Path) -> None:
+    expected = [["one", str(step), row(step)["loss"]] for step in range(1, 61)]
+    expected += [["two", str(step), row(step)["loss"]] for step in range(1, 41)]
+    header, *cells = seen.csv("loss")
+    assert header == ["run", "step", "value"]
+    assert [[run, step, float(value)] for run, step, value in cells] == expected
+    assert f"one {row(60)['loss']:.5g} at 60" in seen.chart("loss").locator("output").inner_text()
+    heat = seen.csv("routers-heat")
+    assert [float(cell) for cell in heat[2][1:]] == pytest.approx([row(s)["mri"][1] for s in range(1, 61)], abs=1e-5)
+    assert heat[2][0] == "2"
+    assert "150000" in seen.page.locator("#sources").inner_text()
+    blobs = [url for url in seen.requests if not url.startswith(("blob:", "data:"))]
+    assert blobs == [f"file://{folder}/page.html"]
+
+
+def test_names_from_outside_are_shown_and_not_run(seen: Seen) -> None:
+    shown = HOSTILE.replace("\u202e", "\\u202e").replace("\x1b", "\\u001b")
+    assert shown in seen.page.locator("#verdict").inner_text()
+    assert seen.page.get_by_role("heading", name=f"Validation loss: {shown}").count() == 1
+    assert seen.page.locator("img").count() == 0
+    assert seen.page.locator("script").count() == 5
+    assert not seen.page.evaluate("/[\\u202e\\u001b]/.test(document.body.innerText)")
+
+
+def test_values_are_read_by_keyboard_and_mouse(seen: Seen) -> None:
+    plot, values = seen.chart("loss").locator(".plot"), seen.chart("loss").locator("output")
+    plot.focus()
+    seen.page.keyboard.press("ArrowRight")
+    assert f"step 1 one {row(1)['loss']:.5g}" in " ".join(values.inner_text().split())
+    seen.page.keyboard.press("ArrowRight")
+    assert f"step 2 one {row(2)['loss']:.5g}" in " ".join(values.inner_text().split())
+    assert "step 2" in plot.get_attribute("aria-label")
+    over = seen.chart("grad_norm").locator(".u-over")
+    over.scroll_into_view_if_needed()
+    box = over.bounding_box()
+    over.hover(position={"x": box["width"] - 1, "y": 30})
+    read = " ".join(seen.chart("grad_norm").locator("output").inner_text().split())
+    assert f"step 60 one {row(60)['grad_norm']:.5g}" in read
+
+
+def scale(seen: Seen, name: str) -> list[float]:
+    script = "name => { const c = drawn.get(name).chart.scales.x; return [c.min, c.max]; }"
+    return seen.page.evaluate(script, name)  # type: ignore[no-any-return]
+
+
+def test_zoom_and_pan_are_shared_by_all_charts(seen: Seen) -> None:
+    seen.page.locator("#loss .plot").focus()
+    assert scale(seen, "loss") == [1, 60]
+    seen.page.keyboard.press("+")
+    low, high = scale(seen, "loss")
+    assert high - low == pytest.approx(30, abs=1)
+    assert scale(seen, "grad_norm") == [low, high]
+    seen.page.keyboard.press("Shift+ArrowRight")
+    assert scale(seen, "lr")[0] > low
+    seen.page.keyboard.press("0")
+    assert scale(seen, "loss") == [1, 60]
+    over = seen.chart("loss").locator(".u-over")
+    over.scroll_into_view_if_needed()
+    box = over.bounding_box()
+    seen.page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 40)
+    seen.page.mouse.down()
+    seen.page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 60, steps=3)
+    seen.page.mouse.up()
+    low, high = scale(seen, "grad_norm")
+    assert 12 < low < 19
+    assert 42 < high < 49
+    seen.page.get_by_role("button", name="Show all steps").click()
+    assert scale(seen, "grad_norm") == [1, 60]
+
+
+def test_log_scale_smoothing_and_runs_switch_on_and_off(seen: Seen) -> None:
+    button = seen.page.get_by_role("button", name="Logarithmic scale: Training loss")
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    assert seen.page.evaluate("drawn.get('loss').chart.scales.y.distr") == 3
+    seen.page.get_by_label("Smoothing").fill("0.5")
+    losses = [row(step)["loss"] for step in range(1, 61)]
+    last = norm = 0.0
+    for loss in losses:
+        last, norm = last / 2 + loss / 2, norm / 2 + 0.5
+    assert f"(smoothed {last / norm:.5g})" in seen.chart("loss").locator("output").inner_text()
+    seen.page.get_by_role("button", name="Show one").click()
+    assert "one" not in seen.chart("loss").locator("output").inner_text()
+    assert {cells[0] for cells in seen.csv("loss")[1:]} == {"two"}
+    seen.page.get_by_role("button", name="Show one").click()
+    seen.page.get_by_role("button", name="Validation as change").click()
+    first = seen.csv("val-0")[1]
+    assert first == ["one", "0", "0"]
+
+
+def test_a_layer_is_chosen_by_mouse_and_keyboard(seen: Seen) -> None:
+    canvas, load = seen.chart("routers-heat").locator("canvas").first, seen.chart("routers-load")
+    assert "layer 1, one" in load.locator("h3").inner_text()
+    canvas.scroll_into_view_if_needed()
+    canvas.click(position={"x": 300, "y": 4 + 22 * 2 + 10})
+    assert "layer 3, one" in load.locator("h3").inner_text()
+    heat = seen.csv("routers-load")
+    assert [float(cells[-1]) for cells in heat[1:]] == row(60)["load"]["3"]
+    canvas.focus()
+    seen.page.mouse.move(5, 5)
+    seen.page.keyboard.press("ArrowRight")
+    seen.page.keyboard.press("ArrowDown")
+    read = seen.chart("routers-heat").locator("output").inner_text()
+    assert read == f"layer 2, step 60: {100 * row(60)['mri'][1]:.1f} %"
+    seen.page.keyboard.press("Enter")
+    assert "layer 2, one" in load.locator("h3").inner_text()
+    seen.page.get_by_label("Measure of the routers").select_option("dead_experts")
+    assert "dead experts" in seen.chart("routers-heat").locator(".note").inner_text()
+
+
+def test_pictures_are_saved(seen: Seen) -> None:
+    for name in ("loss", "routers-heat"):
+        with seen.page.expect_download() as download:
+            seen.chart(name).get_by_role("button", name="PNG").click()
+        data = Path(download.value.path()).read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert min(struct.unpack(">II", data[16:24])) > 100
+
+
+def test_everything_that_is_focused_has_a_name(seen: Seen) -> None:
+    named = seen.page.evaluate(
+        """() => [...document.querySelectorAll("button, select, input, summary, [tabindex]")]
+        .map((e) => [e.outerHTML.slice(0, 80), e.getAttribute("aria-label") || e.innerText || (e.labels && e.labels[0].innerText)])
+        .filter(([, name]) => !name || !name.trim())"""  # noqa: E501
+    )
+    assert named == []
+    assert seen.page.get_by_role("progressbar", name="Progress of one").count() == 1
+    assert seen.page.get_by_role("region").count() >= 3
+    reached = set()
+    for _ in range(60):
+        seen.page.keyboard.press("Tab")
+        reached.add(seen.page.evaluate("document.activeElement.closest('figure')?.id || document.activeElement.id"))
+    assert {"smoothing", "loss", "lr", "routers-heat"} <= reached
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_it_fits_and_reads_in_both_schemes(browser: Any, folder: Path, scheme: str, width: int) -> None:
+    size = {"width": width, "height": 900}
+    seen = Seen(browser, f"file://{folder}/page.html", viewport=size, color_scheme=scheme)
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
+    # Of every text the contrast with what lies behind it: WCAG 2.2, 1.4.3.
+    poor = seen.page.evaluate(
+        """() => {
+          const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map((v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+          const behind = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$/.test(c)) return c; } };
+          return [...document.querySelectorAll("body *")].filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) && e.offsetParent)
+            .map((e) => { const [a, b] = [light(getComputedStyle(e).color), light(behind(e))]; return [e.outerHTML.slice(0, 60), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)]; })
+            .filter(([, contrast]) => contrast < 4.5);
+        }"""  # noqa: E501
+    )
+    assert poor == []
+    drawn = seen.page.evaluate("drawn.get('loss').chart.ctx.getImageData(0, 0, 400, 200).data.some((v) => v > 0)")
+    assert drawn
+    seen.fine()
+
+
+def test_it_prints_light_without_its_controls(browser: Any, folder: Path) -> None:
+    seen = Seen(browser, f"file://{folder}/page.html", color_scheme="dark")
+    dark = seen.page.evaluate("color('--card')")
+    seen.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert seen.page.evaluate("color('--card')") == "#ffffff" != dark
+    seen.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert seen.page.evaluate("color('--card')") == dark
+    seen.page.emulate_media(media="print")
+    assert not seen.page.get_by_label("Smoothing").is_visible()
+    assert seen.page.locator("#verdict").is_visible()
+    assert seen.page.pdf().startswith(b"%PDF")
+    seen.fine()
+
+
+def test_it_lives_while_the_run_goes_on(browser: Any, tmp_path: Path) -> None:
+    save_run(tmp_path / "run", steps=5)
+    addresses: list[str] = []
+    watcher = Watcher(open_runs([tmp_path / "run"]))
+    threading.Thread(target=serve, args=(watcher, None, addresses.append), daemon=True).start()
+    while not addresses:
+        time.sleep(0.02)
+    seen = Seen(browser, addresses[0])
+    seen.page.locator("#loss output", has_text="at 5").wait_for()
+    seen.page.get_by_role("button", name="Logarithmic scale: Training loss").click()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row(6)) + "\n")
+    seen.page.locator("#loss output", has_text=f"{row(6)['loss']:.5g} at 6").wait_for()
+    pressed = seen.page.get_by_role("button", name="Logarithmic scale: Training loss").get_attribute("aria-pressed")
+    assert pressed == "true"  # what was set stays
+    assert {url.rpartition("?")[0] or url for url in seen.requests if not url.startswith("data:")} <= {
+        addresses[0], f"{addresses[0]}runs.json"
+    }  # fmt: skip
+    seen.fine()

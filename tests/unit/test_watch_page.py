@@ -1,0 +1,102 @@
+"""The page's colours, and that it is whole: one file of bounded size."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetool.watch import page
+from moetool.watch.page import collect, render
+from moetool.watch.run import WatchedRun
+
+TEMPLATES = Path(page.__file__).parent / "templates"
+# Machado, Oliveira and Fernandes 2009, table 1, severity 1.0, for linear RGB.
+BLINDNESS = {
+    "none": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+}
+
+
+def linear(color: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple(v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in color))
+
+
+def lab(rgb: tuple[float, ...]) -> tuple[float, float, float]:
+    """CIELAB of linear sRGB, D65."""
+    r, g, b = (min(1.0, max(0.0, v)) for v in rgb)
+    xyz = (
+        (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.9505,
+        0.2126 * r + 0.7152 * g + 0.0722 * b,
+        (0.0193 * r + 0.1192 * g + 0.9505 * b) / 1.089,
+    )
+    x, y, z = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in xyz)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+def seen_as(color: tuple[int, ...], matrix: Any) -> tuple[float, float, float]:
+    return lab(tuple(sum(m * v for m, v in zip(line, linear(color), strict=True)) for line in matrix))
+
+
+def palettes() -> list[list[tuple[int, ...]]]:
+    found = re.findall(r"--s\d: #(\w{6})", (TEMPLATES / "style.css").read_text())
+    colors = [tuple(int(text[i : i + 2], 16) for i in (0, 2, 4)) for text in found]
+    return [colors[:8], colors[8:]]
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_lines_differ_for_colour_blind_people(kind: str) -> None:
+    matrix = BLINDNESS[kind]
+    for colors in palettes():
+        assert len(colors) == 8
+        seen = [seen_as(color, matrix) for color in colors]
+        for one, other in itertools.combinations(seen, 2):
+            assert sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5 > 20
+
+
+def test_lines_differ_in_more_than_colour() -> None:
+    dashes = re.search(r"DASHES = (\[.*?\]);", (TEMPLATES / "charts.js").read_text())
+    assert dashes
+    patterns = json.loads(dashes[1])
+    assert len(patterns) == 8
+    assert len({tuple(pattern) for pattern in patterns}) == 8
+
+
+def test_the_heatmap_grows_lighter_evenly() -> None:
+    stops = re.search(r"VIRIDIS = (\[.*?\]\]);", (TEMPLATES / "heat.js").read_text())
+    assert stops
+    for matrix in BLINDNESS.values():
+        lights = [seen_as(tuple(color), matrix)[0] for color in json.loads(stops[1])]
+        assert all(high - low > 3 for low, high in itertools.pairwise(lights))
+
+
+def test_the_library_is_whole_with_its_licence() -> None:
+    assert "MIT License" in (TEMPLATES / "uplot" / "LICENSE").read_text()
+    assert "v1.6.32" in (TEMPLATES / "uplot" / "uPlot.iife.min.js").read_text()[:80]
+    assert "</script" not in "".join(path.read_text() for path in TEMPLATES.rglob("*.js"))
+
+
+def test_a_page_of_many_large_runs_stays_below_its_limit(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    run = WatchedRun(tmp_path, "run")
+    load = {str(layer): [round(draw.random() / 64, 5) for _ in range(128)] for layer in range(60)}
+    for step in range(1, 3001):
+        values = {name: draw.random() for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory")}
+        row: dict[str, Any] = {"step": step, **values, "balance": {name: draw.random() for name in ("aux", "z-loss")}}
+        if step % 10 == 0:
+            row |= {"mri": [draw.random() for _ in range(60)], "entropy": [draw.random() for _ in range(60)]}
+            row |= {"dead_experts": [[] for _ in range(60)]} | ({"load": load} if step % 100 == 0 else {})
+        run.rows.add(json.dumps(row).encode())
+    runs = []
+    for number in range(8):
+        runs.append(WatchedRun(tmp_path, f"run {number}"))
+        runs[-1].rows = run.rows
+    assert len(render(collect(runs))) < 10_000_000
+    assert len(render(collect(runs[:1]))) < 10_000_000
