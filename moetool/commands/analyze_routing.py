@@ -90,6 +90,8 @@ def analyze_routing(
     """
     checks = [parse_check(text) for text in asked.fail_if]
     check_asked_for(checks, bool(asked.compare), settings.unit_use)
+    if settings.show_text and asked.counts is not None:
+        raise typer.BadParameter("--show-text has no effect with --counts, which holds no text")
     out = asked.out or Path()  # `check` has made sure that there is one
 
     from moetool.checkpoint.folder import FolderLock

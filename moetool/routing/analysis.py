@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from moetool.routing.origin import Origin, first_entry, read_origin
 from moetool.routing.report import build_report
 from moetool.routing.settings import Settings
 from moetool.routing.shape import outline, probe
+from moetool.routing.shown_text import ShownText
 from moetool.routing.stats import RoutingStats
 from moetool.routing.text_pass import Observer, Tokens, measure, window
 from moetool.routing.unit_use import UnitUse
@@ -84,6 +86,11 @@ def analyze(
     observers: list[Observer] = [
         observer for observer in (tokens and tokens.observe, routes and routes.write, use and use.observe) if observer
     ]
+    shown = None
+    if settings.show_text:
+        outlines = [empty, *([_outline(compare[1], empty)] if compare else [])]
+        shown = ShownText(texts, settings.max_tokens, outlines, alignment)
+        observers.append(partial(shown.observe, 0))
     stats = measure(loaded, capture, texts, **limits, observers=observers, progress=progress)
     del loaded, capture  # its memory is the next model's
     _free()
@@ -99,6 +106,7 @@ def analyze(
             routes.compare,
             *([tokens_after.observe] if tokens_after else []),
             *([use_after.observe] if use_after else []),
+            *([partial(shown.observe, 1)] if shown else []),
         ]
         after = measure(loaded, capture, texts, **limits, observers=observers, progress=_named(progress, compare[0]))
         del loaded, capture
@@ -118,6 +126,7 @@ def analyze(
         vocabulary_specialization=specialization,
         comparison=comparison,
         upcycling=build_upcycling(origin, model[1], use, progress),
+        text=shown.report(load_tokenizer(model[1])) if shown else None,
     )
 
 
@@ -148,6 +157,12 @@ def _check_models(models: list[tuple[str, Path]], settings: Settings) -> Alignme
     if longest[-1] < longest[0]:
         raise ConfigError(f"--seq-len {longest[0]}: {name} has only {longest[-1]} positions; give at most that")
     return alignment
+
+
+def _outline(folder: Path, like: RoutingStats) -> RoutingStats:
+    """The shape of a second model before it is loaded; where its routers do not tell, it is the first's."""
+    empty_model = skeleton(folder)
+    return outline(empty_model, RouterCapture(empty_model)) or like
 
 
 def _comparable(shape: dict[str, Any], alignment: Alignment | None) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def render(report: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {}  # keys in their order
     environment.filters |= {"visible": visible, "percent": percent, "number": number, "heat": heat}
     environment.globals |= {"line_chart": line_chart, "bars": bars, "column": column, "drift_series": drift_series}
     environment.globals |= {"upcycling_tiles": tiles, "similarity_series": similarity_series, "use_series": use_series}
@@ -58,6 +59,10 @@ def render(report: dict[str, Any]) -> str:
         bar_height=_largest_load(report),
         label_every=1 if report["num_experts"] <= 24 else report["num_experts"] // 8,
         coactivation_json=Markup(safe_json(matrices)),
+        text_json=Markup(safe_json(_visible_text(report.get("text")))),
+        shown_tokens=max(
+            (len(one["tokens"]) for one in report.get("text", {"domains": {}})["domains"].values()), default=0
+        ),
         token_layers=_token_layers(report),
     )
 
@@ -74,6 +79,17 @@ def _visible_character(character: str) -> str:
     if unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp"):
         return f"\\u{ord(character):04x}"
     return character
+
+
+def _visible_text(text: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The report's `text` as the page shows it."""
+    if text is None:
+        return None
+    domains = {
+        visible(name): {**domain, "tokens": [visible(token) for token in domain["tokens"]]}
+        for name, domain in text["domains"].items()
+    }
+    return {**text, "domains": domains}
 
 
 def percent(value: float | None) -> str:

@@ -42,6 +42,7 @@ def build_report(
     vocabulary_specialization: dict[str, Any] | None = None,
     comparison: dict[str, Any] | None = None,
     upcycling: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that was measured, as one JSON document (described in docs/analyze-routing.md).
 
@@ -51,6 +52,7 @@ def build_report(
         vocabulary_specialization: from `vocabulary.TokenCounts.report`.
         comparison: from `comparison.build_comparison`.
         upcycling: from `upcycling.build_upcycling`.
+        text: from `shown_text.ShownText.report`; `text` is absent without it.
     """
     first = next(iter(stats.values()))
     together = {name: coactivation(sums) for name, sums in stats.items() if sums.has_pairs}
@@ -67,7 +69,7 @@ def build_report(
         "comparison": comparison,
         "upcycling": upcycling,
     }
-    return report | {"verdict": verdict(report)}
+    return report | ({"text": text} if text else {}) | {"verdict": verdict(report)}
 
 
 def _divergence(stats: Mapping[str, RoutingStats]) -> list[dict[str, Any]]:

@@ -46,6 +46,10 @@ class Settings:
         "In a model upcycled by moetool, measure how much the redrawn units contribute, on 8192 tokens per domain.",
         True, panel=COMPARE,
     )  # fmt: skip
+    show_text: bool = option(
+        "Show the first 2000 tokens of each text on the page, coloured by the expert that takes them.",
+        False, flag="--show-text", panel=COMPARE,
+    )  # fmt: skip
     seq_len: int | None = option(
         "Tokens per window.", None, panel=RUN, shown="2048, or the model's maximum if that is less", min=1
     )

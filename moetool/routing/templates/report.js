@@ -17,13 +17,21 @@
   }
 
   function show(event) {
-    const cell = event.target.closest && event.target.closest("[data-v], [data-tip]");
+    tell(event.target.closest && event.target.closest("[data-v], [data-tip]"), event.clientX, event.clientY);
+  }
+
+  window.showTip = (cell) => {
+    const box = cell.getBoundingClientRect();
+    tell(cell, box.right - 10, box.bottom);
+  };
+
+  function tell(cell, left, top) {
     const text = cell ? describe(cell) : "";
     tip.classList.toggle("on", Boolean(text));
     if (!text) return;
     tip.textContent = text;
-    const x = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8);
-    const y = event.clientY > innerHeight - 60 ? event.clientY - 40 : event.clientY + 18;
+    const x = Math.min(left + 14, innerWidth - tip.offsetWidth - 8);
+    const y = top > innerHeight - 60 ? top - 40 - tip.offsetHeight / 2 : top + 18;
     tip.style.left = Math.max(8, x) + "px";
     tip.style.top = y + "px";
   }
@@ -66,6 +74,7 @@
     return box;
   }
 
+  window.together = () => data[+domain.value][layer.value];
   for (const select of [domain, layer]) select.addEventListener("change", draw);
   draw();
 })();
