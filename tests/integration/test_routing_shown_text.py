@@ -218,7 +218,8 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         assert table.locator("th", has_text="entropy").get_attribute("aria-sort") == "descending"
         unnamed = page.evaluate(
             "[...document.querySelectorAll('button, select, [tabindex]')].filter((e) => !(e.getAttribute('aria-label')"
-            " || e.textContent || (e.labels && e.labels[0].innerText) || '').trim()).map((e) => e.outerHTML.slice(0, 90))"
+            " || e.textContent || (e.labels && e.labels[0].innerText) || '').trim())"
+            ".map((e) => e.outerHTML.slice(0, 90))"
         )
         assert unnamed == []
         browser.close()
