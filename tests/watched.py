@@ -27,6 +27,7 @@ def row(step: int, domain: str = "code") -> dict[str, Any]:
         "grad_norm": 0.5 + draw.random() / 50,
         "balance": {"aux": 1 + draw.random() / 10},
         "num_tokens": step * 4096,
+        "sources": {"code": step * 2500},
         "mri": [max(load) * TOP_K for load in loads],
         "entropy": entropy,
         "dead_experts": [[], [step % EXPERTS], []],

@@ -92,7 +92,7 @@ def track(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
         elif key == "routing":
             for name, measures in value.items():
                 values |= {f"{measure}/{name}": worst[measure](layers) for measure, layers in measures.items()}
-        elif key not in ("step", "load"):
+        elif key not in ("step", "load", "sources"):
             values[f"train/{key}"] = worst[key](value) if key in worst else value
     accelerator.log(values, step=row["step"])
 

@@ -128,7 +128,7 @@ class Run:
         """
         config = self.plan.config
         log = self._metrics()
-        signs = Signs(log.rows() if log and self.step else (), not config.freeze_router)
+        signs = Signs(log.rows() if log and self.step else (), not config.frozen_routers)
 
         def tell() -> None:
             progress("train", self.step, config.max_steps, "stopping after this step; a second signal stops at once")
@@ -227,6 +227,8 @@ class Run:
             row["teacher"] = float(sums.taught[0] / sums.taught[1])
         row["balance"] = {name: float(value) / num_micro for name, value in sums.terms.items()}
         row["num_tokens"] = self.step * step_tokens
+        ledger = plan.mixture.ledger(self.step * config.global_batch_size)
+        row["sources"] = {name: entry["tokens"] for name, entry in ledger.items()}
         if self.capture is not None:
             row |= {name.replace("-", "_"): state.tolist() for name, state in balance.state(self.strategies).items()}
             for strategy in self.strategies.values():

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
 
-SCALARS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory", "num_tokens")
+SCALARS = ("loss", "lr", "grad_norm", "teacher", "tokens_per_second", "mfu", "memory", "num_tokens")
 MEASURES = ("mri", "entropy", "dead_experts")  # of each layer; of the last, how many
 MAX_LAYERS = 10_000  # in a row; more is no run
 
@@ -28,6 +28,7 @@ class Rows:
         num_layers: L; 0 until a row has routers.
         dead: of the last training row, the dead experts of each layer.
         loads: (step, layer -> share of each expert) of the rows that have it.
+        sources: of the last training row, the tokens that each source has given.
         val: domain -> (steps, losses).
         val_mri: domain -> (steps, mri of each layer).
         skipped: lines that were no rows.
@@ -41,6 +42,7 @@ class Rows:
         self.num_layers = 0
         self.dead: list[list[int]] = []
         self.loads: list[tuple[int, dict[str, list[float]]]] = []
+        self.sources: dict[str, float] = {}
         self.val: dict[str, tuple[list[int], list[float]]] = {}
         self.val_mri: dict[str, tuple[list[int], list[list[float]]]] = {}
         self.skipped = 0
@@ -64,6 +66,7 @@ class Rows:
     def _train(self, step: int, row: Mapping[str, Any]) -> None:
         values = {name: _number(row[name]) for name in SCALARS if name in row}
         terms = {str(name): _number(value) for name, value in row.get("balance", {}).items()}
+        sources = {str(name): _number(tokens) for name, tokens in row.get("sources", {}).items()}
         measured = self._measured(row)
         if self.steps and step <= self.steps[-1]:
             self._back_to(step)
@@ -84,6 +87,7 @@ class Rows:
             self.dead = [[int(e) for e in layer] for layer in row["dead_experts"]]
             if load := _load(row.get("load"), self.num_layers):
                 self.loads.append((step, load))
+        self.sources = sources
         self.steps.append(step)
 
     def _measured(self, row: Mapping[str, Any]) -> dict[str, list[float]]:

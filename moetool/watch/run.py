@@ -138,7 +138,7 @@ class WatchedRun:
             "phases": _phases(options, total),
             "routers": _routers(rows, layers, shape, share),
             "load": _loads(rows, share),
-            "sources": _sources(facts, step, total),
+            "sources": _sources(facts, rows.sources, step, total),
             "options": {name: value for name, value in options.items() if value not in (None, {}, [], "")},
             "command": facts["command"],
             "lineage": facts["lineage"],
@@ -246,19 +246,26 @@ def _phases(options: Mapping[str, Any], total: int | None) -> list[dict[str, Any
     return [{"name": n, "from": begin, "to": end} for n, begin, end in phases(options["schedule"], total, options)]
 
 
-def _sources(facts: Mapping[str, Any], step: int, total: int | None) -> dict[str, Any]:
-    """Where each source stands: exact to a sequence, because each batch has the same shares."""
+def _sources(facts: Mapping[str, Any], told: Mapping[str, float], step: int, total: int | None) -> dict[str, Any]:
+    """Where each source stands.
+
+    Args:
+        facts: see `read_facts`.
+        told: tokens that each source has given, of the last row. Rows of an earlier version do not tell: each source
+            is then taken to give the same share of every batch.
+        step: of that row.
+        total: steps of the run.
+    """
     named = facts["sources"]
     if not fits(named, _SOURCES):
         return {}
     at = facts["sources_step"] or total
-    done = step / at if at else 0
-    replay = facts["options"].get("replay")
-    return {
-        name: {
-            "tokens": round(entry["tokens"] * done),
-            "epochs": entry["epochs"] * done,
+    replay, found = facts["options"].get("replay"), {}
+    for name, entry in named.items():
+        tokens = told.get(name, entry["tokens"] * step / at if at else 0)
+        found[name] = {
+            "tokens": round(tokens),
+            "epochs": entry["epochs"] * tokens / entry["tokens"] if entry["tokens"] else None,
             "replay": name in replay if isinstance(replay, (dict, list)) else bool(entry.get("replay")),
         }
-        for name, entry in named.items()
-    }
+    return found

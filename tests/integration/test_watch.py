@@ -55,9 +55,10 @@ def test_the_document_has_the_numbers_of_the_files(tmp_path: Path) -> None:
         {"name": "constant", "from": 10, "to": 160},
         {"name": "decay", "from": 160, "to": 200},
     ]
-    # 60 of 200 steps: three tenths of what the sources will give.
-    assert run["sources"]["code"] == {"tokens": 150_000, "epochs": 0.75, "replay": False}
-    assert run["sources"]["prose"]["replay"]
+    # The run will read 2.5 epochs of code in 200 x 2500 tokens.
+    assert run["sources"]["code"] == {"tokens": 60 * 2500, "epochs": 0.75, "replay": False}
+    # In 60 of 200 steps of a run whose rows do not tell: three tenths of what the source will give.
+    assert run["sources"]["prose"] == {"tokens": 60 * 1596, "epochs": pytest.approx(0.15), "replay": True}
     assert run["status"]["state"] == "running"
     assert run["status"]["seconds_left"] == pytest.approx(140 * 4096 / 10_000)
     assert run["command"] == "moetool cpt models/moe 'runs/a b' --train code=data/code.jsonl --lr 0.001 --no-resume"

@@ -67,6 +67,7 @@ function specs() {
     const note = kinds.has("adaptation") ? "In training: its fall is adaptation." : "Not new text: its rise is forgetting.";
     add("Loss", `val-${i}`, `Validation loss: ${visible(domain)}${picked.change ? ", change from the start" : ""}`, lines((run) => fromStart(own(run.val, domain))), { note });
   });
+  add("Loss", "teacher", "Distance from the teacher", lines((run) => own(run.series, "teacher")), { zero: true, note: "KL divergence of its predictions from the teacher's." });
   add("Learning rate", "lr", "Learning rate", lines((run) => own(run.series, "lr")), { zero: true, phases, note: phases.length ? `Shaded: the schedule's phases${shown().length > 1 ? `, of ${visible(shown()[0].name)}` : ""}.` : "" });
   found.push({ group: "Routers" });
   add("Balance", "dead", "Dead experts", lines((run) => run.dead_experts), { zero: true, note: "All layers together; below 8 % of the balanced load. The highest of each stretch is kept." });
@@ -186,7 +187,7 @@ const about = (run, ...parts) => make("article", { class: "card run", "aria-labe
 function drawSources() {
   const known = shown().filter((run) => Object.keys(run.sources).length);
   byId("sources").replaceChildren(...(known.length ? [make("h2", { text: "Sources" })] : []), ...known.map((run) => about(run,
-    table(["source", "kind", "tokens", "epochs"], Object.entries(run.sources).map(([name, s]) => [name, s.replay ? "replay" : "new text", number(s.tokens), s.epochs.toFixed(3)])))));
+    table(["source", "kind", "tokens", "epochs"], Object.entries(run.sources).map(([name, s]) => [name, s.replay ? "replay" : "new text", number(s.tokens), s.epochs === null ? "–" : s.epochs.toFixed(3)])))));
 }
 
 function drawMore() {
