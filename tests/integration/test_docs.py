@@ -33,6 +33,7 @@ NOT_RUN = {
     "scripts/training/run_recipe.py": "of Megatron-Bridge; the page says that it was not run",
     "automodel examples/": "of NeMo Automodel; the page says that it was not run",
     "./run_train.sh": "of torchtitan; the page says that it was not run",
+    "moetool watch runs/code --open": "serves until it is interrupted; tests/integration/test_watch.py",
     "moetool tokenize 'hf:": "needs a network",
     "python -m tests.benchmarks.faults": "takes an hour, needs root; tests/integration/test_faults.py",
     "pip install '.[fuzz]'": "needs a network",
