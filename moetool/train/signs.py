@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moetool.outside import fits
 from moetool.routing.levels import level
 
 BLOCK = 20  # rows
@@ -28,6 +29,13 @@ def spike_bound(block: Sequence[float], least: float) -> float:
     """
     middle = statistics.median(block)
     return middle + max(NOISE * statistics.median(abs(value - middle) for value in block), least * abs(middle))
+
+
+def shape(load_E: Sequence[float], mri: float) -> tuple[int, int] | None:
+    """Experts and top-k of a layer: its mri is K times the largest load. None where that makes no sense."""
+    most = max(load_E)
+    top_k = mri / most if most > 0 else 0.0
+    return (len(load_E), round(top_k)) if 0.5 < top_k < len(load_E) + 0.5 else None
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,9 @@ class Signs:
             self._shaped(row)
 
     def _shaped(self, row: Mapping[str, Any]) -> None:
-        if load := row.get("load"):
-            self._layers = list(load)
-            first = load[self._layers[0]]
-            self._shape = len(first), max(1, round(row["mri"][0] / max(first)))
+        if fits(row, {"load": {"*": [float]}, "mri": [float]}) and row["load"]:
+            self._layers = list(row["load"])
+            self._shape = shape(row["load"][self._layers[0]], row["mri"][0]) or self._shape
 
     def see(self, row: Mapping[str, Any]) -> list[Sign]:
         """What a training row (see metrics_log.py) adds to the earlier ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -52,9 +53,26 @@ def render(document: dict[str, Any], every: int = 0, version: int = 0) -> str:
         f"default-src 'none'; script-src {' '.join(scripts)}; style-src 'unsafe-inline'; img-src data: blob:;"
         f" connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
-    parts["data"] = safe_json(document | {"every": every, "version": version})
+    parts["data"] = document_json(document, every, version)
     template = (_FOLDER / "page.html").read_text(encoding="utf-8")
     return re.sub(r"@(\w+)@", lambda match: parts[match[1]], template)
+
+
+def document_json(document: dict[str, Any], every: int, version: int) -> str:
+    """The document as the page reads it; sums of absurd rows may be infinite, which JSON does not know."""
+    document = document | {"every": every, "version": version}
+    try:
+        return safe_json(document)
+    except ValueError:
+        return safe_json(_finite(document))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _hash(script: str) -> str:

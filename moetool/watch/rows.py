@@ -131,7 +131,9 @@ def _put(steps: list[int], values: list[Any], step: int, value: Any) -> None:
 def _number(value: Any) -> float:
     if type(value) not in (int, float):
         raise ValueError("not a number")
-    return float(value)
+    if not math.isfinite(number := float(value)):
+        raise ValueError("not finite")
+    return number
 
 
 def _load(value: Any, num_layers: int) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ import numpy as np
 from moetool.checkpoint.step_folder import METRICS
 from moetool.outside import fits
 from moetool.train.schedules import phases
-from moetool.train.signs import BLOCK, SPIKE
+from moetool.train.signs import BLOCK, SPIKE, shape
 from moetool.watch import verdict
 from moetool.watch.facts import read_facts
 from moetool.watch.rows import MEASURES, SCALARS, Rows
@@ -81,7 +81,9 @@ class WatchedRun:
         rows, facts = self.rows, read_facts(self.path)
         options, steps = facts["options"], array_of(rows.steps)
         step = int(steps[-1]) if len(steps) else 0
-        step_tokens = rows.columns["num_tokens"][-1] / step if step and "num_tokens" in rows.columns else 0.0
+        tokens = rows.columns["num_tokens"][-1] if step and "num_tokens" in rows.columns else 0.0
+        tokens = tokens if np.isfinite(tokens) else 0.0
+        step_tokens = tokens / step if step else 0.0
         total = total_steps(options, step_tokens)
         speed = array_of(rows.columns.get("tokens_per_second", ()))
         state = facts["state"] if self._tail.changed or facts["state"] == "gone" else "starting"
@@ -91,7 +93,7 @@ class WatchedRun:
         left = verdict.seconds_left(step, total, step_tokens, speed)
         took = float(np.sum(step_tokens / speed[speed > 0])) if len(speed) else 0.0
         points = max(200, min(2000, POINTS // share))
-        shape = _shape(rows)
+        shaped = _shape(rows)
         layers = list(rows.loads[-1][1]) if rows.loads else [str(i) for i in range(rows.num_layers)]
         whole = {name: (steps, column) for name, column in rows.columns.items()} | self._scanned
         trained = [name for name in facts["train"] if name in rows.val] or facts["train"]
@@ -102,7 +104,7 @@ class WatchedRun:
                 "state": state,
                 "step": step,
                 "steps": total,
-                "tokens": int(rows.columns["num_tokens"][-1]) if step and "num_tokens" in rows.columns else 0,
+                "tokens": int(tokens),
                 "seconds_left": left if state in ("running", "quiet", "stopped") else None,
                 "seconds": took,
                 "seconds_since_row": age,
@@ -115,7 +117,7 @@ class WatchedRun:
                 for answer in (
                     verdict.learning(rows.val, trained, rows.columns.get("loss", ())),
                     verdict.forgetting(rows.val, trained),
-                    _balanced(rows, layers, shape),
+                    _balanced(rows, layers, shaped),
                     verdict.slower(speed),
                     verdict.how_long(state, step, total, left, took),
                 )
@@ -136,7 +138,7 @@ class WatchedRun:
             "dead_experts": thinned(steps, _measure(rows, "dead_experts").sum(axis=1), points),
             "dead_now": {layer: dead for layer, dead in zip(layers, rows.dead, strict=False) if dead},
             "phases": _phases(options, total),
-            "routers": _routers(rows, layers, shape, share),
+            "routers": _routers(rows, layers, shaped, share),
             "load": _loads(rows, share),
             "sources": _sources(facts, rows.sources, step, total),
             "options": {name: value for name, value in options.items() if value not in (None, {}, [], "")},
@@ -184,9 +186,7 @@ def _shape(rows: Rows) -> tuple[int, int] | None:
     step, load = rows.loads[-1]
     first = next(iter(load.values()))
     at = np.flatnonzero(array_of(rows.steps) == step)
-    if not len(at) or max(first) <= 0:
-        return None
-    return len(first), max(1, round(rows.measures["mri"][int(at[0]) * rows.num_layers] / max(first)))
+    return shape(first, rows.measures["mri"][int(at[0]) * rows.num_layers]) if len(at) else None
 
 
 def _balanced(rows: Rows, layers: Sequence[str], shape: tuple[int, int] | None) -> verdict.Answer:

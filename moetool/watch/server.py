@@ -12,8 +12,7 @@ from typing import Any
 
 from moetool import __version__
 from moetool.errors import ConfigError
-from moetool.outside import safe_json
-from moetool.watch.page import collect, render
+from moetool.watch.page import collect, document_json, render
 from moetool.watch.run import WatchedRun
 
 HOST = "127.0.0.1"
@@ -47,7 +46,7 @@ class Watcher:
         began = time.monotonic()
         self.document = collect(self._runs, self._scores())
         self.version += 1
-        self.text = safe_json(self.document | {"every": EVERY, "version": self.version})
+        self.text = document_json(self.document, EVERY, self.version)
         self._made = time.monotonic()
         self._cost = self._made - began
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moetool.watch.page import collect, document_json
 from moetool.watch.rows import Rows
 from moetool.watch.run import WatchedRun, scanned
 from moetool.watch.tail import Tail
@@ -127,6 +128,38 @@ def test_what_is_no_row_is_left_out_whole(line: bytes) -> None:
     assert rows.steps.tolist() == [1, 2]
     assert rows.skipped == 1
     assert {len(column) for column in rows.columns.values()} == {2}
+
+
+absurd = st.sampled_from([0, -1, 1e308, -1e308, 5e-324, 2**60, 0.5, 1])
+layers = st.lists(absurd, min_size=2, max_size=2)
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"loss": absurd},
+            optional={
+                **dict.fromkeys(("lr", "grad_norm", "tokens_per_second", "num_tokens", "mfu"), absurd),
+                **dict.fromkeys(("mri", "entropy"), layers),
+                "dead_experts": st.just([[], [7]]),
+                "load": st.dictionaries(st.sampled_from(["0", "1", "x"]), layers),
+                "balance": st.dictionaries(st.text(max_size=3), absurd, max_size=2),
+                "sources": st.dictionaries(st.sampled_from(["a", "b"]), absurd),
+            },
+        ),
+        max_size=45,
+    ),
+    st.lists(st.dictionaries(st.text(max_size=2), absurd, max_size=2), max_size=4),
+)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_absurd_numbers_make_a_page_too(tmp_path: Path, trained: list[dict[str, Any]], validated: list[Any]) -> None:
+    run = WatchedRun(tmp_path, "run")
+    for step, values in enumerate(trained, 1):
+        run.rows.add(json.dumps({"step": step, **values}).encode())
+    for step, losses in enumerate(validated):
+        run.rows.add(json.dumps({"step": step, "val": losses}).encode())
+    with np.errstate(all="ignore"):
+        json.loads(document_json(collect([run]), 0, 0))
 
 
 def test_short_series_are_whole_and_long_ones_keep_their_extremes() -> None:
