@@ -69,10 +69,8 @@ def routing_row(counts_LE: np.ndarray[Any, np.dtype[np.int64]], num_tokens: int)
 
 def load_row(layers: Sequence[int], counts_LE: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, list[float]]:
     """Layer -> each expert's share of its routes, to five digits."""
-    return {
-        str(layer): [round(count / max(1, sum(counts_E)), 5) for count in counts_E]
-        for layer, counts_E in zip(layers, counts_LE.tolist(), strict=True)
-    }
+    load_LE = np.round(counts_LE / np.maximum(counts_LE.sum(axis=1, keepdims=True), 1), 5)
+    return {str(layer): load_E for layer, load_E in zip(layers, load_LE.tolist(), strict=True)}
 
 
 def summarize(log: MetricsLog, step_tokens: int, train: Collection[str]) -> dict[str, Any]:
