@@ -15,6 +15,7 @@ from rich.table import Table
 from moetool.commands.console import Console, count, escape, size
 from moetool.commands.memory_estimate import estimated
 from moetool.commands.options import Output, write_options
+from moetool.errors import ConfigError
 from moetool.launch import is_first
 from moetool.train.config import TrainConfig
 from moetool.values import parse_size
@@ -82,6 +83,9 @@ def _train(context: typer.Context, console: Console, plan: RunPlan) -> dict[str,
         try:
             with console.progress() as progress:
                 run.train(progress, _telling(console, plan.config.max_steps))
+        except ConfigError:  # the loss is not finite
+            _leave_page(console, out)
+            raise
         except (KeyboardInterrupt, SystemExit):
             _leave_page(console, out)
             saved = saved_steps(out)
@@ -122,13 +126,13 @@ def _leave_page(console: Console, out: Path) -> None:
         return
     from moetool.checkpoint.folder import write_file
     from moetool.checkpoint.step_folder import PAGE
-    from moetool.watch.open import open_runs
     from moetool.watch.page import collect, render
+    from moetool.watch.run import WatchedRun
 
+    run = WatchedRun(out, out.resolve().name, ended=True)
+    run.refresh()
     try:
-        runs = open_runs([out])
-        runs[0].refresh()
-        write_file(out / PAGE, render(collect(runs)).encode("utf-8", "replace"))
+        write_file(out / PAGE, render(collect([run])).encode("utf-8", "replace"))
     except OSError as error:
         console.warn(f"{out / PAGE} is not written ({error.strerror}); moetool watch {out} --html FILE makes it")
 

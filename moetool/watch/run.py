@@ -40,10 +40,11 @@ class WatchedRun:
         name: how it is called beside the others.
         rows: of its metrics.jsonl.
         sampled: whether they are only a sample so far.
+        ended: whether its process, which is this one, is about to end.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path, name
+    def __init__(self, path: Path, name: str, ended: bool = False) -> None:
+        self.path, self.name, self.ended = path, name, ended
         self.rows, self.sampled = Rows(), False
         self._scanned: dict[str, tuple[Array, Array]] = {}  # of all rows, while `rows` are a sample
         self._tail = Tail(path / METRICS)
@@ -90,6 +91,8 @@ class WatchedRun:
         age = max(0.0, time.time() - self._tail.changed) if self._tail.changed else None
         if state == "running" and age is not None and age > max(QUIET, 30 * _step_seconds(step_tokens, speed)):
             state = "quiet"
+        if self.ended and state in ("running", "quiet"):
+            state = "stopped"
         left = verdict.seconds_left(step, total, step_tokens, speed)
         took = float(np.sum(step_tokens / speed[speed > 0])) if len(speed) else 0.0
         points = max(200, min(2000, POINTS // share))

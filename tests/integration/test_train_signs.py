@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from moetool.commands import cpt
 from moetool.commands.console import Console
+from moetool.errors import ConfigError
 from tests import tiny
 
 ARGUMENTS = ("--max-steps", 21, "--seq-len", 16, "--global-batch-size", 4, "--freeze-router")
@@ -106,3 +107,23 @@ def test_a_page_that_cannot_be_written_fails_no_run(
     assert code == 0
     assert "run.html is not written (No space left on device); moetool watch" in err
     assert not (tmp_path / "out" / "run.html").exists()
+
+
+def test_a_run_that_is_stopped_leaves_its_page_too(
+    mixtral: Path, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--train", f"a={jsonl}", "--max-steps", 9, "--seq-len", 16, "--global-batch-size", 4)
+
+    def run_that_ends_with(error: BaseException, code: int) -> None:
+        def seen(row: dict[str, Any], signs: object) -> None:
+            if row["step"] == 2:
+                raise error
+
+        monkeypatch.setattr(cpt, "_telling", lambda console, steps: seen)
+        out = tmp_path / str(code)
+        assert tiny.in_process("cpt", mixtral, out, *arguments)[0] == code
+        page = (out / "run.html").read_text(encoding="utf-8")
+        assert '"state":"stopped","step":2,"steps":9' in page
+
+    run_that_ends_with(KeyboardInterrupt(), 130)
+    run_that_ends_with(ConfigError("the loss is nan"), 1)
