@@ -25,7 +25,7 @@ from moetool.watch.thin import Array, evenly, heat, thinned
 SAMPLED = 20_000_000  # bytes of metrics.jsonl above which a first look takes a sample
 SAMPLE = 3000  # rows of it
 SCANNED = 600_000_000  # bytes up to which its losses are read, too
-_STEP, _LOSS, _NORM = rb'"step": (\d{1,15}), "loss": ', rb'"loss": ([^,\n]+), "lr": ', rb'"grad_norm": ([^,\n]+),'
+_LOSS = b', "loss": '
 QUIET = 120.0  # seconds without a row, at least, after which a run is not said to be running
 # A page holds at most so many numbers of all its runs: points of a curve, cells of a heatmap, loads of experts.
 POINTS, CELLS, LOADS = 8000, 40_000, 400_000
@@ -156,17 +156,22 @@ def scanned(data: bytes) -> dict[str, tuple[Array, Array]]:
     Returns:
         Nothing where rows are not as this version writes them, or a run went back in them.
     """
-    columns = []
-    for pattern in (_STEP, _LOSS, _NORM):
+    ends = [
+        re.search(rb'"step": (\d{1,15})$', data[max(0, at - 40) : at]) for at in (data.find(_LOSS), data.rfind(_LOSS))
+    ]
+    if not (ends[0] and ends[1]):
+        return {}
+    steps = np.arange(int(ends[0][1]), int(ends[1][1]) + 1)
+    columns = {}
+    for name, pattern in (("loss", _LOSS + rb'([^,\n]+), "lr": '), ("grad_norm", rb'"grad_norm": ([^,\n]+),')):
         texts = re.findall(pattern, data)
+        if len(texts) != len(steps):  # a step is missing, or there twice
+            return {}
         try:
-            columns.append(np.fromiter(map(float, texts), np.float64, len(texts)))
+            columns[name] = steps, np.fromiter(map(float, texts), np.float64, len(texts))
         except ValueError:
             return {}
-    steps, losses, norms = columns
-    if not len(steps) == len(losses) == len(norms) > 0 or (np.diff(steps) <= 0).any():
-        return {}
-    return {"loss": (steps.astype(np.int64), losses), "grad_norm": (steps.astype(np.int64), norms)}
+    return columns
 
 
 def array_of(values: Any) -> Array:

@@ -73,7 +73,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = open_runs([root / "one", root / "two"])
     for run in runs:
         run.refresh()
-    (root / "page.html").write_text(render(collect(runs)), encoding="utf-8")
+    points = {"one": {"x": [20, 40], "y": [0.25, 0.5], "stderr": [0.1, None]}}
+    scores = [{"task": HOSTILE, "metric": "acc", "higher_is_better": True, "runs": points}]
+    (root / "page.html").write_text(render(collect(runs, scores)), encoding="utf-8")
     return root
 
 
@@ -94,6 +96,7 @@ def test_the_numbers_are_those_of_the_files_and_nothing_is_asked_for(seen: Seen,
     heat = seen.csv("routers-heat")
     assert [float(cell) for cell in heat[2][1:]] == pytest.approx([row(s)["mri"][1] for s in range(1, 61)], abs=1e-5)
     assert heat[2][0] == "2"
+    assert seen.csv("score-0")[1:] == [["one", "20", "0.25"], ["one", "40", "0.5"]]
     assert "150000" in seen.page.locator("#sources").inner_text()
     blobs = [url for url in seen.requests if not url.startswith(("blob:", "data:"))]
     assert blobs == [f"file://{folder}/page.html"]
