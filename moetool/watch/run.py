@@ -156,19 +156,18 @@ def scanned(data: bytes) -> dict[str, tuple[Array, Array]]:
     Returns:
         Nothing where rows are not as this version writes them, or a run went back in them.
     """
-    ends = [
-        re.search(rb'"step": (\d{1,15})$', data[max(0, at - 40) : at]) for at in (data.find(_LOSS), data.rfind(_LOSS))
-    ]
-    if not (ends[0] and ends[1]):
+    places = data.find(_LOSS), data.rfind(_LOSS)
+    first, last = (re.search(rb'"step": (\d{1,15})$', data[max(0, at - 40) : max(0, at)]) for at in places)
+    if not (first and last):
         return {}
-    steps = np.arange(int(ends[0][1]), int(ends[1][1]) + 1)
+    begin, number = int(first[1]), int(last[1]) + 1 - int(first[1])
     columns = {}
     for name, pattern in (("loss", _LOSS + rb'([^,\n]+), "lr": '), ("grad_norm", rb'"grad_norm": ([^,\n]+),')):
         texts = re.findall(pattern, data)
-        if len(texts) != len(steps):  # a step is missing, or there twice
+        if len(texts) != number:  # a step is missing, or there twice
             return {}
         try:
-            columns[name] = steps, np.fromiter(map(float, texts), np.float64, len(texts))
+            columns[name] = np.arange(begin, begin + number), np.fromiter(map(float, texts), np.float64, number)
         except ValueError:
             return {}
     return columns

@@ -219,3 +219,5 @@ def test_rows_of_other_programs_are_not_scanned() -> None:
     assert scanned(row(2) + row(1)) == {}
     assert scanned(row(1).replace(b"2.0", b"two")) == {}
     assert scanned(b"") == {}
+    assert scanned(row(1) + row(10**14)) == {}
+    assert scanned(b'{"val": {"a": 1}}' * 10) == {}
