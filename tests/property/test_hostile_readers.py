@@ -19,10 +19,12 @@ from tests.fuzz.targets import Target, attempt, bounded, targets
 from tests.hostile import in_child
 
 KINDS = (
-    "config", "header", "index", "lineage", "options", "counts", "jsonl", "plain", "gzip", "parquet", "arrow",
-    "manifest", "offsets", "tokens", "metrics", "summary", "state", "kept score", "tokenizer", "tokenizer config",
+    "config", "header", "index", "lineage", "options", "counts", "jsonl", "json list", "csv", "zstd", "plain", "gzip",
+    "parquet", "arrow", "manifest", "offsets", "tokens", "metrics", "summary", "state", "kept score", "tokenizer",
+    "tokenizer config",
 )  # fmt: skip
-NATIVE = ("gzip", "parquet", "arrow", "tokenizer", "tokenizer config")  # what reads them could take pytest along
+# What reads them could take pytest along.
+NATIVE = ("zstd", "gzip", "parquet", "arrow", "tokenizer", "tokenizer config")
 FAST, SLOW = 40, 4000
 SLOWER = {"options": 8}  # a whole command line each
 
