@@ -214,8 +214,7 @@ def test_gradients_are_the_same_however_a_run_is_computed(kind: Any, how: str, m
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6 * float(value.abs().max()), msg=name)
 
 
-OPTIONS = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 1, "--lr", 1e-3, "--max-steps", 6]
-OPTIONS += ["--save-every", 2, "--val-fraction", 0.3]
+OPTIONS = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 1, "--lr", 1e-3, "--val-fraction", 0]
 
 
 def gradient_norms(out: Path) -> list[float]:
@@ -227,7 +226,7 @@ def test_two_processes_learn_alike(tmp_path: Path, mixtral: Path, jsonl: Path) -
     """With whole weights in each (DDP), and with shards (FSDP)."""
 
     def command(out: str, *more: object) -> list[object]:
-        return ["cpt", mixtral, tmp_path / out, "--train", f"new={jsonl}", *OPTIONS, *more]
+        return ["cpt", mixtral, tmp_path / out, "--train", f"new={jsonl}", *OPTIONS, "--max-steps", 6, *more]
 
     kinds = {kind: ("--router-gradient", kind) for kind in ("default", "dense")}
     for kind, words in kinds.items():
@@ -241,22 +240,29 @@ def test_two_processes_learn_alike(tmp_path: Path, mixtral: Path, jsonl: Path) -
     for kind in kinds:
         one = gradient_norms(tmp_path / kind)
         assert (one[0] == sparse[0]) == (kind == "default")  # averages begin at 0
-        assert one[1:] != pytest.approx(sparse[1:], rel=1e-3)
+        assert one[1:] != pytest.approx(sparse[1:], rel=1e-4)
         for name in meshes:
-            assert gradient_norms(tmp_path / f"{kind}-{name}") == pytest.approx(one, rel=1e-3)
+            assert gradient_norms(tmp_path / f"{kind}-{name}") == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["default", "dense"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, mixtral: Path, jsonl: Path, kind: str) -> None:
-    command = ["--train", f"new={jsonl}", *OPTIONS, "--router-gradient", kind, "--precision", "bf16"]
+    steps = ["--max-steps", 6, "--save-every", 2]
+    command = ["--train", f"new={jsonl}", *OPTIONS, *steps, "--router-gradient", kind, "--precision", "bf16"]
     assert tiny.in_process("cpt", mixtral, tmp_path / "straight", *command)[0] == 0
     out = tmp_path / "killed"
     code = f"""
-import os, signal
+import os, signal, time
 from moetool.cli import run
 from moetool.train.loop import Run
 update = Run._update
-Run._update = lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.step == 5 else update(self)
+def killed(self):
+    while self.step == 5:
+        if os.path.isdir({str(out / "checkpoints/step-000004")!r}):  # a thread writes it
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+    return update(self)
+Run._update = killed
 run({["cpt", str(mixtral), str(out), *map(str, command)]!r})
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -275,14 +281,14 @@ run({["cpt", str(mixtral), str(out), *map(str, command)]!r})
 
 def test_the_plan_tells_what_it_costs(tmp_path: Path, mixtral: Path, jsonl: Path) -> None:
     """A token takes 2 of 4 experts; the other 2 take 2 operations per parameter, without a backward."""
-    command = ["cpt", mixtral, tmp_path / "out", "--train", f"new={jsonl}", *OPTIONS, "--router-gradient", "dense"]
-    done = tiny.cli(*command)
-    assert done.returncode == 0, done.stderr
+    more = [*OPTIONS, "--max-steps", 1, "--router-gradient", "dense"]
+    code, stdout, stderr = tiny.in_process("cpt", mixtral, tmp_path / "out", "--train", f"new={jsonl}", *more)
+    assert code == 0, stderr
     text = json.loads((mixtral / "config.json").read_text())
     routed = 2 * 3 * text["hidden_size"] * text["intermediate_size"] * text["num_hidden_layers"]
     model = load_model(mixtral, "float32")
     share = 2 * routed / flops_per_token(model, 16)
-    assert f"router gradient dense: {share:.1%} more operations" in " ".join(done.stdout.split())
+    assert f"router gradient dense: {share:.1%} more operations" in " ".join(stdout.split())
 
 
 def test_what_cannot_be_is_refused() -> None:
