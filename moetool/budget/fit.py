@@ -15,23 +15,24 @@ from moetool.budget.meshes import (
     more_gpus,
     run_options,
 )
-from moetool.budget.shapes import Models
 from moetool.cost.memory import estimate, smaller
 from moetool.cost.parameters import Sizes
 from moetool.mesh import Mesh
 
 
-def fit(models: Models, cluster: Cluster, seq_len: int, batch: int, found: Sequence[Choice]) -> dict[str, Any]:
+def fit(
+    sizes: Sizes, cluster: Cluster, seq_len: int, batch: int, found: Sequence[Choice], granularity: int | None
+) -> dict[str, Any]:
     """The meshes that fit, the recommended one first, then the others by what they need; what to do if none fits.
 
     Args:
-        models: that are planned.
+        sizes: of the model.
         cluster: the GPUs.
         seq_len: tokens of a sequence.
         batch: sequences of a step.
-        found: the choices for the Mixture of Experts, the recommended one first.
+        found: the choices for the model, the recommended one first.
+        granularity: of the model's experts; None where they cannot be made finer.
     """
-    sizes = models.moe
     fitting = best_of_each(found)
     rows = [_row(one) for one in fitting]
     taken = {one.mesh for one in fitting}
@@ -50,7 +51,7 @@ def fit(models: Models, cluster: Cluster, seq_len: int, batch: int, found: Seque
         "others": others,
         "recommended": rows[0] if rows else None,
         "because": _because(fitting[0], fitting) if fitting else "none fits",
-        "advice": [] if fitting else _advice(models, cluster, seq_len),
+        "advice": [] if fitting else _advice(sizes, cluster, seq_len, batch, granularity),
     }
 
 
@@ -82,21 +83,25 @@ def _because(best: Choice, fitting: Sequence[Choice]) -> str:
     return "of those that fit, GPUs spend the largest share of a step on arithmetic"
 
 
-def _advice(models: Models, cluster: Cluster, seq_len: int) -> list[str]:
+def _advice(sizes: Sizes, cluster: Cluster, seq_len: int, batch: int, granularity: int | None) -> list[str]:
     """What would make the training fit."""
-    sizes, room = models.moe, cluster.room
+    room = cluster.room
     mesh, need = least_memory(sizes, cluster, seq_len)
+    if need["total"] <= room:
+        return [
+            f"memory is enough ({str(mesh) or 'one GPU'}: {need['total'] / 1e9:.0f} GB), but --global-batch-size"
+            f" {batch} is not a multiple of the {mesh.data_parallel} processes that read different text"
+        ]
     said = [
-        f"the smallest needs {need['total'] / 1e9:.0f} GB of each GPU ({mesh or 'whole weights'}), and"
+        f"the smallest needs {need['total'] / 1e9:.0f} GB of each GPU ({str(mesh) or 'one GPU'}), and"
         f" {room / 1e9:.0f} GB of {cluster.gpu.memory / 1e9:.0f} are taken at most"
     ]
     if (gpus := more_gpus(sizes, cluster, seq_len)) is not None:
         said.append(f"{gpus} such GPUs are enough")
-    if gpus != 2 * cluster.num_gpus and not models.unfit and (parts := _parts(sizes, cluster, seq_len)):
+    if gpus != 2 * cluster.num_gpus and granularity and (parts := _parts(sizes, cluster, seq_len)):
         many, top = parts * sizes.num_experts, parts * sizes.top_k
         said.append(
-            f"finer experts divide further: --granularity {parts * models.recipe.granularity} --num-experts"
-            f" {many} --top-k {top}"
+            f"finer experts divide further: --granularity {parts * granularity} --num-experts {many} --top-k {top}"
         )
     whole = Mesh(replicas=cluster.num_gpus)
     ways = smaller(sizes, run_options(whole, seq_len, 1), int(room), whole)

@@ -9,6 +9,7 @@ from typing import Any
 
 from moetool import __version__
 from moetool.amounts import count, size
+from moetool.budget.commands import LR
 
 # The inside of a chart in the units of its viewBox; labels lie around it.
 LEFT, TOP, WIDTH, HEIGHT = 44, 16, 560, 220
@@ -36,8 +37,11 @@ def render(found: Mapping[str, Any]) -> str:
         plan=found,
         version=__version__,
         chart=curves(found["law"], found["train_tokens"]) if found["law"]["inside"] else None,
-        bars=memory_bars(found["meshes"], found["cluster"]),
+        bars=memory_bars(found["dense_meshes"] or found["meshes"], found["cluster"]),
+        meshes=found["dense_meshes"] or found["meshes"],
+        disk=found["dense_disk"] if found["recommended"]["way"] == "dense" else found["disk"],
         kinds=KINDS,
+        lr=LR,
         scatters=scatters(found["sweep"]),
     )
 
@@ -87,7 +91,8 @@ def curves(law: Mapping[str, Any], train_tokens: float) -> dict[str, Any]:
     for name, number, value in marks:
         if number is not None and at[0] <= number <= at[-1]:
             between = _at(at, found["upcycled"], number) if value is None else value
-            crossings.append({"x": x(number), "y": y(between), "name": name, "tokens": number})
+            beyond = "" if number <= fitted[1] else ", which is outside the range"
+            crossings.append({"x": x(number), "y": y(between), "name": name, "tokens": number, "beyond": beyond})
     return {
         "left": LEFT, "right": LEFT + WIDTH, "top": TOP, "bottom": TOP + HEIGHT,
         "lines": [

@@ -83,7 +83,14 @@ class Verdict:
 
 
 def outside(
-    parameters: float, dense_tokens: float, tokens: float, num_experts: int, top_k: int, granularity: int, shared: int
+    parameters: float,
+    dense_tokens: float,
+    tokens: float,
+    num_experts: int,
+    top_k: int,
+    granularity: int,
+    shared: int,
+    dense_layers: int = 0,
 ) -> list[str]:
     """Why a case is outside the range in which the law was fitted; empty where it is inside.
 
@@ -95,6 +102,7 @@ def outside(
         top_k: experts of a token.
         granularity: parts of a dense FFN.
         shared: experts that every token uses.
+        dense_layers: layers that get no experts.
     """
     found = []
     for what, value, (low, high), much in (
@@ -110,6 +118,8 @@ def outside(
         found.append(
             f"{num_experts} experts{finer}, top-{top_k}{more}, and the law is that of {EXPERTS} whole ones, top-{TOP_K}"
         )
+    if dense_layers:
+        found.append(f"{dense_layers} layers without experts, and the law is that of experts in all")
     return found
 
 

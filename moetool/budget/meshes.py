@@ -120,8 +120,9 @@ def meshes(sizes: Sizes, cluster: Cluster) -> Iterator[Mesh]:
     plans = {"--tp": bool(sizes.tp_plan), "--ep": bool(sizes.spread), "--fsdp": bool(sizes.fsdp_plan)}
     heads = sizes.num_heads, sizes.num_key_value_heads
     counts = sizes.expert_counts
-    for tp, fsdp, ep in product(parts, parts, parts):
-        if tp > min(MAX_TP, cluster.node) or gpus % (fsdp * tp):
+    spread = [ep for ep in parts if ep == 1 or (counts and not any(number % ep for number in counts))]
+    for tp, fsdp, ep in product([tp for tp in parts if tp <= min(MAX_TP, cluster.node)], parts, spread):
+        if gpus % (fsdp * tp):
             continue
         mesh = Mesh(fsdp, ep, tp, gpus // fsdp // tp)
         with suppress(ConfigError):
@@ -227,19 +228,22 @@ def finer(sizes: Sizes, parts: int) -> Sizes:
 
 
 def more_gpus(sizes: Sizes, cluster: Cluster, seq_len: int, most: int = 2048) -> int | None:
-    """The next larger number of such GPUs, by doubling, on which the model fits; None if it never does.
+    """The next larger number of such GPUs on which the model fits: a power of two, or one by doubling.
 
     Args:
         sizes: of the model.
         cluster: on which it does not fit.
         seq_len: tokens of a sequence.
         most: GPUs to try.
+
+    Returns:
+        None if it never fits.
     """
-    gpus = 2 * cluster.num_gpus
-    while gpus <= most:
+    for gpus in sorted({number << doubled for number in (1, cluster.num_gpus) for doubled in range(1, 12)}):
+        if not cluster.num_gpus < gpus <= most or (gpus > cluster.node and gpus % cluster.node):
+            continue
         # Copies need no less: what they hold was tried with fewer GPUs.
         _, need = least_memory(sizes, replace(cluster, num_gpus=gpus), seq_len, most_replicas=1)
         if need["total"] <= cluster.room:
             return gpus
-        gpus *= 2
     return None

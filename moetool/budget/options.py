@@ -22,6 +22,24 @@ MOE, MACHINE, TRAINING = "Mixture of Experts", "Machine", "Training"
 MFU = Decimal("0.3")
 NOT_SWEPT = ("dense", "sweep", "html", "for_", "probe")
 MOST = 200  # plans
+# Beyond these a figure means nothing, and may be too large for a float.
+BOUNDS: dict[str, tuple[Decimal | int, int]] = {
+    "dense_tokens": (1, 10**18),
+    "train_tokens": (1, 10**18),
+    "num_experts": (2, 10**6),
+    "top_k": (1, 10**6),
+    "granularity": (1, 10**6),
+    "num_gpus": (1, 10**5),
+    "gpus_per_node": (1, 10**5),
+    "gpu_memory": (1, 10**18),
+    "gpu_tflops": (Decimal("0.001"), 10**6),
+    "mfu": (Decimal("0.001"), 1),
+    "tokens_per_second": (1, 10**15),
+    "price_per_gpu_hour": (0, 10**9),
+    "disk_speed": (1, 10**18),
+    "seq_len": (1, 10**9),
+    "global_batch_size": (1, 10**9),
+}
 
 
 @dataclass(frozen=True)
@@ -113,15 +131,17 @@ class PlanOptions:
         if self.probe and (self.mfu is not None or self.tokens_per_second is not None):
             other = "--mfu" if self.mfu is not None else "--tokens-per-second"
             raise ConfigError(f"give --probe or {other}, not both")
-        if self.mfu == 0:
-            raise ConfigError("--mfu 0: a share above 0 is needed, such as 0.3")
-        if self.gpu_tflops == 0:
-            raise ConfigError("--gpu-tflops 0: a number above 0 is needed, from the data sheet")
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ConfigError(f"{flag(name)} must be between {least:,} and {most:,}")
         if self.num_gpus > self.gpus_per_node and self.num_gpus % self.gpus_per_node:
             raise ConfigError(
                 f"--num-gpus {self.num_gpus} is not a multiple of --gpus-per-node {self.gpus_per_node}; give whole"
                 " machines"
             )
+        if self.html and self.html.is_dir():
+            raise ConfigError(f"--html {self.html} is a folder; give a file, such as {self.html / 'plan.html'}")
         self.cluster()
         values_of(self.sweep)
 
@@ -151,9 +171,10 @@ class PlanOptions:
             gpu = GPUS[name]
         elif self.gpu_memory is None or self.gpu_tflops is None:
             near = suggest(name, GPUS) if self.gpu else ""
+            unknown = f"--gpu {name} is not known{near}" if self.gpu else "a GPU without a name needs both figures"
             raise ConfigError(
-                f"{'--gpu ' + name if self.gpu else name} is not known{near}; give its memory and its speed:"
-                f" --gpu-memory 96GB --gpu-tflops 500, or choose from {', '.join(GPUS)}"
+                f"{unknown}; give --gpu-memory and --gpu-tflops, such as --gpu-memory 96GB --gpu-tflops 500, or"
+                f" choose from {', '.join(GPUS)}"
             )
         else:
             gpu = Gpu(self.gpu or name, self.gpu_memory, float(self.gpu_tflops) * 1e12, PCIE_5)
@@ -174,7 +195,7 @@ def values_of(sweep: Sequence[str]) -> dict[str, list[Any]]:
         field = name.removeprefix("--").replace("-", "_")
         if not (equals and typed) or field not in declared:
             known = [flag(one)[2:] for one in declared]
-            near = suggest(name, known)
+            near = "" if field in declared else suggest(name, known)
             raise ConfigError(
                 f"--sweep '{text}': expected OPTION=A,B, such as num-experts=4,8,16{near}; options are"
                 f" {', '.join(known)}"
@@ -189,8 +210,11 @@ def values_of(sweep: Sequence[str]) -> dict[str, list[Any]]:
 
 def _read(field: str, text: str, declared: Any, hint: Any) -> Any:
     if declared.parse:
-        value = declared.parse(text)
-        return declared.make(value, flag(field)) if declared.make else value
+        try:
+            value = declared.parse(text)
+            return declared.make(value, flag(field)) if declared.make else value
+        except ConfigError as error:
+            raise ConfigError(f"--sweep {flag(field)[2:]}={text}: {error}") from None
     if int in (hint, *get_args(hint)):
         if not text.isascii() or not text.isdigit() or int(text) < (declared.min or 0):
             raise ConfigError(f"--sweep {flag(field)[2:]}={text}: a whole number of at least {declared.min or 0}")

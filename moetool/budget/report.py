@@ -14,7 +14,7 @@ from moetool.budget.meshes import ALONE, NETWORK, REACHED, SPARE, Choice, Cluste
 from moetool.budget.options import MFU, PlanOptions
 from moetool.budget.rules import ON_LEARNING_RATE, ON_UPCYCLING, learning_rate, skywork
 from moetool.budget.shapes import Models, plan_models
-from moetool.budget.ways import TITLES, Speed, Way, cost, recommend, speed
+from moetool.budget.ways import NAMES, TITLES, Speed, Way, cost, recommend, speed
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.cost.operations import flops_per_token
 from moetool.errors import ConfigError
@@ -89,10 +89,7 @@ def make_plan(options: PlanOptions, reader: CheckpointReader) -> Plan:
     seq_len = options.seq_len or min(DEFAULT_SEQ_LEN, most)
     if seq_len > most and type(positions) is int:
         raise ConfigError(f"--seq-len {seq_len}: the model has only {most} positions; give at most that")
-    batch = options.global_batch_size or DEFAULT_BATCH
-    if options.global_batch_size is None:
-        while batch > options.num_gpus and options.train_tokens < FEWEST_STEPS * batch * seq_len:
-            batch //= 2
+    batch = options.global_batch_size or usual_batch(options.num_gpus, options.train_tokens // seq_len)
     if options.train_tokens < batch * seq_len:
         raise ConfigError(
             f"--train-tokens {options.train_tokens} is less than one step of {batch} x {seq_len} tokens; give a smaller"
@@ -101,6 +98,19 @@ def make_plan(options: PlanOptions, reader: CheckpointReader) -> Plan:
     typed = options.dense_tokens
     tokens = (typed, "given") if typed else known_tokens(options.dense)
     return Plan(options, models, options.cluster(), tokens, seq_len, batch)
+
+
+def usual_batch(num_gpus: int, sequences: int) -> int:
+    """Sequences of a step where none are given: as many for each GPU, and a power of two, so that all meshes fit.
+
+    Args:
+        num_gpus: all of them.
+        sequences: of the whole training.
+    """
+    each = 1
+    while 2 * each * num_gpus <= min(DEFAULT_BATCH, sequences // FEWEST_STEPS):
+        each *= 2
+    return each * num_gpus
 
 
 def document(plan: Plan) -> dict[str, Any]:
@@ -112,17 +122,22 @@ def document(plan: Plan) -> dict[str, Any]:
     models, asked, cluster = plan.models, plan.options, plan.cluster
     moe_flops, dense_flops = (flops_per_token(one, plan.seq_len) for one in (models.moe, models.dense))
     had = plan.dense_tokens[0] * dense_flops if plan.dense_tokens else None
-    said = _law(plan)
+    said = _law(plan, plan.train_tokens * moe_flops / dense_flops)
     verdict = law.Verdict(**said["verdict"]) if said["verdict"] else None
-    way, why = recommend(verdict, moe_flops * plan.train_tokens, had, said["reasons"], models.unfit)
+    way, why = recommend(
+        verdict, (said["same_cost"] or {}).get("loss"), moe_flops * plan.train_tokens, had, models.unfit
+    )
     found = choices(models.moe, cluster, plan.seq_len, plan.batch)
     dense_found = choices(models.dense, cluster, plan.seq_len, plan.batch)
     best = (dense_found if way == "dense" else found)[:1]
+    around = cluster, plan.seq_len, plan.batch
     spread = models.num_bytes > cluster.room
     reached = plan.speed(found[0] if found else None)
     return {
         "schema_version": SCHEMA,
         "model": asked.dense,
+        "law": said,
+        "recommended": {"way": way, "title": TITLES[way], "because": why},
         "family": models.dense.family,
         "target": "" if models.unfit else models.moe.family,
         "unfit": models.unfit,
@@ -136,8 +151,6 @@ def document(plan: Plan) -> dict[str, Any]:
         "seq_len": plan.seq_len,
         "global_batch_size": plan.batch,
         "steps": plan.train_tokens // (plan.batch * plan.seq_len),
-        "law": said,
-        "recommended": {"way": way, "title": TITLES[way], "because": why},
         "ways": _ways(plan, verdict, moe_flops, dense_flops, found, dense_found),
         "rules": {
             "cost_ratio": moe_flops * plan.train_tokens / had if had else None,
@@ -149,9 +162,11 @@ def document(plan: Plan) -> dict[str, Any]:
             "memory": cluster.gpu.memory, "peak_flops": cluster.gpu.peak_flops, "mfu": reached.mfu,
             "speed": reached.source, "room": cluster.room,
         },
-        "meshes": fit(models, cluster, plan.seq_len, plan.batch, found),
+        "meshes": fit(models.moe, *around, found, None if models.unfit else models.recipe.granularity),
+        "dense_meshes": fit(models.dense, *around, dense_found, None) if way == "dense" else None,
         "upcycling": _upcycling(plan),
-        "disk": _disk(plan),
+        "disk": _disk(plan, models.moe.total, models.num_bytes),
+        "dense_disk": _disk(plan, models.dense.total, models.dense_bytes),
         "learning_rate": asdict(learning_rate(plan.train_tokens))
         | {"findings": [asdict(one) for one in ON_LEARNING_RATE]},
         "commands": commands(
@@ -165,21 +180,28 @@ def document(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _law(plan: Plan) -> dict[str, Any]:
-    """What the law says, and why it does not where the case is outside its range."""
+def _law(plan: Plan, same_cost: float) -> dict[str, Any]:
+    """What the law says, and why it does not where the case is outside its range.
+
+    Args:
+        plan: settled.
+        same_cost: tokens on which the dense model can be trained with the operations of the Mixture of Experts.
+    """
     recipe, parameters = plan.models.recipe, plan.models.dense.total
     said: dict[str, Any] = {
+        "inside": False,
+        "reasons": [],
         "source": law.SOURCE,
         "range": {"parameters": law.PARAMETERS, "dense_tokens": law.DENSE_TOKENS, "train_tokens": law.TRAIN_TOKENS},
-        "inside": False,
         "verdict": None,
+        "same_cost": None,
         "curves": None,
     }
     if plan.dense_tokens is None:
         return said | {"reasons": ["the tokens that the dense model was trained on are not known; give --dense-tokens"]}
     dense, tokens = plan.dense_tokens[0], plan.train_tokens
     shape = recipe.num_experts, recipe.top_k, recipe.granularity, recipe.shared_experts or 0
-    said["reasons"] = law.outside(parameters, dense, tokens, *shape)
+    said["reasons"] = law.outside(parameters, dense, tokens, *shape, plan.models.dense_layers)
     if said["reasons"]:
         return said
     curves = {
@@ -188,6 +210,7 @@ def _law(plan: Plan) -> dict[str, Any]:
         "scratch": [law.scratch_loss(D2, parameters) for D2 in CURVE],
     }
     found = asdict(law.verdict(parameters, dense, tokens))
+    said["same_cost"] = {"tokens": same_cost, "loss": law.dense_loss(dense + same_cost, parameters)}
     return said | {"inside": True, "verdict": found, "curves": {"tokens": CURVE, **curves}}
 
 
@@ -208,7 +231,7 @@ def _ways(
         flops, best = (dense, dense_found) if way == "dense" else (moe, found)
         money = None if price is None else float(price)
         rows.append({
-            "way": way, "title": TITLES[way], "loss": losses[way],
+            "way": way, "name": NAMES[way], "title": TITLES[way], "loss": losses[way],
             **cost(float(flops * plan.train_tokens), plan.speed(best[0] if best else None), plan.cluster, money),
             "flops_per_token": flops,
             "mesh": str(best[0].mesh) or "one GPU" if best else None,
@@ -228,15 +251,14 @@ def _upcycling(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _disk(plan: Plan) -> dict[str, Any]:
-    """Checkpoints of the training: weights as they are saved, fp32 ones beside rounded ones, and two moments."""
-    models = plan.models
-    rounded = models.num_bytes < 3 * models.moe.total
-    step = models.num_bytes + (12 if rounded else 8) * models.moe.total
+def _disk(plan: Plan, parameters: int, num_bytes: int) -> dict[str, Any]:
+    """Checkpoints of a training: weights as they are saved, fp32 ones beside rounded ones, and two moments."""
+    rounded = num_bytes < 3 * parameters
+    step = num_bytes + (12 if rounded else 8) * parameters
     return {
-        "checkpoint": models.num_bytes,
+        "checkpoint": num_bytes,
         "step_folder": step,
-        "most": KEPT * step + models.num_bytes,
+        "most": KEPT * step + num_bytes,
         "seconds_to_save": step / plan.options.disk_speed,
     }
 

@@ -14,7 +14,7 @@ from moetool.arch.forms import family_names, text_config
 from moetool.arch.sharing import FSDP, TENSOR_PARALLEL
 from moetool.checkpoint.folder import beside
 from moetool.checkpoint.reader import ITEM_SIZE, CheckpointReader, TensorInfo
-from moetool.cost.parameters import Sizes, pattern
+from moetool.cost.parameters import Sizes, is_routed, pattern
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import UpcycleRecipe
 from moetool.surgery.fill import peak_memory
@@ -44,6 +44,12 @@ class Models:
     num_bytes: int
     dense_bytes: int
     upcycle_memory: int | None
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers of the Mixture of Experts that have no experts."""
+        routed = {name.partition(".experts.")[0] for name, shape in self.moe.shapes.items() if is_routed(name, shape)}
+        return self.moe.num_layers - len(routed)
 
 
 def plan_models(reader: CheckpointReader, recipe: UpcycleRecipe, clients: Sequence[str] = ()) -> Models:

@@ -12,10 +12,11 @@ from moetool.budget.rules import skywork
 Way = Literal["dense", "copy", "drop", "scratch"]
 TITLES: dict[Way, str] = {
     "dense": "train the dense model",
-    "copy": "upcycle: copies",
-    "drop": "upcycle: half redrawn",
-    "scratch": "from scratch",
+    "copy": "upcycle by copies",
+    "drop": "upcycle, half of each expert redrawn",
+    "scratch": "train a Mixture of Experts from scratch",
 }
+NAMES: dict[Way, str] = {"dense": "dense", "copy": "copies", "drop": "redrawn", "scratch": "scratch"}
 CLOSE = 0.02  # nats: the three parts of the law were fitted apart, and differ by as much for no reason
 
 
@@ -70,34 +71,42 @@ def cost(operations: float, reached: Speed, cluster: Cluster, price: float | Non
 
 
 def recommend(
-    law: Verdict | None, moe: float, dense: float | None, why_outside: list[str], unfit: str
+    law: Verdict | None, same_cost: float | None, moe: float, dense: float | None, unfit: str
 ) -> tuple[Way, str]:
     """Which way to take, and why.
 
     Args:
         law: what it says; None outside its range.
+        same_cost: loss of the dense model if it is trained with as many operations; None outside the range.
         moe: operations of the training of the Mixture of Experts.
         dense: those that the dense model has had; None where its tokens are not known.
-        why_outside: why the law is silent.
         unfit: why the model cannot be upcycled; empty where it can.
     """
     if unfit:
         return "dense", "moetool cannot upcycle the model"
-    if law:
+    if law and same_cost is not None:
         if law.dense <= law.upcycled:
             when = f"only from about {law.beats_dense / 1e9:,.0f} B tokens on" if law.beats_dense else "never"
             return "dense", f"by the law, copies are better than the dense model trained as long {when}"
+        if same_cost <= law.upcycled:
+            return "dense", "by the law, the dense model is better than copies if it is trained for the same money"
         if law.scratch < law.upcycled - CLOSE:
-            return "scratch", "by the law, from scratch is better than copies with as many tokens"
+            return "scratch", "by the law, it is better than copies with as many tokens"
         return "drop", (
-            "by the law, copies are better than the dense model trained as long; in the Drop-Upcycling paper,"
-            " redrawn experts beat copies"
+            "by the law, copies are better than the dense model trained as long, or for the same money, and redrawn"
+            " experts beat copies in the Drop-Upcycling paper"
         )
     if dense is None:
-        return "drop", "what is known of upcycling speaks for redrawn experts, but not whether it pays here"
+        return "drop", (
+            "redrawn experts beat copies in the Drop-Upcycling paper. Whether upcycling pays cannot be said without"
+            " --dense-tokens"
+        )
     rule = skywork(moe, dense)
     if rule == "from scratch":
         return "scratch", "the training costs twice what the dense model's did, or more (Skywork-MoE's rule)"
     if rule == "upcycle":
         return "drop", "the training costs much less than the dense model's did (Skywork-MoE's rule)"
-    return "drop", "neither the law nor Skywork-MoE's rule decides; try both ways with a tenth of the tokens"
+    return "drop", (
+        "redrawn experts beat copies in the Drop-Upcycling paper. Whether upcycling pays is open by Skywork-MoE's rule,"
+        " so first compare it with training from scratch on a tenth of the tokens"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moetool.budget.commands import written
+from moetool.budget.commands import LR, written
 from moetool.commands.console import count, escape, size
 from moetool.commands.plan_table import two_columns
 
@@ -22,17 +22,48 @@ def page(found: Mapping[str, Any]) -> list[RenderableType]:
     Args:
         found: the document of a plan.
     """
-    parts: list[RenderableType] = [_law(found), "", _models(found), "", _ways(found), *_rules(found)]
+    best = found["recommended"]
+    parts: list[RenderableType] = [
+        _law(found),
+        f"[bold]Recommended: {escape(best['title'])}[/bold], because {escape(best['because'])}.",
+    ]
+    parts += ["", _models(found), "", _ways(found), "", *_rules(found)]
     parts += ["", *_meshes(found), "", two_columns(_rest(found)), "", *_rate(found)]
     if found["sweep"]:
         parts += ["", *_sweep(found["sweep"])]
-    best = found["recommended"]
-    parts += ["", f"[bold]recommended: {escape(best['title'])}[/bold], because {escape(best['because'])}"]
-    if not found["meshes"]["fitting"] and best["way"] != "dense":
-        parts.append("[yellow]the training is left out of the commands, because no mesh fits[/yellow]")
-    elif found["cluster"]["num_gpus"] > found["cluster"]["gpus_per_node"]:
+    parts += ["", f"[bold]commands: {escape(best['title'])}[/bold]"]
+    if not _planned(found)["fitting"]:
+        parts.append("[yellow]the training is left out, because no mesh fits[/yellow]")
+        return parts
+    parts.append(f"[dim]replace data/ with your text, and --lr {LR} by the advice above[/dim]")
+    if found["cluster"]["num_gpus"] > found["cluster"]["gpus_per_node"]:
         parts.append("[dim]RANK is each machine's number from 0, HOST the address of the first[/dim]")
     return parts
+
+
+def _planned(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The meshes of the recommended way."""
+    meshes: Mapping[str, Any] = found["dense_meshes"] or found["meshes"]
+    return meshes
+
+
+def _narrow(title: str, *columns: str) -> Table:
+    """A table that takes as few columns of a terminal as it can."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    return Table(
+        *columns, title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table whose columns but the first are numbers."""
+    table = _narrow(title)
+    table.add_column(columns[0], overflow="fold")
+    for name in columns[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def _law(found: Mapping[str, Any]) -> str:
@@ -43,19 +74,24 @@ def _law(found: Mapping[str, Any]) -> str:
             f"[bold yellow]OUTSIDE the range of the scaling law: no prediction of the loss.[/bold yellow]\n"
             f"  {escape(reasons)}"
         )
-    verdict = law["verdict"]
+    verdict, (least, most) = law["verdict"], law["range"]["train_tokens"]
+
+    def at(name: str) -> str:
+        tokens = verdict[name]
+        if tokens is None:
+            return "never"
+        beyond = "" if least <= tokens <= most else ", which is outside the range"
+        return f"after about {rounded(tokens)} tokens{beyond}"
+
     lines = [
-        "[bold green]INSIDE the range of the scaling law[/bold green] of plain copies; differences of 0.02 nats decide"
-        " the crossings, so read each as \"about\"",
-        f"  the dense model stands at {verdict['start']:.3f} nats; copies pass it"
-        f" {_at(verdict['break_even'])}, and the dense model trained as long {_at(verdict['beats_dense'])}",
-        f"  from scratch passes copies {_at(verdict['scratch_wins'])}",
-    ]  # fmt: skip
+        "[bold green]INSIDE the range of the scaling law[/bold green] of plain copies. Differences of 0.02 nats decide"
+        " the crossings.",
+        f"  The dense model stands at {verdict['start']:.3f} nats. Copies pass it {at('break_even')}.",
+        f"  Copies pass the dense model trained as long {at('beats_dense')}. Trained for the same money"
+        f" ({rounded(law['same_cost']['tokens'])} tokens), it gets to {law['same_cost']['loss']:.3f} nats.",
+        f"  A model trained from scratch passes copies {at('scratch_wins')}.",
+    ]
     return "\n".join(lines)
-
-
-def _at(tokens: float | None) -> str:
-    return "never" if tokens is None else f"after about {rounded(tokens)} tokens"
 
 
 def rounded(number: float) -> str:
@@ -85,25 +121,20 @@ def _models(found: Mapping[str, Any]) -> Table:
 
 
 def _ways(found: Mapping[str, Any]) -> Table:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     cluster = found["cluster"]
     title = (
         f"cost on {cluster['num_gpus']} x {escape(cluster['gpu'])} at {cluster['mfu']:.3g} of their peak"
-        f" ({escape(cluster['speed'])})"
+        f" ({escape(cluster['speed'])}), computed"
     )
-    table = Table("way", title=title, title_justify="left", box=SIMPLE)
-    priced = any(one["money"] is not None for one in found["ways"])
-    for name in ("operations", "GPU-hours", "days", *(["money"] if priced else []), "loss, nats", "GB a GPU"):
-        table.add_column(name, justify="right")
+    priced = ["money"] if any(one["money"] is not None for one in found["ways"]) else []
+    table = _table(title, "way", "FLOP", "GPU-hours", "days", *priced, "nats", "GB/GPU")
     for one in found["ways"]:
         loss = f"{one['loss']:.3f}" if one["loss"] is not None else "no law" if one["way"] == "drop" else "outside"
-        held = f"{one['memory'] / 1e9:.0f}" if one["memory"] else "none fits"
-        cells = [f"{one['operations']:.2e}", amount(one["gpu_hours"]), f"{one['days']:,.1f}"]
+        held = gigabytes(one["memory"]) if one["memory"] else "none fits"
+        cells = [f"{one['operations']:.2e}", amount(one["gpu_hours"]), amount(one["days"])]
         cells += [amount(one["money"])] if priced else []
         style = "bold" if one["way"] == found["recommended"]["way"] else None
-        table.add_row(escape(one["title"]), *cells, loss, held, style=style)
+        table.add_row(escape(one["name"]), *cells, loss, held, style=style)
     return table
 
 
@@ -130,45 +161,48 @@ def _rules(found: Mapping[str, Any]) -> list[str]:
 
 
 def _meshes(found: Mapping[str, Any]) -> list[RenderableType]:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    meshes, cluster = found["meshes"], found["cluster"]
+    meshes, cluster = _planned(found), found["cluster"]
+    of = " of the dense model" if found["dense_meshes"] else ""
     if not meshes["fitting"]:
         none = f"[bold yellow]no mesh of {cluster['num_gpus']} x {escape(cluster['gpu'])} fits[/bold yellow]"
         return [none, *(f"  {escape(one)}" for one in meshes["advice"])]
     shown = meshes["fitting"][:SHOWN_MESHES]
-    title = "meshes that fit, the recommended one first; GB, computed"
-    table = Table("mesh", title=title, title_justify="left", box=SIMPLE)
-    for name in ("micro", "a GPU", "a host", "sent a step", "network", "busy"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"meshes{of} that fit, the recommended one first; computed, in GB (sent in a step)"
+    table = _table(title, "mesh", "micro", "GPU", "host", "sent", "network", "busy")
     for number, one in enumerate(shown):
         low, high = one["efficiency"]
         table.add_row(
-            escape(one["mesh"]), str(one["micro_batch_size"]), f"{one['memory']['total'] / 1e9:.0f}",
-            f"{max(one['loading_per_machine'], one['saving_per_machine']) / 1e9:,.0f}",
-            f"{one['sent_per_step'] / 1e9:,.0f}", f"{one['network_per_step'] / 1e9:,.0f}", f"{low:.0%}-{high:.0%}",
+            escape(one["mesh"].replace(" x ", " ")), str(one["micro_batch_size"]), gigabytes(one["memory"]["total"]),
+            gigabytes(max(one["loading_per_machine"], one["saving_per_machine"])),
+            gigabytes(one["sent_per_step"]), gigabytes(one["network_per_step"]), f"{low:.0%}-{high:.0%}",
             style=None if number else "bold",
         )  # fmt: skip
-    more = len(meshes["fitting"]) - len(shown)
-    unfit = len(meshes["others"])
-    others = [f"{more} more fit"] * bool(more) + [f"{unfit} do not"] * bool(unfit)
+    more, unfit = len(meshes["fitting"]) - len(shown), len(meshes["others"])
+    others = [f"{more} more fit"] * bool(more) + [f"{unfit} do{'es' * (unfit == 1)} not"] * bool(unfit)
     tail = f"; {', '.join(others)}" if others else ""
-    return [table, f"[dim]{escape(meshes['recommended']['mesh'])}, because {escape(meshes['because'])}{tail}[/dim]"]
+    return [
+        table, "", f"[dim]{escape(meshes['recommended']['mesh'])}, because {escape(meshes['because'])}{tail}[/dim]"
+    ]  # fmt: skip
+
+
+def gigabytes(number: float) -> str:
+    """Bytes in GB, with as many digits as matter: `47`, `0.3`."""
+    return f"{number / 1e9:,.0f}" if number >= 1e10 or not number else f"{number / 1e9:.1f}"
 
 
 def _rest(found: Mapping[str, Any]) -> dict[str, str]:
-    upcycling, disk = found["upcycling"], found["disk"]
+    dense = found["recommended"]["way"] == "dense"
+    upcycling, disk = found["upcycling"], found["dense_disk"] if dense else found["disk"]
     memory = f", {size(upcycling['memory'])} of memory" if upcycling["memory"] else ""
     rows = {
         "upcycling": f"reads {size(upcycling['reads'])}, writes {size(upcycling['writes'])} in about"
         f" {duration(upcycling['seconds'])} on two cores and one disk{memory}",
         "disk": f"{size(disk['most'])} at most: step folders of {size(disk['step_folder'])}, of which three exist"
         f" for a moment, and the result, {size(disk['checkpoint'])}",
-        "saving": f"{duration(disk['seconds_to_save'])} a step folder at"
-        f" {size(found['assumptions']['disk_speed'])}/s, beside the training",
+        "saving": f"{duration(disk['seconds_to_save'])} for each step folder at"
+        f" {size(found['assumptions']['disk_speed'])}/s, while the training goes on",
     }
-    if found["unfit"]:
+    if dense:
         del rows["upcycling"]
     if probe := found["probe"]:
         where = f"{probe['processes']} x {probe['device']}" if probe["processes"] > 1 else probe["device"]
@@ -190,17 +224,18 @@ def duration(seconds: float) -> str:
 
 def _rate(found: Mapping[str, Any]) -> list[str]:
     rate = found["learning_rate"]
-    lines = [f"learning rate: {escape(rate['between'])}, because {escape(rate['why'])}; the sources disagree:"]
+    lines = [
+        f"[bold]learning rate[/bold]: {escape(rate['between'])}, because {escape(rate['why'])}. The sources disagree:"
+    ]
     return lines + [f"[dim]  {escape(one['source'])}: {escape(one['says'])}[/dim]" for one in rate["findings"]]
 
 
 def _sweep(rows: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     """The plans of a sweep side by side; below, why some are none."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    table = Table(*rows[0]["settings"], title="sweep", title_justify="left", box=SIMPLE)
-    for name in ("total", "active", "disk", "GPU-hours", "loss", "a GPU"):
+    table = _narrow("sweep")
+    for name in rows[0]["settings"]:  # a long one breaks where it has a dash
+        table.add_column(name.replace("-", " "), min_width=max(map(len, name.split("-"))))
+    for name in ("total", "active", "disk", "GPU-hours", "nats", "GB/GPU"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("mesh")
     lines = []
@@ -212,7 +247,7 @@ def _sweep(rows: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
             table.add_row(*map(escape, cells), *["-"] * 7, style="dim")
             continue
         loss = "outside" if row["loss"] is None else f"{row['loss']:.3f}"
-        held, mesh = f"{row['memory'] / 1e9:.0f} GB", row["mesh"] or "none fits"
+        held, mesh = gigabytes(row["memory"]), (row["mesh"] or "none fits").replace(" x ", " ")
         sizes = [count(row["total"]), count(row["active"]), size(row["checkpoint"]), amount(row["gpu_hours"])]
         table.add_row(*map(escape, cells), *sizes, loss, held, escape(mesh))
     return [table, *lines]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import typer
 
+from moetool.budget.report import usual_batch
 from moetool.cli import app
 from tests import recipes, tiny
 from tests.hub import served
@@ -68,7 +69,7 @@ def test_at_15_trillion_tokens_there_is_no_verdict(dense: Path, tmp_path: Path) 
 def test_the_page_says_first_whether_the_law_may_be_believed(dense: Path) -> None:
     _, out, _ = tiny.in_process("plan", dense, "--dense-tokens", "74B", "--train-tokens", "37B")
     assert out.startswith("INSIDE the range of the scaling law of plain copies")
-    assert "the dense model stands at 2.226 nats" in out
+    assert "The dense model stands at 2.226 nats" in out
     _, out, _ = tiny.in_process("plan", dense)
     assert out.startswith("OUTSIDE")
     assert "are not known; give --dense-tokens" in out
@@ -156,6 +157,81 @@ def test_the_recommended_mesh_is_the_one_of_the_commands(dense: Path) -> None:
     assert found["meshes"]["fitting"][0] == best
 
 
+def test_the_meshes_and_the_disk_are_those_of_the_recommended_way(dense: Path) -> None:
+    found = plan(dense, "--dense-tokens", "74B", "--train-tokens", "5B")
+    assert found["recommended"]["way"] == "dense"
+    best = found["dense_meshes"]["recommended"]
+    (line,) = (line for line in found["commands"] if " cpt " in line)
+    assert f"--micro-batch-size {best['micro_batch_size']} " in line
+    assert (best["sizes"]["fsdp"] == 1) == (" --fsdp " not in line)
+    assert found["dense_disk"]["step_folder"] == 14 * found["parameters"]["dense"]
+    _, out, _ = tiny.in_process("plan", dense, "--dense-tokens", "74B", "--train-tokens", "5B")
+    assert "meshes of the dense model that fit" in out
+    assert "step folders of 17.3 GB" in out
+    assert "upcycling  reads" not in out
+    assert plan(dense, "--dense-tokens", "74B")["dense_meshes"] is None
+
+
+@pytest.mark.parametrize(("gpus", "batch"), [(8, 1024), (1, 1024), (24, 768), (40, 640), (4096, 4096)])
+def test_the_usual_batch_can_be_shared_by_any_number_of_gpus(gpus: int, batch: int) -> None:
+    assert usual_batch(gpus, 10**9) == batch
+    assert usual_batch(gpus, 500 * 4 * gpus) == 4 * gpus if 4 * gpus <= 1024 else gpus
+    assert usual_batch(gpus, 1) == gpus
+
+
+def test_any_number_of_machines_has_a_mesh(dense: Path) -> None:
+    assert plan(dense, "--num-gpus", 24)["meshes"]["recommended"]["sizes"]["replicas"] == 3
+
+
+def test_a_batch_that_cannot_be_shared_out_is_said(dense: Path) -> None:
+    (said,) = plan(dense, "--global-batch-size", 7)["meshes"]["advice"]
+    assert said.startswith("memory is enough (fsdp")
+    assert "--global-batch-size 7 is not a multiple of" in said
+
+
+def test_8_gpus_are_advised_where_7_cannot_share_8_experts(dense: Path) -> None:
+    assert "8 such GPUs are enough" in plan(dense, "--num-gpus", 7)["meshes"]["advice"]
+
+
+def test_a_crossing_outside_the_range_is_called_so(dense: Path, tmp_path: Path) -> None:
+    # The range ends at 368 B training tokens.
+    page = tmp_path / "plan.html"
+    arguments = (dense, "--dense-tokens", "600B", "--train-tokens", "200B")
+    verdict = plan(*arguments, "--html", page)["law"]["verdict"]
+    assert 368e9 < verdict["scratch_wins"] < 1e12
+    _, out, _ = tiny.in_process("plan", *arguments)
+    assert re.search(r"from scratch passes copies after about \d+ B tokens, which is outside the range", out)
+    assert "which is outside the range" in page.read_text()
+
+
+def test_as_many_operations_on_the_dense_model(dense: Path) -> None:
+    found = plan(dense, "--dense-tokens", "74B", "--train-tokens", "37B")
+    dense_way, copies = found["ways"][:2]
+    tokens = 37e9 * copies["operations"] / dense_way["operations"]
+    assert found["law"]["same_cost"]["tokens"] == pytest.approx(tokens)
+    # 8.83 x (74e9 + 56.8e9)^-0.088 + 12.3 x 1235814400^-0.116 + 0.165
+    assert found["law"]["same_cost"]["loss"] == pytest.approx(2.178, abs=1e-3)
+
+
+def test_layers_without_experts_are_outside_the_range(dense: Path) -> None:
+    found = plan(dense, "--dense-tokens", "74B", "--moe-layers", "2-", "--target", "glm4_moe", "--shared-experts", 1)
+    assert "2 layers without experts, and the law is that of experts in all" in found["law"]["reasons"]
+
+
+def test_what_decides_comes_first_in_the_document(dense: Path) -> None:
+    found = plan(dense)
+    assert list(found)[:4] == ["schema_version", "model", "law", "recommended"]
+    assert list(found["law"])[:2] == ["inside", "reasons"]
+
+
+def test_names_are_whole_in_80_columns(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = tiny.in_process("plan", dense, "--num-gpus", 64, "--price-per-gpu-hour", 2)
+    assert re.search(r"^redrawn +\d", out, re.MULTILINE)
+    assert re.search(r"^replicas 8 fsdp 8 ep 8 +\d", out, re.MULTILINE)
+    assert "…" not in out
+
+
 def test_where_nothing_fits_it_says_what_would(dense: Path) -> None:
     found = plan(dense, "--gpu", "rtx-4090", "--num-gpus", 1)
     assert found["meshes"]["recommended"] is None
@@ -172,13 +248,18 @@ def test_where_nothing_fits_it_says_what_would(dense: Path) -> None:
     [
         (("--gpu", "mi300"), "--gpu mi300 is not known"),
         (("--gpu", "h100e", "--gpu-memory", "96GB"), "did you mean 'h100'?"),
-        (("--gpu-memory", "96GB"), "this gpu is not known; give its memory and its speed"),
+        (("--gpu-memory", "96GB"), "a GPU without a name needs both figures; give --gpu-memory and"),
         (("--gpu", "h100", "--gpu-memory", "96GB"), "--gpu-memory has no effect with --gpu h100"),
         (("--mfu", "0.3", "--tokens-per-second", "1000"), "give --mfu or --tokens-per-second, not both"),
         (("--num-gpus", 12), "is not a multiple of --gpus-per-node 8"),
         (("--sweep", "gpus=1,2"), "expected OPTION=A,B"),
         (("--sweep", "num-experts=4,x"), "a whole number of at least 2"),
         (("--sweep", "num-experts=4", "--sweep", "num-experts=8"), "given twice"),
+        (("--sweep", "mfu=0.3,2"), "--sweep mfu=2: 2 is not between 0 and 1"),
+        (("--train-tokens", "9" * 400), "--train-tokens must be between 1 and"),
+        (("--mfu", "1e-900"), "--mfu must be between 0.001 and 1"),
+        (("--gpu", "x", "--gpu-memory", "9GB", "--gpu-tflops", "1e-400"), "--gpu-tflops must be between 0.001 and"),
+        (("--html", "."), "--html . is a folder; give a file, such as plan.html"),
     ],
 )
 def test_mistakes_are_errors_of_usage(dense: Path, arguments: tuple[object, ...], said: str) -> None:
@@ -230,7 +311,7 @@ def test_a_sweep_has_a_row_for_each_combination(dense: Path, tmp_path: Path) -> 
     assert page.read_text().count('<circle class="dot') == 5 + 1
     code, out, _ = tiny.in_process("plan", dense, "--sweep", "train-tokens=5B,20B")
     assert code == 0
-    assert re.search(r"^\s+5B .*^\s+20B ", out, re.MULTILINE | re.DOTALL)
+    assert re.search(r"^5B .*^20B ", out, re.MULTILINE | re.DOTALL)
 
 
 class _Links(HTMLParser):
