@@ -152,10 +152,9 @@ def _rules(found: Mapping[str, Any]) -> list[str]:
             "open": "neither much less nor twice as much, so it is open",
             "from scratch": "twice as much or more, so train from scratch",
         }[rules["skywork"]]
-        lines.append(
-            f"the training costs {rules['cost_ratio']:.2g} times what the dense model's did:"
-            f" {said} (Skywork-MoE's rule)"
-        )
+        alone = " alone" if found["law"]["inside"] else ""  # the law decides where it may be believed
+        rule = "" if found["unfit"] else f". By Skywork-MoE's rule{alone} that is {said}"
+        lines.append(f"the training costs {rules['cost_ratio']:.2g} times what the dense model's did{rule}")
     lines += [f"[dim]{escape(one['source'])}: {escape(one['says'])}[/dim]" for one in rules["findings"]]
     return lines
 

@@ -167,6 +167,7 @@ def test_the_meshes_and_the_disk_are_those_of_the_recommended_way(dense: Path) -
     assert found["dense_disk"]["step_folder"] == 14 * found["parameters"]["dense"]
     _, out, _ = tiny.in_process("plan", dense, "--dense-tokens", "74B", "--train-tokens", "5B")
     assert "meshes of the dense model that fit" in out
+    assert "By Skywork-MoE's rule alone that is" in out
     assert "step folders of 17.3 GB" in out
     assert "upcycling  reads" not in out
     assert plan(dense, "--dense-tokens", "74B")["dense_meshes"] is None
@@ -381,9 +382,10 @@ def test_a_family_that_cannot_be_upcycled_gets_cost_and_memory(tmp_path: Path) -
     assert all(one["memory"] and one["gpu_hours"] for one in found["ways"])
     assert found["recommended"]["way"] == "dense"
     assert found["commands"][0].endswith("--gradient-checkpointing")
-    code, out, _ = tiny.in_process("plan", tmp_path / "gemma")
+    code, out, _ = tiny.in_process("plan", tmp_path / "gemma", "--dense-tokens", "74B", "--train-tokens", "1B")
     assert code == 0
     assert "cannot be upcycled" in out
+    assert "so upcycle" not in out
     said = tiny.refusal("plan", tmp_path / "gemma", "--target", "mixtral")
     assert "--target: " in said
     assert "leave it out to see cost and memory alone" in said
