@@ -142,6 +142,7 @@ def choices(sizes: Sizes, cluster: Cluster, seq_len: int, batch: int) -> list[Ch
     """All meshes and micro-batches that fit, the recommended one first.
 
     First come those whose efficiency is within a twentieth of the best's; of these, what sends least over the network.
+    Where both are equal, the larger micro-batch: kernels are then larger, which this efficiency does not know.
 
     Args:
         sizes: of the model.
@@ -158,7 +159,14 @@ def choices(sizes: Sizes, cluster: Cluster, seq_len: int, batch: int) -> list[Ch
                 break
             found.append(_choice(sizes, cluster, mesh, training, flops, batch))
     return sorted(
-        found, key=lambda one: (-round(20 * one.overlapped), one.crossing, -round(one.alone, 2), one.memory["total"])
+        found,
+        key=lambda one: (
+            -round(20 * one.overlapped),
+            one.crossing,
+            -round(one.alone, 2),
+            -one.training.micro_batch_size,
+            one.memory["total"],
+        ),
     )
 
 
