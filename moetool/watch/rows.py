@@ -68,6 +68,9 @@ class Rows:
         terms = {str(name): _number(value) for name, value in row.get("balance", {}).items()}
         sources = {str(name): _number(tokens) for name, tokens in row.get("sources", {}).items()}
         measured = self._measured(row)
+        # All is checked before anything is added, so that columns stay of one length.
+        load = _load(row.get("load"), len(measured["mri"])) if measured else {}
+        dead = [[int(e) for e in layer] for layer in row["dead_experts"]] if measured else []
         if self.steps and step <= self.steps[-1]:
             self._back_to(step)
         N = len(self.steps)
@@ -84,8 +87,8 @@ class Rows:
         for name in MEASURES if self.num_layers else ():
             self.measures[name].extend(measured[name] if measured else [math.nan] * self.num_layers)
         if measured:
-            self.dead = [[int(e) for e in layer] for layer in row["dead_experts"]]
-            if load := _load(row.get("load"), self.num_layers):
+            self.dead = dead
+            if load:
                 self.loads.append((step, load))
         self.sources = sources
         self.steps.append(step)

@@ -243,7 +243,7 @@ def total_steps(options: Mapping[str, Any], step_tokens: float) -> int | None:
 
 
 def _whole(value: Any) -> int | None:
-    return int(value) if isinstance(value, (int, str)) and str(value).isdigit() else None
+    return int(value) if isinstance(value, (int, str)) and re.fullmatch(r"[0-9]{1,15}", str(value)) else None
 
 
 def _phases(options: Mapping[str, Any], total: int | None) -> list[dict[str, Any]]:

@@ -120,17 +120,19 @@ def balanced(
     if shape is None:
         return Answer(
             ask, "See the numbers", "none",
-            f"{said}. The number of experts is not in the rows of this run; {dead} experts are dead.",
+            f"{said}, and {dead or 'no'} expert{' is' if dead <= 1 else 's are'} dead. The rows of this run do not say how"
+            " many experts there are.",
         )  # fmt: skip
     experts, top_k = shape
     said += f"; balance would be {top_k / experts:.0%}. "
-    said += f"{dead} of {experts * len(mri_L)} experts are dead." if dead else "No expert is dead."
+    every = experts * len(mri_L)
+    said += f"{dead} of {every} experts {'is' if dead == 1 else 'are'} dead." if dead else "No expert is dead."
     levels = [
         level(entropy, mri, dead, experts, top_k)
         for entropy, mri, dead in zip(entropy_L, mri_L, dead_L, strict=True)
     ]  # fmt: skip
     for word, answer, tone, advice in (
-        ("collapsed", "Collapsed", "bad", " --balance aux=COEFFICIENT with a larger coefficient acts on each layer."),
+        ("collapsed", "Collapsed", "bad", " A larger COEFFICIENT of --balance aux=COEFFICIENT acts on each layer."),
         ("skewed", "Skewed", "warn", " If it grows, raise the coefficient of --balance."),
     ):
         if number := levels.count(word):

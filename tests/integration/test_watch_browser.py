@@ -197,6 +197,40 @@ def test_a_layer_is_chosen_by_mouse_and_keyboard(seen: Seen) -> None:
     assert "dead experts" in seen.chart("routers-heat").locator(".note").inner_text()
 
 
+def test_heatmaps_show_the_steps_that_the_charts_show(seen: Seen) -> None:
+    canvas, values = seen.chart("routers-heat").locator("canvas").first, seen.chart("routers-heat").locator("output")
+    canvas.focus()
+    seen.page.keyboard.press("+")
+    low, high = scale(seen, "loss")
+    assert (low, high) == (15, 45)
+    seen.page.keyboard.press("ArrowRight")  # begins at the last column that is shown
+    assert "step 45" in values.inner_text()
+    for _ in range(40):
+        seen.page.keyboard.press("ArrowLeft")
+    assert "step 15" in values.inner_text()
+    seen.page.keyboard.press("0")
+    assert scale(seen, "loss") == [1, 60]
+
+
+def test_a_run_whose_rows_have_no_loads_does_not_show_those_of_another(browser: Any, tmp_path: Path) -> None:
+    save_run(tmp_path / "new", steps=20)
+    save_run(tmp_path / "old", steps=20)
+    rows = [json.loads(line) for line in (tmp_path / "old" / "metrics.jsonl").read_text().splitlines()]
+    less = [{key: value for key, value in one.items() if key != "load"} for one in rows]
+    (tmp_path / "old" / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in less))
+    runs = open_runs([tmp_path / "new", tmp_path / "old"])
+    for run in runs:
+        run.refresh()
+    (tmp_path / "page.html").write_text(render(collect(runs)), encoding="utf-8")
+    seen = Seen(browser, f"file://{tmp_path}/page.html")
+    which = seen.page.get_by_label("Run whose routers are shown")
+    for name, shown in (("old", 0), ("new", 1), ("old", 0)):
+        which.select_option(name)
+        assert seen.chart("routers-load").count() == shown
+        assert seen.page.get_by_text("no loads of single experts").count() == 1 - shown
+    seen.fine()
+
+
 def test_pictures_are_saved(seen: Seen) -> None:
     for name in ("loss", "routers-heat"):
         with seen.page.expect_download() as download:
@@ -272,6 +306,21 @@ def test_it_lives_while_the_run_goes_on(browser: Any, tmp_path: Path) -> None:
         file.write(json.dumps(row(6)) + "\n")
     seen.page.locator("#loss output", has_text=f"{row(6)['loss']:.5g} at 6").wait_for()
     pressed = seen.page.get_by_role("button", name="Logarithmic scale: Training loss").get_attribute("aria-pressed")
+    plot, values = seen.chart("loss").locator(".plot"), seen.chart("loss").locator("output")
+    assert values.get_attribute("aria-live") == "off"  # news are not read aloud unasked
+    plot.focus()
+    assert values.get_attribute("aria-live") == "polite"
+    seen.page.keyboard.press("ArrowRight")
+    seen.page.keyboard.press("ArrowRight")
+    assert "step 2" in values.inner_text()
+    summary = seen.page.locator("#more summary").first
+    seen.page.evaluate("document.querySelector('#more summary').same = true")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row(7) | {"dead_experts": [[], [6], []]}) + "\n")
+    seen.page.locator("#lr output", has_text="at 7").wait_for()
+    assert "step 2" in values.inner_text()  # what is being read stays
+    assert summary.evaluate("(e) => e.same") is True
+    assert not seen.page.locator("#runs").is_visible()  # a single run needs no switch
     assert pressed == "true"  # what was set stays
     assert {url.rpartition("?")[0] or url for url in seen.requests if not url.startswith("data:")} <= {
         addresses[0], f"{addresses[0]}runs.json"

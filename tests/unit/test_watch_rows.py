@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moetool.watch.page import collect, document_json
 from moetool.watch.rows import Rows
-from moetool.watch.run import WatchedRun, scanned
+from moetool.watch.run import WatchedRun, scanned, total_steps
 from moetool.watch.tail import Tail
 from moetool.watch.thin import evenly, heat, thinned
 
@@ -115,6 +115,8 @@ def test_measures_that_begin_or_stop_leave_gaps() -> None:
         b"{", b"[]", b"5", b'{"step": true, "loss": 1}', b'{"step": -1, "loss": 1}', b'{"step": 1, "loss": "1"}',
         b'{"step": 1, "loss": 1, "mri": 5}',
         b'{"step": 1, "loss": 1, "mri": [1], "entropy": [1, 2], "dead_experts": [[]]}',
+        b'{"step": 1, "loss": 1, "mri": [1], "entropy": [1], "dead_experts": [["x"]]}',
+        b'{"step": 1, "loss": 1, "mri": [1], "entropy": [1], "dead_experts": [[]], "load": {"0": ["x"]}}',
         b'{"step": 1, "loss": 1, "balance": []}', b'{"step": 1, "val": []}',
         b'{"step": 1, "loss": 1e999999, "lr": null}', b'{"step": 99999999999999999999, "loss": 1}',
         b"[" * 100_000, b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", b"\xff\xfe",
@@ -221,3 +223,12 @@ def test_rows_of_other_programs_are_not_scanned() -> None:
     assert scanned(b"") == {}
     assert scanned(row(1) + row(10**14)) == {}
     assert scanned(b'{"val": {"a": 1}}' * 10) == {}
+
+
+@pytest.mark.parametrize("steps", ["²", "9" * 5000, "1e3", "-5", True, 0.5, None, [100]])
+def test_a_number_of_steps_that_is_none_is_not_known(steps: Any) -> None:
+    assert total_steps({"max_steps": steps}, 64.0) is None
+
+
+def test_steps_come_from_the_tokens_where_they_are_not_given() -> None:
+    assert total_steps({"max_steps": "0", "max_tokens": "6500"}, 64.0) == 101  # of 101.6

@@ -24,7 +24,7 @@ function number(value) {
   if (size >= 1e12) return (value / 1e12).toFixed(3) + " T";
   if (size >= 1e9) return (value / 1e9).toFixed(3) + " B";
   if (size >= 1e6) return (value / 1e6).toFixed(3) + " M";
-  if (size > 0 && size < 1e-3) return value.toExponential(3);
+  if (size > 0 && size < 1e-3) return value.toExponential(3).replace(/\.?0+e/, "e");
   return String(+value.toPrecision(5));
 }
 const percent = (value) => (100 * value).toFixed(1) + " %";
@@ -85,6 +85,18 @@ function swatch(i) {
   return canvas;
 }
 
+// The values under a chart. They are read aloud while its keys are used, and not whenever newer numbers arrive.
+const valuesOf = (spec) => make("output", { class: "values", "aria-live": "off", "aria-label": `Values: ${spec.title}` });
+const spokenBy = (values) => ({ onfocus: () => values.setAttribute("aria-live", "polite"), onblur: () => values.setAttribute("aria-live", "off") });
+
+// Put other children into an element unless they look the same: what is focused or selected there stays so.
+function replace(host, ...children) {
+  const looks = children.map((child) => child.outerHTML).join("") + color("--s0");
+  if (host.looks === looks) return;
+  host.looks = looks;
+  host.replaceChildren(...children);
+}
+
 // Exponential moving average, without the pull of the first value (as TensorBoard's).
 function smooth(y, weight) {
   let last = 0, norm = 0;
@@ -99,6 +111,7 @@ function showRange(min, max) {
   if (view.min === min && view.max === max) return;
   [view.min, view.max] = [min, max];
   for (const chart of all) chart.zoom();
+  for (const heat of document.querySelectorAll(".heat")) heat.dispatchEvent(new Event("zoom"));
 }
 
 function shift(share, factor) {
@@ -110,6 +123,17 @@ function shift(share, factor) {
   if (max > min) showRange(...(min <= low && max >= high ? [null, null] : [min, max]));
 }
 
+// Whether a key zoomed or panned.
+function zoomed(event) {
+  const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (event.key === "+" || event.key === "=") shift(0, 0.5);
+  else if (event.key === "-") shift(0, 2);
+  else if (event.key === "0") showRange(null, null);
+  else if (way && event.shiftKey) shift(way * 0.25, 1);
+  else return false;
+  return true;
+}
+
 // A chart.  spec: id, title, note, format, zero (begins at 0), phases [{name, from, to}],
 // lines: [{name, index, x, y, mean, marks {x, y}}]
 class Chart {
@@ -117,9 +141,10 @@ class Chart {
     this.log = false;
     this.button = make("button", { type: "button", "aria-pressed": "false", text: "log", "aria-label": `Logarithmic scale: ${spec.title}`,
       onclick: () => { this.log = !this.log; this.button.setAttribute("aria-pressed", this.log); this.draw(); } });
-    this.plot = make("div", { class: "plot", tabindex: "0", role: "group", "aria-roledescription": "chart", onkeydown: (event) => this.key(event) });
+    this.values = valuesOf(spec);
+    this.read = null;  // the step that a cursor is at
+    this.plot = make("div", { class: "plot", tabindex: "0", role: "group", "aria-roledescription": "chart", onkeydown: (event) => this.key(event), ...spokenBy(this.values) });
     this.note = make("p", { class: "note" });
-    this.values = make("output", { class: "values", "aria-live": "polite", "aria-label": `Values: ${spec.title}` });
     host.append(make("figure", { class: "card chart", id: spec.id },
       make("figcaption", {}, make("h3", { text: spec.title }), this.button,
         make("button", { type: "button", text: "PNG", "aria-label": `PNG of ${spec.title}`, onclick: () => this.png() }),
@@ -134,7 +159,7 @@ class Chart {
   last() { return Math.max(...this.spec.lines.map((line) => line.x[line.x.length - 1])); }
 
   draw() {
-    const spec = this.spec, tables = [], series = [{}];
+    const { spec, read } = this, tables = [], series = [{}];
     const positive = (y) => (this.log ? y.map((v) => (v > 0 ? v : null)) : y);
     for (const line of spec.lines) {
       const stroke = seriesColor(line.index), dash = seriesDash(line.index), faint = view.smoothing > 0;
@@ -160,7 +185,7 @@ class Chart {
       cursor: { sync: { key: "steps", setSeries: false }, drag: { x: true, y: false, setScale: false }, points: { size: 7 } },
       hooks: {
         drawClear: [(u) => this.shade(u)],
-        setCursor: [(u) => this.tell(u.cursor.idx)],
+        setCursor: [(u) => { this.read = u.cursor.idx === null || u.cursor.idx === undefined ? null : u.data[0][u.cursor.idx]; this.tell(); }],
         setSelect: [(u) => {
           if (u.select.width < 4) return;
           showRange(u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x"));
@@ -172,8 +197,11 @@ class Chart {
     this.chart = new uPlot(options, uPlot.join(tables), this.plot);
     this.chart.over.addEventListener("dblclick", () => showRange(null, null));
     this.chart.over.addEventListener("mousedown", (event) => this.pan(event), true);
-    this.tell(null);
+    queueMicrotask(() => this.goTo(read));  // once it is drawn, which takes the cursor away
+    this.tell();
   }
+
+  goTo(step) { if (step !== null) this.chart.setCursor({ left: this.chart.valToPos(step, "x"), top: 20 }); }
 
   range(low, high) {
     if (low === null || low === undefined) return [0, 1];
@@ -192,21 +220,21 @@ class Chart {
       if (i % 2 === 0) pen.fillRect(x0, top, x1 - x0, height);
       pen.fillStyle = color("--soft");
       pen.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
-      if (x1 - x0 > pen.measureText(phase.name).width + 8) pen.fillText(phase.name, x0 + 5 * devicePixelRatio, top + 14 * devicePixelRatio);
+      if (x1 - x0 > pen.measureText(phase.name).width + 8) pen.fillText(phase.name, x0 + 5 * devicePixelRatio, top + height - 6 * devicePixelRatio);
       pen.restore();
     });
   }
 
-  // The values at a place of the cursor; the last of each line where there is none.
-  tell(at) {
-    const step = at === null || at === undefined ? null : this.chart.data[0][at];
+  // The values at the step of the cursor; the last of each line where there is none.
+  tell() {
+    const step = this.read;
     const parts = step === null ? [] : [make("span", {}, "step ", make("b", { text: number(step) }))];
     for (const line of this.spec.lines) {
       const i = step === null ? line.x.length - 1 : nearest(line.x, step);
       const smoothed = view.smoothing > 0 ? ` (smoothed ${this.spec.format(smooth((line.mean || line).y, view.smoothing)[nearest((line.mean || line).x, line.x[i])])})` : "";
       parts.push(make("span", {}, swatch(line.index), `${visible(line.name)} `, make("b", { text: this.spec.format(line.y[i]) }), smoothed, step !== null && line.x[i] === step ? "" : ` at ${number(line.x[i])}`));
     }
-    this.values.replaceChildren(...parts);
+    replace(this.values, ...parts);
     this.plot.setAttribute("aria-label", `${this.spec.title}: ${parts.map((part) => part.textContent).join("; ")}`);
   }
 
@@ -215,18 +243,12 @@ class Chart {
   key(event) {
     const u = this.chart, steps = u.data[0], [low, high] = [u.scales.x.min, u.scales.x.max];
     const inside = (i) => steps[i] >= low && steps[i] <= high;
-    if (event.key === "+" || event.key === "=") shift(0, 0.5);
-    else if (event.key === "-") shift(0, 2);
-    else if (event.key === "0") showRange(null, null);
-    else if (event.key === "ArrowLeft" || event.key === "ArrowRight") {
-      const way = event.key === "ArrowLeft" ? -1 : 1;
-      if (event.shiftKey) shift(way * 0.25, 1);
-      else {
-        let i = u.cursor.idx === null || u.cursor.idx === undefined ? (way > 0 ? -1 : steps.length) : u.cursor.idx;
-        do i += way; while (i >= 0 && i < steps.length && !inside(i));
-        if (i >= 0 && i < steps.length) u.setCursor({ left: u.valToPos(steps[i], "x"), top: 20 });
-      }
-    } else return;
+    const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (way && !event.shiftKey) {
+      let i = u.cursor.idx === null || u.cursor.idx === undefined ? (way > 0 ? -1 : steps.length) : u.cursor.idx;
+      do i += way; while (i >= 0 && i < steps.length && !inside(i));
+      if (i >= 0 && i < steps.length) this.goTo(steps[i]);
+    } else if (!zoomed(event)) return;
     event.preventDefault();
   }
 

@@ -13,14 +13,14 @@ function viridis(share) {
 class Heat {
   constructor(host, spec, ...controls) {
     this.at = null;
-    this.canvas = make("canvas", { tabindex: "0", role: "group", "aria-roledescription": "heatmap",
+    this.values = valuesOf(spec);
+    this.canvas = make("canvas", { tabindex: "0", role: "group", "aria-roledescription": "heatmap", ...spokenBy(this.values),
       onmousemove: (event) => this.point(event), onmouseleave: () => { this.at = null; this.draw(); this.tell(); },
       onclick: (event) => { this.point(event); this.choose(); }, onkeydown: (event) => this.key(event) });
     this.note = make("p", { class: "note" });
-    this.values = make("output", { class: "values", "aria-live": "polite", "aria-label": `Values: ${spec.title}` });
     this.scale = make("div", { class: "scale" });
     this.heading = make("h3");
-    host.append(make("figure", { class: "card wide heat", id: spec.id },
+    host.append(make("figure", { class: "card wide heat", id: spec.id, onzoom: () => { this.draw(); this.tell(); } },
       make("figcaption", {}, this.heading, ...controls,
         make("button", { type: "button", text: "PNG", "aria-label": `PNG of ${spec.title}`, onclick: () => savePng(this.spec.title, this.canvas, [[this.values.textContent, null]]) }),
         make("button", { type: "button", text: "CSV", "aria-label": `CSV of ${spec.title}`, onclick: () => this.csv() })),
@@ -46,6 +46,12 @@ class Heat {
     return { left: 46, top: 4, width: Math.max(60, this.canvas.parentElement.clientWidth - 56), height: cell * rows, cell };
   }
 
+  // The columns, from and to, of the steps that all charts show; each stands for the steps since the one before it.
+  columns() {
+    const x = this.spec.x, reaches = (step) => { const c = x.findIndex((one) => one >= step); return c < 0 ? x.length - 1 : c; };
+    return view.min === null ? [0, x.length] : [reaches(view.min), reaches(view.max) + 1];
+  }
+
   draw() {
     const { spec, canvas } = this, box = this.box(), ratio = devicePixelRatio || 1, pen = canvas.getContext("2d");
     canvas.width = (box.left + box.width + 10) * ratio;
@@ -54,12 +60,12 @@ class Heat {
     canvas.style.height = canvas.height / ratio + "px";
     pen.scale(ratio, ratio);
     pen.font = "11px system-ui, sans-serif";
-    const columns = spec.x.length, wide = box.width / columns, every = Math.ceil(13 / box.cell);
+    const [from, to] = this.columns(), columns = to - from, wide = box.width / columns, every = Math.ceil(13 / box.cell);
     spec.rows.forEach((name, r) => {
       const y = box.top + r * box.cell;
-      for (let c = 0; c < columns; c++) {
+      for (let c = from; c < to; c++) {
         pen.fillStyle = viridis((spec.values[r][c] - spec.low) / (spec.high - spec.low || 1));
-        pen.fillRect(box.left + c * wide, y, wide + 0.6, box.cell - (box.cell > 8 ? 1 : 0));
+        pen.fillRect(box.left + (c - from) * wide, y, wide + 0.6, box.cell - (box.cell > 8 ? 1 : 0));
       }
       pen.fillStyle = color(r === spec.picked ? "--ink" : "--soft");
       pen.textAlign = "right";
@@ -68,33 +74,34 @@ class Heat {
     pen.strokeStyle = color("--ink");
     pen.lineWidth = 2;
     if (spec.picked !== null && spec.picked !== undefined) pen.strokeRect(box.left, box.top + spec.picked * box.cell, box.width, box.cell - 1);
-    if (this.at) pen.strokeRect(box.left + this.at[1] * wide - 1, box.top + this.at[0] * box.cell - 1, wide + 2, box.cell + 1);
+    if (this.at && this.at[1] >= from && this.at[1] < to) pen.strokeRect(box.left + (this.at[1] - from) * wide - 1, box.top + this.at[0] * box.cell - 1, wide + 2, box.cell + 1);
     pen.fillStyle = color("--soft");
     pen.textAlign = "center";
     const ticks = Math.min(columns, Math.max(2, Math.floor(box.width / 90)));
     for (let i = 0; i < ticks; i++) {
       const c = ticks === 1 ? 0 : Math.round((i * (columns - 1)) / (ticks - 1));
-      pen.fillText(number(spec.x[c]), Math.min(box.left + (c + 0.5) * wide, box.left + box.width - 12), box.top + box.height + 15);
+      pen.fillText(number(spec.x[from + c]), Math.min(box.left + (c + 0.5) * wide, box.left + box.width - 12), box.top + box.height + 15);
     }
   }
 
   // The value of the cell that is pointed at; the largest of the last column where there is none.
   tell() {
-    const { spec } = this, last = spec.x.length - 1;
+    const { spec } = this, last = this.columns()[1] - 1;
     let [r, c] = this.at || [0, last], prefix = "";
     if (!this.at) {
       for (let i = 0; i < spec.rows.length; i++) if (spec.values[i][last] > spec.values[r][last]) r = i;
       prefix = "largest: ";
     }
     const text = `${prefix}${spec.rowName} ${visible(spec.rows[r])}, step ${number(spec.x[c])}: `;
-    this.values.replaceChildren(make("span", {}, text, make("b", { text: spec.format(spec.values[r][c]) })));
+    replace(this.values, make("span", {}, text, make("b", { text: spec.format(spec.values[r][c]) })));
     this.canvas.setAttribute("aria-label", `${spec.title}: ${this.values.textContent}`);
   }
 
   point(event) {
     const box = this.box(), place = this.canvas.getBoundingClientRect();
-    const r = Math.floor((event.clientY - place.top - box.top) / box.cell), c = Math.floor(((event.clientX - place.left - box.left) / box.width) * this.spec.x.length);
-    this.at = r >= 0 && r < this.spec.rows.length && c >= 0 && c < this.spec.x.length ? [r, c] : null;
+    const [from, to] = this.columns(), r = Math.floor((event.clientY - place.top - box.top) / box.cell);
+    const c = from + Math.floor(((event.clientX - place.left - box.left) / box.width) * (to - from));
+    this.at = r >= 0 && r < this.spec.rows.length && c >= from && c < to ? [r, c] : null;
     this.draw();
     this.tell();
   }
@@ -104,12 +111,12 @@ class Heat {
   key(event) {
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     if (event.key === "Enter" || event.key === " ") this.choose();
-    else if (moves[event.key]) {
-      const [r, c] = this.at || [0, this.spec.x.length - 1], [dr, dc] = this.at ? moves[event.key] : [0, 0];
-      this.at = [Math.max(0, Math.min(this.spec.rows.length - 1, r + dr)), Math.max(0, Math.min(this.spec.x.length - 1, c + dc))];
+    else if (moves[event.key] && !event.shiftKey) {
+      const [from, to] = this.columns(), [r, c] = this.at || [0, to - 1], [dr, dc] = this.at ? moves[event.key] : [0, 0];
+      this.at = [Math.max(0, Math.min(this.spec.rows.length - 1, r + dr)), Math.max(from, Math.min(to - 1, c + dc))];
       this.draw();
       this.tell();
-    } else return;
+    } else if (!zoomed(event)) return;
     event.preventDefault();
   }
 

@@ -18,17 +18,20 @@ function ago(seconds) {
   return `${Math.round(seconds / 3600)} h`;
 }
 
+// Text in which an option is not broken at its hyphens.
+const spelled = (text) => visible(text).split(/(--[a-z][a-z-]*)/).map((part, i) => (i % 2 ? make("span", { class: "option", text: part }) : part));
+
 // ---- runs and their verdicts
 
 function drawRuns() {
-  byId("runs").replaceChildren(...documents.runs.map((run) => make("button", { type: "button", "aria-pressed": String(!hidden.has(run.name)), "aria-label": `Show ${visible(run.name)}`,
+  replace(byId("runs"), ...documents.runs.map((run) => make("button", { type: "button", "aria-pressed": String(!hidden.has(run.name)), "aria-label": `Show ${visible(run.name)}`,
     onclick: (event) => { hidden.has(run.name) ? hidden.delete(run.name) : hidden.add(run.name); drawAll(); byId("runs").children[indexOf(run)].focus(); event.preventDefault(); } },
     swatch(indexOf(run)), visible(run.name))));
   byId("runs").hidden = documents.runs.length < 2;
 }
 
 function drawVerdict() {
-  byId("verdict").replaceChildren(...shown().map((run) => {
+  replace(byId("verdict"), ...shown().map((run) => {
     const s = run.status, share = s.steps ? s.step / s.steps : 0;
     const facts = [STATES[s.state], s.steps ? `step ${number(s.step)} of ${number(s.steps)}` : `step ${number(s.step)}`, `${number(s.tokens)} tokens`];
     if (s.state !== "finished" && s.seconds_since_row !== null) facts.push(`last row ${ago(s.seconds_since_row)} before this page's numbers`);
@@ -38,7 +41,7 @@ function drawVerdict() {
       make("h2", {}, visible(run.name), make("small", { text: facts.join(" · ") })),
       s.steps ? make("progress", { max: 1, value: share, "aria-label": `Progress of ${visible(run.name)}` }) : null,
       make("dl", { class: "answers" }, ...run.verdict.map((v) => make("div", { class: `answer ${v.level}` },
-        make("dt", { text: v.question }), make("dd", { class: "word", text: visible(v.answer) }), make("dd", { text: visible(v.text) })))));
+        make("dt", { text: v.question }), make("dd", { class: "word", text: visible(v.answer) }), make("dd", {}, ...spelled(v.text))))));
   }));
 }
 
@@ -140,7 +143,6 @@ function drawRouters(host) {
     rows: routers.layers, x: routers.x, values, format: MEASURES[picked.measure][1], low: limits[0], high: limits[1], lowName: words[0], highName: words[1],
     picked: picked.layer, pick: (layer) => { picked.layer = layer; drawRouters(host); },
   };
-  const load = loadSpec(run, routers.layers[picked.layer]);
   if (!drawn.has("routers-heat")) {
     const which = make("select", { "aria-label": "Run whose routers are shown", onchange: (event) => { picked.run = event.target.value; drawRouters(host); } });
     const measure = make("select", { "aria-label": "Measure of the routers", onchange: (event) => { picked.measure = event.target.value; drawRouters(host); } },
@@ -150,16 +152,25 @@ function drawRouters(host) {
     host.replaceChildren(make("h2", { text: "Routers" }), grid);
     drawn.set("routers-heat", new Heat(grid, spec, which, measure));
     drawn.set("routers-which", which);
-    drawn.set("routers-load", load ? new Heat(grid, load) : null);
-    if (!load) grid.append(make("p", { class: "note wide", text: "The rows of this run hold no loads of single experts: an earlier version of moetool wrote them." }));
-  } else {
-    drawn.get("routers-heat").update(spec);
-    if (load && drawn.get("routers-load")) drawn.get("routers-load").update(load);
-  }
+    const place = make("div", { class: "wide" });
+    grid.append(place);
+    drawn.set("routers-place", place);
+  } else drawn.get("routers-heat").update(spec);
+  drawLoad(drawn.get("routers-place"), loadSpec(run, routers.layers[picked.layer]));
   const which = drawn.get("routers-which");
   which.replaceChildren(...runs.map((one) => make("option", { value: one.name, text: visible(one.name) })));
   which.value = run.name;
   which.hidden = runs.length < 2;
+}
+
+// Runs may have loads or not, and a run may get them.
+function drawLoad(place, load) {
+  if (load && drawn.has("routers-load")) drawn.get("routers-load").update(load);
+  else if (load) { place.replaceChildren(); drawn.set("routers-load", new Heat(place, load)); }
+  else {
+    drawn.delete("routers-load");
+    place.replaceChildren(make("p", { class: "note", text: "The rows of this run hold no loads of single experts: an earlier version of moetool wrote them." }));
+  }
 }
 
 function loadSpec(run, layer) {
@@ -186,14 +197,14 @@ const about = (run, ...parts) => make("article", { class: "card run", "aria-labe
 
 function drawSources() {
   const known = shown().filter((run) => Object.keys(run.sources).length);
-  byId("sources").replaceChildren(...(known.length ? [make("h2", { text: "Sources" })] : []), ...known.map((run) => about(run,
+  replace(byId("sources"), ...(known.length ? [make("h2", { text: "Sources" })] : []), ...known.map((run) => about(run,
     table(["source", "kind", "tokens", "epochs"], Object.entries(run.sources).map(([name, s]) => [name, s.replay ? "replay" : "new text", number(s.tokens), s.epochs === null ? "–" : s.epochs.toFixed(3)])))));
 }
 
 function drawMore() {
   const open = new Set([...document.querySelectorAll("#more details[open]")].map((one) => one.id));
-  byId("more").replaceChildren(make("h2", { text: "Command and lineage" }), ...shown().map((run, i) => about(run,
-    run.command ? make("pre", { text: visible(run.command) }) : null,
+  replace(byId("more"), make("h2", { text: "Command and lineage" }), ...shown().map((run, i) => about(run,
+    run.command ? make("pre", {}, ...spelled(run.command)) : null,
     make("p", { class: "note", text: visible(run.path) }),
     Object.keys(run.dead_now).length ? make("p", { class: "note", text: `Dead in the last step: ${Object.entries(run.dead_now).map(([layer, dead]) => `layer ${visible(layer)}: ${dead.join(", ")}`).join("; ")}` }) : null,
     make("details", { id: `options-${i}` }, make("summary", { text: "Options" }), table(["option", "value"], Object.entries(run.options).map(([name, value]) => [name, plain(value)]), "options")),
@@ -220,7 +231,18 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 addEventListener("beforeprint", () => { document.documentElement.classList.add("print"); redraw(); });
 addEventListener("afterprint", () => { document.documentElement.classList.remove("print"); redraw(); });
 
-const when = () => new Date(documents.made * 1000).toLocaleString();
+// What changes is read aloud, so the time stands beside it.
+function tellLive(text) {
+  if (byId("live").textContent !== text) byId("live").textContent = text;
+  byId("when").textContent = `Numbers of ${new Date(documents.made * 1000).toLocaleString()}.`;
+}
+
+// Newer numbers wait while a mouse button is down, so that a zoom or a selection is not cut off.
+let pressed = false;
+addEventListener("pointerdown", () => { pressed = true; }, true);
+for (const end of ["pointerup", "pointercancel", "blur"]) addEventListener(end, () => { pressed = false; }, true);
+const released = async () => { while (pressed) await new Promise((go) => setTimeout(go, 100)); };
+
 byId("foot").textContent = `Made by moetool ${documents.moetool} from the runs' own files.`;
 drawAll();
 
@@ -228,13 +250,13 @@ async function poll() {
   const began = performance.now();
   try {
     const answer = await fetch(`runs.json?have=${documents.version}`, { cache: "no-store" });
-    if (answer.status === 200) { documents = await answer.json(); drawAll(); }
+    if (answer.status === 200) { documents = await answer.json(); await released(); drawAll(); }
     else if (answer.status !== 204) throw new Error(answer.status);
-    byId("live").textContent = `Live; numbers of ${when()}.`;
+    tellLive("Live.");
   } catch {
-    byId("live").textContent = `moetool watch does not answer; numbers of ${when()}. Trying again.`;
+    tellLive("moetool watch does not answer; trying again.");
   }
   setTimeout(poll, Math.max(documents.every, 10 * (performance.now() - began)));
 }
-if (documents.every) { byId("live").textContent = `Live; numbers of ${when()}.`; setTimeout(poll, documents.every); }
-else byId("live").textContent = `Numbers of ${when()}.`;
+tellLive(documents.every ? "Live." : "");
+if (documents.every) setTimeout(poll, documents.every);
