@@ -120,8 +120,8 @@ def balanced(
     if shape is None:
         return Answer(
             ask, "See the numbers", "none",
-            f"{said}, and {dead or 'no'} expert{' is' if dead <= 1 else 's are'} dead. The rows of this run do not say how"
-            " many experts there are.",
+            f"{said}, and {dead or 'no'} expert{' is' if dead <= 1 else 's are'} dead. The rows of this run do not say"
+            " how many experts there are.",
         )  # fmt: skip
     experts, top_k = shape
     said += f"; balance would be {top_k / experts:.0%}. "
