@@ -21,6 +21,8 @@ class Noted:
 def noting(tell: Callable[[], None]) -> Iterator[Noted]:
     """Note the first SIGINT or SIGTERM instead of acting on it; a second one acts at once.
 
+    One that is ignored stays so: a shell script ignores Ctrl-C for the commands that it puts in the background.
+
     Args:
         tell: called when the first comes.
 
@@ -32,6 +34,7 @@ def noting(tell: Callable[[], None]) -> Iterator[Noted]:
         yield noted
         return
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: handler for signum, handler in before.items() if handler is not signal.SIG_IGN}
 
     def note(signum: int, frame: FrameType | None) -> None:
         if noted.signum:

@@ -162,7 +162,9 @@ class Run:
                 if stopping:
                     break
         if self.step < config.max_steps:
-            signal.raise_signal(noted.signum or signal.SIGTERM)
+            signum = noted.signum or signal.SIGTERM
+            signal.raise_signal(signum)
+            raise SystemExit(128 + signum)  # of another process, and ignored here
 
     def finish(self, more: Mapping[str, Any]) -> dict[str, Any]:
         """Make the last step the run's result, and OUT a finished run.
