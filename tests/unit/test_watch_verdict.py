@@ -122,6 +122,16 @@ def test_the_marks_of_the_page_are_the_warnings_of_the_run(losses: list[float]) 
     assert told == first
 
 
+def test_a_gradient_that_jumps_is_told_with_the_loss_alone() -> None:
+    """Most runs that learn have such jumps early on; the page marks them."""
+    signs = Signs()
+    rows = [row(step) for step in range(1, BLOCK + 1)]
+    rows += [row(BLOCK + 1) | {"grad_norm": 9.0}, row(BLOCK + 2, 7.0) | {"grad_norm": 9.0}]
+    (sign,) = [sign for one in rows for sign in signs.see(one)]
+    assert sign.step == BLOCK + 2
+    assert "the loss jumped from 2 to 7 and the gradient norm jumped from 0.5 to 9" in sign.text
+
+
 def test_a_collapse_is_told_once_with_the_option_that_helps() -> None:
     routed: dict[str, Any] = {
         "load": {"3": [0.5, 0.5, 0.0, 0.0]},
