@@ -389,7 +389,7 @@ def test_a_lost_state_of_a_strategy_is_not_made_up(tmp_path: Path, models: dict[
     (folder / "state.json").write_text(json.dumps(document))
     code, _, stderr = cpt(models["mixtral"], out, jsonl, *arguments)
     assert code == 1
-    assert "it holds no state of --balance adaptive-aux for this model); delete that step folder" in stderr
+    assert "it holds no adaptive-aux of this model); delete that step folder" in stderr
     # Another run begins with its own.
     code, _, stderr = cpt(folder.parent, tmp_path / "next", jsonl, *arguments, "--keep-optimizer", steps=1)
     assert (code, stderr) == (0, "")
