@@ -53,8 +53,8 @@ def build_run(plan: RunPlan) -> Run:
     _freeze(core, trained_names(core, config.train_only, config.freeze_router))
     strategies: Mapping[str, Strategy] = {}
     warnings: list[str] = []
+    empty = RouterCapture(skeleton(config.model)) if capture else None
     if capture:
-        empty = RouterCapture(skeleton(config.model))
         how = How(empty, balance.last_move(config), "centred" in plan.identity)
         strategies = balance.build_strategies(config.balance, core, capture, how)
         plan = replace(plan, terms={**plan.terms, **{n: s.term for n, s in strategies.items() if s.term}})
@@ -75,8 +75,8 @@ def build_run(plan: RunPlan) -> Run:
     weights = weights or dict(core.named_parameters())
     apply_execution(config, core)
     gradient = None
-    if capture and config.router_gradient != "sparse":
-        gradient = RouterGradient(config.router_gradient, core, capture, RouterCapture(skeleton(config.model)))
+    if capture and empty and config.router_gradient != "sparse":
+        gradient = RouterGradient(config.router_gradient, core, capture, empty)
     optimizer = adamw(weights.values(), config, list(core.parameters()), [weights[n] for n in router_names(core)])
     model, updates = prepare(accelerator, core, optimizer, ddp=mesh.whole and not half)
     if going_on:
