@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -41,6 +42,15 @@ def safe_json(value: Any) -> str:
     """JSON that may stand inside an HTML script element, whatever strings it holds."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII: other characters are escaped
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def finite(value: Any) -> Any:
+    """A JSON document in which NaN and infinity, which JSON does not know, are null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_bytes(

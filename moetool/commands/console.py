@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from moetool.amounts import count, size
-from moetool.outside import printable, printable_json
+from moetool.outside import finite, printable, printable_json
 from moetool.progress import Progress as ProgressCallback
 from moetool.progress import silent
 
@@ -94,14 +93,14 @@ class Console:
         if not self.json:
             self.warn(text)
         elif not self.quiet:
-            line = jsonlib.dumps(_finite({"event": event, **values, **({"text": text} if text else {})}))
+            line = jsonlib.dumps(finite({"event": event, **values, **({"text": text} if text else {})}))
             with _unheard():
                 print(line, file=sys.stderr, flush=True)
 
     def result(self, document: dict[str, Any], *renderables: RenderableType) -> None:
         """Print a command's outcome: the document with `--json`, else the renderables."""
         if self.json:
-            text = jsonlib.dumps(_finite(document), indent=2, ensure_ascii=False, default=str)
+            text = jsonlib.dumps(finite(document), indent=2, ensure_ascii=False, default=str)
             with _naming_stdout():
                 sys.stdout.write(printable_json(text) + "\n")
                 sys.stdout.flush()
@@ -158,12 +157,3 @@ def _naming_stdout() -> Iterator[None]:
     except OSError as error:
         error.filename = "standard output"
         raise
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

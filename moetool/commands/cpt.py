@@ -127,14 +127,19 @@ def _leave_page(console: Console, out: Path) -> None:
     from moetool.checkpoint.folder import write_file
     from moetool.checkpoint.step_folder import PAGE
     from moetool.watch.page import collect, render
+    from moetool.watch.problem import in_words
     from moetool.watch.run import WatchedRun
 
-    run = WatchedRun(out, out.resolve().name, ended=True)
-    run.refresh()
     try:
-        write_file(out / PAGE, render(collect([run])).encode("utf-8", "replace"))
-    except OSError as error:
-        console.warn(f"{out / PAGE} is not written ({error.strerror}); moetool watch {out} --html FILE makes it")
+        run = WatchedRun(out, out.resolve().name, ended=True)
+        run.refresh()
+        document = collect([run])
+        for problem in document["problems"]:
+            console.warn(f"{out / PAGE}: {problem}")
+        write_file(out / PAGE, render(document).encode("utf-8", "replace"))
+    except Exception as error:
+        why = (isinstance(error, OSError) and error.strerror) or in_words(error)
+        console.warn(f"{out / PAGE} is not written ({why}); moetool watch {out} --html FILE makes it")
 
 
 def _average(run: Run, last: int, progress: Progress) -> dict[str, Any]:

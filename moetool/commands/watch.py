@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from moetool.commands.console import Console, escape, size
 from moetool.commands.options import Output
-from moetool.errors import ConfigError, MoetoolError
+from moetool.errors import ConfigError
 from moetool.option import option
-
-if TYPE_CHECKING:
-    from moetool.watch.run import WatchedRun
 
 
 def _paths(texts: Sequence[str], flag: str) -> list[Path]:
@@ -59,8 +55,9 @@ def watch(context: typer.Context, asked: WatchOptions, output: Output) -> dict[s
     Serves the page to this machine alone, at http://127.0.0.1. It reads what moetool cpt writes into each RUN, and
     changes nothing there. --json prints the numbers of this moment and ends.
     """
-    from moetool.watch.open import open_runs, read_scores
+    from moetool.watch.open import open_runs
     from moetool.watch.page import collect, render
+    from moetool.watch.scores import read_scores
     from moetool.watch.server import Watcher, serve
 
     if output.json and (asked.port is not None or asked.open_):
@@ -73,7 +70,9 @@ def watch(context: typer.Context, asked: WatchOptions, output: Output) -> dict[s
                 progress("read", i, len(runs), run.name)
                 run.refresh()
             progress("read", len(runs), len(runs))
-        document = collect(runs, read_scores(asked.scores, runs))
+        document = collect(runs, *read_scores(asked.scores, runs))
+        for problem in document["problems"]:
+            console.warn(problem)
         written = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
         if asked.html is not None:
             num_bytes = _write(asked.html, render(document))
@@ -89,16 +88,8 @@ def watch(context: typer.Context, asked: WatchOptions, output: Output) -> dict[s
             webbrowser.open(address)
 
     read_scores(asked.scores, runs)  # what is wrong is said before the page is served
-    serve(Watcher(runs, lambda: _scores_now(asked.scores, runs)), asked.port, ready)
+    serve(Watcher(runs, lambda: read_scores(asked.scores, runs, strict=False)), asked.port, ready)
     return {}
-
-
-def _scores_now(folders: Sequence[Path], runs: Sequence[WatchedRun]) -> list[dict[str, Any]]:
-    from moetool.watch.open import read_scores
-
-    with suppress(MoetoolError):  # being written again, or gone
-        return read_scores(folders, runs)
-    return []
 
 
 def _write(path: Path, page: str) -> int:

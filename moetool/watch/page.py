@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moetool import __version__
-from moetool.outside import safe_json
+from moetool.outside import finite, safe_json
 from moetool.watch.run import WatchedRun
 
 SCHEMA_VERSION = 1
@@ -21,19 +20,33 @@ _PARTS = {
     "uplot_css": "uplot/uPlot.min.css",
     "style": "style.css",
     "uplot": "uplot/uPlot.iife.min.js",
+    "elements": "elements.js",
+    "figure": "figure.js",
+    "phases": "phases.js",
     "charts": "charts.js",
     "heat": "heat.js",
+    "routers": "routers.js",
     "page": "page.js",
 }
 
 
-def collect(runs: Sequence[WatchedRun], scores: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """The document of some runs: what `moetool watch --json` prints (described in docs/watch.md)."""
+def collect(
+    runs: Sequence[WatchedRun], scores: Sequence[dict[str, Any]] = (), problems: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The document of some runs: what `moetool watch --json` prints (described in docs/watch.md).
+
+    Args:
+        runs: read before.
+        scores: of their checkpoints, see scores.py.
+        problems: what could not be read, besides what the runs tell themselves.
+    """
+    documents = [run.document(len(runs)) for run in runs]
     return {
         "schema_version": SCHEMA_VERSION,
         "moetool": __version__,
         "made": round(time.time(), 3),
-        "runs": [run.document(len(runs)) for run in runs],
+        "problems": [f"{one['name']}: {one['problem']}" for one in documents if one["problem"]] + list(problems),
+        "runs": documents,
         "scores": list(scores),
     }
 
@@ -47,7 +60,7 @@ def render(document: dict[str, Any], every: int = 0, version: int = 0) -> str:
         version: of the document, see server.py.
     """
     parts = {name: (_FOLDER / file).read_text(encoding="utf-8") for name, file in _PARTS.items()}
-    scripts = [_hash(parts[name]) for name in ("uplot", "charts", "heat", "page")]
+    scripts = [_hash(parts[name]) for name, file in _PARTS.items() if file.endswith(".js")]
     connect = "'self'" if every else "'none'"
     parts["policy"] = (
         f"default-src 'none'; script-src {' '.join(scripts)}; style-src 'unsafe-inline'; img-src data: blob:;"
@@ -64,15 +77,7 @@ def document_json(document: dict[str, Any], every: int, version: int) -> str:
     try:
         return safe_json(document)
     except ValueError:
-        return safe_json(_finite(document))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return safe_json(finite(document))
 
 
 def _hash(script: str) -> str:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moetool.checkpoint.step_folder import METRICS
-from moetool.outside import fits
-from moetool.train.schedules import phases
+from moetool.outside import finite
 from moetool.train.signs import BLOCK, SPIKE, shape
 from moetool.watch import verdict
+from moetool.watch.asked import phases_of, sources_of, total_steps
 from moetool.watch.facts import read_facts
+from moetool.watch.problem import in_words
 from moetool.watch.rows import MEASURES, SCALARS, Rows
 from moetool.watch.tail import Tail, open_regular
 from moetool.watch.thin import Array, evenly, heat, thinned
@@ -29,7 +29,11 @@ _LOSS = b', "loss": '
 QUIET = 120.0  # seconds without a row, at least, after which a run is not said to be running
 # A page holds at most so many numbers of all its runs: points of a curve, cells of a heatmap, loads of experts.
 POINTS, CELLS, LOADS = 8000, 40_000, 400_000
-_SOURCES = {"*": {"tokens": float, "epochs": float}}
+RETRY = 15.0  # seconds after which a run that could not be read is read anew
+# What is said of a folder that says nothing, see `read_facts`.
+NOTHING: dict[str, Any] = {
+    "state": "unknown", "options": {}, "train": [], "sources": {}, "sources_step": None, "command": "", "lineage": []
+}  # fmt: skip
 
 
 class WatchedRun:
@@ -40,18 +44,21 @@ class WatchedRun:
         name: how it is called beside the others.
         rows: of its metrics.jsonl.
         sampled: whether they are only a sample so far.
+        problem: why they could not be read, in words; they are then those of before, and read anew a while later.
         ended: whether its process, which is this one, is about to end.
     """
 
     def __init__(self, path: Path, name: str, ended: bool = False) -> None:
         self.path, self.name, self.ended = path, name, ended
         self.rows, self.sampled = Rows(), False
+        self.problem = ""
+        self._again = 0.0  # not to be read before
         self._scanned: dict[str, tuple[Array, Array]] = {}  # of all rows, while `rows` are a sample
         self._tail = Tail(path / METRICS)
 
     def sample(self) -> None:
         """Take a first look at a large file: every loss and gradient norm, and the rest of evenly spread rows."""
-        with suppress(OSError):
+        try:
             size = os.stat(self.path / METRICS).st_size
             if size <= SAMPLED:
                 return
@@ -61,25 +68,55 @@ class WatchedRun:
             if size <= SCANNED:
                 with open_regular(self.path / METRICS) as file:
                     self._scanned = scanned(file.read())
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            self._failed(error)
 
     def refresh(self) -> bool:
-        """Read what is new; whether there was anything."""
-        found = self._tail.look()
-        rows = Rows() if found.anew else self.rows
-        new = found.anew
-        for line in found.lines:
-            rows.add(line)
-            new = True
-        self.rows, self.sampled, self._scanned = rows, False, {}
+        """Read what is new; whether there was anything. Never fails, so that other runs and a training go on."""
+        if time.monotonic() < self._again:
+            return False
+        try:
+            found = self._tail.look()
+            rows = Rows() if found.anew else self.rows
+            new = found.anew or bool(self.problem)
+            for line in found.lines:
+                rows.add(line)
+                new = True
+        except Exception as error:
+            self._failed(error)
+            return True
+        self.rows, self.sampled, self._scanned, self.problem = rows, False, {}, ""
         return new
+
+    def _failed(self, error: Exception) -> None:
+        changed = self._tail.changed
+        self.problem, self._tail, self._again = in_words(error), Tail(self.path / METRICS), time.monotonic() + RETRY
+        self._tail.changed = changed
 
     def document(self, share: int = 1) -> dict[str, Any]:
         """Everything that is shown of it (described in docs/watch.md).
 
+        What raises an error that nobody foresaw is left out, first what the folder says and then the rows too, and
+        `problem` says so: it must stop neither the page of other runs nor a training.
+
         Args:
             share: how many runs are shown: each gets its part of the page's size.
         """
-        rows, facts = self.rows, read_facts(self.path)
+        problem = self.problem
+        for read, rows in ((self._facts, self.rows), (dict, self.rows), (dict, Rows())):
+            try:
+                with np.errstate(all="ignore"):
+                    return self._document(NOTHING | read(), rows, share) | {"problem": problem}
+            except Exception as error:
+                problem = problem or in_words(error)
+        raise AssertionError(problem)
+
+    def _facts(self) -> dict[str, Any]:
+        return finite(read_facts(self.path))  # type: ignore[no-any-return]
+
+    def _document(self, facts: dict[str, Any], rows: Rows, share: int) -> dict[str, Any]:
         options, steps = facts["options"], array_of(rows.steps)
         step = int(steps[-1]) if len(steps) else 0
         tokens = rows.columns["num_tokens"][-1] if step and "num_tokens" in rows.columns else 0.0
@@ -93,8 +130,8 @@ class WatchedRun:
             state = "quiet"
         if self.ended and state in ("running", "quiet"):
             state = "stopped"
-        left = verdict.seconds_left(step, total, step_tokens, speed)
-        took = float(np.sum(step_tokens / speed[speed > 0])) if len(speed) else 0.0
+        left = finite(verdict.seconds_left(step, total, step_tokens, speed))
+        took = finite(float(np.sum(step_tokens / speed[speed > 0]))) or 0.0
         points = max(200, min(2000, POINTS // share))
         shaped = _shape(rows)
         layers = list(rows.loads[-1][1]) if rows.loads else [str(i) for i in range(rows.num_layers)]
@@ -140,10 +177,10 @@ class WatchedRun:
             },
             "dead_experts": thinned(steps, _measure(rows, "dead_experts").sum(axis=1), points),
             "dead_now": {layer: dead for layer, dead in zip(layers, rows.dead, strict=False) if dead},
-            "phases": _phases(options, total),
+            "phases": phases_of(options, total),
             "routers": _routers(rows, layers, shaped, share),
             "load": _loads(rows, share),
-            "sources": _sources(facts, rows.sources, step, total),
+            "sources": sources_of(facts, rows.sources, step, total),
             "options": {name: value for name, value in options.items() if value not in (None, {}, [], "")},
             "command": facts["command"],
             "lineage": facts["lineage"],
@@ -232,47 +269,3 @@ def _loads(rows: Rows, share: int) -> dict[str, Any]:
         "x": [step for step, _ in kept],
         "layers": {layer: [load[layer] for _, load in kept] for layer in rows.loads[-1][1]},
     }
-
-
-def total_steps(options: Mapping[str, Any], step_tokens: float) -> int | None:
-    """How many steps the run will have, from resolved options or those that were typed."""
-    if steps := _whole(options.get("max_steps")):
-        return steps
-    tokens = _whole(options.get("max_tokens"))
-    return int(tokens // step_tokens) if tokens and step_tokens else None
-
-
-def _whole(value: Any) -> int | None:
-    return int(value) if isinstance(value, (int, str)) and re.fullmatch(r"[0-9]{1,15}", str(value)) else None
-
-
-def _phases(options: Mapping[str, Any], total: int | None) -> list[dict[str, Any]]:
-    needed = {"schedule": str, "warmup_steps": int, "cooldown_end": float, "constant_end": float}
-    if not total or not fits(options, needed):
-        return []
-    return [{"name": n, "from": begin, "to": end} for n, begin, end in phases(options["schedule"], total, options)]
-
-
-def _sources(facts: Mapping[str, Any], told: Mapping[str, float], step: int, total: int | None) -> dict[str, Any]:
-    """Where each source stands.
-
-    Args:
-        facts: see `read_facts`.
-        told: tokens that each source has given, of the last row. Rows of an earlier version do not tell: each source
-            is then taken to give the same share of every batch.
-        step: of that row.
-        total: steps of the run.
-    """
-    named = facts["sources"]
-    if not fits(named, _SOURCES):
-        return {}
-    at = facts["sources_step"] or total
-    replay, found = facts["options"].get("replay"), {}
-    for name, entry in named.items():
-        tokens = told.get(name, entry["tokens"] * step / at if at else 0)
-        found[name] = {
-            "tokens": round(tokens),
-            "epochs": entry["epochs"] * tokens / entry["tokens"] if entry["tokens"] else None,
-            "replay": name in replay if isinstance(replay, (dict, list)) else bool(entry.get("replay")),
-        }
-    return found

@@ -13,6 +13,7 @@ from typing import Any
 from moetool import __version__
 from moetool.errors import ConfigError
 from moetool.watch.page import collect, document_json, render
+from moetool.watch.problem import in_words
 from moetool.watch.run import WatchedRun
 
 HOST = "127.0.0.1"
@@ -20,6 +21,9 @@ PORTS = range(8130, 8150)  # one that is free is taken
 EVERY = 2000  # milliseconds between two questions of the page
 _LOOK = 1.0  # seconds between two looks at the files
 _AGAIN = 15.0  # seconds after which a document is made anew without new rows: a run may have stopped
+
+
+Scores = Callable[[], tuple[list[dict[str, Any]], list[str]]]  # see `read_scores`
 
 
 class Watcher:
@@ -31,7 +35,7 @@ class Watcher:
         text: the same as a JSON text.
     """
 
-    def __init__(self, runs: Sequence[WatchedRun], scores: Callable[[], list[dict[str, Any]]] = list) -> None:
+    def __init__(self, runs: Sequence[WatchedRun], scores: Scores = lambda: ([], [])) -> None:
         self._runs, self._scores = runs, scores
         self.version = 0
         for run in runs:
@@ -44,11 +48,17 @@ class Watcher:
     def make(self) -> None:
         """Make the document of what was read."""
         began = time.monotonic()
-        self.document = collect(self._runs, self._scores())
-        self.version += 1
-        self.text = document_json(self.document, EVERY, self.version)
+        try:
+            scores, problems = self._scores()
+        except Exception as error:
+            scores, problems = [], [f"scores: {in_words(error)}"]
+        self._show(collect(self._runs, scores, problems))
         self._made = time.monotonic()
         self._cost = self._made - began
+
+    def _show(self, document: dict[str, Any]) -> None:
+        text = document_json(document, EVERY, self.version + 1)
+        self.document, self.text, self.version = document, text, self.version + 1
 
     def look(self) -> None:
         """Read what is new; at most a tenth of the time goes into new documents."""
@@ -60,10 +70,15 @@ class Watcher:
             self.make()
 
     def run(self, stop: threading.Event) -> None:
-        """Look again and again until told to stop."""
+        """Look again and again until told to stop. After an error, the page keeps its numbers and says why."""
         while not stop.wait(_LOOK):
-            with suppress(OSError):  # a file system that is away comes back
+            try:
                 self.look()
+            except Exception as error:
+                self._made = time.monotonic()
+                with suppress(Exception):
+                    if (said := in_words(error)) not in self.document["problems"]:
+                        self._show(self.document | {"problems": [*self.document["problems"], said]})
 
 
 class _Server(ThreadingHTTPServer):

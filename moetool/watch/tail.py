@@ -11,6 +11,8 @@ from typing import IO, NamedTuple
 _MARK = 64  # bytes before the place read to, by which a replaced file is known
 _PIECE = 1 << 22
 _END = 1 << 16  # bytes of a sample that are read whole
+_LONGEST = 1 << 26  # bytes of a line; a longer one, in a damaged file, is given in pieces, which are no rows
+_SAMPLED = 1 << 20  # bytes of a line in a sample
 
 
 class Found(NamedTuple):
@@ -70,6 +72,10 @@ class Tail:
                     self.read += len(whole) + 1
                     self._mark = (whole + end)[-_MARK:]
                     yield from whole.split(b"\n")
+                elif len(rest) > _LONGEST:
+                    self.read, self._mark = self.read + len(rest), rest[-_MARK:]
+                    yield rest
+                    rest = b""
 
     def sample(self, count: int) -> Iterator[bytes]:
         """About so many complete lines, evenly spread, and the last ones; `look` gives them again.
@@ -86,8 +92,8 @@ class Tail:
             for i in range(count):
                 file.seek(size * i // count)
                 if i:
-                    file.readline()  # the rest of a line
-                line = file.readline()
+                    file.readline(_SAMPLED)  # the rest of a line
+                line = file.readline(_SAMPLED)
                 if line.endswith(b"\n"):
                     yield line
             file.seek(max(0, size - _END))

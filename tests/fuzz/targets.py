@@ -462,10 +462,9 @@ def dumped(document: Any) -> bytes:
 
 def _shown(document: dict[str, Any]) -> None:
     """What `--json` does with a document, and that nothing in it acts on a terminal."""
-    from moetool.commands.console import _finite
-    from moetool.outside import printable_json
+    from moetool.outside import finite, printable_json
 
-    text = printable_json(json.dumps(_finite(document), indent=2, ensure_ascii=False, default=str))
+    text = printable_json(json.dumps(finite(document), indent=2, ensure_ascii=False, default=str))
     assert "\x1b" not in text
     assert "\u202e" not in text
     text.encode()

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from moetool.watch.open import open_runs, read_scores, short_names
+from moetool.watch.open import open_runs, short_names
 from moetool.watch.run import WatchedRun
+from moetool.watch.scores import read_scores
 from moetool.watch.server import Watcher, serve
 from tests import tiny
 from tests.watched import HOSTILE, save_run
@@ -94,7 +95,7 @@ def test_one_file_with_hostile_names_cannot_leave_its_data(tmp_path: Path) -> No
     code, _, err = tiny.in_process("watch", tmp_path / "run", "--html", tmp_path / "page.html")
     assert code == 0, err
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count("<script") == 5
+    assert page.count("<script") == 9
     assert "alert(1)" in page
     assert "<img" not in page
     assert "default-src 'none'" in page
@@ -168,7 +169,7 @@ def test_scores_are_those_of_the_checkpoints(tmp_path: Path) -> None:
     models = {"one": "/elsewhere/run/checkpoints/step-000002", "end": str(tmp_path / "a" / "run"), "no": "/other/thing"}
     results = {name: {"arc": {"acc,none": score | {"value": i / 10}}} for i, name in enumerate(models)}
     (tmp_path / "results.json").write_text(json.dumps({"moetool": {"models": models, "results": results}}))
-    (found,) = read_scores([tmp_path], runs)
+    (found,), _ = read_scores([tmp_path], runs)
     assert found["runs"] == {"run": {"x": [2, 3], "y": [0.0, 0.1], "stderr": [0.1, 0.1]}}
     assert (found["task"], found["metric"], found["higher_is_better"]) == ("arc", "acc", True)
     (tmp_path / "results.json").write_text("{}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import struct
 import threading
@@ -107,7 +108,7 @@ def test_names_from_outside_are_shown_and_not_run(seen: Seen) -> None:
     assert shown in seen.page.locator("#verdict").inner_text()
     assert seen.page.get_by_role("heading", name=f"Validation loss: {shown}").count() == 1
     assert seen.page.locator("img").count() == 0
-    assert seen.page.locator("script").count() == 5
+    assert seen.page.locator("script").count() == 9
     assert not seen.page.evaluate("/[\\u202e\\u001b]/.test(document.body.innerText)")
 
 
@@ -153,6 +154,17 @@ def test_zoom_and_pan_are_shared_by_all_charts(seen: Seen) -> None:
     low, high = scale(seen, "grad_norm")
     assert 12 < low < 19
     assert 42 < high < 49
+    # With Shift, the steps under the mouse follow it: by a tenth of the width, to the left.
+    seen.page.keyboard.down("Shift")
+    seen.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 40)
+    seen.page.mouse.down()
+    seen.page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 40, steps=3)
+    seen.page.mouse.up()
+    seen.page.keyboard.up("Shift")
+    assert scale(seen, "loss") == scale(seen, "grad_norm")
+    assert scale(seen, "loss") == pytest.approx([low + (high - low) / 10, high + (high - low) / 10], abs=0.2)
+    seen.page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + 40)  # the button is up: nothing follows
+    assert scale(seen, "loss")[0] == pytest.approx(low + (high - low) / 10, abs=0.2)
     seen.page.get_by_role("button", name="Show all steps").click()
     assert scale(seen, "grad_norm") == [1, 60]
 
@@ -179,7 +191,8 @@ def test_log_scale_smoothing_and_runs_switch_on_and_off(seen: Seen) -> None:
 
 def test_a_layer_is_chosen_by_mouse_and_keyboard(seen: Seen) -> None:
     canvas, load = seen.chart("routers-heat").locator("canvas").first, seen.chart("routers-load")
-    assert "layer 1, one" in load.locator("h3").inner_text()
+    worst = max(range(3), key=lambda layer: row(60)["mri"][layer])
+    assert f"layer {worst + 1}, one" in load.locator("h3").inner_text()
     canvas.scroll_into_view_if_needed()
     canvas.click(position={"x": 300, "y": 4 + 22 * 2 + 10})
     assert "layer 3, one" in load.locator("h3").inner_text()
@@ -195,6 +208,141 @@ def test_a_layer_is_chosen_by_mouse_and_keyboard(seen: Seen) -> None:
     assert "layer 2, one" in load.locator("h3").inner_text()
     seen.page.get_by_label("Measure of the routers").select_option("dead_experts")
     assert "dead experts" in seen.chart("routers-heat").locator(".note").inner_text()
+
+
+def picture(seen: Seen, name: str, x: float, y: float) -> list[int]:
+    """The colour in a heatmap or a chart at a place in CSS pixels."""
+    script = """([name, x, y]) => [...document.querySelector(`#${name} .plot canvas`).getContext("2d")
+      .getImageData(x * devicePixelRatio, y * devicePixelRatio, 1, 1).data].slice(0, 3)"""
+    return seen.page.evaluate(script, [name, x, y])  # type: ignore[no-any-return]
+
+
+def test_a_heatmap_on_a_log_scale_has_its_key_and_colours(browser: Any, tmp_path: Path) -> None:
+    save_run(tmp_path / "run", steps=10)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for one in lines:
+        if "mri" in one:
+            # 8 experts, top-2: balance is 0.25. 0.5 lies at a third between 0.25 and 1; on a log scale in the middle.
+            one["mri"] = [0.25, 0.5, 1.0]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    (run,) = open_runs([tmp_path / "run"])
+    run.refresh()
+    document = collect([run])
+    document["runs"][0]["routers"] |= {"num_experts": 8, "top_k": 2}
+    (tmp_path / "page.html").write_text(render(document), encoding="utf-8")
+    seen = Seen(browser, f"file://{tmp_path}/page.html")
+    heat = seen.chart("routers-heat")
+    assert "layer 3, run" in seen.chart("routers-load").locator("h3").inner_text()
+    # viridis has nine colours; the third of eight parts is two thirds on from the third to the fourth colour.
+    places = [(300, 4 + 22 * layer + 10) for layer in range(3)]
+    ends = [68, 1, 84], [253, 231, 37]
+    third = [59 + (44 - 59) * 2 / 3, 81 + (113 - 81) * 2 / 3, 139 + (142 - 139) * 2 / 3]
+    assert picture(seen, "routers-heat", *places[0]) == ends[0]
+    assert picture(seen, "routers-heat", *places[1]) == pytest.approx(third, abs=1)
+    assert picture(seen, "routers-heat", *places[2]) == ends[1]
+    assert "middle 62.5 %" in heat.locator(".key").inner_text()
+    button = heat.get_by_role("button", name="Logarithmic scale")
+    button.focus()
+    seen.page.keyboard.press("Enter")
+    assert button.get_attribute("aria-pressed") == "true"
+    assert picture(seen, "routers-heat", *places[0]) == ends[0]
+    assert picture(seen, "routers-heat", *places[1]) == pytest.approx([33, 144, 141], abs=1)
+    assert picture(seen, "routers-heat", *places[2]) == ends[1]
+    assert "logarithmic, middle 50.0 %" in heat.locator(".key").inner_text()
+    seen.page.evaluate("scrollTo(0, document.querySelector('#routers').offsetTop)")
+    heat.locator("canvas").first.hover(position={"x": 300, "y": places[1][1]})
+    assert heat.locator("output").inner_text().endswith(": 50.0 %")
+    # The mark in the key lies at the value that is told.
+    mark = """() => { const bar = document.querySelector("#routers-heat .key canvas"), data = bar.getContext("2d").getImageData(0, 7, bar.width, 1).data;
+      return [...Array(bar.width).keys()].find((x) => data[4 * x] === 29 && data[4 * x + 1] === 33) / bar.width; }"""  # noqa: E501
+    assert seen.page.evaluate(mark) == pytest.approx(0.5, abs=0.02)
+    button.click()
+    heat.locator("canvas").first.hover(position={"x": 300, "y": places[1][1]})
+    assert seen.page.evaluate(mark) == pytest.approx(1 / 3, abs=0.02)
+    seen.fine()
+
+
+def test_each_line_is_switched_off_and_on(seen: Seen) -> None:
+    loss, y = seen.chart("loss"), "drawn.get('loss').chart.scales.y.max"
+    one = loss.get_by_role("button", name=re.compile("^one "))
+    two = loss.locator(".line").nth(1)
+    top = seen.page.evaluate(y)
+    one.click()
+    off = loss.locator(".line").first
+    assert (off.get_attribute("aria-pressed"), two.get_attribute("aria-pressed")) == ("false", "true")
+    assert off.inner_text() == "one off"
+    assert {cells[0] for cells in seen.csv("loss")[1:]} == {"two"}
+    assert scale(seen, "loss") == [1, 40]  # the run of 60 steps has left
+    assert seen.chart("lr").locator(".line").first.get_attribute("aria-pressed") == "true"
+    two.focus()
+    seen.page.keyboard.press("Enter")
+    assert two.evaluate("(e) => e === document.activeElement")
+    assert two.get_attribute("aria-pressed") == "false"
+    assert seen.csv("loss") == [["run", "step", "value"]]
+    assert "one off; two off" in loss.locator(".plot").get_attribute("aria-label")
+    loss.locator(".plot").focus()
+    for key in ("ArrowRight", "+", "-", "0"):
+        seen.page.keyboard.press(key)
+    off.click()
+    assert scale(seen, "loss") == [1, 60]
+    assert seen.page.evaluate(y) == top
+    # A run that is hidden and shown again finds its lines as they were.
+    seen.page.get_by_role("button", name="Show one").click()
+    seen.page.get_by_role("button", name="Show one").click()
+    assert [line.get_attribute("aria-pressed") for line in loss.locator(".line").all()] == ["true", "false"]
+
+
+def test_a_line_without_the_highest_values_leaves_the_scale(seen: Seen) -> None:
+    # Both runs have the same values at a step; the second ends at step 40, and code's validation falls with the steps.
+    low = "drawn.get('val-1').chart.scales.y.max"
+    assert seen.page.evaluate(low) > 3.3  # prose is 3 + step / 200: one ends at 3.3
+    seen.chart("val-1").locator(".line").first.click()
+    assert seen.page.evaluate(low) < 3.23  # two at 3.2, and 6 % of 0.2
+
+
+def test_the_phases_of_each_schedule_are_named_and_shaded(browser: Any, seen: Seen, tmp_path: Path) -> None:
+    lr = seen.chart("lr")
+    assert lr.locator(".key").inner_text().split() == ["warm-up", "constant", "decay"]
+    header, *cells = seen.csv("lr")
+    assert header == ["run", "step", "value", "phase"]
+    # 100 steps, 10 of warm-up, constant up to 80: update 10 is the last of the warm-up.
+    assert [cells[step - 1][3] for step in (1, 10, 11, 60)] == ["warm-up", "warm-up", "constant", "constant"]
+    lr.locator(".plot").focus()
+    seen.page.keyboard.press("ArrowRight")
+    assert "step 1 one 1e-4 (warm-up) two 1e-4 (warm-up)" in " ".join(lr.locator("output").inner_text().split())
+    shade = "name => { const p = document.createElement('canvas').getContext('2d'); p.fillStyle = phaseColor(name); p.fillRect(0, 0, 1, 1); return [...p.getImageData(0, 0, 1, 1).data].slice(0, 3); }"  # noqa: E501
+    place = "step => drawn.get('lr').chart.valToPos(step, 'x') + drawn.get('lr').chart.bbox.left / devicePixelRatio"
+    colors = {name: seen.page.evaluate(shade, name) for name in ("warm-up", "cooldown", "constant", "decay")}
+    assert len({tuple(color) for color in colors.values()}) == 4
+    for step, name in ((7, "warm-up"), (13, "constant"), (57, "constant")):
+        assert picture(seen, "lr", seen.page.evaluate(place, step), 160) == colors[name]
+
+    for name, options in {
+        "infinite": {"schedule": "infinite", "warmup_steps": 10, "cooldown_end": 0.3, "constant_end": 0.4},
+        "cosine": {"schedule": "cosine", "warmup_steps": 20},
+    }.items():
+        save_run(tmp_path / name, steps=60)
+        file = tmp_path / name / "moetool.partial.json"
+        partial = json.loads(file.read_text())
+        file.write_text(json.dumps(partial | {"options": partial["options"] | options}))
+    runs = open_runs([tmp_path / "infinite", tmp_path / "cosine"])
+    for run in runs:
+        run.refresh()
+    (tmp_path / "page.html").write_text(render(collect(runs)), encoding="utf-8")
+    both = Seen(browser, f"file://{tmp_path}/page.html")
+    assert both.chart("lr").locator(".key").inner_text().split() == ["warm-up", "cooldown", "constant", "decay"]
+    assert both.chart("loss").locator(".key").inner_text() == ""  # no shade of one run where runs differ
+    # One band a run above the chart, of 18 pixels each.
+    top = both.page.evaluate("drawn.get('lr').chart.bbox.top / devicePixelRatio")
+    for step, first, second in ((8, "warm-up", "warm-up"), (25, "cooldown", "decay"), (38, "constant", "decay")):
+        x = both.page.evaluate(place, step)
+        assert picture(both, "lr", x, top - 36 + 2) == colors[first]
+        assert picture(both, "lr", x, top - 18 + 2) == colors[second]
+    assert {cells[3] for cells in both.csv("lr") if cells[:2] == ["infinite", "35"]} == {"constant"}
+    both.chart("lr").locator(".line").first.click()  # one schedule is left: it shades the chart
+    assert both.chart("lr").locator(".key").inner_text().split() == ["warm-up", "decay"]
+    assert picture(both, "lr", both.page.evaluate(place, 25), 160) == colors["decay"]
+    both.fine()
 
 
 def test_heatmaps_show_the_steps_that_the_charts_show(seen: Seen) -> None:
@@ -306,6 +454,8 @@ def test_it_lives_while_the_run_goes_on(browser: Any, tmp_path: Path) -> None:
         file.write(json.dumps(row(6)) + "\n")
     seen.page.locator("#loss output", has_text=f"{row(6)['loss']:.5g} at 6").wait_for()
     pressed = seen.page.get_by_role("button", name="Logarithmic scale: Training loss").get_attribute("aria-pressed")
+    seen.page.get_by_label("Layer whose experts are shown").select_option("layer 2")
+    seen.chart("grad_norm").locator(".line").click()
     plot, values = seen.chart("loss").locator(".plot"), seen.chart("loss").locator("output")
     assert values.get_attribute("aria-live") == "off"  # news are not read aloud unasked
     plot.focus()
@@ -319,6 +469,11 @@ def test_it_lives_while_the_run_goes_on(browser: Any, tmp_path: Path) -> None:
         file.write(json.dumps(row(7) | {"dead_experts": [[], [6], []]}) + "\n")
     seen.page.locator("#lr output", has_text="at 7").wait_for()
     assert "step 2" in values.inner_text()  # what is being read stays
+    assert "layer 2, run" in seen.chart("routers-load").locator("h3").inner_text()
+    assert seen.chart("grad_norm").locator(".line").get_attribute("aria-pressed") == "false"
+    seen.page.get_by_label("Layer whose experts are shown").select_option("worst layer now")
+    worst = max(range(3), key=lambda layer: row(7)["mri"][layer])
+    assert f"layer {worst + 1}, run" in seen.chart("routers-load").locator("h3").inner_text()
     assert summary.evaluate("(e) => e.same") is True
     assert not seen.page.locator("#runs").is_visible()  # a single run needs no switch
     assert pressed == "true"  # what was set stays

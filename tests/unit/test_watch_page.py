@@ -62,7 +62,7 @@ def test_lines_differ_for_colour_blind_people(kind: str) -> None:
 
 
 def test_lines_differ_in_more_than_colour() -> None:
-    dashes = re.search(r"DASHES = (\[.*?\]);", (TEMPLATES / "charts.js").read_text())
+    dashes = re.search(r"DASHES = (\[.*?\]);", (TEMPLATES / "elements.js").read_text())
     assert dashes
     patterns = json.loads(dashes[1])
     assert len(patterns) == 8

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moetool.watch.asked import total_steps
 from moetool.watch.page import collect, document_json
 from moetool.watch.rows import Rows
-from moetool.watch.run import WatchedRun, scanned, total_steps
+from moetool.watch.run import WatchedRun, scanned
 from moetool.watch.tail import Tail
 from moetool.watch.thin import evenly, heat, thinned
 

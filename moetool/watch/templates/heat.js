@@ -8,42 +8,42 @@ function viridis(share) {
   return `rgb(${VIRIDIS[i].map((c, k) => Math.round(c + part * (VIRIDIS[i + 1][k] - c))).join(",")})`;
 }
 
-// spec: id, title, note, rows [name], rowName, x [step], values [row][column], format, low, high, lowName, highName,
-// pick (row) or null, picked (row) or null
-class Heat {
+// spec: as of a Figure, and rows [name], rowName, x [step], values [row][column], format, pick (row) or null, picked (row)
+// or null, scales {linear, log}, each {low, high, lowName, highName}: the ends of the colours
+class Heat extends Figure {
   constructor(host, spec, ...controls) {
-    this.at = null;
-    this.values = valuesOf(spec);
-    this.canvas = make("canvas", { tabindex: "0", role: "group", "aria-roledescription": "heatmap", ...spokenBy(this.values),
-      onmousemove: (event) => this.point(event), onmouseleave: () => { this.at = null; this.draw(); this.tell(); },
-      onclick: (event) => { this.point(event); this.choose(); }, onkeydown: (event) => this.key(event) });
-    this.note = make("p", { class: "note" });
-    this.scale = make("div", { class: "scale" });
-    this.heading = make("h3");
-    host.append(make("figure", { class: "card wide heat", id: spec.id, onzoom: () => { this.draw(); this.tell(); } },
-      make("figcaption", {}, this.heading, ...controls,
-        make("button", { type: "button", text: "PNG", "aria-label": `PNG of ${spec.title}`, onclick: () => savePng(this.spec.title, this.canvas, [[this.values.textContent, null]]) }),
-        make("button", { type: "button", text: "CSV", "aria-label": `CSV of ${spec.title}`, onclick: () => this.csv() })),
-      this.note, make("div", { class: "plot" }, this.canvas), this.scale, this.values));
+    const canvas = make("canvas", { tabindex: "0", role: "group", "aria-roledescription": "heatmap",
+      onmousemove: (event) => this.point(event), onmouseleave: () => { this.at = null; this.zoom(); },
+      onclick: (event) => { this.point(event); this.choose(); }, onkeydown: (event) => this.press(event) });
+    super(host, spec, "wide heat", make("div", { class: "plot" }, canvas), ...controls);
+    this.canvas = canvas;
+    this.at = null;  // the row and the column that are pointed at
+    this.bar = make("canvas", { width: 150, height: 14, "aria-hidden": "true" });
     this.update(spec);
   }
 
-  update(spec) {
-    this.spec = spec;
-    this.heading.textContent = spec.title;
-    this.note.textContent = spec.note || "";
-    if (this.at) this.at = [Math.min(this.at[0], spec.rows.length - 1), Math.min(this.at[1], spec.x.length - 1)];
-    const bar = make("canvas", { width: 150, height: 10, "aria-hidden": "true" }), pen = bar.getContext("2d");
-    for (let i = 0; i < 150; i++) { pen.fillStyle = viridis(i / 149); pen.fillRect(i, 0, 1, 10); }
-    this.scale.replaceChildren(spec.lowName, bar, spec.highName);
-    this.draw();
-    this.tell();
+  draw() {
+    const { rows, x, format } = this.spec, { low, high, lowName, highName } = this.ends, log = this.isLog;
+    if (this.at) this.at = [Math.min(this.at[0], rows.length - 1), Math.min(this.at[1], x.length - 1)];
+    const middle = log ? Math.sqrt(low * high) : (low + high) / 2;
+    this.key.replaceChildren(lowName, this.bar, highName, make("span", { text: `${log ? "logarithmic, " : ""}middle ${format(middle)}` }));
+    this.paint();
   }
+
+  get ends() { return this.spec.scales[this.isLog ? "log" : "linear"]; }
+
+  // Where a value lies between the ends of the colours.
+  share(value) {
+    const { low, high } = this.ends, place = this.isLog ? (v) => Math.log(Math.max(v, low)) : (v) => v;
+    return (place(value) - place(low)) / (place(high) - place(low) || 1);
+  }
+
+  zoom() { this.paint(); this.tell(); }
 
   // Where the cells lie, in CSS pixels.
   box() {
     const rows = this.spec.rows.length, cell = Math.max(5, Math.min(22, 420 / rows));
-    return { left: 46, top: 4, width: Math.max(60, this.canvas.parentElement.clientWidth - 56), height: cell * rows, cell };
+    return { left: 46, top: 4, width: Math.max(60, this.plot.clientWidth - 56), height: cell * rows, cell };
   }
 
   // The columns, from and to, of the steps that all charts show; each stands for the steps since the one before it.
@@ -52,7 +52,7 @@ class Heat {
     return view.min === null ? [0, x.length] : [reaches(view.min), reaches(view.max) + 1];
   }
 
-  draw() {
+  paint() {
     const { spec, canvas } = this, box = this.box(), ratio = devicePixelRatio || 1, pen = canvas.getContext("2d");
     canvas.width = (box.left + box.width + 10) * ratio;
     canvas.height = (box.top + box.height + 22) * ratio;
@@ -64,7 +64,7 @@ class Heat {
     spec.rows.forEach((name, r) => {
       const y = box.top + r * box.cell;
       for (let c = from; c < to; c++) {
-        pen.fillStyle = viridis((spec.values[r][c] - spec.low) / (spec.high - spec.low || 1));
+        pen.fillStyle = Number.isFinite(spec.values[r][c]) ? viridis(this.share(spec.values[r][c])) : color("--mid");
         pen.fillRect(box.left + (c - from) * wide, y, wide + 0.6, box.cell - (box.cell > 8 ? 1 : 0));
       }
       pen.fillStyle = color(r === spec.picked ? "--ink" : "--soft");
@@ -95,6 +95,16 @@ class Heat {
     const text = `${prefix}${spec.rowName} ${visible(spec.rows[r])}, step ${number(spec.x[c])}: `;
     replace(this.values, make("span", {}, text, make("b", { text: spec.format(spec.values[r][c]) })));
     this.canvas.setAttribute("aria-label", `${spec.title}: ${this.values.textContent}`);
+    this.paintKey(spec.values[r][c]);
+  }
+
+  // The colours, with a mark where the value lies that is told.
+  paintKey(value) {
+    const pen = this.bar.getContext("2d"), { width, height } = this.bar;
+    for (let i = 0; i < width; i++) { pen.fillStyle = viridis(i / (width - 1)); pen.fillRect(i, 0, 1, height); }
+    const x = Math.max(2, Math.min(width - 2, this.share(value) * width));
+    pen.fillStyle = color("--card"); pen.fillRect(x - 2, 0, 4, height);
+    pen.fillStyle = color("--ink"); pen.fillRect(x - 1, 0, 2, height);
   }
 
   point(event) {
@@ -102,25 +112,25 @@ class Heat {
     const [from, to] = this.columns(), r = Math.floor((event.clientY - place.top - box.top) / box.cell);
     const c = from + Math.floor(((event.clientX - place.left - box.left) / box.width) * (to - from));
     this.at = r >= 0 && r < this.spec.rows.length && c >= from && c < to ? [r, c] : null;
-    this.draw();
-    this.tell();
+    this.zoom();
   }
 
   choose() { if (this.at && this.spec.pick) this.spec.pick(this.at[0]); }
 
-  key(event) {
+  press(event) {
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     if (event.key === "Enter" || event.key === " ") this.choose();
     else if (moves[event.key] && !event.shiftKey) {
       const [from, to] = this.columns(), [r, c] = this.at || [0, to - 1], [dr, dc] = this.at ? moves[event.key] : [0, 0];
       this.at = [Math.max(0, Math.min(this.spec.rows.length - 1, r + dr)), Math.max(from, Math.min(to - 1, c + dc))];
-      this.draw();
-      this.tell();
+      this.zoom();
     } else if (!zoomed(event)) return;
     event.preventDefault();
   }
 
-  csv() {
+  savePng() { savePng(this.spec.title, this.canvas, [[this.values.textContent, null]]); }
+
+  saveCsv() {
     const { spec } = this;
     saveCsv(spec.title, [spec.rowName, ...spec.x.map((x) => `step ${x}`)], spec.rows.map((name, r) => [name, ...spec.values[r]]));
   }

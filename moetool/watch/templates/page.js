@@ -4,7 +4,7 @@
 let documents = JSON.parse(document.getElementById("data").textContent);
 const hidden = new Set();       // names of runs that are not shown
 const drawn = new Map();        // id -> Chart or Heat
-const picked = { run: null, layer: 0, measure: "mri", change: false };
+const picked = { run: null, layer: null, measure: "mri", change: false };  // layer: its name; null: the worst one
 const byId = (id) => document.getElementById(id);
 const shown = () => documents.runs.filter((run) => !hidden.has(run.name));
 const indexOf = (run) => documents.runs.findIndex((other) => other.name === run.name);
@@ -30,6 +30,10 @@ function drawRuns() {
   byId("runs").hidden = documents.runs.length < 2;
 }
 
+function drawProblems() {
+  replace(byId("problems"), ...documents.problems.map((text) => make("p", { class: "card problem", text: visible(text) })));
+}
+
 function drawVerdict() {
   replace(byId("verdict"), ...shown().map((run) => {
     const s = run.status, share = s.steps ? s.step / s.steps : 0;
@@ -47,7 +51,7 @@ function drawVerdict() {
 
 // ---- charts
 
-const line = (run, series, marks) => ({ name: run.name, index: indexOf(run), x: series.x, y: series.y, mean: series.mean, marks });
+const line = (run, series, marks) => ({ name: run.name, index: indexOf(run), x: series.x, y: series.y, mean: series.mean, stderr: series.stderr, marks, phases: run.phases });
 function lines(pick, marks) {
   return shown().map((run) => [run, pick(run), marks ? run.marks[marks] : null]).filter(([, series]) => series && series.x.length)
     .map(([run, series, spikes]) => line(run, series, spikes));
@@ -62,27 +66,27 @@ function fromStart(series) {
 }
 
 function specs() {
-  const found = [], phases = (shown()[0] || { phases: [] }).phases;
-  const add = (group, id, title, list, more = {}) => { if (list.length) found.push({ group, id, title, lines: list, format: number, ...more }); };
-  add("Loss", "loss", "Training loss", lines((run) => own(run.series, "loss"), "loss"), { note: "Circles: spikes, far above the 20 steps before.", phases: shown().length === 1 ? phases : [] });
+  const found = [];
+  const add = (group, id, title, list, more = {}) => { if (list.length) found.push({ group, id, key: id, title, lines: list, format: number, ...more }); };
+  add("Loss", "loss", "Training loss", lines((run) => own(run.series, "loss"), "loss"), { note: "Circles: spikes, far above the 20 steps before.", phases: "shaded" });
   names("val").forEach((domain, i) => {
     const kinds = new Set(shown().map((run) => own(run.val, domain)).filter(Boolean).map((v) => v.kind));
     const note = kinds.has("adaptation") ? "In training: its fall is adaptation." : "Not new text: its rise is forgetting.";
-    add("Loss", `val-${i}`, `Validation loss: ${visible(domain)}${picked.change ? ", change from the start" : ""}`, lines((run) => fromStart(own(run.val, domain))), { note });
+    add("Loss", `val-${i}`, `Validation loss: ${visible(domain)}${picked.change ? ", change from the start" : ""}`, lines((run) => fromStart(own(run.val, domain))), { key: `val ${domain}`, note });
   });
   add("Loss", "teacher", "Distance from the teacher", lines((run) => own(run.series, "teacher")), { zero: true, note: "KL divergence of its predictions from the teacher's." });
-  add("Learning rate", "lr", "Learning rate", lines((run) => own(run.series, "lr")), { zero: true, phases, note: phases.length ? `Shaded: the schedule's phases${shown().length > 1 ? `, of ${visible(shown()[0].name)}` : ""}.` : "" });
+  add("Learning rate", "lr", "Learning rate", lines((run) => own(run.series, "lr")), { zero: true, phases: "told", note: "Shaded: the phases of the schedule." });
   found.push({ group: "Routers" });
   add("Balance", "dead", "Dead experts", lines((run) => run.dead_experts), { zero: true, note: "All layers together; below 8 % of the balanced load. The highest of each stretch is kept." });
-  names("val_mri").forEach((domain, i) => add("Balance", `val-mri-${i}`, `mri in validation: ${visible(domain)}`, lines((run) => own(run.val_mri, domain)), { note: "Of the worst layer: the largest share of tokens that one expert gets.", format: percent }));
-  names("balance").forEach((name, i) => add("Balance", `balance-${i}`, `Balance loss: ${visible(name)}`, lines((run) => own(run.balance, name))));
+  names("val_mri").forEach((domain, i) => add("Balance", `val-mri-${i}`, `mri in validation: ${visible(domain)}`, lines((run) => own(run.val_mri, domain)), { key: `val mri ${domain}`, note: "Of the worst layer: the largest share of tokens that one expert gets.", format: percent }));
+  names("balance").forEach((name, i) => add("Balance", `balance-${i}`, `Balance loss: ${visible(name)}`, lines((run) => own(run.balance, name)), { key: `balance ${name}` }));
   add("Balance", "grad_norm", "Gradient norm", lines((run) => own(run.series, "grad_norm"), "grad_norm"), { zero: true, note: "Before clipping. Circles: spikes." });
   add("Speed", "tokens_per_second", "Tokens per second", lines((run) => own(run.series, "tokens_per_second")), { zero: true });
   add("Speed", "mfu", "MFU", lines((run) => own(run.series, "mfu")), { zero: true, format: percent });
   add("Speed", "memory", "GPU memory, peak", lines((run) => own(run.series, "memory")), { zero: true, format: bytes });
   documents.scores.forEach((score, i) => {
     const list = documents.runs.filter((run) => !hidden.has(run.name) && Object.hasOwn(score.runs, run.name)).map((run) => line(run, { ...score.runs[run.name], mean: null }));
-    add("Scores", `score-${i}`, `${visible(score.task)}: ${visible(score.metric)}`, list, { note: score.higher_is_better === false ? "Lower is better." : score.higher_is_better ? "Higher is better." : "" });
+    add("Scores", `score-${i}`, `${visible(score.task)}: ${visible(score.metric)}`, list, { key: `score ${score.task} ${score.metric}`, note: score.higher_is_better === false ? "Lower is better." : score.higher_is_better ? "Higher is better." : "" });
   });
   return found;
 }
@@ -120,70 +124,6 @@ function drawCharts() {
   }
 }
 
-// ---- routers
-
-const MEASURES = {
-  mri: ["mri: largest share of tokens that one expert gets", percent],
-  entropy: ["entropy of the load: 1 is balanced, 0 is one expert", number],
-  dead_experts: ["dead experts", number],
-};
-
-function drawRouters(host) {
-  const runs = shown().filter((run) => run.routers.x && run.routers.x.length);
-  if (!runs.length) { host.replaceChildren(); return; }
-  const run = runs.find((one) => one.name === picked.run) || runs[0], routers = run.routers;
-  picked.layer = Math.min(picked.layer, routers.layers.length - 1);
-  const values = routers[picked.measure], E = routers.num_experts;
-  const balanced = E ? routers.top_k / E : 0;
-  const limits = { mri: [balanced, 1], entropy: [0, 1], dead_experts: [0, E || Math.max(1, ...values.flat())] }[picked.measure];
-  const words = { mri: [E ? `${percent(balanced)}, balanced` : "0 %", "100 %"], entropy: ["0", "1, balanced"], dead_experts: ["0", String(limits[1])] }[picked.measure];
-  const spec = {
-    id: "routers-heat", title: `Routers of ${visible(run.name)}: layer × step`, rowName: "layer",
-    note: `${MEASURES[picked.measure][0]}. Each column shows the worst step of those that it stands for. Click a layer, or choose it with Enter, for the load of its experts.`,
-    rows: routers.layers, x: routers.x, values, format: MEASURES[picked.measure][1], low: limits[0], high: limits[1], lowName: words[0], highName: words[1],
-    picked: picked.layer, pick: (layer) => { picked.layer = layer; drawRouters(host); },
-  };
-  if (!drawn.has("routers-heat")) {
-    const which = make("select", { "aria-label": "Run whose routers are shown", onchange: (event) => { picked.run = event.target.value; drawRouters(host); } });
-    const measure = make("select", { "aria-label": "Measure of the routers", onchange: (event) => { picked.measure = event.target.value; drawRouters(host); } },
-      ...Object.keys(MEASURES).map((name) => make("option", { value: name, text: name.replace("_", " ") })));
-    measure.value = picked.measure;
-    const grid = make("div", { class: "charts" });
-    host.replaceChildren(make("h2", { text: "Routers" }), grid);
-    drawn.set("routers-heat", new Heat(grid, spec, which, measure));
-    drawn.set("routers-which", which);
-    const place = make("div", { class: "wide" });
-    grid.append(place);
-    drawn.set("routers-place", place);
-  } else drawn.get("routers-heat").update(spec);
-  drawLoad(drawn.get("routers-place"), loadSpec(run, routers.layers[picked.layer]));
-  const which = drawn.get("routers-which");
-  which.replaceChildren(...runs.map((one) => make("option", { value: one.name, text: visible(one.name) })));
-  which.value = run.name;
-  which.hidden = runs.length < 2;
-}
-
-// Runs may have loads or not, and a run may get them.
-function drawLoad(place, load) {
-  if (load && drawn.has("routers-load")) drawn.get("routers-load").update(load);
-  else if (load) { place.replaceChildren(); drawn.set("routers-load", new Heat(place, load)); }
-  else {
-    drawn.delete("routers-load");
-    place.replaceChildren(make("p", { class: "note", text: "The rows of this run hold no loads of single experts: an earlier version of moetool wrote them." }));
-  }
-}
-
-function loadSpec(run, layer) {
-  const steps = own(run.load.layers, layer);
-  if (!steps) return null;
-  const E = steps[0].length, values = Array.from({ length: E }, (_, e) => steps.map((load) => load[e]));
-  return {
-    id: "routers-load", title: `Load of the experts of layer ${visible(layer)}, ${visible(run.name)}`, rowName: "expert", rows: Array.from({ length: E }, (_, e) => String(e)),
-    note: `Share of the layer's routes; balance is ${percent(1 / E)}.`, x: run.load.x, values, format: percent,
-    low: 0, high: Math.min(1, 3 / E), lowName: "0 %", highName: `${percent(Math.min(1, 3 / E))} or more`, picked: null, pick: null,
-  };
-}
-
 // ---- sources, options, lineage
 
 function table(head, rows, kind = "") {
@@ -201,12 +141,20 @@ function drawSources() {
     table(["source", "kind", "tokens", "epochs"], Object.entries(run.sources).map(([name, s]) => [name, s.replay ? "replay" : "new text", number(s.tokens), s.epochs === null ? "–" : s.epochs.toFixed(3)])))));
 }
 
+function deadNow(dead, i) {
+  const layers = Object.entries(dead), count = layers.reduce((sum, [, experts]) => sum + experts.length, 0);
+  if (!count) return null;
+  const text = layers.map(([layer, experts]) => `layer ${visible(layer)}: ${experts.join(", ")}`).join("; ");
+  if (count < 10) return make("p", { class: "note", text: `Dead in the last step: ${text}` });
+  return make("details", { id: `dead-${i}` }, make("summary", { text: `${count} experts dead in the last step` }), make("p", { class: "note", text }));
+}
+
 function drawMore() {
   const open = new Set([...document.querySelectorAll("#more details[open]")].map((one) => one.id));
   replace(byId("more"), make("h2", { text: "Command and lineage" }), ...shown().map((run, i) => about(run,
     run.command ? make("pre", {}, ...spelled(run.command)) : null,
     make("p", { class: "note", text: visible(run.path) }),
-    Object.keys(run.dead_now).length ? make("p", { class: "note", text: `Dead in the last step: ${Object.entries(run.dead_now).map(([layer, dead]) => `layer ${visible(layer)}: ${dead.join(", ")}`).join("; ")}` }) : null,
+    deadNow(run.dead_now, i),
     make("details", { id: `options-${i}` }, make("summary", { text: "Options" }), table(["option", "value"], Object.entries(run.options).map(([name, value]) => [name, plain(value)]), "options")),
     run.lineage.length ? make("details", { id: `lineage-${i}` }, make("summary", { text: `Lineage: ${run.lineage.map((entry) => visible(entry.command)).join(" → ")}` }),
       table(["command", "source", "options", "moetool"], run.lineage.map((e) => [e.command, e.source, plain(e.values), e.moetool]), "options")) : null)));
@@ -215,13 +163,13 @@ function drawMore() {
 
 // ---- all of it
 
-function drawAll() { drawRuns(); drawVerdict(); drawCharts(); drawSources(); drawMore(); }
-function redraw() { for (const one of drawn.values()) if (one && one.draw) one.draw(); drawRuns(); }
+function drawAll() { drawRuns(); drawProblems(); drawVerdict(); drawCharts(); drawSources(); drawMore(); }
+function redraw() { for (const one of drawn.values()) if (one instanceof Figure) one.update(one.spec); drawRuns(); }
 
 byId("smoothing").addEventListener("input", (event) => {
   view.smoothing = +event.target.value;
   byId("smoothed").textContent = view.smoothing ? view.smoothing.toFixed(2) : "off";
-  for (const chart of all) chart.draw();
+  for (const chart of all) chart.update(chart.spec);
 });
 byId("change").addEventListener("click", () => { picked.change = !picked.change; byId("change").setAttribute("aria-pressed", picked.change); drawCharts(); });
 byId("reset").addEventListener("click", () => showRange(null, null));
@@ -248,15 +196,18 @@ drawAll();
 
 async function poll() {
   const began = performance.now();
+  let answer = null;
   try {
-    const answer = await fetch(`runs.json?have=${documents.version}`, { cache: "no-store" });
-    if (answer.status === 200) { documents = await answer.json(); await released(); drawAll(); }
+    answer = await fetch(`runs.json?have=${documents.version}`, { cache: "no-store" });
+    if (answer.status === 200) documents = await answer.json();
     else if (answer.status !== 204) throw new Error(answer.status);
     tellLive("Live.");
   } catch {
+    answer = null;
     tellLive("moetool watch does not answer; trying again.");
   }
   setTimeout(poll, Math.max(documents.every, 10 * (performance.now() - began)));
+  if (answer && answer.status === 200) { await released(); drawAll(); }
 }
 tellLive(documents.every ? "Live." : "");
 if (documents.every) setTimeout(poll, documents.every);
