@@ -66,8 +66,8 @@ class Watcher:
         self._stale = self._stale or any(new)
         waited = time.monotonic() - self._made
         if (self._stale and waited > 10 * self._cost) or waited > _AGAIN:
-            self._stale = False
             self.make()
+            self._stale = False
 
     def run(self, stop: threading.Event) -> None:
         """Look again and again until told to stop. After an error, the page keeps its numbers and says why."""
