@@ -34,7 +34,7 @@ class WatchOptions:
         "Write the page of this moment to a file, which opens offline, and end.", None, metavar="FILE"
     )
     scores: Sequence[Path] = option(
-        "Show scores of the runs' checkpoints: the --out DIR of moetool eval (repeatable).",
+        "More scores of the runs' checkpoints: the --out DIR of moetool eval (repeatable).",
         (), flag="--eval", metavar="DIR", make=_paths,
     )  # fmt: skip
 

@@ -105,6 +105,9 @@ def _typed(folder: Path) -> tuple[dict[str, Any], str]:
 
     try:
         text = read_bytes(folder / OPTIONS, _OPTIONS_LIMIT).decode("utf-8")
+        # Ten lines of aliases of aliases stand for a billion values; moetool writes none.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.BaseLoader)):
+            return {}, ""
         document = yaml.load(text, Loader=yaml.BaseLoader)
     except (MoetoolError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return {}, ""

@@ -19,6 +19,7 @@ import pytest
 from moetool.watch.open import open_runs
 from moetool.watch.page import collect, render
 from moetool.watch.server import Watcher, serve
+from tests import tiny
 from tests.watched import HOSTILE, row, save_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -435,6 +436,11 @@ def test_it_prints_light_without_its_controls(browser: Any, folder: Path) -> Non
     assert seen.page.evaluate("color('--card')") == dark
     seen.page.emulate_media(media="print")
     assert not seen.page.get_by_label("Smoothing").is_visible()
+    assert not seen.page.get_by_role("button", name="CSV of Training loss").is_visible()
+    lines = seen.chart("loss").locator(".line")
+    assert lines.nth(0).is_visible()  # what the colours mean
+    lines.nth(1).evaluate("(e) => e.click()")
+    assert not lines.nth(1).is_visible()  # a line that is switched off
     assert seen.page.locator("#verdict").is_visible()
     assert seen.page.pdf().startswith(b"%PDF")
     seen.fine()
@@ -480,4 +486,36 @@ def test_it_lives_while_the_run_goes_on(browser: Any, tmp_path: Path) -> None:
     assert {url.rpartition("?")[0] or url for url in seen.requests if not url.startswith("data:")} <= {
         addresses[0], f"{addresses[0]}runs.json"
     }  # fmt: skip
+    seen.fine()
+
+
+@pytest.mark.slow
+def test_the_scores_of_a_real_evaluation_are_found_and_shown(browser: Any, tmp_path: Path, jsonl: Path) -> None:
+    tiny.save_mixtral(tmp_path / "moe")
+    train = ("--train", f"new={jsonl}", "--seq-len", 16, "--global-batch-size", 4, "--max-steps", 4, "--lr", 1e-3)
+    out = tmp_path / "runs" / "code"
+    code, _, err = tiny.in_process("cpt", tmp_path / "moe", out, *train, "--save-every", 2)
+    assert code == 0, err
+    code, _, err = tiny.in_process(
+        "eval", out / "checkpoints" / "step-000002", out, tmp_path / "moe", "--text", f"new={jsonl}", "--limit", 4,
+        "--out", tmp_path / "runs" / "eval", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "runs" / "eval" / "results.json").read_text())["moetool"]
+    scored = {Path(found["models"][name]).name: tasks["new"] for name, tasks in found["results"].items()}
+    code, _, err = tiny.in_process("watch", out, "--html", tmp_path / "page.html")
+    assert code == 0, err
+    seen = Seen(browser, f"file://{tmp_path}/page.html")
+    title = seen.chart("score-0").locator("h3").inner_text()
+    assert title.startswith("new: ")
+    metric = next(key for key in scored["code"] if key.removesuffix(",none") == title.removeprefix("new: "))
+    rows = [[run, step, float(value)] for run, step, value in seen.csv("score-0")[1:]]
+    assert rows == [
+        ["code", "2", scored["step-000002"][metric]["value"]],
+        ["code", "4", scored["code"][metric]["value"]],
+    ]
+    last = scored["code"][metric]
+    read = seen.chart("score-0").locator("output").inner_text()
+    assert f"code {last['value']:.5g}"[:8] in read
+    assert "±" in read
     seen.fine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -164,6 +165,19 @@ def test_a_file_without_lines_fills_no_memory(tmp_path: Path, monkeypatch: pytes
     found = reader.look()
     assert not found.anew
     assert [line for line in found.lines if line.strip(b"\0")] == [b"one"]
+
+
+def test_aliases_in_the_options_do_not_multiply(tmp_path: Path) -> None:
+    save_run(tmp_path, steps=3)
+    names = [chr(97 + i) for i in range(10)]
+    lines = ["a: &a [x, x]", *(f"{b}: &{b} [{', '.join(['*' + a] * 10)}]" for a, b in itertools.pairwise(names))]
+    (tmp_path / "moetool.yaml").write_text("\n".join(lines))
+    (tmp_path / "moetool.partial.json").unlink()
+    (run,) = open_runs([tmp_path])
+    run.refresh()
+    document = run.document()
+    assert (document["options"], document["command"], document["problem"]) == ({}, "", "")
+    assert document["series"]["loss"]["x"] == [1, 2, 3]
 
 
 def test_a_page_never_stops_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

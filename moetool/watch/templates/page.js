@@ -9,7 +9,7 @@ const byId = (id) => document.getElementById(id);
 const shown = () => documents.runs.filter((run) => !hidden.has(run.name));
 const indexOf = (run) => documents.runs.findIndex((other) => other.name === run.name);
 
-const STATES = { running: "running", quiet: "no new row for a while", stopped: "stopped", finished: "finished", starting: "starting", gone: "deleted" };
+const STATES = { running: "running", quiet: "no new row for a while", stopped: "stopped", finished: "finished", starting: "starting", gone: "deleted", unknown: "its folder could not be read" };
 
 function ago(seconds) {
   if (seconds === null || seconds === undefined) return "";
