@@ -222,8 +222,8 @@ def test_scores_in_a_run_and_beside_it_are_found(tmp_path: Path) -> None:
     runs[0].refresh()
     assert read_scores([], runs) == ([], [])
     step = "checkpoints/step-00000"
-    results(run / "eval", **{f"{run}/{step}1": 0.1, f"/elsewhere/runs/code/{step}2": 0.9, str(run): 0.3})
-    results(run.parent / "eval-more", **{f"../runs/code/{step}2": 0.2, f"runs/other/{step}2": 0.8})
+    results(run / "eval", **{f"{run}/{step}1": 0.1, f"/elsewhere/runs/code/{step}8": 0.9, str(run): 0.3})
+    results(run.parent / "eval-more", **{f"../runs/code/{step}2": 0.2, f"runs/other/{step}9": 0.8})
     results(tmp_path / "eval", **{f"{run}/{step}2": 0.7})  # neither in the run nor beside it
     results(run.parent / "scores", **{f"{run}/{step}2": 0.7})  # not called eval
     results(run.parent / "eval-theirs", **{f"{run}/{step}2": 0.7})

@@ -61,6 +61,18 @@ def test_lines_differ_for_colour_blind_people(kind: str) -> None:
             assert sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5 > 20
 
 
+@pytest.mark.parametrize("scheme", [0, 1])
+@pytest.mark.parametrize("blindness", BLINDNESS)
+def test_the_shades_of_phases_differ(scheme: int, blindness: str) -> None:
+    names = ("warm-up", "cooldown", "constant", "decay")
+    found = [
+        re.findall(rf"--phase-{name}: #(\w{{6}})", (TEMPLATES / "style.css").read_text())[scheme] for name in names
+    ]
+    seen = [seen_as(tuple(int(text[i : i + 2], 16) for i in (0, 2, 4)), BLINDNESS[blindness]) for text in found]
+    for one, other in itertools.combinations(seen, 2):
+        assert sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5 > 8
+
+
 def test_lines_differ_in_more_than_colour() -> None:
     dashes = re.search(r"DASHES = (\[.*?\]);", (TEMPLATES / "elements.js").read_text())
     assert dashes
