@@ -207,6 +207,11 @@ def test_a_layer_is_chosen_by_mouse_and_keyboard(seen: Seen) -> None:
     assert read == f"layer 2, step 60: {100 * row(60)['mri'][1]:.1f} %"
     seen.page.keyboard.press("Enter")
     assert "layer 2, one" in load.locator("h3").inner_text()
+    seen.page.get_by_label("Measure of the routers").select_option("entropy")
+    canvas.hover()
+    seen.page.mouse.move(5, 5)
+    least = min(range(3), key=lambda layer: row(60)["entropy"][layer])
+    assert f"smallest: layer {least + 1}, step 60" in seen.chart("routers-heat").locator("output").inner_text()
     seen.page.get_by_label("Measure of the routers").select_option("dead_experts")
     assert "dead experts" in seen.chart("routers-heat").locator(".note").inner_text()
 

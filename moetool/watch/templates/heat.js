@@ -8,8 +8,8 @@ function viridis(share) {
   return `rgb(${VIRIDIS[i].map((c, k) => Math.round(c + part * (VIRIDIS[i + 1][k] - c))).join(",")})`;
 }
 
-// spec: as of a Figure, and rows [name], rowName, x [step], values [row][column], format, pick (row) or null, picked (row)
-// or null, scales {linear, log}, each {low, high, lowName, highName}: the ends of the colours
+// spec: as of a Figure, and rows [name], rowName, x [step], values [row][column], format, smallest (is the worst value),
+// pick (row) or null, picked (row) or null, scales {linear, log}, each {low, high, lowName, highName}: ends of the colours
 class Heat extends Figure {
   constructor(host, spec, ...controls) {
     const canvas = make("canvas", { tabindex: "0", role: "group", "aria-roledescription": "heatmap",
@@ -84,13 +84,14 @@ class Heat extends Figure {
     }
   }
 
-  // The value of the cell that is pointed at; the largest of the last column where there is none.
+  // The value of the cell that is pointed at; the worst of the last column where there is none.
   tell() {
     const { spec } = this, last = this.columns()[1] - 1;
     let [r, c] = this.at || [0, last], prefix = "";
     if (!this.at) {
-      for (let i = 0; i < spec.rows.length; i++) if (spec.values[i][last] > spec.values[r][last]) r = i;
-      prefix = "largest: ";
+      const sign = spec.smallest ? -1 : 1;
+      for (let i = 0; i < spec.rows.length; i++) if (sign * spec.values[i][last] > sign * spec.values[r][last]) r = i;
+      prefix = spec.smallest ? "smallest: " : "largest: ";
     }
     const text = `${prefix}${spec.rowName} ${visible(spec.rows[r])}, step ${number(spec.x[c])}: `;
     replace(this.values, make("span", {}, text, make("b", { text: spec.format(spec.values[r][c]) })));

@@ -207,7 +207,9 @@ async function poll() {
     tellLive("moetool watch does not answer; trying again.");
   }
   setTimeout(poll, Math.max(documents.every, 10 * (performance.now() - began)));
-  if (answer && answer.status === 200) { await released(); drawAll(); }
+  if (!answer || answer.status !== 200) return;
+  await released();
+  try { drawAll(); } catch (error) { tellLive(`The newest numbers could not be drawn: ${error}.`); throw error; }
 }
 tellLive(documents.every ? "Live." : "");
 if (documents.every) setTimeout(poll, documents.every);

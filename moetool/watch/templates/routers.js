@@ -39,7 +39,7 @@ function drawRouters(host) {
     id: "routers-heat", key: "routers", title: `Routers of ${visible(run.name)}: layer × step`, rowName: "layer",
     note: `${MEASURES[picked.measure][0]}. Each column shows the worst step of those that it stands for. Click a layer, or choose it with Enter, for the load of its experts.`,
     rows: routers.layers, x: routers.x, values, format: MEASURES[picked.measure][1], scales: scalesOf(picked.measure, routers.num_experts, routers.top_k, values),
-    picked: layer, pick: (one) => { picked.layer = routers.layers[one]; draw(); },
+    smallest: picked.measure === "entropy", picked: layer, pick: (one) => { picked.layer = routers.layers[one]; draw(); },
   };
   if (!drawn.has("routers-heat")) {
     const which = select("Run whose routers are shown", (name) => { picked.run = name; draw(); });
