@@ -11,6 +11,9 @@ function smooth(y, weight) {
   });
 }
 
+// Distances of the marks on the axis of steps: a step is whole.
+const WHOLE = Array.from({ length: 15 }, (_, power) => [1, 2, 5].map((digit) => digit * 10 ** power)).flat();
+
 // A chart.  spec: as of a Figure, and format, zero (begins at 0), phases ("shaded"; "told": with bands and in values)
 // lines: [{name, index, x, y, mean, stderr, marks {x, y}, phases [{name, from, to}]}]
 class Chart extends Figure {
@@ -53,7 +56,7 @@ class Chart extends Figure {
       series, legend: { show: false }, padding: [room ? room + 4 : null, null, null, null],
       scales: { x: { time: false, range: (u, low, high) => this.steps(low, high) },
         y: { distr: log ? 3 : 1, range: log ? undefined : (u, low, high) => this.range(low, high) } },
-      axes: [{ ...axis, size: 32, values: (u, ticks) => ticks.map(number) }, { ...axis, size: 62, values: (u, ticks) => ticks.map((v) => (v === null ? "" : spec.format(v))) }],
+      axes: [{ ...axis, size: 32, incrs: WHOLE, values: (u, ticks) => ticks.map(number) }, { ...axis, size: 62, values: (u, ticks) => ticks.map((v) => (v === null ? "" : spec.format(v))) }],
       cursor: { sync: { key: "steps", setSeries: false }, drag: { x: true, y: false, setScale: false }, points: { size: 7 } },
       hooks: {
         drawClear: [(u) => shade(u, this.shading)],

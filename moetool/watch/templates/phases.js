@@ -19,7 +19,9 @@ function shading(lines, inBands) {
 function shade(u, { whole, bands }) {
   const { left, top, width, height } = u.bbox, ratio = devicePixelRatio || 1, pen = u.ctx;
   pen.save();
+  pen.globalAlpha = 0.4;  // lines must stand out
   drawPhases(u, whole, top, height, false);
+  pen.globalAlpha = 1;
   bands.forEach((line, i) => {
     const y = top - (bands.length - i) * BAND * ratio;
     drawPhases(u, line.phases, y, (BAND - (whole.length ? 0 : 5)) * ratio, true);
