@@ -77,17 +77,21 @@ ONE = Mesh()
 
 def fsdp_option(panel: str = SHARING) -> Any:
     """Over how many processes everything is sharded."""
-    return option("Processes over which weights are sharded; each reads different text.", 1, panel=panel, min=1)
+    return option(
+        "Number of processes over which weights are sharded; each reads different text.", 1, panel=panel, min=1
+    )
 
 
 def ep_option(panel: str = SHARING) -> Any:
     """Over how many processes the experts are spread."""
-    return option("Processes that hold different experts, to which tokens are sent.", 1, panel=panel, min=1)
+    return option(
+        "Number of processes over which the experts are spread; tokens are sent to them.", 1, panel=panel, min=1
+    )
 
 
 def tp_option(panel: str = SHARING) -> Any:
     """How many processes compute a layer."""
-    return option("Processes that compute each layer together, on the same text.", 1, panel=panel, min=1)
+    return option("Number of processes that compute each layer together, on the same text.", 1, panel=panel, min=1)
 
 
 def mesh_of(options: Any) -> Mesh:

@@ -56,15 +56,15 @@ class UpcycleRecipe:
     target: str = option(
         "The MoE family to write.", "auto", names=["auto", *registry.names("target")], what="target", after="donor"
     )
-    num_experts: int = option("Routed experts.", 8, min=2)
+    num_experts: int = option("Number of routed experts.", 8, min=2)
     top_k: int = option("Experts per token.", 2, min=1)
     method: str = option(
-        "How experts start: the dense FFN with part of its units redrawn, a plain copy, a copy with noise, or"
+        "How experts start: as the dense FFN with some units redrawn, as a plain copy, as a copy with noise, or with"
         " random weights.",
         "drop", kind="method",
     )  # fmt: skip
     drop_ratio: Decimal | LayerRatios = option(
-        "Share of the intermediate units redrawn in each expert; LAYERS=RATIO (repeatable) for some layers.",
+        "Share of the intermediate units redrawn in each expert; LAYERS=RATIO (repeatable) sets it for some layers.",
         USUAL, typed=list[str], parse=recorded_ratios, make=layer_ratios, metavar=RATIOS,
         needs=_read_by("drop"), unread=Decimal(0),
     )  # fmt: skip
@@ -73,15 +73,15 @@ class UpcycleRecipe:
         "shared", needs=_read_by("drop", "noise"), unread="shared",
     )  # fmt: skip
     keep_experts_whole: int = option(
-        "Experts per layer that stay plain copies: the first ones of DENSE and of each --donor.",
+        "Number of experts per layer that stay plain copies: the first ones from DENSE and from each --donor.",
         0, min=0, metavar="N", needs=_read_by("drop", "noise"), unread=0,
     )  # fmt: skip
     drop_units: Literal["random", "least-used"] = option(
-        "Which units are redrawn: any, or (experimental) rather those that do little on --calibrate.",
+        "Choose redrawn units at random, or (experimental) prefer those that contribute little on --calibrate.",
         "random", needs=_read_by("drop", "noise"), unread="random",
     )  # fmt: skip
     noise_ratio: Decimal | LayerRatios = option(
-        "Share of the units that get noise (--method noise); LAYERS=RATIO (repeatable) for some layers.",
+        "Share of the units that get noise (--method noise); LAYERS=RATIO (repeatable) sets it for some layers.",
         USUAL, typed=list[str], parse=recorded_ratios, make=layer_ratios, metavar=RATIOS,
         needs=_read_by("noise"), unread=Decimal(0),
     )  # fmt: skip
@@ -90,23 +90,23 @@ class UpcycleRecipe:
         Decimal(1), parse=decimal, metavar="SCALE", needs=_read_by("noise"), unread=Decimal(0),
     )  # fmt: skip
     noise_std: Decimal | None = option(
-        "Standard deviation of the noise, absolute.",
+        "Absolute standard deviation of the noise, instead of --noise-scale.",
         None, parse=decimal, metavar="STD", needs=_read_by("noise"), unread=None,
     )  # fmt: skip
     num_donors: int = 1
     donor_weights: tuple[Decimal | None, ...] = ()
     granularity: int = option("Split each dense FFN into G parts; each expert is one part.", 1, min=1, metavar="G")
     shared_experts: int | None = option(
-        "Shared experts, which every token uses.", None, shown="the family's", min=0, metavar="S"
+        "Number of shared experts, which every token uses.", None, shown="the family's", min=0, metavar="S"
     )
     split: Literal["contiguous", "random", "activation"] = option(
-        "How the parts get units: neighbours, at random, the same total contribution on --calibrate, or units that fire"
-        " on the same tokens of it. With the last two, shared experts get the units that contribute most.",
+        "How units are divided into parts: neighbouring units, random units, or so that all parts contribute equally"
+        " on --calibrate. With activation, shared experts get the units that contribute most.",
         "contiguous", needs=("granularity", lambda parts: parts > 1), unread="contiguous",
     )  # fmt: skip
     moe_layers: str = option("Layers that get experts. The others stay dense.", "all", metavar="all|4-|0-3,8|every:2")
     router: str = option(
-        "Distribution of the initial router weights.",
+        "Initial router weights: a distribution, or a fit on --calibrate (balanced, ridge).",
         "normal", kind="router", needs=_read_by("drop", "copy", "noise"), unread="normal",
     )  # fmt: skip
     router_std: Decimal = option(

@@ -41,8 +41,8 @@ class AverageRecipe:
     """
 
     weights: str = option(
-        "Weight of each checkpoint: the same for all, those that imitate a decay of the learning rate by"
-        " 1 - sqrt(x), or relative numbers in the order of the checkpoints.",
+        "Weight of each checkpoint: equal weights, weights that imitate a 1 - sqrt(x) decay of the learning rate, or"
+        " relative numbers in the order of the checkpoints.",
         "mean", metavar="mean|minus-sqrt|W,W,...", parse=parse_weights,
     )  # fmt: skip
 

@@ -48,11 +48,11 @@ class PlanOptions:
 
     dense: str = option("The dense model: a folder, or owner/name\\[@revision].", positional=True, metavar="DENSE")
     dense_tokens: int | None = option(
-        "Tokens that DENSE was trained on, such as 2T.",
-        None, shown="what its card says, if it is one of those that are known", metavar="COUNT", parse=parse_count,
+        "Number of tokens that DENSE was trained on, such as 2T.",
+        None, shown="from the model card of known models", metavar="COUNT", parse=parse_count,
     )  # fmt: skip
     train_tokens: int = option(
-        "Tokens of the training that is planned.", 20 * 10**9, shown="20B", metavar="COUNT", parse=parse_count
+        "Number of tokens to train on after upcycling.", 20 * 10**9, shown="20B", metavar="COUNT", parse=parse_count
     )
     num_experts: int | None = same(
         UpcycleRecipe, "num_experts", None, panel=MOE, shown="8 for each part of --granularity"
@@ -63,39 +63,39 @@ class PlanOptions:
     moe_layers: str = same(UpcycleRecipe, "moe_layers", panel=MOE)
     target: str = same(UpcycleRecipe, "target", panel=MOE, after="")
     for_: Sequence[str] = option(
-        "A program that must run the result correctly (repeatable).",
+        "Program that must run the result correctly (repeatable).",
         (), flag="--for", names=CLIENTS, what="client", panel=MOE,
     )  # fmt: skip
     dtype: str = same(UpcycleRecipe, "dtype", panel=MOE)
     gpu: str | None = option(
-        f"The kind of GPU: {', '.join(GPUS)}, or any name with --gpu-memory and --gpu-tflops.",
+        f"GPU type: {', '.join(GPUS)}, or any other name with --gpu-memory and --gpu-tflops.",
         None, shown="h100", panel=MACHINE, metavar="NAME", completed=tuple(GPUS),
     )  # fmt: skip
-    num_gpus: int = option("All GPUs.", 8, min=1, panel=MACHINE)
-    gpus_per_node: int = option("GPUs of a machine.", 8, min=1, panel=MACHINE)
+    num_gpus: int = option("Total number of GPUs.", 8, min=1, panel=MACHINE)
+    gpus_per_node: int = option("GPUs per machine.", 8, min=1, panel=MACHINE)
     gpu_memory: int | None = option(
-        "Memory of a GPU that has no name here, such as 96GB.", None, panel=MACHINE, metavar="SIZE", parse=parse_size
+        "Memory of a GPU that --gpu does not know, such as 96GB.", None, panel=MACHINE, metavar="SIZE", parse=parse_size
     )
     gpu_tflops: Decimal | None = option(
-        "Its dense bf16 TFLOP/s, from the data sheet.", None, panel=MACHINE, metavar="N", parse=decimal
+        "Dense bf16 TFLOP/s of a GPU that --gpu does not know.", None, panel=MACHINE, metavar="N", parse=decimal
     )
     mfu: Decimal | None = option(
-        "Share of the GPUs' peak that training reaches.",
+        "Share of the GPUs' peak speed that training reaches.",
         None,
-        shown="0.3, or less if the mesh's traffic leaves less",
+        shown="0.3, or less if communication limits it",
         panel=MACHINE,
         metavar="0..1",
         parse=ratio,
     )
     tokens_per_second: int | None = option(
-        "Speed of all GPUs together with the Mixture of Experts, as cpt prints it, instead of --mfu.",
+        "Training speed of the Mixture of Experts on all GPUs together, as printed by cpt; replaces --mfu.",
         None, panel=MACHINE, metavar="COUNT", parse=parse_count,
     )  # fmt: skip
     price_per_gpu_hour: Decimal | None = option(
-        "Price of a GPU for an hour, in any currency.", None, panel=MACHINE, metavar="PRICE", parse=decimal
+        "Price of one GPU-hour, in any currency.", None, panel=MACHINE, metavar="PRICE", parse=decimal
     )
     disk_speed: int = option(
-        "Bytes per second that all machines together write to the disk.",
+        "Write speed of the disk in bytes per second, over all machines.",
         10**9, shown="1GB", panel=MACHINE, metavar="SIZE", parse=parse_size,
     )  # fmt: skip
     seq_len: int | None = option(
@@ -107,15 +107,15 @@ class PlanOptions:
         None, shown="1024, or less if the run would have fewer than 500 steps", min=1, panel=TRAINING,
     )  # fmt: skip
     sweep: Sequence[str] = option(
-        "Plan with each of several values of an option, such as num-experts=4,8,16 (repeatable: all combinations).",
+        "Compare several values of an option, such as num-experts=4,8,16 (repeatable: all combinations).",
         (), metavar="OPTION=A,B", panel="Output",
     )  # fmt: skip
     probe: bool = option(
-        "First upcycle DENSE into a temporary folder and train it for 20 steps of the plan on this machine, to predict"
-        " the time from what they take.",
+        "Predict the time from a measurement: upcycle DENSE into a temporary folder and train it for 20 steps of the"
+        " plan on this machine.",
         False, flag="--probe", panel=MACHINE, after="tokens_per_second",
     )  # fmt: skip
-    html: Path | None = option("Also write the plan as one page that opens offline.", None, panel="Output")
+    html: Path | None = option("Also write the plan as a web page that opens offline.", None, panel="Output")
 
     def check(self, typed: Collection[str]) -> None:
         """Refuse options that contradict each other.

@@ -50,16 +50,21 @@ class CalibrationOptions:
     """The texts, and how they run."""
 
     data: Mapping[str, str] = option(
-        "Text, JSONL, Parquet or tokens that the experts are measured on (repeatable): a file, folder, glob or"
-        " hf:owner/name.",
+        "Text on which the experts are measured (repeatable): text, JSONL, Parquet or tokens, as a file, folder, glob"
+        " or hf:owner/name.",
         dict, metavar="NAME=PATH", make=named,
     )  # fmt: skip
     val: Mapping[str, str] = option(
-        "Text on which the loss is measured before and after (repeatable).", dict, metavar="NAME=PATH", make=named
+        "Text on which the loss is measured before and after the change (repeatable).",
+        dict,
+        metavar="NAME=PATH",
+        make=named,
     )
     text_field: str = text_field_option()
     document: Literal["file", "line", "paragraph"] = document_option()
-    max_tokens: int = option("Tokens of each text, such as 1M.", 204_800, panel=RUN, metavar="N", parse=parse_count)
+    max_tokens: int = option(
+        "Tokens read from each text, such as 1M.", 204_800, panel=RUN, metavar="N", parse=parse_count
+    )
     seq_len: int | None = option(
         "Tokens per window.", None, panel=RUN, shown="2048, or the model's maximum if that is less", min=2
     )
@@ -68,7 +73,7 @@ class CalibrationOptions:
     dtype: str = dtype_option("Dtype of the weights in memory; auto keeps the saved one.", RUN)
     device_map: str | None = device_map_option(RUN)
     stream: bool = option(
-        "Hold one layer of the model in memory, through which all texts go before the next is read.", False,
+        "Hold only one layer of the model in memory at a time. The result is the same.", False,
         panel=RUN, flag="--stream",
     )  # fmt: skip
 

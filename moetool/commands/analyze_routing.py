@@ -48,7 +48,7 @@ class AnalyzeOptions:
     text_field: str = text_field_option()
     document: Literal["file", "line", "paragraph"] = document_option()
     compare: str | None = option(
-        "Another checkpoint, run on the same tokens: of the same shape, or made of the same model by prune or grow.",
+        "Second checkpoint to run on the same tokens, of the same shape or related to MODEL through prune or grow.",
         None,
         panel=COMPARE,
         metavar="MODEL2",
@@ -84,9 +84,9 @@ class AnalyzeOptions:
 def analyze_routing(
     context: typer.Context, asked: AnalyzeOptions, settings: Settings, output: Output
 ) -> dict[str, Any]:
-    """Analyse a model's routing: load balance by layer and text, dead experts, changes.
+    """Analyse a model's routing: load balance per layer and text, dead experts, changes.
 
-    Writes report.json, report.html (one file, works offline) and plots to --out.
+    Writes report.json, report.html (one file that opens offline) and plots to --out.
     """
     checks = [parse_check(text) for text in asked.fail_if]
     check_asked_for(checks, bool(asked.compare), settings.unit_use)

@@ -31,12 +31,12 @@ class Checkpoints:
 
     out: Path = option("The folder to write.", positional=True, metavar="OUT")
     checkpoint: Sequence[str] = option(
-        "Checkpoints of one model: folders, or owner/name\\[@revision]. The folder of a moetool cpt run stands for its"
-        " snapshots (--keep-weights), or else its step folders.",
+        "Checkpoints of one model: folders, or owner/name\\[@revision]. The folder of a moetool cpt run stands for all"
+        " its snapshots (--keep-weights) or, without snapshots, its step folders.",
         positional=True, metavar="CHECKPOINT...",
     )  # fmt: skip
     last: int | None = option(
-        "Only the last N snapshots or step folders of each run.", None, shown="all", min=1, metavar="N"
+        "Use only the last N snapshots or step folders of each run.", None, shown="all", min=1, metavar="N"
     )
 
 
@@ -45,8 +45,8 @@ def average(
 ) -> dict[str, Any]:
     """Average checkpoints of one model.
 
-    The mean of the last checkpoints of a run replaces most of a decay of the learning rate. Step folders
-    give their fp32 weights; sums are made in fp64 and rounded once. The result is a standard Hugging Face
+    Averaging the last checkpoints of a run replaces most of a learning-rate decay. The fp32 weights of step
+    folders are used; sums are computed in fp64 and rounded once. The result is a standard Hugging Face
     checkpoint, written with bounded memory. A killed run leaves nothing that loads, and the same command
     finishes it.
     """

@@ -37,10 +37,10 @@ class Models:
 def convert(
     context: typer.Context, models: Models, asked: ConvertRecipe, writing: Writing, output: Output
 ) -> dict[str, Any]:
-    """Write the same model in another form.
+    """Write the same model with another dtype or layout.
 
     Changes the dtype, the size of the shards or the layout of the experts, merges a LoRA adapter, reads
-    pickled weights, or takes the text model out of a multimodal one. The result is a standard Hugging Face
+    pickled weights, or extracts the text model of a multimodal one. The result is a standard Hugging Face
     checkpoint, written with bounded memory. A killed run leaves nothing that loads, and the same command
     finishes it.
     """

@@ -24,7 +24,7 @@ from moetool.values import parse_size
 class DensifyOptions:
     """What becomes of the experts."""
 
-    keep_experts: int = option("Routed experts of each layer that go into its FFN.", min=1, metavar="K")
+    keep_experts: int = option("Number of routed experts per layer that form its FFN.", min=1, metavar="K")
 
 
 def densify(
@@ -35,12 +35,12 @@ def densify(
     writing: Writing,
     output: Output,
 ) -> dict[str, Any]:
-    """Make a dense model of a Mixture of Experts.
+    """Convert a Mixture of Experts to a dense model.
 
-    The FFN of each layer is the K experts that do most on --data side by side, each with its mean weight, and
-    the shared expert beside them. Everything else is copied to the dense family with the same attention. The
-    result is a standard Hugging Face checkpoint that needs training. A killed run leaves nothing that loads,
-    and the same command finishes it.
+    The FFN of each layer is built from the shared expert and the K experts that contribute most on --data, each
+    with its mean weight. Everything else is copied to the dense family with the same attention. The result is a
+    standard Hugging Face checkpoint that needs training. A killed run leaves nothing that loads, and the same
+    command finishes it.
     """
     from moetool.calibration.measure import calibration_of, load, losses, read_texts
     from moetool.densify.measure import parts_of

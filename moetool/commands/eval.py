@@ -43,8 +43,10 @@ class EvalOptions:
         "Local text, scored in bits per byte (repeatable): a file, folder, glob, or hf:...",
         dict, metavar="NAME=PATH", make=named,
     )  # fmt: skip
-    include_path: Path | None = option("Folder with YAML files of more tasks.", None, metavar="DIR")
-    num_fewshot: int | None = option("Examples in the prompt.", None, shown="the task's own", min=0, metavar="N")
+    include_path: Path | None = option("Folder with YAML files that define more tasks.", None, metavar="DIR")
+    num_fewshot: int | None = option(
+        "Number of examples in the prompt.", None, shown="the task's own", min=0, metavar="N"
+    )
     baseline: str | None = option(
         "Also report each model's difference to this one.", None, metavar="MODEL", after="batch_size"
     )

@@ -48,12 +48,12 @@ class Measured:
 def grow(
     context: typer.Context, models: Folders, asked: GrowRecipe, run: GrowTexts, writing: Writing, output: Output
 ) -> dict[str, Any]:
-    """Give a Mixture of Experts more experts: copies of those that it has, with their router rows.
+    """Add experts to a Mixture of Experts, as copies of existing ones with their router rows.
 
-    With --start double-k and sleeping, the result computes exactly what the model does. Training makes the
-    copies of sleeping and twins different. MODEL may be a step folder of moetool cpt: then the optimizer's
-    moments go along, for cpt --keep-optimizer. The result is a standard Hugging Face checkpoint, written with
-    bounded memory. A killed run leaves nothing that loads, and the same command finishes it.
+    With --start double-k or sleeping, the result computes exactly what the model does. With sleeping and twins,
+    training makes the copies diverge. If MODEL is a step folder of moetool cpt, the optimizer's moments are kept
+    for cpt --keep-optimizer. The result is a standard Hugging Face checkpoint, written with bounded memory. A
+    killed run leaves nothing that loads, and the same command finishes it.
     """
     from moetool.checkpoint.step_folder import TrainingReader
     from moetool.grow.plan import plan_growth

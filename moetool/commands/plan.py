@@ -16,11 +16,11 @@ from moetool.commands.plan_page import page
 
 
 def plan(context: typer.Context, asked: PlanOptions, output: Output) -> dict[str, Any]:
-    """Compute what upcycling a model would cost and give, before any of it is done.
+    """Estimate what upcycling a model would cost and gain.
 
-    Reads config.json and the headers of DENSE, from a folder or the hub, and loads no weights. Compares training
-    the dense model further, upcycling it and training from scratch: operations, GPU-hours, money, and the loss that
-    a scaling law predicts where it was fitted. Says which meshes fit, and prints the commands for the recommended way.
+    Reads only config.json and the headers of DENSE, from a folder or the hub. Compares training the dense model
+    further, upcycling it and training from scratch: operations, GPU-hours, money, and the loss predicted by a
+    scaling law within its fitted range. Says which meshes fit, and prints the commands of the recommended option.
     """
     from moetool.budget.report import document, make_plan
     from moetool.budget.sweep import swept

@@ -34,12 +34,12 @@ def prune(
     writing: Writing,
     output: Output,
 ) -> dict[str, Any]:
-    """Leave out the experts of a Mixture of Experts that do least on some text.
+    """Remove the experts of a Mixture of Experts that contribute least on a text.
 
     The model runs on --data once. Every layer keeps the same number of experts, with their router rows and
-    selection biases. The others are left out or, with --merge ream, merged into those. Everything else stays as it
-    is. The result is a standard Hugging Face checkpoint. A killed run leaves nothing that loads, and the same
-    command finishes it.
+    selection biases. The others are removed or, with --merge ream, merged into the kept ones. Everything else is
+    unchanged. The result is a standard Hugging Face checkpoint. A killed run leaves nothing that loads, and the
+    same command finishes it.
     """
     from moetool.calibration.experts import layers_with_experts
     from moetool.calibration.measure import calibration_of, load, losses, read_texts

@@ -32,8 +32,8 @@ def quickstart(context: typer.Context, asked: QuickstartOptions, output: Output)
     """Run the whole journey in a few minutes: dense model, upcycling, continual pretraining, routing, evaluation.
 
     Needs no network and no GPU: the text is the documentation and the standard library of the
-    installed Python. Each step prints the moetool command it runs. The same command continues an
-    interrupted quickstart.
+    installed Python. Each step prints the moetool command it runs. The same command continues after an
+    interruption.
     """
     from moetool import quickstart as domain
 

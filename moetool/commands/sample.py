@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def sample(context: typer.Context, asked: SampleOptions, output: Output) -> dict[str, Any]:
-    """Let a model write text, to replay where its own training text is not public.
+    """Generate text with a model, to replay if its own training text is not public.
 
-    Each line of OUT.jsonl is a sample, drawn from the model's distribution. cpt reads the file as it is:
-    --replay self=OUT.jsonl. After a kill there is no OUT.jsonl; the same command continues, and on the same machine
-    the text is the same as without the kill.
+    Each line of OUT.jsonl is a sample, drawn from the model's distribution, for cpt --replay self=OUT.jsonl. The
+    file appears once it is complete. The same command continues a killed run and, on the same machine, gives the
+    same text.
     """
     from moetool.checkpoint.folder import FolderLock
     from moetool.checkpoint.hub import resolve_model

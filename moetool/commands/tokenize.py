@@ -32,7 +32,7 @@ class TokenizeOptions:
 
 
 def tokenize(context: typer.Context, asked: TokenizeOptions, output: Output) -> dict[str, Any]:
-    """Tokenize text once, into a folder that cpt and analyze-routing open instantly.
+    """Tokenize text into a folder that cpt and analyze-routing open instantly.
 
     The inputs form one stream, in the order given. Each document ends with the end-of-text token.
     """

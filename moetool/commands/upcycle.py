@@ -29,17 +29,17 @@ class Models:
     dense: str = option("The dense model: a folder, or owner/name\\[@revision].", positional=True, metavar="DENSE")
     out: Path = option("The folder to write.", positional=True, metavar="OUT")
     donor: Sequence[str] = option(
-        "Another dense model (repeatable): DENSE and each donor give an equal share of the experts; all other"
-        " tensors are averaged (Branch-Train-MiX). MODEL=WEIGHT sets its share of that mean; 1 takes all from it.",
+        "Another dense model (repeatable). DENSE and each donor provide an equal share of the experts; all other"
+        " tensors are averaged (Branch-Train-MiX). MODEL=WEIGHT sets the donor's share of that mean.",
         (), metavar="MODEL|MODEL=0..1", needs=("method", ("drop", "copy", "noise").__contains__), after="noise_std",
     )  # fmt: skip
     keep_optimizer: bool = option(
-        "Carry the moments of AdamW and the fp32 weights of DENSE, a step folder of moetool cpt, to the result, for"
-        " cpt --keep-optimizer. They take 8 to 12 bytes per parameter of the result.",
+        "Carry AdamW's moments and the fp32 weights over to the result, for cpt --keep-optimizer. DENSE must be a"
+        " step folder of moetool cpt. They take 8 to 12 bytes per parameter of the result.",
         False, flag="--keep-optimizer", needs=("method", ("drop", "copy", "noise").__contains__), after="dtype",
     )  # fmt: skip
     for_: Sequence[str] = option(
-        "A program that must run the result correctly (repeatable); --target auto then picks a family it can run.",
+        "Program that must run the result correctly (repeatable); --target auto then picks a family it can run.",
         (), flag="--for", names=CLIENTS, what="client", after="target",
     )  # fmt: skip
 

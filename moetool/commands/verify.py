@@ -39,12 +39,12 @@ class VerifyOptions:
         metavar="PATH",
     )
     source: str | None = option(
-        "The model it was made from.", None, shown="where moetool.json says it was", metavar="MODEL"
+        "The model that the folder was made from.", None, shown="the path in moetool.json", metavar="MODEL"
     )
     donor: Sequence[str] = option(
-        "The other sources, in the order of moetool.json: donors, an adapter, checkpoints.",
+        "The other sources (donors, an adapter, checkpoints), in the order of moetool.json.",
         (),
-        shown="where moetool.json says they were",
+        shown="the paths in moetool.json",
         metavar="MODEL",
     )
     level: Literal["quick", "full"] = option(
@@ -53,7 +53,7 @@ class VerifyOptions:
     unpickle: bool = unpickle_option()
     workers: int | None = workers_option()
     calibrate: Mapping[str, str] = option(
-        "The texts that an upcycling's routers were fitted on (repeatable), to fit them again and compare the loads.",
+        "Text that the routers of an upcycled model were fitted on (repeatable): fit them again and compare the loads.",
         dict, panel="Calibration", metavar="NAME=PATH", make=named,
     )  # fmt: skip
     text_field: str = text_field_option("Calibration")

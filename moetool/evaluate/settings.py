@@ -29,7 +29,12 @@ class Settings:
     """How the models are run."""
 
     limit: float | None = option(
-        "Documents per task, or a share below 1.", None, metavar="N", typed=float, parse=_limit, after="num_fewshot"
+        "Number of documents per task, or a share below 1.",
+        None,
+        metavar="N",
+        typed=float,
+        parse=_limit,
+        after="num_fewshot",
     )
     batch_size: str = option(
         "Batch size: a number, auto, or auto:N.", "1", metavar="N", parse=_batch_size, after="limit"

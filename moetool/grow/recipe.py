@@ -22,22 +22,26 @@ class GrowRecipe:
         wake_after: None is as few steps as are exact; 0 where experts do not sleep.
     """
 
-    num_experts: int = option("Routed experts of the result.", min=2)
+    num_experts: int = option("Number of routed experts in the result.", min=2)
     top_k: int | None = option(
-        "Experts per token of the result.", None, min=1, shown="the model's; with double-k, as many times more"
+        "Experts per token in the result.",
+        None,
+        min=1,
+        shown="the model's; with double-k, multiplied like the experts",
     )
     start: Literal["double-k", "sleeping", "twins"] = option(
-        "How copies start: chosen together with their original, more experts per token (exact); not chosen until"
-        " cpt --balance loss-free wakes them (exact); or chosen instead of others (not exact).",
+        "How copies start: chosen together with their original, with a larger top-k (exact); never chosen until cpt"
+        " --balance loss-free wakes them (exact); or competing with their original (not exact).",
         "double-k",
     )
     wake_after: int | None = option(
         "Steps of cpt --balance loss-free=0.001 after which a sleeping copy is as likely as its original.",
-        None, min=1, shown="as few as are exact", metavar="STEPS", needs=("start", "sleeping".__eq__), unread=0,
+        None, min=1, shown="the fewest that keep the start exact", metavar="STEPS",
+        needs=("start", "sleeping".__eq__), unread=0,
     )  # fmt: skip
     utility: Literal["none", "frequency", "gate", "gradient"] = option(
-        "Which experts are copied: all in turn; or up to three times each, in every layer, those with the most tokens"
-        " of --data, with the largest sum of weights, or on whose weights the loss depends most.",
+        "Which experts of each layer are copied: all in turn (none), or those with the most tokens (frequency), the"
+        " largest sum of weights (gate) or the largest gradient of the loss (gradient) on --data.",
         "none",
     )
 

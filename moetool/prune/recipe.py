@@ -13,7 +13,7 @@ from moetool.option import option
 class PruneOptions:
     """How many experts are kept, by which score, and what becomes of the others."""
 
-    keep_experts: int = option("Routed experts per layer that are kept.", min=1, metavar="N")
+    keep_experts: int = option("Number of routed experts per layer to keep.", min=1, metavar="N")
     score: str = option(
         "How experts are scored; auto takes the score that changes the layers' outputs least on held-out tokens.",
         "auto", names=["auto", *registry.names("score"), "reconstruction", "random"], what="score",
@@ -22,6 +22,6 @@ class PruneOptions:
         "Keep experts whose outputs have extreme entries, whatever their score.", False, flag="--protect-super"
     )
     merge: Literal["none", "ream"] = option(
-        "What becomes of experts that are not kept: left out, or merged into those that are (REAM).", "none"
+        "Remove the other experts, or merge them into the kept ones (REAM).", "none"
     )
     seed: int = option("Random seed of --score random.", 0, min=0, needs=("score", "random".__eq__))

@@ -47,7 +47,7 @@ class Settings:
         True, panel=COMPARE,
     )  # fmt: skip
     show_text: bool = option(
-        "Show the first 2000 tokens of each text on the page, coloured by the expert that takes them.",
+        "Show the first 2000 tokens of each text on the page, coloured by the expert that processes them.",
         False, flag="--show-text", panel=COMPARE,
     )  # fmt: skip
     seq_len: int | None = option(

@@ -34,29 +34,27 @@ class SampleOptions:
     )
     out: Path = option("The file to write. Each line is a JSON object.", positional=True, metavar="OUT.jsonl")
     max_tokens: int = option("Tokens to generate, such as 50M.", metavar="COUNT", parse=parse_count, defines=True)
-    temperature: float = option(
-        "Divides the logits. With 1 the text is drawn from the model's own distribution.", 1.0, min=0, defines=True
-    )
+    temperature: float = option("Sampling temperature; 1 keeps the model's own distribution.", 1.0, min=0, defines=True)
     seq_len: int | None = option(
-        "The longest sample in tokens, with its prompt.",
+        "Maximum length of a sample in tokens, including its prompt.",
         None, shown="2048, or the model's maximum if that is less", min=2, defines=True,
     )  # fmt: skip
-    seed: int = option("Another seed gives other text.", 0, min=0, defines=True)
+    seed: int = option("Random seed; another seed gives different text.", 0, min=0, defines=True)
     overwrite: bool = option(
         "Replace OUT.jsonl once the new text is complete.", False, flag="--overwrite", recorded=False
     )
     prompts: Mapping[str, str] = option(
-        "Text whose documents begin the samples (repeatable; equal shares): a file, folder, glob or hf:owner/name."
-        " Without it, samples begin as documents do.",
+        "Text whose documents serve as prompts (repeatable; equal shares): a file, folder, glob or hf:owner/name."
+        " Without it, samples start like new documents.",
         dict, panel=PROMPTS, metavar="NAME=PATH", make=named,
     )  # fmt: skip
     prompt_tokens: int = option(
-        "Tokens of a document that begin a sample. Shorter documents are left out.",
+        "Length of a prompt in tokens. Shorter documents are skipped.",
         32, panel=PROMPTS, min=1, defines=True,
     )  # fmt: skip
     text_field: str = text_field_option(PROMPTS, "the text of a prompt")
     document: Literal["file", "line", "paragraph"] = document_option(PROMPTS)
-    batch_size: int = option("Samples that are generated at once.", 32, panel=RUN, min=1, defines=True)
+    batch_size: int = option("Number of samples generated at once.", 32, panel=RUN, min=1, defines=True)
     device: str = device_option(RUN)
     dtype: str = dtype_option("Dtype of the weights in memory; auto keeps the saved one.", RUN, defines=True)
     device_map: str | None = device_map_option(RUN)

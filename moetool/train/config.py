@@ -55,18 +55,18 @@ class TrainConfig:
         "Earlier text, mixed in to prevent forgetting.", dict, panel=DATA, metavar="NAME=PATH", make=named
     )
     weight: Mapping[str, weights.Weight] = option(
-        "Weight of a source relative to the others of its kind; by default 1. Phases such as 0.2@0,0.6@50% change it"
-        " during the run; each begins at a step or at a share of the run.",
+        "Weight of a source relative to the others of its kind (default 1). Phases such as 0.2@0,0.6@50% change it"
+        " during the run; each begins at a step or a share of the run.",
         dict, panel=DATA, metavar="NAME=W", make=weights.parse,
     )  # fmt: skip
     replay_ratio: float = option(
-        "Share of each batch taken by replay instead of new text.",
+        "Share of replayed text in each batch.",
         UNSET, panel=DATA, shown="0.3 with --replay", min=0, max=1, defines=True,
     )  # fmt: skip
-    val: Mapping[str, str] = option("Validation-only text.", dict, panel=DATA, metavar="NAME=PATH", make=named)
+    val: Mapping[str, str] = option("Text used for validation only.", dict, panel=DATA, metavar="NAME=PATH", make=named)
     val_fraction: float = option(
-        "Share of documents held out for validation from each source without a --val of the same name, or of the"
-        " tokens of its only document.",
+        "Share of each source held out for validation, unless a --val has its name: whole documents, or the last part"
+        " of a single document.",
         0.01, panel=DATA, min=0, max=1, defines=True,
     )  # fmt: skip
     text_field: str = text_field_option(DATA)
@@ -76,12 +76,12 @@ class TrainConfig:
         True, panel=DATA, defines=True,
     )  # fmt: skip
     teacher: Path = option(
-        "Model whose predictions the trained one stays near, such as the one before training: a folder or"
-        " owner/name\\[@revision].",
+        "Model whose predictions the trained model should stay close to, such as the model before training: a folder"
+        " or owner/name\\[@revision].",
         UNSET, panel=TEACHER, metavar="MODEL", typed=str,
     )  # fmt: skip
     teacher_on: Literal["replay", "all"] = option(
-        "Sequences on which the model is held to the teacher.",
+        "Sequences that use the teacher: replayed ones, or all.",
         "replay", panel=TEACHER, needs=("teacher", bool), defines=True,
     )  # fmt: skip
     teacher_weight: float = option(
@@ -89,7 +89,7 @@ class TrainConfig:
         0.5, panel=TEACHER, min=0, max=1, needs=("teacher", bool), defines=True,
     )  # fmt: skip
     teacher_temperature: float = option(
-        "Temperature of the predictions that are compared.",
+        "Temperature applied to both models' predictions.",
         1.0, panel=TEACHER, min=0, needs=("teacher", bool), defines=True,
     )  # fmt: skip
     max_steps: int = option(
@@ -101,17 +101,18 @@ class TrainConfig:
         UNSET, panel=SIZE, metavar="COUNT", parse=parse_count,
     )  # fmt: skip
     shares_of: int = option(
-        "Number of steps of which --warmup-ratio, --cooldown-end and starts of --weight in % are shares. It stays the"
-        " first length of a run that is made longer.",
-        UNSET, panel=SIZE, shown="the length of the run", min=1, metavar="STEPS", defines=True,
+        "Number of steps to which --warmup-ratio, --cooldown-end and starts of --weight in % refer.",
+        UNSET, panel=SIZE, shown="the first length of the run", min=1, metavar="STEPS", defines=True,
     )  # fmt: skip
     seq_len: int = option(
         "Sequence length in tokens.",
         UNSET, panel=SIZE, shown="2048, or the model's maximum if that is less", min=1, defines=True,
     )  # fmt: skip
-    global_batch_size: int = option("Sequences per step, over all processes.", 32, panel=SIZE, min=1, defines=True)
+    global_batch_size: int = option(
+        "Number of sequences per step, over all processes.", 32, panel=SIZE, min=1, defines=True
+    )
     micro_batch_size: int = option(
-        "Sequences per forward pass of one process.",
+        "Number of sequences per forward pass of one process.",
         UNSET, panel=SIZE, shown="the largest divisor of --global-batch-size up to 8", min=1, defines=True,
     )  # fmt: skip
     schedule: str = option("Learning-rate schedule.", "cosine", panel=RATE, kind="schedule", defines=True)
@@ -124,19 +125,19 @@ class TrainConfig:
         UNSET, shown="halfway between --lr and --min-lr", min=0, defines=True, **_scheduled("constant_lr"),
     )  # fmt: skip
     cooldown_end: float = option(
-        "Share of the run at which the cooldown ends (infinite); 0 means no cooldown.",
+        "End of the cooldown as a share of the run (infinite); 0 means no cooldown.",
         UNSET, shown="0.7", min=0, max=1, defines=True, **_scheduled("cooldown_end"),
     )  # fmt: skip
     constant_end: float = option(
-        "Share of the run at which the constant phase ends (infinite, wsd).",
+        "End of the constant phase as a share of the run (infinite, wsd).",
         UNSET, shown="0.8", min=0, max=1, defines=True, **_scheduled("constant_end"),
     )  # fmt: skip
     decay_shape: Literal["linear", "minus-sqrt", "exponential"] = option(
-        "How the learning rate falls to --min-lr after the constant phase (infinite, wsd).",
+        "Shape of the decay to --min-lr after the constant phase (infinite, wsd).",
         UNSET, shown="linear with wsd, exponential with infinite", defines=True, **_scheduled("decay_shape"),
     )  # fmt: skip
     warmup_ratio: float = option(
-        "Share of the steps used for warm-up from 0.",
+        "Length of the warm-up from 0, as a share of the steps.",
         UNSET, shown="0.01", min=0, max=1, **_scheduled("warmup_steps"),
     )  # fmt: skip
     warmup_steps: int = option(
@@ -156,23 +157,23 @@ class TrainConfig:
         1.0, panel=MOE, min=0, max=1, defines=True,
     )  # fmt: skip
     train_only: Literal["routers", "experts", "everything"] = option(
-        "What is trained: the routers, the experts (routed and shared), or everything.",
+        "Train only the routers, only the experts (routed and shared), or everything.",
         "everything", panel=MOE, defines=True,
     )  # fmt: skip
     freeze_router: bool = option("Do not train the routers.", False, panel=MOE, defines=True)
     router_lr: float = option(
-        "Factor on the learning rate of the routers, such as 0.1 or 10.", 1.0, panel=MOE, min=0, defines=True
+        "Factor on the routers' learning rate, such as 0.1 or 10.", 1.0, panel=MOE, min=0, defines=True
     )
     router_gradient: Literal["sparse", "default", "dense"] = option(
-        "Experts that a router learns from: the chosen ones (sparse), or all of them. The others' outputs are a moving"
-        " average (default), or computed in the backward pass (dense: slower). The outputs of the model stay the same.",
+        "Experts from which a router learns: only the chosen ones (sparse), or all, whose outputs are moving averages"
+        " (default) or computed in the backward pass (dense, slower). The model's outputs stay the same.",
         "sparse", panel=MOE, defines=True,
     )  # fmt: skip
     fsdp: int = fsdp_option()
     ep: int = ep_option()
     tp: int = tp_option()
     replicas: int = option(
-        "Copies of the sharded model, each with its own text.",
+        "Number of copies of the sharded model, each with its own text.",
         UNSET, panel=SHARING, shown="processes / (--fsdp x --tp)", min=1,
     )  # fmt: skip
     precision: Literal["bf16", "fp32"] = option(
@@ -180,8 +181,8 @@ class TrainConfig:
         UNSET, panel=RUN, shown="bf16 on a GPU, fp32 on a CPU", defines=True,
     )  # fmt: skip
     moments: Literal["fp32", "bf16", "8bit", "offload"] = option(
-        "Precision of the optimizer's moments. bf16 and 8bit use less memory and need torchao. offload keeps them and"
-        " the master weights in fp32 in host memory, where a GPU run updates them slowly.",
+        "Precision of the optimizer's moments. bf16 and 8bit save memory and need torchao. offload keeps the moments"
+        " and master weights of a GPU run in host memory, in fp32, which is slow.",
         "fp32", panel=RUN, defines=True,
     )  # fmt: skip
     master_weights: bool = option(
@@ -198,28 +199,32 @@ class TrainConfig:
     )  # fmt: skip
     liger: bool = option("Use the Triton kernels of liger-kernel (GPU only).", False, panel=RUN)
     experts_implementation: Literal["auto", "grouped_mm", "batched_mm", "eager", "sonicmoe", "deepgemm"] = option(
-        "Which of transformers' functions computes the experts. auto lets transformers choose. Before training, the"
-        " outputs and gradients of any other are compared with those of eager.",
+        "Function of transformers that computes the experts; auto lets transformers choose. The outputs and gradients"
+        " of other choices are compared with those of eager before training.",
         "auto", panel=RUN,
     )  # fmt: skip
     deterministic: bool = option(
         "Use only deterministic kernels, so that a GPU reproduces results bit for bit.", False, panel=RUN
     )
     save_dtype: str = dtype_option("Dtype of saved weights; auto keeps MODEL's.", RUN, defines=True)
-    save_every: int = option("Steps between checkpoints.", UNSET, panel=RUN, shown="a tenth of the run", min=1)
-    eval_every: int = option("Steps between validations.", UNSET, panel=RUN, shown="a tenth of the run", min=1)
+    save_every: int = option(
+        "Number of steps between checkpoints.", UNSET, panel=RUN, shown="a tenth of the run", min=1
+    )
+    eval_every: int = option(
+        "Number of steps between validations.", UNSET, panel=RUN, shown="a tenth of the run", min=1
+    )
     keep_checkpoints: int = option("Number of step folders to keep.", 2, panel=RUN, min=1)
     keep_weights: int = option(
-        "Also keep the weights alone every N steps, in OUT/weights, to be averaged.",
+        "Also save a weights-only snapshot every N steps in OUT/weights, for averaging.",
         UNSET, panel=RUN, shown="none", min=1, metavar="N",
     )  # fmt: skip
     average_last: int = option(
-        "At the end, write the mean of the last N weights of --keep-weights to OUT/average, and validate it.",
+        "At the end, write the mean of the last N snapshots of --keep-weights to OUT/average, and validate it.",
         UNSET, panel=RUN, shown="none", min=1, metavar="N",
     )  # fmt: skip
     keep_optimizer: bool = option(
-        "Start with the optimizer state and fp32 weights of MODEL, which must be a step folder, or made of one by grow"
-        " or upcycle --keep-optimizer. The schedule starts from its beginning.",
+        "Start with the optimizer state and fp32 weights of MODEL, which must be a step folder, or the result of grow"
+        " or upcycle --keep-optimizer on one. The schedule starts from its beginning.",
         False, panel=RATE, defines=True,
     )  # fmt: skip
     resume: bool = option(

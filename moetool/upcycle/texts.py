@@ -19,13 +19,15 @@ class TextOptions:
     """The texts, and how they run through a model of which one layer at a time is in memory."""
 
     calibrate: Mapping[str, str] = option(
-        "Text, JSONL, Parquet or tokens (repeatable) for options that need a pass over text: a file, folder, glob or"
-        " hf:owner/name.",
+        "Text for options that measure on text (repeatable): text, JSONL, Parquet or tokens, as a file, folder, glob"
+        " or hf:owner/name.",
         dict, panel=PANEL, metavar="NAME=PATH", make=named,
     )  # fmt: skip
     text_field: str = text_field_option(PANEL)
     document: Literal["file", "line", "paragraph"] = document_option(PANEL)
-    max_tokens: int = option("Tokens of each text, such as 1M.", 204_800, panel=PANEL, metavar="N", parse=parse_count)
+    max_tokens: int = option(
+        "Tokens read from each text, such as 1M.", 204_800, panel=PANEL, metavar="N", parse=parse_count
+    )
     seq_len: int | None = option(
         "Tokens per window.", None, panel=PANEL, shown="2048, or the model's maximum if that is less", min=2
     )
