@@ -206,7 +206,7 @@ def compare(folder: Path, processes: int, steps: int, rounds: int) -> None:
     found = [measure(folder, processes, meshes, steps) for _ in range(rounds)]
     wrong: list[str] = []
     print(f"\n{processes} processes\n")
-    print("| mesh | ms a step (rounds) | MB sent a process and step | by kind | collectives |")
+    print("| mesh | ms per step (rounds) | MB sent per process and step | by kind | collectives |")
     print("|---|---|---|---|---|")
     for number, mesh in enumerate(meshes):
         first = found[0][number]
@@ -218,7 +218,7 @@ def compare(folder: Path, processes: int, steps: int, rounds: int) -> None:
         calls = sum(first[0]["calls"].values())
         print(f"| {mesh} | {times} | {sum(sent.values()):.1f} | {kinds} | {calls} |")
     print("\n".join(wrong) or "\nThe closed form gives the same bytes.")
-    print("\n| mesh | ms a layer: sorting | skew | exchange of sizes | share of the step: sorting | skew | exchange |")
+    print("\n| mesh | ms per layer: sorting | skew | exchange of sizes | share of the step: sorting | skew | exchange |")
     print("|---|---|---|---|---|---|---|")
     for number, mesh in enumerate(meshes):
         if mesh.ep > 1:
