@@ -40,7 +40,7 @@ def fitting(found: Sequence[Choice], memory: float) -> Choice | None:
 def table() -> str:
     """The recommendations as Markdown, beside plain FSDP2."""
     lines = [
-        "| model | GPUs | card | mesh | micro-batch | memory | GB sent a step | GB over the network | efficiency |",
+        "| model | GPUs | card | mesh | micro-batch | memory | GB sent per step | GB over the network | efficiency |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, model in models().items():
