@@ -1,3 +1,3 @@
-"""Make a Mixture of Experts of a dense language model, train it on, see its router, prove it."""
+"""Convert a dense language model to a Mixture of Experts, train it, analyse its routing, verify the result."""
 
 __version__ = "0.1.0"

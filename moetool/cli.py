@@ -1,4 +1,4 @@
-"""The `moetool` command: a Typer app whose errors are one line and whose exit codes mean something."""
+"""The `moetool` command: a Typer app with one-line errors and documented exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes that `torchrun` or `accelerate launch` started together, as they tell them in the environment."""
+"""The processes that `torchrun` or `accelerate launch` started together, from the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers as text (`all`, `every:2`, `0-3,8`, `4-`), and a ratio that differs between layers."""
+"""Layers as text (`all`, `every:2`, `0-3,8`, `4-`), and ratios per layer."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class LayerRatios:
 
     @property
     def texts(self) -> list[str]:
-        """What is typed and recorded: `["0.5", "0-3=0.25"]`."""
+        """The ratios as typed and recorded: `["0.5", "0-3=0.25"]`."""
         return [str(self.usual), *(f"{text}={share}" for text, share in self.others)]
 
 

@@ -1,4 +1,4 @@
-"""What a pass over text has decided of an upcycling, which its recipe alone does not determine.
+"""The decisions of a pass over text, which an upcycling's recipe alone does not determine.
 
 It is recorded in the lineage, so that a proof needs no text.
 """
@@ -86,7 +86,7 @@ class RouterRows:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What an upcycling's lineage entry records under `measured`; all empty where no text was read.
+    """The record `measured` of an upcycling's lineage entry; all empty if no text was read.
 
     Attributes:
         split: layer -> the packed shard of each unit of its dense FFN (`units.order_of`).

@@ -1,4 +1,4 @@
-"""How processes share one model: the sizes of the mesh, what they must fulfil, and where a process stands in it.
+"""How processes share one model: the sizes of the mesh, their constraints, and a process's place in it.
 
 The mesh is that of `transformers.distributed`: replicas x fsdp x tp for all weights but the experts, and replicas x
 efsdp x ep for these, over the same processes. Processes that differ in `tp` alone see the same text.
@@ -202,7 +202,7 @@ def check_division(
     needed = {"--tp": mesh.tp > 1, "--ep": mesh.ep > 1, "--fsdp": mesh.sharded}
     for flag, used in needed.items():
         if used and not plans[flag]:
-            raise ConfigError(f"{flag}: transformers has no plan for how to share '{kind}' in this way; leave it out")
+            raise ConfigError(f"{flag}: transformers cannot share '{kind}' in this way; leave it out")
 
 
 def _check_shares(mesh: Mesh, num_experts: int) -> None:
@@ -216,7 +216,7 @@ def _check_shares(mesh: Mesh, num_experts: int) -> None:
         most = max(size for size in range(1, processes) if right(size) and processes % size == 0)
         spread = f" --ep {mesh.ep}" if mesh.ep > 1 else ""
         raise ConfigError(
-            f"--fsdp {mesh.fsdp}{spread}: FSDP deals out whole experts, and {processes} processes cannot share"
+            f"--fsdp {mesh.fsdp}{spread}: FSDP distributes whole experts, and {processes} processes cannot share"
             f" {experts}; use --fsdp {mesh.fsdp * most // processes} with replicas or fewer processes, or --tp without"
             " --ep, which divides experts"
         )
@@ -244,7 +244,7 @@ def _words(numbers: Iterable[int]) -> str:
 
 
 def distributed(mesh: Mesh, apart: Iterable[str] = ()) -> Any:
-    """What `from_pretrained` takes to load a model into the shards of a mesh; None where weights are whole.
+    """The arguments of `from_pretrained` to load a model into the shards of a mesh; None for whole weights.
 
     Args:
         mesh: of all processes.

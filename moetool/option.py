@@ -1,4 +1,4 @@
-"""How an option is declared: once, as a field of a frozen dataclass.
+"""Declaring an option: once, as a field of a frozen dataclass.
 
 `num_experts: int = option("Routed experts.", 8, min=2)` gives the field its type and default, and everything
 else its help: the command line, `--config`, moetool.yaml and docs/cli.md are made from it
@@ -21,7 +21,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line knows about a field besides its name, type and default.
+    """A field's properties on the command line, besides its name, type and default.
 
     Attributes:
         help: one sentence.
@@ -149,7 +149,7 @@ def text_field_option(panel: str | None = None, whose: str = "the text", **more:
 
 
 def document_option(panel: str | None = None, **more: Any) -> Any:
-    """What a document of a plain-text file is."""
+    """The rule for documents in a plain-text file."""
     return option(
         "How to split plain-text files into documents. In other formats, each row is a document.",
         "file",

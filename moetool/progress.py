@@ -1,4 +1,4 @@
-"""How domain code tells that it advances, without printing."""
+"""How domain code reports progress, without printing."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""The whole journey, small but real, on text that every machine has.
+"""The whole journey in small, on text that is on every machine.
 
 Each step except the first is a moetool command. `journey` hands the argument lists to `run`, which
 executes them in this process and returns the document that the command prints with `--json`. So the

@@ -1,4 +1,4 @@
-"""What the user asked of an upcycling, the lineage that records it, and which units are redrawn."""
+"""The recipe of an upcycling, the lineage that records it, and the choice of redrawn units."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class UpcycleRecipe:
             raise ConfigError(f"--top-k {self.top_k} is more than --num-experts {self.num_experts}")
 
     def settled(self, num_donors: int, donor_weights: Sequence[Decimal | None] = ()) -> UpcycleRecipe:
-        """The recipe that is recorded: without what its method does not read.
+        """The recipe that is recorded, without options that its method does not read.
 
         Args:
             num_donors: dense models, DENSE with them.
@@ -379,7 +379,7 @@ def permutation(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> t
 
 
 def units_digest(recipe: UpcycleRecipe, layer: int, expert: int, units: int, measured: Measured = NOTHING) -> str:
-    """A checksum of what is changed (and permuted) in one expert: 16 hexadecimal digits of SHA-256."""
+    """A checksum of the changed (and permuted) units of one expert: 16 hexadecimal digits of SHA-256."""
     digest = hashlib.sha256()
     for projection in PROJECTIONS:
         digest.update(redrawn_units(recipe, layer, expert, projection, units, measured).numpy().tobytes())
@@ -423,7 +423,7 @@ def recorded_sources(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def recorded_experts(layers: Sequence[int], origins: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What a command that copies or leaves out experts records in its recipe, as JSON.
+    """The experts in the recipe of a command that copies or removes experts, as JSON.
 
     Args:
         layers: those with experts.

@@ -1,4 +1,4 @@
-"""Units of a dense FFN by what they contribute: how that is recorded, how they are split, and which are redrawn.
+"""Units of a dense FFN by contribution: how it is recorded, how they are split, and which are redrawn.
 
 Integers alone decide what is rebuilt from a recipe, so that every machine has the same sets.
 

@@ -1,4 +1,4 @@
-"""How text becomes a value: counts, sizes, ratios, dtypes, NAME=PATH."""
+"""From text to values: counts, sizes, ratios, dtypes, NAME=PATH."""
 
 from __future__ import annotations
 

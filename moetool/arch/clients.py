@@ -1,4 +1,4 @@
-"""Which programs compute a checkpoint as transformers does, by what was measured (docs/clients.md)."""
+"""Which programs compute a checkpoint as transformers does, according to measurements (docs/clients.md)."""
 
 from __future__ import annotations
 

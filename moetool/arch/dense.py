@@ -108,7 +108,7 @@ class DenseSpec:
 
     @property
     def family(self) -> str:
-        """What it is like, for targets."""
+        """The family that targets treat it as."""
         return self.like or self.model_type
 
     @property
@@ -128,7 +128,7 @@ def layer_tensors(spec: DenseSpec, config: Mapping[str, Any], layer: int) -> dic
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """What the letters in a shape stand for."""
+    """The sizes that the letters in a shape stand for."""
     heads, size = config["num_attention_heads"], config["head_dim"]
     sizes = {
         "V": config["vocab_size"],

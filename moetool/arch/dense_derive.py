@@ -1,4 +1,4 @@
-"""What follows from a filled dense config in the families that say it in their own way: the kinds of their layers."""
+"""The kinds of layers, derived from a filled dense config in the families with their own keys for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def every_fourth(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def granite_hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A Granite 4 without routed experts: what they call the shared expert is its FFN."""
+    """A Granite 4 without routed experts, whose shared expert is its FFN."""
     names = {"mamba": "linear_attention", "attention": "full_attention"}
     limit = config.get("time_step_limit") or [0.0, math.inf]
     if isinstance(limit, list):  # how transformers writes what JSON has no word for

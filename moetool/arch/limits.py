@@ -1,4 +1,4 @@
-"""Where other programs that read our checkpoints stop: a client, a condition on config.json, and the reason."""
+"""Limits of other programs that read our checkpoints: a client, a condition on config.json, and the reason."""
 
 from __future__ import annotations
 

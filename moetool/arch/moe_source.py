@@ -1,4 +1,4 @@
-"""A Mixture of Experts as a source: where its routers and the matrices of its experts lie in a checkpoint.
+"""A Mixture of Experts as a source: where a checkpoint holds its routers and the matrices of its experts.
 
 A checkpoint has either the names under which its family is published, or those of transformers 5's modules, as
 `save_pretrained(save_original_format=False)` and mergekit write them.

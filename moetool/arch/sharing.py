@@ -1,4 +1,4 @@
-"""How transformers shares each family between processes: its plans as data, so that a mesh is known without loading it.
+"""How transformers shares each family between processes: its plans as data, without loading it.
 
 The plans of a Mixture of Experts name modules and parameters, with `*` for a layer. A test compares them with those of
 the installed transformers, as far as they name what a model has.

@@ -227,7 +227,7 @@ def misfit(spec: ArchSpec, dense: Mapping[str, Any]) -> str | None:
         return f"its heads have size {dense['head_dim']}, and only heads of size {heads} can be written in the family"
     part = dense["rope_parameters"].get("partial_rotary_factor", 1)
     if part != 1 and not spec.partial_rotary:
-        return f"its positions turn only {part} of each head"
+        return f"its positions rotate only {part} of each head"
     if len(set(dense["rotary_bases"])) > 1 and not spec.rotary_bases:
         return "its layers differ in their positions"
     windows = set(dense["layer_types"])

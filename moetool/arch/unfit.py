@@ -1,4 +1,4 @@
-"""Why other decoders of transformers cannot be upcycled: what they have that no stock Mixture of Experts has."""
+"""Why other decoders of transformers cannot be upcycled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoints are averaged, in which order, and whether they are of one model."""
+"""The checkpoints to average: their selection and order, and whether they belong to one model."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def check_one_model(readers: Sequence[CheckpointReader]) -> None:
         for key in sorted((first.config.keys() | other.config.keys()) - _NO_MATTER):
             if other.config.get(key) != first.config.get(key):
                 values = [str(config.get(key))[:60] for config in (other.config, first.config)]
-                raise ConfigError(f"{pair} are other models: {key} is {values[0]} and {values[1]}; {_ADVICE}")
+                raise ConfigError(f"{pair} are different models: {key} is {values[0]} and {values[1]}; {_ADVICE}")
         for name in sorted(first.tensors.keys() | other.tensors.keys()):
             kinds = [_kind(reader.tensors.get(name)) for reader in (other, first)]
             if kinds[0] != kinds[1]:

@@ -82,7 +82,7 @@ def rounded(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def exact_tensors(reader: CheckpointReader) -> dict[str, TensorInfo]:
-    """The tensors of a checkpoint, each as exact as it is there: the fp32 weights of a step folder before rounded ones.
+    """The most exact tensors of a checkpoint: the fp32 weights of a step folder, if it has them.
 
     Raises:
         CheckpointError: one of those has no counterpart in the checkpoint, or another shape.
@@ -99,8 +99,8 @@ def exact_tensors(reader: CheckpointReader) -> dict[str, TensorInfo]:
         left.discard(master)
     if left:
         raise CheckpointError(
-            f"{reader.folder} has fp32 weights of {min(left)[:100]}, which is not in its checkpoint under a name that"
-            " moetool knows; move its training_state away to average the rounded weights"
+            f"{reader.folder} has fp32 weights of {min(left)[:100]}, which its checkpoint does not hold under a known"
+            f" name; move its training_state away to average the rounded weights"
         )
     return found
 

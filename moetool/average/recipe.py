@@ -1,4 +1,4 @@
-"""How checkpoints are averaged, as an option of `moetool average`, and the coefficients that it stands for."""
+"""The weights of averaged checkpoints, as an option of `moetool average` and as coefficients."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What upcycling would cost and give, before any of it is done: computed from headers, configuration and papers."""
+"""The cost and gain of upcycling, estimated from headers, configuration and papers."""

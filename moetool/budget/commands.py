@@ -1,4 +1,4 @@
-"""The commands that carry a plan out."""
+"""The commands that carry out a plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEW, OLD = "new=data/new.jsonl", "old=data/old.jsonl"  # text to learn, text lik
 
 
 def written(number: int) -> str:
-    """A count as it is typed: `20B`."""
+    """A count as a user types it: `20B`."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size and number * 1000 % size == 0:
             return f"{number / size:.10g}{unit}"

@@ -1,4 +1,4 @@
-"""Which meshes fit, as a plan shows them, and what to do where none does."""
+"""The meshes that fit, as a plan shows them, and advice if none does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moetool.mesh import Mesh
 def fit(
     sizes: Sizes, cluster: Cluster, seq_len: int, batch: int, found: Sequence[Choice], granularity: int | None
 ) -> dict[str, Any]:
-    """The meshes that fit, the recommended one first, then the others by what they need; what to do if none fits.
+    """The meshes that fit, the recommended one first, then the others by their memory; advice if none fits.
 
     Args:
         sizes: of the model.
@@ -43,7 +43,7 @@ def fit(
             small = need["total"] <= cluster.room  # but the batch cannot be shared out
             others.append({
                 "mesh": str(mesh) or "one GPU", "micro_batch_size": 1, "memory": need, "fits": False,
-                "why": f"{batch} sequences cannot be shared out" if small else "too large",
+                "why": f"{batch} sequences cannot be divided among the processes" if small else "too large",
             })  # fmt: skip
     others.sort(key=lambda one: one["memory"]["total"])
     return {
@@ -79,8 +79,8 @@ def _because(best: Choice, fitting: Sequence[Choice]) -> str:
     if best.mesh.processes == 1:
         return "there is one GPU"
     if any(one.overlapped > best.overlapped + 0.005 for one in others):
-        return "of those within a twentieth of the best efficiency, it sends least over the network"
-    return "of those that fit, GPUs spend the largest share of a step on arithmetic"
+        return "of the meshes within a twentieth of the best efficiency, it sends least over the network"
+    return "of the meshes that fit, GPUs spend the largest share of a step on arithmetic"
 
 
 def _advice(sizes: Sizes, cluster: Cluster, seq_len: int, batch: int, granularity: int | None) -> list[str]:

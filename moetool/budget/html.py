@@ -1,4 +1,4 @@
-"""The page of a plan: one file that opens offline, drawn from its document alone."""
+"""The page of a plan: one file that opens offline, drawn only from its document."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def curves(law: Mapping[str, Any], train_tokens: float) -> dict[str, Any]:
     fitted = law["range"]["train_tokens"]
     verdict = law["verdict"]
     marks = [
-        ("copies pass the dense model as it was", verdict["break_even"], start),
-        ("copies pass the dense model trained as long", verdict["beats_dense"], None),
+        ("copies pass the original dense model", verdict["break_even"], start),
+        ("copies pass the dense model trained on as many tokens", verdict["beats_dense"], None),
         ("from scratch passes copies", verdict["scratch_wins"], None),
     ]
     crossings = []

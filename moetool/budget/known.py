@@ -1,4 +1,4 @@
-"""How many tokens well-known dense models were trained on, where their cards say it."""
+"""Training tokens of well-known dense models whose cards give them."""
 
 from __future__ import annotations
 

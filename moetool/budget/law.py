@@ -1,4 +1,4 @@
-"""A joint scaling law of dense, upcycled and from-scratch training, and the range in which it may be believed.
+"""A joint scaling law of dense, upcycled and from-scratch training, and its valid range.
 
 Liew, Kato, Takase 2025 (Scaling Laws for Upcycling Mixture-of-Experts Language Models, arXiv 2502.03009), equation 12
 with the constants of table 2. D1 are tokens of dense pretraining, D2 tokens of training after it, N1 parameters of the
@@ -61,7 +61,7 @@ def _slope(dense_tokens: float) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the law says of a case inside its range.
+    """The law's predictions for a case inside its range.
 
     Attributes:
         start: loss of the dense model as it is.
@@ -111,7 +111,7 @@ def outside(
         ("training tokens", tokens, TRAIN_TOKENS, "1 to 368 B"),
     ):
         if not low <= value <= high:
-            found.append(f"{_short(value)} {what}, and the law is good for {much}")
+            found.append(f"{_short(value)} {what}, and the law holds for {much}")
     if (num_experts, top_k, granularity, shared) != (EXPERTS, TOP_K, 1, 0):
         finer = f" of 1/{granularity} FFN" if granularity > 1 else ""
         more = f" and {shared} shared" if shared else ""

@@ -1,4 +1,4 @@
-"""Which meshes a model fits on, what they send, and which one to take: computed from bytes and published bandwidths."""
+"""The meshes that a model fits on, their traffic, and the best one, from bytes and published bandwidths."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ BOUNDS: dict[str, tuple[Decimal | int, int]] = {
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is planned; what is left open follows from DENSE."""
+    """The plan that the user asked for; unset options follow from DENSE."""
 
     dense: str = option("The dense model: a folder, or owner/name\\[@revision].", positional=True, metavar="DENSE")
     dense_tokens: int | None = option(

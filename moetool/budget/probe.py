@@ -26,7 +26,7 @@ TEXT = 2_000_000  # characters
 
 @dataclass(frozen=True)
 class Probe:
-    """What a short run measured.
+    """The measurements of a short run.
 
     Attributes:
         steps: that it had.
@@ -66,7 +66,7 @@ def measure(plan: Plan, progress: Progress) -> Probe:
         ConfigError: the model cannot be upcycled, the disk is too small, or a command fails.
     """
     if plan.models.unfit:
-        raise ConfigError("--probe trains what is upcycled, and this model cannot be")
+        raise ConfigError("--probe has no effect with a model that cannot be upcycled; leave it out")
     found = document(plan)
     found_choices = choices(plan.models.moe, plan.cluster, plan.seq_len, plan.batch)
     best = found_choices[0] if found_choices else None

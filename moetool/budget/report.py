@@ -68,12 +68,12 @@ class Plan:
             typed = f"from {asked.tokens_per_second:,} tokens/s"
             return speed(self.cluster, 0, asked.tokens_per_second, flops, typed)
         left = ALONE * best.overlapped if best else 1.0
-        source = "assumed" if left >= MFU else "assumed: what the mesh's traffic leaves"
+        source = "assumed" if left >= MFU else "assumed: limited by the mesh's traffic"
         return speed(self.cluster, min(float(MFU), left), None, flops, source)
 
 
 def make_plan(options: PlanOptions, reader: CheckpointReader) -> Plan:
-    """Read headers and settle what was left open.
+    """Read headers and set the options that were left open.
 
     Args:
         options: that were asked.
@@ -198,7 +198,9 @@ def _law(plan: Plan, same_cost: float) -> dict[str, Any]:
         "curves": None,
     }
     if plan.dense_tokens is None:
-        return said | {"reasons": ["the tokens that the dense model was trained on are not known; give --dense-tokens"]}
+        return said | {
+            "reasons": ["the number of tokens that the dense model was trained on is unknown; give --dense-tokens"]
+        }
     dense, tokens = plan.dense_tokens[0], plan.train_tokens
     shape = recipe.num_experts, recipe.top_k, recipe.granularity, recipe.shared_experts or 0
     said["reasons"] = law.outside(parameters, dense, tokens, *shape, plan.models.dense_layers)

@@ -1,4 +1,4 @@
-"""Rules of thumb of papers, where no law reaches: whether to upcycle, and with which learning rate."""
+"""Rules of thumb from papers: whether to upcycle, and with which learning rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def skywork(moe: float, dense: float) -> Literal["upcycle", "open", "from scratc
 
 @dataclass(frozen=True)
 class Finding:
-    """What one source says."""
+    """The statement of one source."""
 
     source: str
     says: str
@@ -37,12 +37,12 @@ ON_UPCYCLING = (
         "with a budget of 100 B tokens, from scratch already tied with upcycling a dense model of 300 B tokens",
     ),
     Finding(
-        "Sparse Upcycling (arXiv 2212.05055)", "pays if about 50 % of the dense model's cost is spent on top of it"
+        "Sparse Upcycling (arXiv 2212.05055)", "pays off if about 50 % of the dense model's cost is spent on top of it"
     ),
     Finding(
         "Drop-Upcycling (arXiv 2502.19261)",
-        "redrawing half of each expert beat plain copies, and from scratch over the whole 500 B tokens after 1 T dense"
-        " ones; a law for it does not exist",
+        "redrawing half of each expert beat plain copies, and training from scratch over the whole 500 B tokens after"
+        " 1 T dense tokens; no scaling law covers it",
     ),
 )
 # Sources of the peak learning rate, and where they disagree.
@@ -54,7 +54,8 @@ ON_LEARNING_RATE = (
     Finding("Sparse Upcycling (arXiv 2212.05055)", "the dense run's final rate as the peak"),
     Finding(
         "Sarashina2-8x70B (SB Intuitions)",
-        "the dense run's final rate, decayed further: more raises the loss early, less gains little in the end",
+        "the dense run's final rate, decayed further: a higher rate raises the loss early, a lower one gains little"
+        " in the end",
     ),
     Finding(
         "Skywork-MoE (arXiv 2406.06563)", "a rate that is large at first was better than a small constant one, by 3 x"
@@ -89,9 +90,9 @@ def learning_rate(tokens: float) -> LearningRate:
         )
     if tokens > 100e9:
         return LearningRate(
-            "near the peak of the dense run", "above 100 B tokens a high rate pays back the rise that it causes"
+            "near the peak of the dense run", "above 100 B tokens a run recovers from the rise that a high rate causes"
         )
     return LearningRate(
         "between half the peak and the peak of the dense run",
-        "between 20 and 100 B tokens the sources disagree most; a short run with two rates decides",
+        "between 20 and 100 B tokens the sources disagree most; compare two rates in a short run",
     )

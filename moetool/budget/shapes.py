@@ -1,4 +1,4 @@
-"""The sizes of a dense model and of what upcycling makes of it, from headers alone: nothing here loads torch."""
+"""The sizes of a dense model and of its upcycled form, from headers only, without torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Models:
 
 
 def plan_models(reader: CheckpointReader, recipe: UpcycleRecipe, clients: Sequence[str] = ()) -> Models:
-    """Read a dense model's headers and lay out what a recipe makes of it.
+    """Read a dense model's headers and lay out the result of a recipe.
 
     Args:
         reader: of the dense model.
@@ -78,7 +78,7 @@ def plan_models(reader: CheckpointReader, recipe: UpcycleRecipe, clients: Sequen
         asked |= {"--shared-experts": bool(recipe.shared_experts)}
         for flag, typed in asked.items():
             if typed:
-                raise ConfigError(f"{flag}: {error}; leave it out to see cost and memory alone") from None
+                raise ConfigError(f"{flag}: {error}; leave it out to see only cost and memory") from None
         return _unsupported(reader, recipe, str(error))
     settled = settle(recipe, dense, clients, beside(reader.folder))
     source = check_tensors(reader, spec, dense)
@@ -161,7 +161,7 @@ def _unsupported(reader: CheckpointReader, recipe: UpcycleRecipe, unfit: str) ->
             if type(config.get(name)) is int and config[name] > 0:
                 return int(config[name])
         if usual is None:
-            raise CheckpointError(f"{reader.folder}: config.json has no {key}, which cost and memory depend on")
+            raise CheckpointError(f"{reader.folder}: config.json has no {key}, on which cost and memory depend")
         return usual
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")

@@ -1,4 +1,4 @@
-"""Plans side by side, with each of several values of some options."""
+"""Plans for each of several values of some options, to be compared."""
 
 from __future__ import annotations
 

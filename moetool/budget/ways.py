@@ -1,4 +1,4 @@
-"""What each way of training costs: operations, time and money, and which way to take."""
+"""The cost of each way of training (operations, time and money), and the recommended way."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def recommend(
         )
     if dense is None:
         return "drop", (
-            "redrawn experts beat copies in the Drop-Upcycling paper. Whether upcycling pays cannot be said without"
+            "redrawn experts beat copies in the Drop-Upcycling paper. Whether upcycling pays off is unknown without"
             " --dense-tokens"
         )
     rule = skywork(moe, dense)
@@ -107,6 +107,7 @@ def recommend(
     if rule == "upcycle":
         return "drop", "the training costs much less than the dense model's did (Skywork-MoE's rule)"
     return "drop", (
-        "redrawn experts beat copies in the Drop-Upcycling paper. Whether upcycling pays is open by Skywork-MoE's rule,"
+        "redrawn experts beat copies in the Drop-Upcycling paper. Whether upcycling pays off is open by Skywork-MoE's"
+        " rule,"
         " so first compare it with training from scratch on a tenth of the tokens"
     )

@@ -1,1 +1,1 @@
-"""What a model's experts do on some text, as sums that add up, measured once and kept."""
+"""Statistics of a model's experts on a text, as sums, measured once and cached."""

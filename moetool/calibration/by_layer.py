@@ -1,4 +1,4 @@
-"""A model of which one decoder layer at a time is in memory: all texts go through it before the next one is read.
+"""A model with one decoder layer in memory at a time: all texts run through it before the next one is read.
 
 Shapes: B windows, S tokens of each, D hidden, V vocabulary.
 """
@@ -183,7 +183,9 @@ class LayeredModel:
             return hidden_BSD
         made_BSD = forward(hidden_BSD, *more, **named)
         if not isinstance(made_BSD, Tensor) or made_BSD.shape != hidden_BSD.shape:
-            raise CheckpointError(f"a layer of {type(self.core).__name__} gives more than states; leave --stream out")
+            raise CheckpointError(
+                f"a layer of {type(self.core).__name__} returns more than hidden states; leave --stream out"
+            )
         self._made = made_BSD
         raise _Through
 

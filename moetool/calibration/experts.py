@@ -42,16 +42,16 @@ class Layer:
         return int(self.experts.gate_up_proj.shape[0])
 
     def output(self, expert: int, hidden_TD: Tensor) -> Tensor:
-        """(T, D), what an expert makes of some tokens."""
+        """(T, D), an expert's output for some tokens."""
         return self.ffn(self.experts.gate_up_proj[expert], self.experts.down_proj[expert], hidden_TD)
 
     def ffn(self, gate_up_GD: Tensor, down_DF: Tensor, hidden_TD: Tensor) -> Tensor:
-        """(T, D), what an expert of these weights makes of some tokens; G is gate and up, 2 F."""
+        """(T, D), the output of an expert with these weights for some tokens; G is gate and up, 2 F."""
         gate_TF, up_TF = nn.functional.linear(hidden_TD, gate_up_GD).chunk(2, dim=-1)
         return nn.functional.linear(self.experts.act_fn(gate_TF) * up_TF, down_DF)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """(T, E) in fp32, what the router computes of each expert before it chooses."""
+        """(T, E) in fp32, the router's logits before it chooses."""
         return read_output(self.router(hidden_TD, *self._others()), type(self.router).__name__, -1)[0]
 
     def _others(self) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The hidden states of batches between two layers: in memory, or in a file without a name where they are large."""
+"""The hidden states of batches between two layers: in memory or, if large, in an unnamed file."""
 
 from __future__ import annotations
 

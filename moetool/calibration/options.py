@@ -1,4 +1,4 @@
-"""How texts go through a model that is calibrated, as options of every command that does it."""
+"""How texts run through a model for calibration, as options of every command that does it."""
 
 from __future__ import annotations
 

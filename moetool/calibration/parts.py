@@ -1,4 +1,4 @@
-"""Texts as the parts that go through a model together, and which of their tokens are held out.
+"""Texts as the parts that run through a model together, and their held-out tokens.
 
 Shapes: B windows, S tokens of each, T tokens of a part.
 """

@@ -1,4 +1,4 @@
-"""Calibrations that are kept, so that none is computed twice: a file for each model, text and way to run it."""
+"""The cache of calibrations: a file for each model, text and way to run it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums over tokens of a text, of which two texts, or parts of one, merge by addition.
+"""Sums over tokens of a text; two texts, or parts of one, merge by addition.
 
 Shapes: E experts, T tokens, D hidden, F intermediate units.
 """
@@ -52,7 +52,7 @@ class ExpertSums:
 
 @dataclass(frozen=True)
 class InputSums:
-    """Of x, what the FFN of one layer receives and its router sees; moments of any router's logits follow from them.
+    """Sums of x, the input of a layer's FFN and router, from which moments of any router's logits follow.
 
     Attributes:
         tokens: (), float64.
@@ -108,7 +108,7 @@ class UnitSums:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a pass over some text gives.
+    """The result of a pass over a text.
 
     Attributes:
         sums: layer -> of its experts, over all tokens but those held out; none of a dense model.

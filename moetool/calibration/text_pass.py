@@ -1,4 +1,4 @@
-"""One forward of a model over texts, summing what its FFNs receive and do; and its loss on texts.
+"""One forward pass of a model over texts with sums over its FFNs, and its loss on texts.
 
 Shapes: B windows, S tokens of each, T tokens of a batch, E experts, K top-k, D hidden, F intermediate units, V
 vocabulary.
@@ -67,7 +67,7 @@ def calibrate(
     moments: bool = False,
     progress: Progress = silent,
 ) -> Calibration:
-    """Sum what the experts of a model do on texts.
+    """Sum statistics of a model's experts on texts.
 
     Only experts that a token is routed to are computed, with the weights that the model itself gives them.
 
@@ -120,7 +120,7 @@ def calibrate_dense(
     max_tokens: int,
     progress: Progress = silent,
 ) -> Calibration:
-    """Sum what the FFNs of a dense model receive, and what their units do, on texts.
+    """Sum the inputs of a dense model's FFNs, and the contributions of their units, on texts.
 
     Args:
         model: see `calibrate`.

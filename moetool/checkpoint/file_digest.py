@@ -1,4 +1,4 @@
-"""The digest of a file of tensors: over those of its parts, because tensors are written in any order."""
+"""The digest of a file of tensors: over its parts' digests, because tensors are written in any order."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOT
 
 
 def unfinished(folder: Path) -> str:
-    """What is said of a folder that holds PARTIAL, and so no model."""
+    """The message for a folder that holds PARTIAL, and therefore no model."""
     if read_json(folder / PARTIAL).get("command") != "cpt":
         return f"{folder} is an unfinished conversion; run the command that started it again"
     steps = f", or give a step folder ({folder}/checkpoints)" if (folder / "checkpoints").is_dir() else ""
@@ -113,7 +113,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def unnamed_file(folder: Path, size: int) -> IO[bytes]:
-    """A file without a name whose bytes are all on the disk; it goes with the process, however that ends.
+    """An unnamed file with all its bytes allocated on disk; it disappears with the process, however that ends.
 
     Written through a map, a file with holes would kill the process when the disk is full.
 

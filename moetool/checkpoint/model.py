@@ -87,7 +87,7 @@ def load_model(
 
 @contextmanager
 def loading(folder: Path) -> Iterator[None]:
-    """Turn what transformers fails with while it reads a checkpoint into an error that names the folder.
+    """Turn transformers' failure to read a checkpoint into an error that names the folder.
 
     Raises:
         CheckpointError: it failed, other than for lack of memory.

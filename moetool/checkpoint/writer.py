@@ -187,7 +187,7 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
 
 
 def check_out(folder: Path, command: str) -> None:
-    """Refuse what `prepare` is going to refuse, for a command that works long before it knows what it writes.
+    """Refuse early what `prepare` will refuse, for commands that work long before they write.
 
     Args:
         folder: it is empty or absent, left unfinished, or may be what this command wrote before.
@@ -308,7 +308,7 @@ class CheckpointWriter:
         for shard in self.shards:
             if not self._is_there(shard):
                 raise CheckpointError(
-                    f"{self.folder / shard.name} was deleted or changed by someone else while it was in use;"
+                    f"{self.folder / shard.name} was deleted or changed by another program while it was in use;"
                     " run the same command again"
                 )
         for name in sorted(files, key=lambda name: name == "config.json"):
@@ -348,6 +348,6 @@ def check_written(folder: Path, shards: Sequence[Shard]) -> None:
             what = (
                 "holds the planned tensors in another layout, so another program has saved it again"
                 if shapes[0] == shapes[1]
-                else "does not hold the tensors that were planned"
+                else "does not hold the planned tensors"
             )
             raise CheckpointError(f"{folder / shard.name} {what}")

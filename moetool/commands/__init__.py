@@ -1,1 +1,1 @@
-"""One file a command: options, one call into the domain, what is printed. No maths, no torch at import."""
+"""One file per command: options, one call into the domain, output. No maths, no torch at import."""

@@ -1,4 +1,4 @@
-"""`moetool analyze-routing`: how a Mixture of Experts routes given texts."""
+"""`moetool analyze-routing`: the routing of a Mixture of Experts on texts."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Check:
 
     @property
     def scope(self) -> str:
-        """What the metric is measured on."""
+        """The scope in which the metric is measured."""
         return next(scope for scope, names in registry.METRICS.items() if self.metric in names)
 
 

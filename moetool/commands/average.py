@@ -65,7 +65,9 @@ def average(
         console.result(document, table(document))
         return document
     if not all(map(lineage_of, sources.readers)):
-        console.warn("no moetool.json says that these checkpoints come from one model; the mean of others is no model")
+        console.warn(
+            "no moetool.json says that these checkpoints come from one model; a mean of different models is not usable"
+        )
     carry_out(plan, sources, models.out, writing, started, document, context, console)
     console.result(document, table(document), closing(document))
     return document

@@ -1,4 +1,4 @@
-"""`moetool convert`: the same model in another form."""
+"""`moetool convert`: the same model with another dtype or layout."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def convert(
     started = time.perf_counter()
     if asked.unpickle:
         console.warn(
-            "pickled weights are read with torch's restricted unpickler, which only makes tensors and plain"
-            " containers; in other programs a pickle can run code, so keep the converted files instead"
+            "pickled weights are read with torch's restricted unpickler, which creates only tensors and plain"
+            " containers; in other programs a pickle can run code, so use only the converted files there"
         )
     sources = context.with_resource(
         open_sources([models.source], models.out, writing.plan, asked.unpickle, models.adapter)

@@ -50,7 +50,7 @@ def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str
     averaged = len(summary.get("average", {}).get("steps", ()))
     if opened.plan is None and config.average_last not in (None, averaged):
         console.warn(
-            f"the run is finished, so --average-last is not done; moetool average NEW {config.out} --last"
+            f"the run is finished, so --average-last has no effect; use moetool average NEW {config.out} --last"
             f" {config.average_last} does it"
         )
     document = {"out": str(config.out), "already_finished": opened.plan is None, **summary}
@@ -89,7 +89,11 @@ def _train(context: typer.Context, console: Console, plan: RunPlan) -> dict[str,
         except (KeyboardInterrupt, SystemExit):
             _leave_page(console, out)
             saved = saved_steps(out)
-            where = f"the checkpoint of step {saved[-1]}" if saved else "the beginning, because no checkpoint is saved"
+            where = (
+                f"the checkpoint of step {saved[-1]}"
+                if saved
+                else "the beginning, because no checkpoint has been saved"
+            )
             console.warn(f"stopped after step {run.step}; the same command continues from {where}")
             raise
         with console.progress() as progress:
@@ -243,7 +247,7 @@ def _result_text(summary: dict[str, Any]) -> list[Any]:
     parts.append(table)
     if teacher := summary.get("teacher"):
         parts.append(
-            f"divergence from the teacher (KL a token): {teacher['before']:.4f} in the first step,"
+            f"divergence from the teacher (KL per token): {teacher['before']:.4f} in the first step,"
             f" {teacher['after']:.4f} in the last"
         )
     done = "already finished: " if summary["already_finished"] else ""

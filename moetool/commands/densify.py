@@ -1,4 +1,4 @@
-"""`moetool densify`: a dense model of a Mixture of Experts."""
+"""`moetool densify`: a Mixture of Experts to a dense model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moetool.values import parse_size
 
 @dataclass(frozen=True)
 class DensifyOptions:
-    """What becomes of the experts."""
+    """The experts to keep."""
 
     keep_experts: int = option("Number of routed experts per layer that form its FFN.", min=1, metavar="K")
 
@@ -89,7 +89,7 @@ def show(document: dict[str, Any], keep: int, data: Mapping[str, str], console: 
     rows = {
         "model": f"{family['before']} -> {family['after']}",
         "FFN": f"{document['intermediate_size']} units from {keep} of {document['num_experts']} experts",
-        "mean weights": f"of a layer's experts sum to {min(weights):.3f} to {max(weights):.3f}",
+        "mean weights": f"per layer sum to {min(weights):.3f} to {max(weights):.3f}",
     }
     lines = [closing(document)] if "seconds" in document else []
     lines += [healing(Path(document["out"]), data)] if lines else []

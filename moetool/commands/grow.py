@@ -1,4 +1,4 @@
-"""`moetool grow`: more experts, copies of those that a model has."""
+"""`moetool grow`: more experts, as copies of existing ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the texts gave, where there are some.
+    """Measurements on the texts; empty without texts.
 
     Attributes:
         utilities: layer -> of each expert.
@@ -155,7 +155,7 @@ def describe(growth: Growth, measured: Measured, out: Path, workers: int) -> dic
 
 
 def warnings(growth: Growth) -> list[str]:
-    """What the start costs, and what does not go along."""
+    """The cost of the start, and state that is not kept."""
     from moetool.checkpoint.step_folder import TrainingReader
 
     told, reader = [], growth.source.reader
@@ -169,7 +169,7 @@ def warnings(growth: Growth) -> list[str]:
     if growth.recipe.start == "double-k":
         told.append(
             "with --start double-k, copies are chosen for the same tokens with the same weights, so training keeps"
-            " them the same; use sleeping or twins unless something else parts them"
+            " them equal; use sleeping or twins unless something else separates them"
         )
     if isinstance(reader, TrainingReader) and reader.eight_bit:
         told.append(
@@ -182,7 +182,7 @@ def warnings(growth: Growth) -> list[str]:
 def table(document: dict[str, Any]) -> Table:
     """The plan for people."""
     experts, top_k, recipe = document["num_experts"], document["top_k"], document["recipe"]
-    same = "computes what the model does" if document["exact"] else "computes something else than the model"
+    same = "computes the same as the model" if document["exact"] else "does not compute the same as the model"
     asleep = f", copies sleep for {recipe['wake_after']} steps of loss-free" if recipe["wake_after"] else ""
     rows = {
         "family": str(document["family"]),
@@ -194,5 +194,5 @@ def table(document: dict[str, Any]) -> Table:
         numbers = [number for row in document["layers"] for number in row["copies"]]
         rows["copies"] = f"{min(numbers)} to {max(numbers)} of each expert, by {recipe['utility']}"
     if document["training_state"]:
-        rows["optimizer"] = "its moments go along, for cpt --keep-optimizer"
+        rows["optimizer"] = "moments kept for cpt --keep-optimizer"
     return two_columns(rows | loss_rows(document) | file_rows(document))

@@ -1,4 +1,4 @@
-"""The memory estimate that is printed before a model is loaded, and again if memory runs out."""
+"""The memory estimate, printed before a model is loaded and again if memory runs out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moetool plan`: what upcycling would cost and give, before any of it is done."""
+"""`moetool plan`: the cost and gain of upcycling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan for people: the page that `moetool plan` prints."""
+"""A plan for people: the output of `moetool plan`."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def _law(found: Mapping[str, Any]) -> str:
     lines = [
         "[bold green]INSIDE the range of the scaling law[/bold green] of plain copies. Differences of 0.02 nats decide"
         " the crossings.",
-        f"  The dense model stands at {verdict['start']:.3f} nats. Copies pass it {at('break_even')}.",
+        f"  The dense model starts at {verdict['start']:.3f} nats. Copies pass it {at('break_even')}.",
         f"  Copies pass the dense model trained as long {at('beats_dense')}. Trained for the same money"
-        f" ({rounded(law['same_cost']['tokens'])} tokens), it gets to {law['same_cost']['loss']:.3f} nats.",
+        f" ({rounded(law['same_cost']['tokens'])} tokens), it reaches {law['same_cost']['loss']:.3f} nats.",
         f"  A model trained from scratch passes copies {at('scratch_wins')}.",
     ]
     return "\n".join(lines)
@@ -116,7 +116,7 @@ def _models(found: Mapping[str, Any]) -> Table:
         "training": f"{run} {found['seq_len']} tokens",
     }
     if found["unfit"]:
-        rows["cannot be upcycled"] = found["unfit"] + "; figures are those of copies of its FFNs"
+        rows["cannot be upcycled"] = found["unfit"] + "; figures assume copies of its FFNs"
     return two_columns(rows)
 
 
@@ -197,9 +197,9 @@ def _rest(found: Mapping[str, Any]) -> dict[str, str]:
         "upcycling": f"reads {size(upcycling['reads'])}, writes {size(upcycling['writes'])} in about"
         f" {duration(upcycling['seconds'])} on two cores and one disk{memory}",
         "disk": f"{size(disk['most'])} at most: step folders of {size(disk['step_folder'])}, of which three exist"
-        f" for a moment, and the result, {size(disk['checkpoint'])}",
+        f" briefly, and the result, {size(disk['checkpoint'])}",
         "saving": f"{duration(disk['seconds_to_save'])} for each step folder at"
-        f" {size(found['assumptions']['disk_speed'])}/s, while the training goes on",
+        f" {size(found['assumptions']['disk_speed'])}/s, while training continues",
     }
     if dense:
         del rows["upcycling"]

@@ -1,4 +1,4 @@
-"""What every command that rewrites checkpoints says of its plan."""
+"""The plan as a table, for every command that rewrites checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def describe_files(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
-    """What would be written, and what it takes, as `--json` gives it."""
+    """The files that would be written, and the resources needed, as `--json` gives them."""
     from moetool.surgery.plan import free_disk
 
     dtypes: dict[str, int] = {}
@@ -55,7 +55,7 @@ def loss_rows(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def two_columns(rows: Mapping[str, str]) -> Table:
-    """Labels and what they stand for."""
+    """A table of labels and values."""
     from rich.table import Table
 
     made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

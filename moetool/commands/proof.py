@@ -52,7 +52,7 @@ class Writing:
 
 
 def open_model(context: typer.Context, models: Folders, writing: Writing, command: str) -> Sources:
-    """Open the model of a command that runs it before it knows what it writes; OUT is looked at first.
+    """Open the model of a command that runs it before it writes; OUT is checked first.
 
     Args:
         context: of the command, which closes the model.
@@ -122,8 +122,8 @@ def proof_line(proof: dict[str, Any]) -> str:
         told += f", loads on text within {proof['load_difference']:.4f} of those predicted"
     if proof.get("split_groups"):
         told += (
-            f"; router scores tie for {proof['split_groups']:.1%} of random tokens, which then miss a part of the dense"
-            " FFN: use another --router-std or a family whose router does not tie (docs/upcycle.md)"
+            f"; router scores tie for {proof['split_groups']:.1%} of random tokens, which then lose part of the dense"
+            f" FFN; use another --router-std or a family whose router does not tie (docs/upcycle.md)"
         )
     return f"[green]verified[/green] ({proof['level']}): {told}"
 

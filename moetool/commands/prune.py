@@ -83,7 +83,7 @@ def prune(
 
 
 def recipe_of(asked: PruneOptions, choice: Choice, texts: Mapping[str, TokenStream]) -> dict[str, Any]:
-    """What was asked, as the lineage records it; where nothing is merged, it says nothing of it."""
+    """The recipe as the lineage records it; without a merge, nothing about one."""
     recipe = {"keep_experts": asked.keep_experts, "score": choice.score, "protect_super": asked.protect_super}
     recipe |= {"merge": asked.merge} if choice.groups else {}
     recipe |= {"seed": asked.seed} if choice.score == "random" else {}
@@ -109,7 +109,7 @@ def describe(
 
 
 def describe_merge(choice: Choice, plan: Plan, num_experts: int) -> dict[str, Any] | None:
-    """What was merged, and the error of layers' outputs without and with it (mean over layers); None: nothing."""
+    """The merges, and the error of layers' outputs without and with them (mean over layers); None without any."""
     if choice.groups is None:
         return None
     groups = [group for those in choice.groups.values() for group in those]
@@ -126,13 +126,13 @@ def describe_merge(choice: Choice, plan: Plan, num_experts: int) -> dict[str, An
 
 
 def warnings(document: Mapping[str, Any], plan: Plan) -> list[str]:
-    """What the calibration could not tell apart, and what changes beside the experts."""
+    """Experts that the calibration could not rank, and changes outside the experts."""
     from moetool.arch.spec import detect
 
     dropped = document["num_experts"]["before"] - document["num_experts"]["after"]
     rows = [row for row in document["layers"] if len(row["unused"]) > dropped]
     told = [
-        f"layer {row['layer']} has {len(row['unused'])} experts without a token, and only {dropped} are left out; keep"
+        f"layer {row['layer']} has {len(row['unused'])} experts without a token, but only {dropped} are removed; keep"
         " fewer, or give more text"
         for row in rows[:3]
     ]
@@ -161,7 +161,7 @@ def warnings(document: Mapping[str, Any], plan: Plan) -> list[str]:
 
 
 def merge_rows(document: Mapping[str, Any]) -> dict[str, str]:
-    """What was merged, for people."""
+    """The merges, for people."""
     if not (merge := document["merge"]):
         return {}
     groups = [group for row in document["layers"] for group in row["groups"]]
@@ -183,7 +183,7 @@ def table(document: dict[str, Any]) -> Table:
         "family": str(document["family"]),
         "experts": f"{experts['before']} -> {experts['after']} in each of {len(layers)} layers, by {document['score']}",
         "output error": f"{shown} (of layers, relative, squared, on {compared})",
-        "weight kept": f"{min(masses):.1%} to {max(masses):.1%} of what routers give",
-        "largest load": f"{max(largest):.1%} of the routes of a layer, once the others are gone",
+        "weight kept": f"{min(masses):.1%} to {max(masses):.1%} of the routing weights",
+        "largest load": f"{max(largest):.1%} of the routes of a layer, after pruning",
     }
     return two_columns(rows | merge_rows(document) | loss_rows(document) | file_rows(document))

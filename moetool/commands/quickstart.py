@@ -1,4 +1,4 @@
-"""`moetool quickstart`: the whole journey on text that every machine has."""
+"""`moetool quickstart`: the whole journey on text that is on every machine."""
 
 from __future__ import annotations
 

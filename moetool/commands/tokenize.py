@@ -1,4 +1,4 @@
-"""`moetool tokenize`: text to a folder of tokens that every later run opens at once."""
+"""`moetool tokenize`: text to a folder of tokens that later runs open instantly."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from moetool.values import parse_size
 
 @dataclass(frozen=True)
 class Models:
-    """The models that are read, the folder that is written, and what must run the result."""
+    """The models to read, the folder to write, and the programs that must run the result."""
 
     dense: str = option("The dense model: a folder, or owner/name\\[@revision].", positional=True, metavar="DENSE")
     out: Path = option("The folder to write.", positional=True, metavar="OUT")

@@ -86,7 +86,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 def router_rows(document: dict[str, Any]) -> dict[str, str]:
-    """What a fitted router is predicted to do."""
+    """The predicted loads of fitted routers."""
     if not (fitted := document["fitted"]):
         return {}
     largest = [max(load) for row in fitted["layers"] for load in row["load"].values()]
@@ -100,9 +100,9 @@ def router_rows(document: dict[str, Any]) -> dict[str, str]:
 
 
 def optimizer_row(document: dict[str, Any]) -> dict[str, str]:
-    """What goes along of the optimizer; nothing where nothing does."""
+    """The optimizer state that is kept; empty if none."""
     state = document["training_state_bytes"]
-    return {"optimizer": f"its moments go along, for cpt --keep-optimizer: {size(state)} of that"} if state else {}
+    return {"optimizer": f"moments kept for cpt --keep-optimizer: {size(state)} of that"} if state else {}
 
 
 def clients_line(clients: dict[str, str | None]) -> str:
@@ -119,7 +119,7 @@ def method_line(document: dict[str, Any]) -> str:
     recipe, units = document["recipe"], document["redrawn_units"]
     donors = f"from {recipe['num_donors']} dense models, " if recipe["num_donors"] > 1 else ""
     if recipe["method"] == "scratch":
-        return "every tensor is drawn at random, nothing of the dense model is kept"
+        return "every tensor is initialised at random; no dense weights are kept"
     rows = units.get("layers") or [units | {"layer": 0}]
     numbers = [row["per_expert"] for row in rows]
     if not any(numbers):
@@ -129,7 +129,7 @@ def method_line(document: dict[str, Any]) -> str:
     if recipe["method"] == "noise":
         std = f"std {recipe['noise_std']}" if recipe["noise_std"] else f"{recipe['noise_scale']} x each matrix's std"
         what = f"given noise of {std}"
-    what += ", rather those that do little," if recipe.get("drop_units") == "least-used" else ""
+    what += ", preferring those that contribute little," if recipe.get("drop_units") == "least-used" else ""
     whole = recipe.get("keep_experts_whole", 0)
     where += f", except in {whole} kept whole" if whole else ""
     changed = by_layers(numbers, [row["layer"] for row in rows], f"of {units['of']} units {what} in each expert")
@@ -147,9 +147,9 @@ def trunk_row(document: dict[str, Any]) -> dict[str, str]:
     shares = document["trunk_shares"]
     if 1 in shares:
         whose = f"donor {shares.index(1)}" if shares.index(1) else "DENSE"
-        return {"trunk": f"all but the experts is {whose}'s alone"}
+        return {"trunk": f"everything outside the experts is {whose}'s alone"}
     named = [f"{share:.4g} of {f'donor {n}' if n else 'DENSE'}" for n, share in enumerate(shares)]
-    return {"trunk": f"all but the experts is a mean, {', '.join(named)}"}
+    return {"trunk": f"everything outside the experts is a mean, {', '.join(named)}"}
 
 
 def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""A checkpoint as the same model in another form: dtype, files, layout of experts, an adapter merged."""
+"""The same model with another dtype, file size or layout of experts, or with an adapter merged."""

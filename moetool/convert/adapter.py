@@ -1,4 +1,4 @@
-"""A LoRA adapter that peft has saved, merged into its base: W + scaling * B @ A (Hu et al., arXiv 2106.09685)."""
+"""A LoRA adapter saved by peft, merged into its base: W + scaling * B @ A (Hu et al., arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embe
 
 @dataclass(frozen=True)
 class Delta:
-    """What an adapter adds to one weight.
+    """An adapter's change of one weight.
 
     Attributes:
         a: (rank, inputs).

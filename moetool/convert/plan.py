@@ -29,7 +29,7 @@ _BESIDE_TEXT = re.compile(r"\.rotary_emb\.inv_freq$|^mtp\.|^model\.mtp\.")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a recipe makes of a checkpoint; see `plan_conversion`.
+    """The result of a recipe for a checkpoint; see `plan_conversion`.
 
     Attributes:
         plan: what is written.

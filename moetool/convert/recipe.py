@@ -1,4 +1,4 @@
-"""What a conversion changes, as options of `moetool convert`."""
+"""The changes of a conversion, as options of `moetool convert`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moetool.values import FLOAT_DTYPES, short_dtype
 
 @dataclass(frozen=True)
 class ConvertRecipe:
-    """What a conversion changes; with the sources, it determines every byte.
+    """The changes of a conversion; with the sources, they determine every byte.
 
     Attributes:
         dtype: as safetensors names it.

@@ -1,4 +1,4 @@
-"""The memory that a device has, and the operations that it can do in a second."""
+"""The memory of devices, and their operations per second."""
 
 from __future__ import annotations
 

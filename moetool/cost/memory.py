@@ -1,4 +1,4 @@
-"""Memory that a model takes when it is loaded and while it is trained, known before any weights are read."""
+"""The memory to load and to train a model, known before any weights are read."""
 
 from __future__ import annotations
 
@@ -331,7 +331,7 @@ def saving_bytes(model: Any, training: Training, num_processes: int) -> int:
 
 
 def smaller(model: Any, training: Training, there: int, mesh: Mesh = ONE) -> list[tuple[str, int]]:
-    """The options with which a run that is too large would fit, and what it would need: what costs least comes first.
+    """The options with which a run that is too large would fit, and the memory needed; the cheapest first.
 
     Args:
         model: without weights, or its sizes; see `parameters`.

@@ -1,4 +1,4 @@
-"""Operations that training takes."""
+"""The operations of training."""
 
 from __future__ import annotations
 

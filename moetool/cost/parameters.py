@@ -1,4 +1,4 @@
-"""What of a model decides its cost: the shapes of its parameters in memory, and how it is shared between processes.
+"""The shapes of a model's parameters in memory, and how it is shared between processes; they decide its cost.
 
 Of a model of transformers it is read (`sizes_of`); `moetool plan` makes it from headers, without torch.
 """

@@ -1,4 +1,4 @@
-"""What the processes of a mesh send each other in a step of `moetool cpt`, from the model and the mesh alone.
+"""The traffic of a mesh in a step of `moetool cpt`, from the model and the mesh only.
 
 Shapes: T tokens of a micro-batch, K experts per token, H hidden, V vocabulary.
 """
@@ -75,7 +75,7 @@ def totals(traffic: Iterable[Traffic], what: str = "sent") -> dict[str, float]:
 
 
 def step_traffic(model: Any, mesh: Mesh, training: Training, micro_batches: int, num_terms: int = 2) -> list[Traffic]:
-    """What a process sends in a step. Not counted: validation, saving, `--balance global-aux`.
+    """The bytes that a process sends in a step. Not counted: validation, saving, `--balance global-aux`.
 
     Args:
         model: without weights, or its sizes; see `parameters`.

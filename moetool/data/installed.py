@@ -1,4 +1,4 @@
-"""A corpus that every machine with moetool has: the prose and the code of the installed Python.
+"""A corpus on every machine with moetool: the prose and the code of the installed Python.
 
 Prose is the sentences of the documentation (the language reference behind `help()`, and docstrings). Code is the
 standard library without its docstrings, so the two share no text. One document is one module.

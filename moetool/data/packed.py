@@ -1,4 +1,4 @@
-"""Files that may be compressed, opened as what is in them."""
+"""Files that may be compressed, opened with their content decompressed."""
 
 from __future__ import annotations
 

@@ -282,5 +282,5 @@ def check_column(file: Path | str, field: str, names: list[str]) -> None:
 
 
 def no_field(field: str, names: list[str]) -> str:
-    """What an error says of a row that lacks the field."""
+    """The error for a row without the field."""
     return f"no field '{field}'; fields are: {', '.join(names[:12]) or 'none'} (use --text-field)"

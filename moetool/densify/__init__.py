@@ -1,1 +1,1 @@
-"""A dense model of a Mixture of Experts: its experts side by side in one FFN."""
+"""A Mixture of Experts as a dense model: its experts side by side in one FFN."""

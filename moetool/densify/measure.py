@@ -1,4 +1,4 @@
-"""Which experts a dense model is made of, and with which weights.
+"""The experts of which a dense model is made, and their weights.
 
 Shapes: E experts, T tokens, D hidden.
 """

@@ -31,7 +31,7 @@ from moetool.surgery.plan import Operation, Plan, lay_out
 
 @dataclass(frozen=True)
 class LayerParts:
-    """What the FFN of a layer is made of.
+    """The experts that form the FFN of a layer, and their weights.
 
     Attributes:
         experts: that are kept, ascending.

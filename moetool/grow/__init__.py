@@ -1,1 +1,1 @@
-"""A Mixture of Experts with more experts, copies of those that it has."""
+"""A Mixture of Experts with more experts, as copies of existing ones."""

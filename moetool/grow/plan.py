@@ -30,7 +30,7 @@ from moetool.surgery.rows import read_rows
 
 @dataclass(frozen=True)
 class Growth:
-    """What a recipe makes of a checkpoint; see `plan_growth`.
+    """The result of a recipe for a checkpoint; see `plan_growth`.
 
     Attributes:
         recipe: with all numbers.
@@ -48,7 +48,7 @@ class Growth:
 
 
 def settle(source: MoESource, recipe: GrowRecipe) -> GrowRecipe:
-    """A recipe with all numbers, checked against the experts that it is for.
+    """A recipe with all numbers, checked against the model's experts.
 
     Raises:
         ConfigError: the family cannot start that way, or the numbers do not fit the source.
@@ -153,14 +153,12 @@ def _settled(recipe: GrowRecipe, source: MoESource, config: Mapping[str, Any]) -
         sigmoid = source.spec.ranked_by == "sigmoid" or config.get("expert_selection_fn") == "sigmoid"
         if sigmoid and config.get("norm_topk_prob") is not True:
             raise ConfigError(
-                f"{start}: this {family} does not divide its sigmoid scores by their sum (norm_topk_prob), so twice as"
-                " many experts would give twice as much; use sleeping or twins"
+                f"{start}: this {family} does not divide its sigmoid scores by their sum (norm_topk_prob), so twice"
+                f" as many experts would double the output; use sleeping or twins"
             )
         return replace(recipe, wake_after=0)
     if any(source.selection_bias(layer) is None for layer in source.layers):
-        raise ConfigError(
-            f"{start}: a {family} has no selection bias behind which experts could sleep; use double-k or twins"
-        )
+        raise ConfigError(f"{start}: a {family} has no selection bias to keep experts asleep; use double-k or twins")
     least = _least_steps(source)
     if recipe.wake_after is not None and recipe.wake_after < least:
         raise ConfigError(
@@ -179,7 +177,9 @@ def _least_steps(source: MoESource) -> int:
         bias_E = read_rows(source.reader, replace(info, shape=(source.num_experts,)), 0, source.num_experts).double()
         spread = max(spread, float(bias_E.max() - bias_E.min()))
     if not math.isfinite(spread):
-        raise CheckpointError(f"{source.reader.folder}: a selection bias holds NaN or infinity; fetch it again")
+        raise CheckpointError(
+            f"{source.reader.folder}: a selection bias holds NaN or infinity; fetch the checkpoint again"
+        )
     return int((1 + spread) / RATE) + 2
 
 
@@ -234,7 +234,7 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
     found = plan_growth(readers, recipe, max_shard_size, experts, data if isinstance(data, dict) else None)
     if found.plan.recipe["training_state"] != recorded.get("training_state"):
         raise CheckpointError(
-            f"{reader.folder} has another training state than when it was grown; copy the step folder again"
+            f"{reader.folder} has changed its training state since it was grown; copy the step folder again"
         )
     return found.plan
 

@@ -1,4 +1,4 @@
-"""Which experts are copied: those that do most on some texts.
+"""The experts to copy: those that contribute most on texts.
 
 Shapes: E experts.
 """

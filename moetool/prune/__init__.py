@@ -1,1 +1,1 @@
-"""A Mixture of Experts without the experts that do least on some text."""
+"""A Mixture of Experts without the experts that contribute least on a text."""

@@ -1,4 +1,4 @@
-"""The weights of merged experts: what a plan of them needs, and how a block of one is made.
+"""The weights of merged experts: how they are planned, and how a block is computed.
 
 Shapes: F intermediate units.
 """
@@ -21,7 +21,7 @@ from moetool.surgery.rows import gather_rows, select
 
 @dataclass(frozen=True)
 class Blend:
-    """What one merged expert is made of.
+    """The members of one merged expert, and their weights.
 
     Attributes:
         group: the experts and their weights.

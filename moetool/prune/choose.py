@@ -1,4 +1,4 @@
-"""Which experts of each layer are kept.
+"""The experts of each layer to keep.
 
 Shapes: E experts, L layers.
 """

@@ -70,7 +70,7 @@ def group_up(
 
 
 def recorded_groups(groups: Mapping[int, Sequence[Group]]) -> list[list[dict[str, Any]]]:
-    """What a lineage entry records of them, as JSON: a list for each layer with experts."""
+    """Their record in a lineage entry, as JSON: a list for each layer with experts."""
     return [[asdict(group) for group in those] for those in groups.values()]
 
 

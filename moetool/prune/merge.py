@@ -1,4 +1,4 @@
-"""Experts that are left out, merged into experts that are kept: which, and what a layer then computes.
+"""Merging removed experts into kept ones: the groups, and the resulting layer.
 
 Shapes: T tokens, E experts, D hidden, F intermediate units.
 """
@@ -71,7 +71,7 @@ def merge_layer(
     held_out_TD: Tensor,
     order: Callable[[int, int], Tensor],
 ) -> tuple[list[Group], float]:
-    """Group the experts of one layer, and measure what the layer then computes.
+    """Group the experts of one layer, and measure the resulting layer.
 
     Args:
         layer: of the model.
@@ -114,7 +114,7 @@ def distances(layer: Layer, hidden_TD: Tensor) -> Tensor:
 
 
 def merged_output(layer: Layer, group: Group, order: Callable[[int, int], Tensor], hidden_TD: Tensor) -> Tensor:
-    """(T, D), what the merged expert makes of some tokens."""
+    """(T, D), the merged expert's output for some tokens."""
     centroid, *members = group.experts
     both, down = layer.experts.gate_up_proj, layer.experts.down_proj
     first_GD, first_DF = both[centroid].float(), down[centroid].float()  # G: gate and up, 2 F

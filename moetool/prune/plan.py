@@ -36,7 +36,9 @@ def check_numbers(source: MoESource, keep: int) -> int:
     groups, chosen = (source.reader.config.get(key) for key in ("n_group", "topk_group"))
     groups = groups if type(groups) is int and groups > 1 else 1
     if E % groups or keep % groups:
-        raise ConfigError(f"--keep-experts {keep}: experts are chosen within {groups} groups; keep a multiple of that")
+        raise ConfigError(
+            f"--keep-experts {keep}: experts are chosen within {groups} groups; keep a multiple of {groups}"
+        )
     if groups > 1 and (keep // groups < 2 or (type(chosen) is int and chosen * (keep // groups) < K)):
         raise ConfigError(
             f"--keep-experts {keep}: the {chosen} groups that a token goes to would have {keep // groups} experts each,"

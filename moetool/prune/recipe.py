@@ -1,4 +1,4 @@
-"""What is pruned, as options of `moetool prune`."""
+"""The options of `moetool prune`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moetool.option import option
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How many experts are kept, by which score, and what becomes of the others."""
+    """The number of experts to keep, their score, and the treatment of the others."""
 
     keep_experts: int = option("Number of routed experts per layer to keep.", min=1, metavar="N")
     score: str = option(

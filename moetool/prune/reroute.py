@@ -1,4 +1,4 @@
-"""What a layer computes without some of its experts, on a sample of tokens.
+"""The output of a layer without some of its experts, on a sample of tokens.
 
 Shapes: T tokens, E experts, M of them that are kept, K top-k, D hidden.
 """

@@ -1,1 +1,1 @@
-"""What routers do: counted, measured, reported."""
+"""Routing: counts, metrics, reports."""

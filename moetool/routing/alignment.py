@@ -1,4 +1,4 @@
-"""Which experts of two checkpoints correspond, by what was done to each since they were one model (moetool.json).
+"""Which experts of two checkpoints correspond, by their changes since they were one model (moetool.json).
 
 Shapes: E experts of a checkpoint, A experts of the model that both come from, L layers.
 """

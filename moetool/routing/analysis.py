@@ -68,7 +68,7 @@ def analyze(
     origin = read_origin(model[1])
     alignment = _check_models([model, compare] if compare else [model], settings)
     if origin and any(origin.num_redrawn) and settings.unit_use and not mesh_of(settings).whole:
-        raise ConfigError("--unit-use reads whole experts, which --fsdp, --ep and --tp share out; give --no-unit-use")
+        raise ConfigError("--unit-use reads whole experts, which --fsdp, --ep and --tp divide; give --no-unit-use")
     loaded, capture = _open(model[1], settings)
     empty, seq_len = probe(loaded, capture), window(loaded, settings.seq_len)
     shape = _shape(loaded, capture, empty)

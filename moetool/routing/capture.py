@@ -68,7 +68,7 @@ _UNREADABLE = {"ZayaRouter"}
 
 @dataclass(frozen=True)
 class Route:
-    """What one router did with one batch.
+    """The decisions of one router for one batch.
 
     Attributes:
         layer: index of the decoder layer.
@@ -216,7 +216,7 @@ def _scoring(router: nn.Module) -> str:
 
 
 def read_output(output: Any, class_name: str, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (T, E) in float32, weights (T, K) and chosen experts (T, K) of what a router returned.
+    """Logits (T, E) in float32, weights (T, K) and chosen experts (T, K) from a router's output.
 
     Raises:
         CheckpointError: it returned something else.

@@ -1,4 +1,4 @@
-"""How far the routers and experts of one checkpoint lie from those of another, from the files alone."""
+"""The distance between the routers and experts of two checkpoints, from the files only."""
 
 from __future__ import annotations
 

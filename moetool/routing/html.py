@@ -1,4 +1,4 @@
-"""report.html: one file that opens offline, drawn from report.json alone.
+"""report.html: one file that opens offline, drawn only from report.json.
 
 Names and tokens come from outside: the template escapes every value (autoescape), control characters
 are written out, and the embedded JSON cannot close its element.

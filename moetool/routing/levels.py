@@ -1,4 +1,4 @@
-"""How evenly a layer's load lies on its experts, in one word: balanced, skewed or collapsed.
+"""The balance of a layer's load in one word: balanced, skewed or collapsed.
 
 Top-k cannot load fewer than K experts, so entropy never falls below log K / log E: what is judged is where it lies
 between that floor (0) and balance (1), the layer's spread. The bounds are where this tool draws the line, not laws: of
@@ -24,7 +24,7 @@ BALANCED_MRI_NORMALIZED = 2.0
 
 
 def spread(entropy: float, num_experts: int, top_k: int) -> float:
-    """Where the entropy of a load lies between its floor (0) and balance (1).
+    """The entropy of a load between its floor (0) and balance (1).
 
     Args:
         entropy: divided by log E, as everywhere.

@@ -7,14 +7,15 @@ from typing import Any
 
 
 def how_lined_up(report: Mapping[str, Any]) -> list[str]:
-    """What is the same in all layers."""
+    """The correspondence, if it is the same in all layers."""
     other = report["comparison"]
     shapes = [(report["num_experts"], report["top_k"]), (other["num_experts"], other["top_k"])]
     first, second = (f"{experts} experts per layer, top-{top_k}" for experts, top_k in shapes)
     ways = [", ".join(commands) or "nothing" for commands in other["experts"]["since"]]
     return [
         f"The first model has {first}, the second {second}.",
-        f"moetool.json lines their experts up: since they were one model, {ways[0]} was done to the first and {ways[1]}"
+        f"Their experts are matched by moetool.json: since both were one model, {ways[0]} was done to the first and"
+        f" {ways[1]}"
         " to the second.",
         "A copy counts as its original.",
     ]

@@ -1,4 +1,4 @@
-"""What moetool.json says of an upcycled checkpoint: its recipe, the units it changed, its dense sources.
+"""The origin of an upcycled checkpoint by moetool.json: its recipe, the units it changed, its dense sources.
 
 Shapes: F intermediate units of an expert.
 """
@@ -89,7 +89,7 @@ class Origin:
 
     @property
     def factor(self) -> float:
-        """What down-projections of the dense FFN were multiplied with."""
+        """The factor of the dense FFN's down-projections."""
         return routed_factor(self.recipe, self.spec)
 
     def redrawn(self, layer: int, expert: int, *projections: str) -> Tensor:

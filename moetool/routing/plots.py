@@ -1,4 +1,4 @@
-"""PNG figures for papers, drawn from report.json alone."""
+"""PNG figures for papers, drawn only from report.json."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def draw_plots(report: dict[str, Any]) -> dict[str, bytes]:
 
 
 def remove_stale(folder: Path, plots: Collection[str]) -> None:
-    """Delete the figures of an earlier report that are none of `plots`, and what a killed run left of any."""
+    """Delete figures of an earlier report that are not in `plots`, and leftovers of a killed run."""
     for stale in (
         *folder.glob("load-*.png"),
         *(folder / name for name in _SOMETIMES),

@@ -1,4 +1,4 @@
-"""How texts go through a model, as options of `moetool analyze-routing`."""
+"""How texts run through a model, as options of `moetool analyze-routing`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many experts a model's routers choose from, and how many they choose: what a router returns for one token.
+"""The number of experts of a model's routers, and of those they choose, from a router's output for one token.
 
 Families call the two by a dozen names. Shapes: T tokens, D hidden.
 """
@@ -35,7 +35,7 @@ def probe(model: Any, capture: RouterCapture) -> RoutingStats:
 
 
 def run_layers(model: Any, ids: Tensor) -> None:
-    """Run a model for what its routers do; of the head no more than it must.
+    """Run a model for its routing, with as little of the head as possible.
 
     Args:
         model: a causal language model of transformers. Sharded by FSDP it must be called itself.

@@ -60,7 +60,7 @@ class ShownText:
         self._all = [{name: np.full((T, L, m.top_k), -1) for name, T in self._T.items()} for m in models]
 
     def observe(self, side: int, name: str, route: Route, batch: Batch) -> None:
-        """Keep what a route says of the first tokens, for the first (0) or second (1) model."""
+        """Keep a route's choices for the first tokens, for the first (0) or second (1) model."""
         row, number = self._row.get(route.layer), min(len(batch.tokens_N), self._T[name] - batch.start)
         if row is None or number <= 0:
             return

@@ -1,4 +1,4 @@
-"""How alike the experts of an upcycled checkpoint are, to each other and to the dense FFN, from the files.
+"""Similarity of an upcycled checkpoint's experts to each other and to the dense FFN, from the files.
 
 Shapes: E experts; M of them that hold one part of the dense FFN, and that part in each dense model; F
 intermediate units of an expert, R rows and C columns of a block of a matrix, U the units in it.

@@ -31,7 +31,7 @@ def _zeros(E: int) -> _Sums:
 
 
 class RoutingStats:
-    """Sums over tokens of what the routers did; its memory does not grow with the text.
+    """Sums of routes over tokens; their memory does not grow with the text.
 
     Sums stay on the device where the routes were made until they are read, so that counting waits for
     no device.

@@ -109,7 +109,7 @@ def measure(
     observers: Sequence[Observer] = (),
     progress: Progress = silent,
 ) -> dict[str, RoutingStats]:
-    """Send texts through a model and count what its routers do.
+    """Run texts through a model and count its routes.
 
     Args:
         model: a causal language model of transformers; its head is not run.

@@ -1,4 +1,4 @@
-"""How much the redrawn units of an upcycled model's experts do, on the tokens that reach them.
+"""How much the redrawn units of an upcycled model contribute, on the tokens of their experts.
 
 Shapes: T tokens of a batch without its padding, K top-k, E experts, F intermediate units, H hidden.
 """
@@ -24,7 +24,7 @@ _TOKENS = 4096  # of them at a time
 
 
 class UnitUse:
-    """Sums of what each unit contributes, over the first SAMPLE tokens of each domain.
+    """Sums of each unit's contribution, over the first SAMPLE tokens of each domain.
 
     The contribution of unit u to its expert's output is c_u = mean over the tokens routed to the expert
     of |h_u| x |W_down[:, u]|, with h = act(W_gate x) * (W_up x). A hook on the experts computes h a

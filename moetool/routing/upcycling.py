@@ -16,7 +16,7 @@ from moetool.routing.unit_use import UnitUse
 def build_upcycling(
     origin: Origin | None, folder: Path, use: UnitUse | None, progress: Progress = silent
 ) -> dict[str, Any] | None:
-    """What can be said; a part that cannot is None, and `notes` say why.
+    """The comparison; a part that cannot be measured is None, and `notes` say why.
 
     Args:
         origin: of the checkpoint; None gives None.

@@ -35,9 +35,9 @@ def beginning(first: Measured) -> list[str]:
     if whole := recipe.get("keep_experts_whole", 0):
         said.append(f"{whole} of {recipe['num_experts']} experts of each layer were kept whole, as plain copies.")
     if recipe["shared_experts"]:
-        said.append("The shared expert is left out here.")
+        said.append("The shared expert is not included.")
     if parts > 1:
-        said.append("Experts are compared with those of the same part: different parts have nothing in common.")
+        said.append("Experts are compared with those of the same part: different parts share no units.")
     return said
 
 
@@ -70,7 +70,7 @@ def notes(first: Measured) -> dict[str, str]:
         ),
         "use": "Their share of what all units add to an expert's output, divided by their share of the units: 1 means"
         " as much as the kept units, 0 means nothing."
-        + ("" if noise else " Newly redrawn units do little; successful training raises this."),
+        + ("" if noise else " Newly redrawn units contribute little; successful training raises this."),
     }
 
 
@@ -90,7 +90,7 @@ def change(first: Measured, second: Measured | None, *keys: str, share: bool = F
 
 
 def tiles(first: Measured, second: Measured | None) -> list[tuple[str, str]]:
-    """(value, label) of what is known."""
+    """(value, label) of each known figure."""
     redrawn, units = bool(first["num_redrawn"]), changed_units(first)
     found = [
         (change(first, second, "with_dense", "all"), "similarity of experts and the dense model"),

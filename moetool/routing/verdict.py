@@ -1,4 +1,4 @@
-"""What a report's numbers say, in plain words: balanced, skewed or collapsed.
+"""A report's numbers in plain words: balanced, skewed or collapsed.
 
 A layer is judged on all domains together, since an expert that only code uses is a specialist, not a
 fault. levels.py says what each word means.
@@ -85,8 +85,8 @@ def _findings(report: dict[str, Any], level: str, worst: dict[str, Any], dead: l
     ]
     if level == "balanced" and worst["mri_normalized"] > BALANCED_MRI_NORMALIZED:
         findings.append(
-            "That is specialisation: over all domains together no expert has that much to do. When only one kind of"
-            " text is served, that expert still sets the pace."
+            "This is specialisation, because over all domains together no expert has such a load. If only one kind of"
+            " text is served, that expert still limits the speed."
         )
     total = report["num_experts"] * report["num_layers"]
     where = "in every domain" if len(report["domains"]) > 1 else f"on {worst['domain']}"
@@ -118,23 +118,25 @@ def _advice(level: str, dead: list[list[int]], report: dict[str, Any]) -> list[s
     advice = []
     if level == "collapsed":
         advice.append(
-            "Continue pretraining with a balance loss that acts on each layer by itself (moetool cpt --balance"
-            " aux=0.01): one that pools the layers can be low while single layers collapse."
+            "Continue pretraining with a balance loss per layer (moetool cpt --balance aux=0.01), because a loss"
+            " pooled over the layers can be low while single layers collapse."
         )
         advice.append(
-            "If the model was upcycled by copying, its experts began identical and nothing pulls them apart: upcycle"
-            " again with --method drop --drop-ratio 0.5."
+            "If the model was upcycled by copying, its experts started identical and may not diverge; upcycle again"
+            " with --method drop --drop-ratio 0.5."
         )
     else:
         advice.append(
             "If this model will be trained further, keep a balance loss on each layer, and raise its coefficient if"
-            " the skew grows. In inference the busiest expert sets the pace when experts are on different devices."
+            " the skew grows. In inference with experts on different devices, the busiest expert limits the speed."
         )
     if dead:
         advice.append(
-            "Dead experts cost memory and give nothing: check whether they wake on text that is not among these"
-            " domains before you prune them."
+            "Dead experts only cost memory. Before you prune them, check whether they are used on text of other"
+            " domains."
         )
     if len(report["domains"]) == 1:
-        advice.append("Only one domain was analysed; a skew on one kind of text may be specialisation: add --data.")
+        advice.append(
+            "Only one domain was analysed; a skew on one kind of text may be specialisation. Add domains with --data."
+        )
     return advice

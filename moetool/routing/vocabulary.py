@@ -1,4 +1,4 @@
-"""Which experts take which tokens: vocabulary specialisation.
+"""Which experts process which tokens: vocabulary specialisation.
 
 Shapes: E experts, L layers, N tokens of a batch, U distinct tokens of all texts.
 """

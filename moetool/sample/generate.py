@@ -27,7 +27,7 @@ def generate(
     seed: int,
     tell: Callable[[int], None],
 ) -> list[list[int]]:
-    """Draw what follows prompts from a model's distribution: all tokens may come, none is made less likely.
+    """Continue prompts from a model's own distribution: no token is excluded or made less likely.
 
     What the model's own generation_config.json asks for (top-k, penalties) has no effect. The result is a pure
     function of the arguments, on one machine with one library.

@@ -27,7 +27,7 @@ OF_PROMPTS = ("prompt_tokens", "text_field", "document")
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What is sampled, and how."""
+    """The model, the text and how it is generated."""
 
     model: str = option(
         "The model to sample from: a folder, or owner/name\\[@revision].", positional=True, metavar="MODEL"
@@ -78,7 +78,7 @@ class SampleOptions:
                     raise ConfigError(f"{flag(name)} has no effect without --prompts NAME=PATH")
 
     def identity(self, seq_len: int, model: str, prompts: Mapping[str, str]) -> dict[str, Any]:
-        """What decides the text, by option name.
+        """The options that determine the text, by name.
 
         Args:
             seq_len: the longest sample.

@@ -1,4 +1,4 @@
-"""OUT.jsonl: absent or complete, and made batch by batch in a hidden folder beside it, from which a killed run goes on.
+"""OUT.jsonl: absent or complete; made batch by batch in a hidden folder, from which a killed run continues.
 
 `.OUT.jsonl.unfinished/` holds the text so far and `state.json`: what decides the text, and how much of it is done.
 When all is done, state.json becomes OUT.jsonl.moetool.json beside the text. The lock is that of the hidden folder, so
@@ -26,7 +26,7 @@ FORMAT = "moetool-sample"
 
 @dataclass(frozen=True)
 class Done:
-    """What is made.
+    """The progress so far.
 
     Attributes:
         num_batches: of samples.
@@ -62,7 +62,7 @@ def beside(out: Path, name: str) -> Path:
 
 
 def finished(out: Path, identity: Mapping[str, Any]) -> Done | None:
-    """What OUT.jsonl holds; None if it is not there.
+    """The record of a finished OUT.jsonl; None if it does not exist.
 
     Raises:
         DataError: it holds anything else than what `identity` gives.
@@ -73,7 +73,7 @@ def finished(out: Path, identity: Mapping[str, Any]) -> Done | None:
     try:
         before, done = _read(beside(out, "moetool.json"))
     except MoetoolError:
-        raise DataError(f"{out} is already there, and nothing says how it was made; {again}") from None
+        raise DataError(f"{out} exists already, and it is unknown how it was made; {again}") from None
     if changed := differences(before, identity):
         raise DataError(f"{out} was made with other options: {', '.join(changed)}; {again}")
     if not out.is_file() or out.stat().st_size != done.num_bytes:
@@ -139,7 +139,7 @@ class Unfinished:
         write_file(self.state, self._document())
 
     def finish(self, options: str) -> None:
-        """Put the text in its place, and what says how it was made beside it.
+        """Put the text in its place, with the record of its options beside it.
 
         Args:
             options: the content of moetool.yaml.

@@ -1,4 +1,4 @@
-"""What samples begin with: a start of text, or the first tokens of documents."""
+"""The beginnings of samples: a start token, or the first tokens of documents."""
 
 from __future__ import annotations
 

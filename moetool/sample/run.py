@@ -1,4 +1,4 @@
-"""The loop: batch after batch of samples, each from its own seed, until the tokens are there."""
+"""The loop: batch after batch of samples, each from its own seed, up to the number of tokens."""
 
 from __future__ import annotations
 
@@ -101,8 +101,7 @@ def sample(
     if unfinished.done.num_empty == unfinished.done.num_samples:
         unfinished.discard()
         raise DataError(
-            "the model ends every text at once, so there is nothing to write; begin the samples with a text:"
-            " --prompts NAME=PATH"
+            "the model ends every text at once, so there is nothing to write; give prompts: --prompts NAME=PATH"
         )
 
 

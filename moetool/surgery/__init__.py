@@ -1,1 +1,1 @@
-"""Checkpoints rewritten as checkpoints: a plan of fills, one loop that writes it, and its proof."""
+"""Rewriting checkpoints: a plan of fills, one loop that writes it, and its verification."""

@@ -1,4 +1,4 @@
-"""An operation from its plan to a proven folder."""
+"""An operation, from its plan to a verified folder."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def write_out(
 
 
 def prove(plan: Plan, sources: Sources, out: Path, level: str, workers: int, progress: Progress) -> Proof:
-    """Prove what `write_out` has written, or found written.
+    """Verify the folder that `write_out` has written, or found written.
 
     Raises:
         CheckpointError: something does not hold.

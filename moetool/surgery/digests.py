@@ -1,4 +1,4 @@
-"""Digests of what is written: XXH3-128 over blocks, so that blocks can be written and hashed in any order."""
+"""Digests of written files: XXH3-128 over blocks, so that blocks can be written and hashed in any order."""
 
 from __future__ import annotations
 

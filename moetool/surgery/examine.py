@@ -24,7 +24,7 @@ BLOCKS_PER_JOB = 16
 
 @dataclass
 class Examined:
-    """What one pass over the sources gives.
+    """The result of one pass over the sources.
 
     Attributes:
         sha256: of each shard, for each source.

@@ -1,4 +1,4 @@
-"""A Mixture of Experts with other experts: some left out, some there more than once, everything else as it was.
+"""A Mixture of Experts with some experts removed or copied, and everything else unchanged.
 
 Shapes: E experts before, N after, D hidden.
 """

@@ -1,4 +1,4 @@
-"""What a rewritten checkpoint consists of: fills. A fill pairs one kind of content with its destinations."""
+"""Fills, of which a rewritten checkpoint consists: each pairs one kind of content with its destinations."""
 
 from __future__ import annotations
 

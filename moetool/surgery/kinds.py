@@ -1,4 +1,4 @@
-"""Kinds of content: how a block of a fill is made, and what of it is drawn.
+"""Kinds of content: how a block of a fill is made, and which part of it is drawn.
 
 `KINDS` has those that every operation shares. An operation adds its own to them in its plan.
 """
@@ -40,7 +40,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows [start, stop) of one destination, and what making them may need.
+    """Rows [start, stop) of one destination, and the inputs to make them.
 
     Attributes:
         fill: that they belong to.

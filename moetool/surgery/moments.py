@@ -1,4 +1,4 @@
-"""Whether drawn numbers have the moments that were planned, to within chance and rounding."""
+"""Whether drawn numbers have the planned moments, within chance and rounding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def resolution(dtype: torch.dtype, rms: float) -> float:
 
 
 def standard_errors(found: tuple[float, float, int], planned: tuple[float, float], grid: float) -> float:
-    """How far the mean or the standard deviation of normal numbers lies from what was planned.
+    """The distance of the mean or the standard deviation of normal numbers from the planned one.
 
     The mean's standard error is sigma / sqrt(n). The variance of a few numbers is not normal: the
     cube root of a chi-square over its degrees of freedom is (Wilson and Hilferty 1931). Rounding adds

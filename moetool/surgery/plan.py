@@ -1,4 +1,4 @@
-"""What an operation would write: every tensor, what it is made of, and its place on disk. Nothing is written."""
+"""The plan of an operation: every tensor, its content, and its place on disk. Nothing is written."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Plan:
 
     @cached_property
     def written(self) -> dict[str, TensorInfo]:
-        """Where each tensor lies in the result."""
+        """The place of each tensor in the result."""
         layouts = {layout.name: layout for layout in self.tensors}
         return {
             name: TensorInfo(name, layouts[name].dtype, layouts[name].shape, shard.name, start, layouts[name].size)
@@ -110,7 +110,7 @@ class Plan:
         return TensorInfo(place.tensor, fill.dtype, fill.shape, whole.shard, start, fill.num_elements * itemsize)
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run: the recipe, what was measured, the sources and the layout on disk."""
+        """The identity of a run: the recipe, the measurements, the sources and the layout on disk."""
         measured = {"measured": dict(self.measured)} if self.measured else {}
         return {
             "recipe": self.recipe,
@@ -125,7 +125,7 @@ MeasureAgain = Callable[[Sequence[CheckpointReader], Mapping[str, Any], Any, Pro
 
 @dataclass(frozen=True)
 class Operation:
-    """What `moetool verify` must know of a command that rewrites checkpoints; under `operation` in the registry.
+    """A command that rewrites checkpoints, for `moetool verify`; under `operation` in the registry.
 
     Attributes:
         done: what it does to its source, as messages say it: `upcycled`.

@@ -63,7 +63,7 @@ def check_files(plan: Plan, out: Path) -> int:
 
 
 def check_recorded(plan: Plan, out: Path) -> None:
-    """What moetool.json records of what was drawn is what this machine would draw.
+    """Check that this machine would draw the values whose checksums moetool.json records.
 
     Raises:
         CheckpointError: it is not; says why, as far as moetool.json shows.

@@ -1,4 +1,4 @@
-"""The proof: re-open the written files and check them against the plan and the sources."""
+"""Verification: re-open the written files and check them against the plan and the sources."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAMPLE_BYTES = 200_000  # of a full check take as long as one sample
 
 @dataclass
 class Proof:
-    """What was checked.
+    """The checks that passed.
 
     Attributes:
         level: quick or full.

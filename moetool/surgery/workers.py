@@ -1,4 +1,4 @@
-"""Jobs on forked processes: threads of one process would wait for Python's lock."""
+"""Jobs on forked processes, because threads of one process would wait for Python's lock."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def write(
     files: Mapping[str, bytes],
     progress: Progress = silent,
 ) -> None:
-    """Write a plan to a folder, or continue what a killed run of the same plan left there.
+    """Write a plan to a folder, or continue after a killed run of the same plan.
 
     Peak memory is the imports and a few blocks per worker, whatever the model's size.
 

@@ -1,4 +1,4 @@
-"""The processes of a run: accelerate's view of them, what they agree on, and tensors that they shard.
+"""The processes of a run: accelerate's view of them, their agreement, and sharded tensors.
 
 The only file that imports accelerate.
 """

@@ -1,4 +1,4 @@
-"""Who writes what of a step folder: a pure function of what the processes hold.
+"""Which process writes which part of a step folder: a pure function of the processes' shards.
 
 A part is what one process makes whole at a time: a parameter that lies in the checkpoint under names of its own, a
 moment of the optimizer, or the state of a balance strategy. It becomes some tensors on disk. Every part has a writer,
@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class File:
-    """A file of a step folder: its path there, the process that writes it, and what is in it."""
+    """A file of a step folder: its path, the process that writes it, and its tensors."""
 
     path: str
     kind: str
@@ -61,7 +61,7 @@ class File:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What each process does to save a step.
+    """The work of each process to save a step.
 
     Attributes:
         rounds: of parts, at most one of each writer.

@@ -1,4 +1,4 @@
-"""Balance strategies: what keeps a router from sending everything to a few experts.
+"""Balance strategies, which keep a router from sending everything to a few experts.
 
 Shapes: T tokens of a micro-batch, E experts, K top-k, L layers.
 
@@ -69,7 +69,7 @@ def pooled_aux(forward: Forward) -> Tensor:
 
 
 def seq_aux(forward: Forward) -> Tensor:
-    """`aux` of each sequence by itself, and the mean over the sequences.
+    """`aux` per sequence, averaged over the sequences.
 
     With f_e = E / (K T) times the routes of a sequence of T tokens to expert e, and P_e the mean over its tokens of
     s_e / sum_j s_j: sum over experts of f_e * P_e. DeepSeek-V3 (arXiv 2412.19437), equations 17 to 20, with their
@@ -219,7 +219,7 @@ def last_move(config: TrainConfig) -> int:
 
 
 def state(strategies: Mapping[str, Strategy]) -> dict[str, Tensor]:
-    """What the strategies of a run must have to go on, by name."""
+    """The state of a run's strategies, by name, from which it continues."""
     return {name: tensor for strategy in strategies.values() for name, tensor in strategy.state.items()}
 
 
@@ -247,9 +247,7 @@ def check(config: TrainConfig, model: nn.Module) -> None:
         return
     check_frozen(config.balance, config.frozen_routers)
     if "erc" in config.balance and not config.mesh.whole:
-        raise ConfigError(
-            f"--balance erc: it takes products of whole experts, which a mesh shards ({config.mesh}); leave it out"
-        )
+        raise ConfigError(f"--balance erc needs whole experts, which a mesh shards ({config.mesh}); leave it out")
     build_strategies(config.balance, model, RouterCapture(model))
 
 

@@ -113,7 +113,7 @@ def mix(corpus: Corpus, config: TrainConfig) -> TokenMixture:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process runs forward at once.
+    """The sequences that one process runs in one forward pass.
 
     Attributes:
         inputs: int64 (micro_batch_size, seq_len).

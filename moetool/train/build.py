@@ -1,4 +1,4 @@
-"""Building a run: its weights and moments are read, and everything that trains them is put together."""
+"""Building a run: reading its weights and moments, and constructing everything that trains them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user asked of a training run, as data; which of it defines the result."""
+"""The options of a training run as data, and which of them define the result."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ class TrainConfig:
         shares = [self.warmup_steps is None, "cooldown_end" in parameters(self.schedule)]
         shares += [weights.has_shares(weight) for weight in self.weight.values()]
         if "shares_of" in typed and not any(shares):
-            raise ConfigError("--shares-of has no effect: no option is a share of the length")
+            raise ConfigError("--shares-of has no effect, because no option is a share of the length")
         self._check_sources(typed)
         self._check_teacher()
         check_sizes(self.mesh, num_processes(), self.replicas is None)
@@ -302,7 +302,7 @@ class TrainConfig:
             raise ConfigError("--freeze-router has no effect with --train-only experts, which trains no router")
         if not 0 < self.router_lr < float("inf"):
             raise ConfigError(
-                f"--router-lr {self.router_lr:g}: a factor above 0 is needed; --freeze-router keeps routers as they are"
+                f"--router-lr {self.router_lr:g}: a factor above 0 is needed; to freeze the routers use --freeze-router"
             )
         if "router_lr" in typed and frozen:
             raise ConfigError(f"--router-lr has no effect with {frozen}, which trains no router")
@@ -336,7 +336,7 @@ class TrainConfig:
                 near = registry.suggest(name, sources)
                 raise ConfigError(f"--weight {name}: no --train or --replay has that name{near}")
             if any(list(kind) == [name] for kind in kinds):
-                raise ConfigError(f"--weight {name} has no effect: there is no other source of its kind")
+                raise ConfigError(f"--weight {name} has no effect, because there is no other source of its kind")
         held_out = [name for name in sources if name not in self.val]
         if "val_fraction" in typed and self.val_fraction and not held_out:
             raise ConfigError("--val-fraction has no effect: every source has a --val of its name")
@@ -420,7 +420,7 @@ class TrainConfig:
         }
 
     def identity(self, model: str, sources: Mapping[str, Mapping[str, str]], teacher: str = "") -> dict[str, Any]:
-        """What makes two runs the same run, by option name; of a resolved config.
+        """The identity of a run: options of a resolved config, by name.
 
         How often a run saves and validates, and how many checkpoints it keeps, does not change what it
         computes; nor do the number of processes and the place of MODEL and of the data, which are

@@ -1,4 +1,4 @@
-"""The expert-router coupling loss: a router's row and its expert's matrices should answer to the same tokens.
+"""The expert-router coupling loss: a router's row and its expert should respond to the same tokens.
 
 Lv et al. 2025 (arXiv 2512.23447v2), section 3 and figure 8. It is a loss of weights alone.
 

@@ -1,4 +1,4 @@
-"""How a run is computed: layers twice, compiled, with other kernels, deterministically.
+"""How a run is computed: recomputed layers, compilation, other kernels, determinism.
 
 What is computed stays the same, to rounding.
 """
@@ -25,7 +25,7 @@ TOKENS = 256  # on which functions for the experts are compared
 
 
 def check_execution(config: TrainConfig, model: Any, device: torch.device) -> None:
-    """Refuse what the model or the machine cannot do, before the weights are read.
+    """Refuse options that the model or the machine does not support, before the weights are read.
 
     Args:
         config: of the run.
@@ -60,24 +60,24 @@ def check_sharing(config: TrainConfig, model: Any) -> None:
     if mesh.whole:
         return
     if config.moments == "offload":
-        raise ConfigError(f"--moments offload: only where each process holds all weights ({mesh}); leave it out")
+        raise ConfigError(
+            f"--moments offload needs whole weights on each process, which a mesh shards ({mesh}); leave it out"
+        )
     if not plain(config):
         option = "--no-master-weights" if config.moments == "fp32" else f"--moments {config.moments}"
         raise ConfigError(f"{option}: torchao's optimizers do not take shards of a mesh ({mesh}); leave it out")
     if not mesh.sharded:
         # Measured: of norms within tensor-parallel layers it sums the gradients so far again in each micro-batch.
         raise ConfigError(
-            f"--tp {mesh.tp} alone: transformers adds up gradients over micro-batches correctly only under FSDP; use"
+            f"--tp {mesh.tp} alone: transformers adds gradients over micro-batches correctly only under FSDP; use"
             " --fsdp or --replicas above 1 as well"
         )
     if config.liger:
-        raise ConfigError(
-            f"--liger: it replaces forwards in which transformers exchanges between processes ({mesh}); leave it out"
-        )
+        raise ConfigError(f"--liger replaces forward functions in which processes exchange data ({mesh}); leave it out")
     if config.experts_implementation != "auto":
         raise ConfigError(
-            f"--experts-implementation {config.experts_implementation}: only where each process holds all weights"
-            f" ({mesh}), because it is compared with another on whole experts; leave it out"
+            f"--experts-implementation {config.experts_implementation} needs whole weights on each process ({mesh}),"
+            f" because it is compared with eager on whole experts; leave it out"
         )
     if config.compile and (mesh.ep > 1 or mesh.tp > 1):
         raise ConfigError(

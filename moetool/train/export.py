@@ -1,4 +1,4 @@
-"""A model under training, saved as the stock checkpoint that its source was."""
+"""A model in training, saved as a stock checkpoint like its source."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def source_dtype(source: Path) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lies on disk: in its family's own names and tensors, and in which dtype.
+    """A model's form on disk: its family's own names and tensors, and the dtype.
 
     Attributes:
         model: of transformers, not wrapped; its tensors are not looked at, and may be in use by training.
@@ -61,7 +61,7 @@ class Layout:
     units: tuple[tuple[str, ...], ...]
 
     def contents(self, tensors: Mapping[str, Tensor], step: int) -> Iterator[tuple[str, str, Tensor]]:
-        """What the tensors of a unit, or the moments of a parameter, become in a step folder: see `assign`.
+        """The tensors of a step folder for a unit's tensors or a parameter's moments: see `assign`.
 
         Args:
             tensors: whole, by name; without elements on torch's meta device.

@@ -1,4 +1,4 @@
-"""A run that goes on: by its own command, which may give it more steps.
+"""Continuing a run by its own command, which may give it more steps.
 
 Everything that an update depends on, besides the state before it, is a function of the step. A longer run may go on
 from steps that a shorter one made if these functions are the same in all of them.
@@ -20,7 +20,7 @@ from moetool.train.config import TrainConfig, differences
 
 
 def by_step(config: TrainConfig) -> dict[str, Callable[[int], Any]]:
-    """What the updates of a resolved run depend on, as functions of the step, by what an error calls them."""
+    """The functions of the step on which a resolved run's updates depend, by their names in errors."""
     sources = {name: config.weight.get(name, 1) for name in (*config.train, *config.replay)}
     moves = round(config.balance_end * config.max_steps) if "loss-free" in config.balance else 0
     return {
@@ -37,7 +37,7 @@ def first_length(before: Mapping[str, Any]) -> int | None:
 
 
 def check_going_on(config: TrainConfig, before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> list[str]:
-    """Refuse to go on with another run than the one in OUT, or with a longer one whose first steps would be others.
+    """Refuse to continue the run in OUT with other options, or as a longer one whose past steps would differ.
 
     Args:
         config: resolved.
@@ -108,7 +108,6 @@ def _decayed(config: TrainConfig, before: Mapping[str, Any], step: int, name: st
         flags += " --cooldown-end 0" * ("cooldown_end" in schedules.parameters(config.schedule))
         ways = f"from {early[-1]}, the last step folder before that, with {flags}; or {ways}"
     return ConfigError(
-        f"{out} cannot go on to {config.max_steps} steps, because it has made {step} as a run of"
-        f" {before['max-steps']}, and from step {other + 1} on their {name} would have been another. Start a run in"
-        f" another OUT {ways}"
+        f"{out} cannot continue to {config.max_steps} steps. It has made {step} of {before['max-steps']} steps, and"
+        f" in a longer run their {name} would differ from step {other + 1} on. Start a run in another OUT {ways}"
     )

@@ -54,7 +54,7 @@ from moetool.train.validate import validate_all
 
 
 class Gradient(NamedTuple):
-    """Of a gradient that lies in the parameters: sums over its step, its norm before clipping, seconds it took."""
+    """A gradient stored in the parameters: sums over its step, its norm before clipping, its seconds."""
 
     sums: Sums
     norm: float
@@ -63,7 +63,7 @@ class Gradient(NamedTuple):
 
 @dataclass
 class Run:
-    """A training run, ready to go on from `step`.
+    """A training run, ready to continue from `step`.
 
     Attributes:
         plan: of it.

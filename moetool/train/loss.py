@@ -1,4 +1,4 @@
-"""The language loss of a micro-batch, without logits of all its tokens in fp32 where that can be had.
+"""The language loss of a micro-batch, if possible without fp32 logits of all its tokens.
 
 Shapes: B sequences, S their length, T = B * S tokens, V vocabulary, D hidden.
 """
@@ -23,7 +23,7 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Lesson(NamedTuple):
-    """What a teacher says of the first R of a batch's tokens.
+    """A teacher's predictions for the first R of a batch's tokens.
 
     Attributes:
         states_RD: its hidden states, or its logits where there is no matrix.
@@ -85,7 +85,7 @@ def product_head(core: Any) -> nn.Linear | None:
 
 
 def states(head: nn.Linear | None, model: Any, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """What logits are made of: hidden states (T, D) and the head's matrix; without a head logits (T, V) and None."""
+    """The factors of the logits: hidden states (T, D) and the head's matrix; without a head, logits (T, V) and None."""
     if head is None:
         return logits(model, batch, device).flatten(0, 1), None
     with _handing_on(head, lambda hidden: hidden):

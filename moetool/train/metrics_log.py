@@ -23,7 +23,7 @@ _TRAINED = _ROW | {"loss": float, "tokens_per_second": float}
 
 
 class MetricsLog:
-    """Appends rows to a file that is readable while the run goes on."""
+    """Appends rows to a file that is readable during the run."""
 
     def __init__(self, path: Path, step: int) -> None:
         """Keep the rows up to `step`, those of the checkpoint that is resumed from; 0 keeps none."""
@@ -74,7 +74,7 @@ def load_row(layers: Sequence[int], counts_LE: np.ndarray[Any, np.dtype[np.int64
 
 
 def summarize(log: MetricsLog, step_tokens: int, train: Collection[str]) -> dict[str, Any]:
-    """What a run's rows come to: last training loss, validation before and after, speed.
+    """The summary of a run's rows: last training loss, validation before and after, speed.
 
     Args:
         log: of the run.

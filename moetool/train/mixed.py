@@ -1,4 +1,4 @@
-"""Training in bf16: weights of the forward in bf16, everything that adds up in fp32.
+"""Training in bf16: bf16 weights in the forward pass, fp32 for everything that accumulates.
 
 Micikevicius et al. 2018 (Mixed Precision Training, arXiv 1710.03740), with bf16's range instead of a loss scale. The
 residual stream is bf16. Routers, the statistics of norms, the loss and all sums stay fp32.

@@ -1,4 +1,4 @@
-"""Opening a run: everything is checked, and OUT is held, before the first weight is read."""
+"""Opening a run: everything is checked, and OUT is locked, before the first weight is read."""
 
 from __future__ import annotations
 

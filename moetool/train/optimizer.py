@@ -1,4 +1,4 @@
-"""AdamW over the weights of a run, and how its moments are kept."""
+"""AdamW over the weights of a run, and the forms of its moments."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def plain(config: TrainConfig) -> bool:
 
 
 class Offloaded(torch.optim.AdamW):
-    """AdamW whose weights and moments lie in host memory; the processor updates them, one tensor after another.
+    """AdamW with weights and moments in host memory; the processor updates them, one tensor after another.
 
     torchao's CPUOffloadOptimizer copies each gradient in the backward, so before it is clipped, and knows no weights
     of another precision.
@@ -111,7 +111,7 @@ def check(config: TrainConfig, device: torch.device) -> None:
         return
     option = "--no-master-weights" if config.moments == "fp32" else f"--moments {config.moments}"
     if not config.master_weights and config.precision != "bf16":
-        raise ConfigError("--no-master-weights: fp32 has no other weights; leave it out, or use --precision bf16")
+        raise ConfigError("--no-master-weights has no effect in fp32; leave it out, or use --precision bf16")
     if config.moments == "offload":
         _check_offload(config, device)
     elif find_spec("torchao") is None:
@@ -120,11 +120,9 @@ def check(config: TrainConfig, device: torch.device) -> None:
 
 def _check_offload(config: TrainConfig, device: torch.device) -> None:
     if device.type != "cuda":
-        raise ConfigError(
-            f"--moments offload: this run is on {device}, not on a GPU with memory of its own; leave it out"
-        )
+        raise ConfigError(f"--moments offload: this run is on {device}, not on a GPU with its own memory; leave it out")
     if config.precision != "bf16":
-        raise ConfigError("--moments offload: only with --precision bf16; use that, or leave it out")
+        raise ConfigError("--moments offload needs --precision bf16; use it, or leave --moments out")
     if not config.master_weights:
         raise ConfigError(
             "--no-master-weights: --moments offload keeps master weights in host memory; leave one of them out"
@@ -166,7 +164,7 @@ def rounding_seed(seed: int, step: int) -> int:
 
 
 def parts(moment: Any) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors of a moment, by what is added to its name: codes and scales of one of 8 bits."""
+    """The plain tensors of a moment, by suffix of its name: codes and scales of an 8-bit one."""
     if hasattr(moment, "codes"):
         yield from ((f".{name}", getattr(moment, name)) for name in EIGHT_BIT_PARTS)
     else:
@@ -185,7 +183,7 @@ def state_from(optimizer: Any, parameter: nn.Parameter, values: Mapping[str, Sto
     Raises:
         ValueError: they were kept in another way.
     """
-    other = "another way of keeping moments (--moments)"
+    other = "another form of moments (--moments)"
     number = torch.empty((), device=parameter.device)
     if not hasattr(optimizer, "_new_buffer"):  # torch's own
         if any(value.dtype != torch.float32 for value in values.values()):

@@ -1,4 +1,4 @@
-"""The processes of a run as they talk beside training: on the CPU, from any thread."""
+"""Communication between the processes of a run outside training: on the CPU, from any thread."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Ranks:
         return values
 
     def together(self, do: Callable[[], Value]) -> list[Value]:
-        """What `do` gives in each process; all must call.
+        """The results of `do` in all processes; all must call.
 
         Raises:
             Exception: where `do` fails in one process, all fail: that one with its own error.

@@ -1,4 +1,4 @@
-"""`training_state/` of a step folder: what a run goes on from, and whether it is as it was written.
+"""`training_state/` of a step folder, from which a run continues, and whether it is intact.
 
 Fp32 master weights where the checkpoint's own dtype is another, the optimizer's moments, both safetensors
 by parameter name, and state.json with a digest of every other file of the step folder. Nothing is
@@ -168,7 +168,7 @@ def load_moments(
 
 @torch.no_grad()
 def load_balance(folder: Path, states: Mapping[str, Tensor], advice: str) -> None:
-    """Put what balance strategies must have to go on into place.
+    """Restore the state of balance strategies.
 
     Args:
         folder: the step folder.

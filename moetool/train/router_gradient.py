@@ -1,4 +1,4 @@
-"""A gradient for the router from experts that a token was not sent to; what the model computes stays the same.
+"""A gradient for the router from experts that a token was not sent to, with unchanged outputs.
 
 A router learns from the experts that it has chosen: how much better another would have been, it is never told. Here
 the experts that were not chosen stand in the loss as if they had been added with their weights, in the backward alone:
@@ -35,7 +35,7 @@ Experts = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def outputs_of_routes(experts: nn.Module, hidden_TD: Tensor, indices_TK: Tensor) -> Tensor:
-    """(T, K, D), what each chosen expert makes of a token, before weights."""
+    """(T, K, D), each chosen expert's output for a token, before weights."""
     T, K = indices_TK.shape
     ones = torch.ones(T * K, 1, dtype=hidden_TD.dtype, device=hidden_TD.device)
     rows_RD = hidden_TD.repeat_interleave(K, 0) if K > 1 else hidden_TD
@@ -207,8 +207,8 @@ def find_modules(kind: str, model: nn.Module, capture: RouterCapture) -> dict[in
         experts = next((module for module in block.modules() if hasattr(module, "is_concatenated")), None)
         if experts is None:
             raise ConfigError(
-                f"--router-gradient {kind}: transformers computes the experts of {type(block).__name__} in a way of its"
-                " own; leave it out"
+                f"--router-gradient {kind}: transformers has its own code for the experts of {type(block).__name__};"
+                f" leave it out"
             )
         found[layer] = experts
     return found
@@ -232,12 +232,12 @@ def check(config: TrainConfig, model: Any) -> None:
         raise ConfigError(f"{option}: {config.model} is a dense model without a router; leave it out")
     if config.experts_implementation not in ("auto", BASE):
         raise ConfigError(
-            f"{option}: --experts-implementation {config.experts_implementation} does not tell what each expert makes"
-            f" of a token; use {BASE}, or leave one of them out"
+            f"{option}: --experts-implementation {config.experts_implementation} does not return each expert's"
+            f" output; use {BASE}, or leave one of them out"
         )
     if config.mesh.ep > 1 or config.mesh.tp > 1:
         raise ConfigError(
-            f"{option}: it needs whole experts, which a mesh shards ({config.mesh}); use --fsdp alone, or leave it out"
+            f"{option} needs whole experts, which a mesh shards ({config.mesh}); use --fsdp alone, or leave it out"
         )
     capture = RouterCapture(model)
     find_weightings(kind, capture)

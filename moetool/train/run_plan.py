@@ -1,4 +1,4 @@
-"""The plan of a run, known before its weights are read."""
+"""The plan of a run, made before its weights are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving while training goes on: each process writes files of a step folder in a thread, from a copy in host memory.
+"""Saving during training: each process writes its files of a step folder in a thread, from a copy in host memory.
 
 No process holds more than its share of the model and one part of what it writes (assignment.py). The threads talk in a
 gloo group of their own, so training may talk at the same time.
@@ -27,7 +27,7 @@ PATIENCE = 5.0  # seconds in which a thread ends that was told to; it may be wai
 
 
 class Saver:
-    """Copies what is to be saved, and has it written, one step at a time.
+    """Copies the tensors to save, and writes them in a thread, one step at a time.
 
     As a context it waits for a step that is being written, whatever error ends the run; a signal ends both.
 
@@ -105,8 +105,8 @@ class Saver:
             absent = [path for path in files if not (folder / path).is_file()] if self.ranks.is_main else []
             if absent:
                 raise CheckpointError(
-                    f"{folder / absent[0]} was written by another process, but is not there for the first one;"
-                    " OUT must be on a file system that all processes share"
+                    f"{folder / absent[0]} was written by another process, but the first one cannot see it; OUT must"
+                    f" be on a file system that all processes share"
                 )
             return files
 

@@ -33,7 +33,7 @@ _FAMILIES_WITH_BIAS = "glm4_moe, dots1, solar_open, deepseek_v3, ernie4_5_moe, m
 
 @dataclass(frozen=True)
 class How:
-    """What strategies know of a run besides their coefficients.
+    """The properties of a run that strategies need besides their coefficients.
 
     Attributes:
         empty: a capture on the same routers without weights, where the model's are sharded and cannot be copied.

@@ -21,7 +21,7 @@ Region = tuple[Runs, ...]
 
 
 def region(tensor: Tensor) -> Region:
-    """What this process holds of a tensor, which may be a DTensor with any sharding; nothing is sent.
+    """This process's region of a tensor, which may be a DTensor with any sharding; nothing is sent.
 
     Torch itself splits: a dimension is sharded as a vector of its positions is. So this is right for strided shards
     and uneven ones too, of which torch's own offsets tell less.
@@ -61,7 +61,7 @@ def _runs(size: int, mesh: Any, placements: tuple[Any, ...]) -> Runs:
 
 
 def extent(held: Region) -> tuple[int, ...]:
-    """The shape of what is held."""
+    """The shape of the region."""
     return tuple(sum(stop - start for start, stop in runs) for runs in held)
 
 
@@ -71,7 +71,7 @@ def num_elements(held: Region) -> int:
 
 
 def boxes(held: Region) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """The boxes of which a region consists, as slices of the whole tensor and of what is held."""
+    """The boxes of which a region consists, as slices of the whole tensor and of the held part."""
     for box in product(
         *(zip(runs, pairwise(accumulate((b - a for a, b in runs), initial=0)), strict=True) for runs in held)
     ):
@@ -79,13 +79,13 @@ def boxes(held: Region) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, as a plain one."""
+    """This process's part of a tensor, as a plain one."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed(held: Tensor, like: Tensor) -> Tensor:
-    """What this process holds as part of a tensor that is placed and sharded as another; nothing is sent."""
+    """This process's part as a tensor placed and sharded like another; nothing is sent."""
     held = held.to(like.device)
     if not isinstance(like, DTensor):
         return held

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write it, its step folders, and what a resumed run starts from.
+"""The folder of a run: who may write it, its step folders, and where a resumed run starts.
 
 A step folder is a stock checkpoint with `training_state/` beside it (resume.py); a snapshot is one without. Both appear
 under their names only when every byte of them is on disk.
@@ -90,7 +90,7 @@ def check_folder(model: Path, out: Path, resume: bool = True) -> None:
 
 
 def check_start(model: Path, keep_optimizer: bool, ranks: Ranks) -> None:
-    """Refuse `--keep-optimizer` where there is none, or one that is not what was written; all processes must call.
+    """Refuse `--keep-optimizer` if the optimizer state is missing or damaged; all processes must call.
 
     Raises:
         ConfigError: the model is no step folder.
@@ -127,7 +127,7 @@ def release(out: Path) -> None:
 
 
 def withdraw(out: Path) -> None:
-    """Delete the result of a finished run that goes on from a folder that `claim` has marked; step folders stay."""
+    """Delete the result of a finished run that continues in a folder that `claim` has marked; step folders stay."""
     for path in (out / "config.json", out / INDEX, out / SUMMARY, out / LINEAGE, *out.glob("*.safetensors")):
         path.unlink(missing_ok=True)
     sync_folder(out)
@@ -152,13 +152,13 @@ def clear(out: Path) -> None:
 
 
 def step_folder(out: Path, step: int, kind: str = STEPS) -> Path:
-    """Where the checkpoint of a step lies, or its snapshot (WEIGHTS)."""
+    """The path of a step's checkpoint, or of its snapshot (WEIGHTS)."""
     return out / kind / f"step-{step:06d}"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a run's folder holds.
+    """The state of a run's folder.
 
     Attributes:
         step: the newest that is intact; 0: none.
@@ -174,7 +174,7 @@ class Found:
 
 
 def find(out: Path, ranks: Ranks = ALONE, max_steps: int = 0) -> Found:
-    """Look for what can be gone on with: the newest step folder of which every byte is as it was written.
+    """Find the newest intact step folder, from which a run can continue.
 
     Args:
         out: the run's folder.
@@ -189,8 +189,8 @@ def find(out: Path, ranks: Ranks = ALONE, max_steps: int = 0) -> Found:
         return finished
     if finished and not steps:
         raise CheckpointError(
-            f"{out} is finished after {finished.step} steps and cannot go on to {max_steps}, because {out / STEPS}"
-            f" holds no step folder any more. Start a run in another OUT from {out}, with a new warm-up"
+            f"{out} is finished after {finished.step} steps and cannot continue to {max_steps}, because {out / STEPS}"
+            f" no longer holds a step folder. Start a run in another OUT from {out}, with a new warm-up"
         )
     damaged: list[str] = []
     for step in reversed(steps):
@@ -217,7 +217,7 @@ def _finished(out: Path) -> Found | None:
 
 
 def go_back(out: Path, step: int) -> None:
-    """Leave only what lies before `step`, from which the run goes on.
+    """Delete everything after `step`, from which the run continues.
 
     Step folders after it are damaged: they lose their names, and the next save deletes them. Snapshots after it are
     deleted: the run makes them again, and might make others. So is an average.

@@ -1,4 +1,4 @@
-"""A teacher: another model whose predictions the trained one stays near, on replayed sequences or on all.
+"""A teacher: a model whose predictions the trained one stays close to, on replayed sequences or on all.
 
 loss = (1 - w) CE + w tau^2 KL(softmax(teacher / tau) || softmax(model / tau)) for each token that has a teacher, CE for
 all others: the forward divergence of Hinton et al. 2015 (Distilling the Knowledge in a Neural Network, arXiv
@@ -81,7 +81,7 @@ def share_taught(config: TrainConfig) -> float:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher, ready to be asked.
+    """A teacher, ready to predict.
 
     Attributes:
         model: its weights, in the precision of the run and without gradients, in evaluation mode.
@@ -102,11 +102,11 @@ class Teacher:
     shared: bool
 
     def read(self, model: Any, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """What the logits of the trained model are made of, see `loss.states`."""
+        """The factors of the trained model's logits, see `loss.states`."""
         return loss.states(self.taught_head, model, batch, device)
 
     def teach(self, states_TD: Tensor, weight_VD: Tensor | None, batch: MicroBatch) -> tuple[Tensor, Taught]:
-        """The language loss of a micro-batch without its gradient, and what is trained on.
+        """The language loss of a micro-batch without its gradient, and the loss to train on.
 
         Args:
             states_TD: what the model's logits are made of, with their gradient.

@@ -111,7 +111,7 @@ class Stored:
     shape: tuple[int, ...]
 
     def read(self, like: Tensor) -> Tensor:
-        """What this process holds of it, placed and sharded as a tensor of the same shape; only that is read."""
+        """This process's part, placed and sharded like a tensor of the same shape; only that part is read."""
         held = region(like)
         here = torch.empty(extent(held), dtype=self.dtype)
         for there, into in boxes(held):

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: the language loss and the terms beside it, and what a step adds up.
+"""The loss of a micro-batch: the language loss and further terms, and their sums over a step.
 
 Shapes: T tokens of a micro-batch, V vocabulary, E experts, L layers.
 """
@@ -19,7 +19,7 @@ Need = Literal["step counts", "logits"]
 
 
 class Taught(NamedTuple):
-    """What a teacher adds to a micro-batch (see teacher.py).
+    """A teacher's contribution to a micro-batch (see teacher.py).
 
     Attributes:
         trained: what is trained on in place of the language loss, a sum over the tokens, with its gradient.
@@ -32,7 +32,7 @@ class Taught(NamedTuple):
 
 @dataclass(frozen=True)
 class Forward:
-    """What a micro-batch's forward gives, for all terms of its loss.
+    """The results of a micro-batch's forward pass, for all terms of its loss.
 
     Attributes:
         batch: its tokens.

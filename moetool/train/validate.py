@@ -1,4 +1,4 @@
-"""The mean loss over every token of a validation set, the work shared by all processes.
+"""The mean loss over every token of a validation set, computed by all processes together.
 
 Shapes: B sequences, S their length, T tokens that are predicted, V vocabulary, E experts, L layers.
 """
@@ -126,6 +126,6 @@ def check_documents_apart(model: Any, half: bool = False) -> None:
     near = 3e-2 if half else 1e-3
     if not torch.allclose(together, alone, rtol=0, atol=near * float(alone.abs().max())):
         raise ConfigError(
-            f"--no-cross-document: {type(model).__name__} lets a document see the one before it, whatever the"
-            " positions; leave the option out"
+            f"--no-cross-document: {type(model).__name__} lets tokens attend to earlier documents even so; leave the"
+            f" option out"
         )

@@ -36,7 +36,8 @@ def _phased(text: str, typed: str) -> str:
         number, _, start = (part.strip() for part in phase.partition("@"))
         if not (_is_weight(number) and _is_start(start)):
             raise ConfigError(
-                f"{typed}: '{phase}' is no phase; write WEIGHT@START, where START is a step or a share of the run, such"
+                f"{typed}: '{phase}' is not a phase; write WEIGHT@START, where START is a step or a share of the run,"
+                f" such"
                 " as 0.2@0,0.6@1000 or 0.2@0,0.6@50%"
             )
         numbers.append(float(number))
@@ -103,7 +104,7 @@ def in_steps(name: str, weight: Weight, base: int, total_steps: int) -> Weight:
     for i, (before, after) in enumerate(pairwise(steps)):
         if after <= before:
             raise ConfigError(
-                f"--weight {name}={weight}: {told[i + 1]} is not after {told[i]}; give starts that ascend"
+                f"--weight {name}={weight}: {told[i + 1]} is not after {told[i]}; give starts in ascending order"
             )
     if steps[-1] >= total_steps:
         raise ConfigError(

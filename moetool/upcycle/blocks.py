@@ -1,4 +1,4 @@
-"""The kinds of content that only upcycling has: experts, the shared expert, routers, what begins from scratch."""
+"""The kinds of content that only upcycling has: experts, the shared expert, routers, weights from scratch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moetool.upcycle.init import Slice, slice_moments
 
 
 def kinds(recipe: UpcycleRecipe, measured: Measured) -> Mapping[str, Kind]:
-    """How each kind of fill is made by a recipe, and by what a pass over text has decided."""
+    """How a recipe, and the decisions of a pass over text, make each kind of fill."""
     return {
         **KINDS,
         "expert": Kind(

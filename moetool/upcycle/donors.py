@@ -56,6 +56,6 @@ def check_weights(recipe: UpcycleRecipe) -> None:
             raise ConfigError(f"donor weight {weight} is not between 0 and 1")
     if (total := sum(weights)) > 1:
         raise ConfigError(
-            f"the weights of --donor sum to {total}, but they are shares of one mean; let them sum to at most 1,"
-            " or leave some out, because models without one share the rest"
+            f"the weights of --donor sum to {total}, but may sum to at most 1; lower them, or leave some out, because"
+            f" models without a weight share the rest"
         )

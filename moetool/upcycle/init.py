@@ -14,7 +14,7 @@ from moetool.surgery.rows import replace, select
 
 @dataclass(frozen=True)
 class Slice:
-    """A block of rows of one matrix, and what a method may know of it.
+    """A block of rows of one matrix, with the context that a method may use.
 
     Attributes:
         kept: the source's numbers, in the target's dtype.

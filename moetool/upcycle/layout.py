@@ -1,4 +1,4 @@
-"""What a tensor of the result is made from: the fills of an upcycling."""
+"""The fills of an upcycling: the sources of each tensor of the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the options of an upcycling ask of text, measured once and kept."""
+"""The measurements on text that an upcycling's options need, made once and cached."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measure(
     clients: Sequence[str],
     progress: Progress,
 ) -> Upcycling:
-    """The upcycling with what its options ask of text.
+    """The upcycling with the measurements that its options need.
 
     What was measured is kept in the cache: a run that was killed continues with the same numbers, and `--plan` and
     the run after it measure once.

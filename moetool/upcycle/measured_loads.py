@@ -1,4 +1,4 @@
-"""What fitted routers are predicted to do."""
+"""The predicted loads of fitted routers."""
 
 from __future__ import annotations
 

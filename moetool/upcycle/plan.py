@@ -33,7 +33,7 @@ from moetool.values import FLOAT_DTYPES
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What a recipe makes of a dense model; see `plan_upcycling`.
+    """The result of a recipe for a dense model; see `plan_upcycling`.
 
     Attributes:
         recipe: with the family's name for `auto`, and a number of shared experts.
@@ -75,7 +75,7 @@ class Upcycling:
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Dense, total and active parameters (active: without the experts a token does not go to)."""
+        """Dense, total and active parameters (active: those used per token)."""
         total = self.plan.num_parameters
         return {"dense": self.num_dense_parameters, "total": total, "active": total - self._idle}
 
@@ -86,7 +86,7 @@ class Upcycling:
 
     @property
     def flops_per_token(self) -> dict[str, int]:
-        """Operations of a forward, 2 per weight that a token is multiplied with, of the dense model and of this.
+        """Operations of a forward pass per token, 2 per weight used, for the dense model and the result.
 
         Attention's products of queries, keys and values are left out: they are the same in both.
         """
@@ -258,7 +258,7 @@ def replan(readers: Sequence[CheckpointReader], entry: Mapping[str, Any], max_sh
 
 
 def reader_of(entry: Mapping[str, Any]) -> type[CheckpointReader]:
-    """What opens the sources of a lineage entry: with their training state, where the result has one."""
+    """The reader for the sources of a lineage entry: with their training state if the result has one."""
     return TrainingReader if entry.get("training_state") is True else CheckpointReader
 
 

@@ -17,7 +17,7 @@ def uniform(shape: tuple[int, ...], std: float, generator: torch.Generator) -> t
 
 
 def zeros(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
-    """All zeros: every token goes to the same first experts until training tells them apart."""
+    """All zeros: every token goes to the same first experts until training separates them."""
     return torch.zeros(shape, dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""A router's rows from what it receives on text: in balance, and sending each donor's text to that donor's experts.
+"""A router's rows from its inputs on text: balanced, or sending each donor's text to that donor's experts.
 
 Shapes: T tokens, D hidden, G groups of experts, N donors, V directions. A group has one row, and is one expert unless
 experts hold parts of an FFN.
@@ -29,7 +29,7 @@ CLOSE = 0.01  # to the balanced share, relative
 
 @dataclass
 class Inputs:
-    """What a router receives of one text.
+    """A router's inputs from one text.
 
     Attributes:
         tokens: how many.
@@ -67,7 +67,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a router is fitted for.
+    """The goal of fitting a router.
 
     Attributes:
         donor_G: int64, the donor of each group; all 0 for `balanced`.

@@ -1,4 +1,4 @@
-"""The pass over text that fits routers: layer by layer, through the model that is going to be written.
+"""The pass over text that fits routers: layer by layer, through the model to be written.
 
 A router's input depends on the experts and routers of all layers before. So each layer's router is fitted on what
 reaches it in the model with the routers that were fitted before, and the loads that are counted are the result's own.
@@ -177,8 +177,8 @@ class _Pass:
         biases_G = torch.zeros(1) if rows.bias_G is None else rows.bias_G
         if not (made_ED.to(dtype).isfinite().all() and biases_G.isfinite().all()):
             raise CheckpointError(
-                f"layer {number}: a router cannot be fitted, because what reaches it, or its rows in {dtype}, is not"
-                " finite; look for NaN or overflow in the dense models, or use another --router"
+                f"layer {number}: a router cannot be fitted, because its inputs, or its rows in {dtype}, are not"
+                f" finite; look for NaN or overflow in the dense models, or use another --router"
             )
         _set(self.model.core, router, made_ED.to(dtype))
         if rows.bias_G is not None and spec.selection_bias:
@@ -224,9 +224,7 @@ class _Mixer:
     def __init__(self, layer: nn.Module, batches: Sequence[Tensor], current: Callable[[], int]) -> None:
         found = next((module for name in MIXERS if isinstance(module := getattr(layer, name, None), nn.Module)), None)
         if found is None:
-            raise CheckpointError(
-                f"{type(layer).__name__}: what mixes its tokens cannot be found; use another --router"
-            )
+            raise CheckpointError(f"{type(layer).__name__}: its attention cannot be found; use another --router")
         self._module, self._batches, self._current = found, batches, current
         self._others: int | None = None
         self._states = HiddenStates([])

@@ -1,4 +1,4 @@
-"""The training state of a dense model's step folder for the Mixture of Experts that it becomes.
+"""The training state of a dense model's step folder, converted for its Mixture of Experts.
 
 Shapes: E routed experts, K top-k.
 """
@@ -26,7 +26,7 @@ POWERS = {"exp_avg": 1, "exp_avg_sq": 2}  # AdamW's moments: means of powers of 
 
 @dataclass(frozen=True)
 class DenseState:
-    """What training has left beside a dense model's weights, under the names of its family.
+    """The training state beside a dense model's weights, under the names of its family.
 
     Attributes:
         reader: of the step folder.
@@ -46,7 +46,7 @@ class DenseState:
         return any(info.dtype != "F32" for one in self.moments.values() for info in one.values())
 
     def exact(self, fills: Sequence[Fill], tensors: Tensors) -> list[Fill]:
-        """Fills that read fp32 weights in the place of the rounded ones, where there are some."""
+        """Fills that read fp32 weights instead of the rounded ones, if there are some."""
         of = {Piece(0, tensors[name]): Piece(0, info) for name, info in self.weights.items()}
         return [replace(fill, sources=tuple(of.get(piece, piece) for piece in fill.sources)) for fill in fills]
 
@@ -184,7 +184,7 @@ def _moment(fill: Fill, moment: str, recipe: UpcycleRecipe, spec: ArchSpec) -> F
 
 
 def gradient_shares(recipe: UpcycleRecipe, spec: ArchSpec) -> dict[str, tuple[float, float]]:
-    """What the mean of a dense weight's gradient, and of its square, are multiplied with for a copy of it.
+    """The factors of the mean of a dense weight's gradient, and of its square, for a copy of it.
 
     The K experts of a token, of E, give c times the mean of their outputs, so an expert's output has the weight c / K
     on average where it is chosen, and the mean of its gradient is K / E times that: c / E. The square of a mean over

@@ -1,4 +1,4 @@
-"""Which family is written: the first that fits the dense model, the recipe, and the clients that must run it."""
+"""The family to write: the first that fits the dense model, the recipe, and the clients that must run it."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class TextOptions:
 
 
 def reads_units(recipe: UpcycleRecipe) -> list[str]:
-    """The options of a recipe that leave something to what units do on text, as they are typed."""
+    """The options of a recipe that depend on units' contributions on text, as typed."""
     options = [f"--split {recipe.split}"] if recipe.split == "activation" else []
     return options + ([f"--drop-units {recipe.drop_units}"] if recipe.drop_units == "least-used" else [])
 
@@ -78,7 +78,8 @@ def check_texts(recipe: UpcycleRecipe, run: TextOptions) -> None:
         raise ConfigError(f"{reading[0]} needs text: give --calibrate NAME=PATH")
     if run.calibrate and not reading:
         raise ConfigError(
-            "no option reads the text of --calibrate; give --router balanced or ridge, --split activation,"
+            "--calibrate has no effect without an option that reads its text; give --router balanced or ridge,"
+            " --split activation,"
             " or --drop-units least-used, or leave it out"
         )
     if recipe.router == "ridge" and recipe.num_donors < 2:
@@ -89,4 +90,4 @@ def check_texts(recipe: UpcycleRecipe, run: TextOptions) -> None:
             f" {len(run.calibrate)}"
         )
     if recipe.router in FITTED and not recipe.router_std:
-        raise ConfigError(f"--router {recipe.router} shares tokens by random rows; give a --router-std above 0")
+        raise ConfigError(f"--router {recipe.router} starts from random rows; give a --router-std above 0")

@@ -1,4 +1,4 @@
-"""How the units of a dense FFN are dealt to shards, from what they do on a text.
+"""How the units of a dense FFN are divided into parts, from their contributions on a text.
 
 Any partition starts exactly as the dense model, because the sum over shards does not depend on the order of units.
 

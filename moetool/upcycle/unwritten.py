@@ -1,4 +1,4 @@
-"""A planned checkpoint as a model, before anything of it is written: each tensor is made when it is read."""
+"""A planned checkpoint as a model, before it is written: each tensor is made when it is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the units of dense FFNs do on texts, and what follows for an upcycling.
+"""The contributions of dense FFNs' units on texts, and their use for an upcycling.
 
 Shapes: F units, T tokens, D hidden.
 """
@@ -33,7 +33,7 @@ def measure_units(
     run: Run,
     progress: Progress,
 ) -> Measured:
-    """Run every dense model on all texts, and decide what a recipe leaves to them of its units.
+    """Run every dense model on all texts, and decide the split and the redrawn units.
 
     Args:
         upcycling: planned without.
@@ -70,7 +70,8 @@ def measure_units(
             contributions[layer].append(contribution(ffns[layer], sums, tokens))
             if not contributions[layer][-1].isfinite().all():
                 raise CheckpointError(
-                    f"{folder}: layer {layer}: what its units give on the texts is not finite; look for NaN or overflow"
+                    f"{folder}: layer {layer}: the outputs of its units on the texts are not finite; look for NaN or"
+                    f" overflow"
                     " in its weights, or leave out --split and --drop-units"
                 )
         progress("reading units", len(layers), len(layers))

@@ -218,7 +218,9 @@ def compare(folder: Path, processes: int, steps: int, rounds: int) -> None:
         calls = sum(first[0]["calls"].values())
         print(f"| {mesh} | {times} | {sum(sent.values()):.1f} | {kinds} | {calls} |")
     print("\n".join(wrong) or "\nThe closed form gives the same bytes.")
-    print("\n| mesh | ms per layer: sorting | skew | exchange of sizes | share of the step: sorting | skew | exchange |")
+    print(
+        "\n| mesh | ms per layer: sorting | skew | exchange of sizes | share of the step: sorting | skew | exchange |"
+    )
     print("|---|---|---|---|---|---|---|")
     for number, mesh in enumerate(meshes):
         if mesh.ep > 1:

@@ -221,7 +221,7 @@ def test_checkpoints_of_different_models_are_refused(run: Path, llama: Path, mix
     dense = tiny.save_llama(tmp_path / "dense", dtype=torch.bfloat16)
     assert tiny.in_process("upcycle", dense, other, "--target", "glm4_moe", "--num-experts", 4, "--seed", 1)[0] == 0
     assert "do not come from one upcycling" in fails(out, step(run, 1), other)
-    assert "are other models: architectures" in fails(out, llama, mixtral)
+    assert "are different models: architectures" in fails(out, llama, mixtral)
     assert "do not correspond" in fails(out, step(run, 1), other, "--plan")
     assert "given twice" in fails(out, llama, llama)
     assert "does not say which were trained more" in fails(
@@ -272,7 +272,7 @@ def test_fp32_weights_that_do_not_fit_are_one_line(run: Path, tmp_path: Path) ->
     master = source / "training_state" / "master.safetensors"
     tensors = load_file(master)
     save_file(tensors | {"model.more.weight": torch.ones(2)}, master)
-    assert "model.more.weight, which is not in its checkpoint" in fails(tmp_path / "out", source)
+    assert "model.more.weight, which its checkpoint does not hold" in fails(tmp_path / "out", source)
     save_file(tensors | {"model.norm.weight": torch.ones(3)}, master)
     assert "model.norm.weight has shape [32], its fp32 weights [3]" in fails(tmp_path / "out", source)
     master.unlink()

@@ -99,7 +99,7 @@ def test_weights_are_means_over_all_tokens(mixtral: Path, jsonl: Path, tmp_path:
         "densify", mixtral, tmp_path / "shown", "--keep-experts", 2, "--data", f"a={jsonl}", *SMALL, "--plan"
     )
     assert code == 0
-    assert "of a layer's experts sum to" in out
+    assert "per layer sum to" in out
 
 
 def test_what_does_not_fit_is_one_line(mixtral: Path, llama: Path, jsonl: Path, tmp_path: Path) -> None:

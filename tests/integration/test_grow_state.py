@@ -207,7 +207,7 @@ def test_the_state_is_part_of_the_folder(sigmoid: Path, jsonl: Path, tmp_path: P
     # Without its training state, the source is not the one that was grown.
     shutil.rmtree(sigmoid / STATE)
     code, _, err = tiny.in_process("verify", grown)
-    assert (code, "has another training state than when it was grown" in " ".join(err.split())) == (1, True)
+    assert (code, "has changed its training state since it was grown" in " ".join(err.split())) == (1, True)
 
 
 def test_an_interrupted_growth_goes_on(sigmoid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,7 +277,7 @@ def test_dead_experts_go_without_a_change_of_the_loss(jsonl: Path, tmp_path: Pat
         assert float((run(out)[0] - run(source)[0]).abs().max()) < 1e-4
     code, _, err = tiny.in_process("prune", source, tmp_path / "b", "--keep-experts", 6, "--data", f"a={jsonl}", *SMALL)
     assert code == 0
-    assert "has 4 experts without a token, and only 2 are left out" in " ".join(err.split())
+    assert "has 4 experts without a token, but only 2 are removed" in " ".join(err.split())
     for score in ("reap", "reconstruction"):  # of equal ones the last
         document = prune(source, tmp_path / f"6-{score}", "--keep-experts", 6, "--data", f"a={jsonl}", "--score", score)
         assert [sorted(set(range(8)) - set(row["kept"])) for row in document["layers"]] == [[4, 7], [5, 6]]

@@ -248,7 +248,7 @@ def test_a_family_whose_layers_give_more_is_refused(mixtral: Path, tmp_path: Pat
     data, model = texts(mixtral, tmp_path), LayeredModel(mixtral)
     forward = model._decode
     model.layers[0].forward = lambda *more, **named: forward(0, lambda *_, **__: (more[0], None), *more, **named)
-    with pytest.raises(CheckpointError, match="a layer of MixtralForCausalLM gives more than states"):
+    with pytest.raises(CheckpointError, match="a layer of MixtralForCausalLM returns more than hidden states"):
         calibrate(model, data, **RUN)
 
 

@@ -243,7 +243,10 @@ def test_a_step_folder_is_a_model(tmp_path: Path, llama: Path, jsonl: Path) -> N
         (["--max-steps", 1, "--balance", "auxx"], "did you mean 'aux'"),
         (["--max-steps", 1, "--weight", "x=1"], "--weight x: no --train or --replay has that name"),
         (["--max-steps", 1, "--weight", "new=0"], "above 0"),
-        (["--max-steps", 1, "--weight", "new=2"], "--weight new has no effect: there is no other source of its kind"),
+        (
+            ["--max-steps", 1, "--weight", "new=2"],
+            "--weight new has no effect, because there is no other source of its kind",
+        ),
         (["--max-steps", 1, "--average-last", 2], "--average-last 2: give --keep-weights N"),
         (["--max-steps", 1, "--lr", 0], "--lr 0: a number above 0 is needed"),
         (["--max-steps", 1, "--lr", "inf"], "--lr inf: a number above 0 is needed"),
@@ -637,7 +640,7 @@ def test_a_run_killed_before_its_average_makes_it(
     code, stdout, stderr = cpt(mixtral, two, jsonl, *options, "--average-last", 2)
     assert code == 0
     assert "already finished" in stdout
-    assert "the run is finished, so --average-last is not done" in " ".join(stderr.split())
+    assert "the run is finished, so --average-last has no effect" in " ".join(stderr.split())
     for asked in ([], ["--average-last", 3]):  # nothing is asked for that is not there
         code, stdout, stderr = cpt(mixtral, two, jsonl, *options, *asked)
         assert (code, stderr) == (0, "")

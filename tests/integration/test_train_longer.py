@@ -97,9 +97,9 @@ def test_the_cooldown_of_infinite_stays_and_its_constant_phase_grows(tmp_path: P
     assert rates(out) == pytest.approx([1e-3, 7e-4, 4e-4, 4e-4, 4e-4, 4e-4, 2e-4, 1e-4], rel=1e-12)
     step = out / "checkpoints" / "step-000006"
     assert refused(llama, out, jsonl, *options, steps=12) == (
-        f"moetool: {out} cannot go on to 12 steps, because it has made 8 as a run of 8, and from step 7 on their"
-        f" learning rate would have been another. Start a run in another OUT from {step}, the last step folder before"
-        f" that, with --keep-optimizer --warmup-steps 0 --cooldown-end 0; or from {out} with a new warm-up"
+        f"moetool: {out} cannot continue to 12 steps. It has made 8 of 8 steps, and in a longer run their"
+        f" learning rate would differ from step 7 on. Start a run in another OUT from {step}, the last step folder"
+        f" before that, with --keep-optimizer --warmup-steps 0 --cooldown-end 0; or from {out} with a new warm-up"
     )
     # Without what was made in the decay, the run can go on: constant to 9 of 12 steps, the cooldown where it was.
     shutil.rmtree(out / "checkpoints" / "step-000008")
@@ -126,9 +126,9 @@ def test_the_end_of_a_constant_run_may_be_chosen_later(tmp_path: Path, llama: Pa
 @pytest.mark.parametrize(
     ("options", "more", "steps", "told"),
     [
-        ([], [], 6, "from step 2 on their learning rate would have been another. Start a run in another OUT from"
+        ([], [], 6, "their learning rate would differ from step 2 on. Start a run in another OUT from"
          " {out} with a new warm-up"),
-        (["--schedule", "wsd"], [], 6, "from step 4 on their learning rate"),
+        (["--schedule", "wsd"], [], 6, "their learning rate would differ from step 4 on"),
         (["--schedule", "constant"], ["--lr", 5e-4], 6, "other options: --lr (0.001 before, 0.0005 now). Repeat"),
         (["--schedule", "constant"], ["--seed", 1], 6, "other options: --seed (0 before, 1 now). Repeat"),
         (["--schedule", "constant"], ["--schedule", "wsd", "--constant-end", 0.5], 5, "other options: --schedule (con"),
@@ -163,8 +163,8 @@ def test_a_run_of_an_earlier_version_or_without_step_folders(tmp_path: Path, lla
         assert f"--{name} (" in line
     shutil.rmtree(out / "checkpoints")
     assert refused(llama, out, jsonl, *options, steps=4) == (
-        f"moetool: {out} is finished after 3 steps and cannot go on to 4, because {out}/checkpoints holds no step"
-        f" folder any more. Start a run in another OUT from {out}, with a new warm-up"
+        f"moetool: {out} is finished after 3 steps and cannot continue to 4, because {out}/checkpoints no longer"
+        f" holds a step folder. Start a run in another OUT from {out}, with a new warm-up"
     )
 
 
@@ -261,10 +261,10 @@ def test_weights_by_phase(tmp_path: Path, llama: Path, jsonl: Path) -> None:
     ("weight", "message"),
     [
         ("new=0.6@50%", "--weight new=0.6@50%: the first phase must begin at 0, such as 1@0,0.6@50%"),
-        ("new=1@0,2", "--weight new=1@0,2: '2' is no phase; write WEIGHT@START"),
-        ("new=1@0,2@half", "'2@half' is no phase"),
-        ("new=1@0,2@120%", "'2@120%' is no phase"),
-        ("new=1@0,-2@3", "'-2@3' is no phase"),
+        ("new=1@0,2", "--weight new=1@0,2: '2' is not a phase; write WEIGHT@START"),
+        ("new=1@0,2@half", "'2@half' is not a phase"),
+        ("new=1@0,2@120%", "'2@120%' is not a phase"),
+        ("new=1@0,-2@3", "'-2@3' is not a phase"),
         ("new=0@0,0@3", "the weight is 0 in all phases"),
     ],
 )

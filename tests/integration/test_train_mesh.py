@@ -81,10 +81,10 @@ def ones(tmp_path_factory: pytest.TempPathFactory, glm: Path, text: Path) -> Pat
 REFUSED: dict[str, list[object]] = {
     "--fsdp 3 x --tp 1 = 3 processes, but 2 were launched; --fsdp may be 1, 2": ["--fsdp", 3],
     "--ep 3 must be a multiple of --tp 1 and divide --fsdp x --tp = 2; it may be 1, 2": ["--fsdp", 2, "--ep", 3],
-    "--tp 2 alone: transformers adds up gradients": ["--tp", 2],
+    "--tp 2 alone: transformers adds gradients": ["--tp", 2],
     "--moments 8bit: torchao's optimizers do not take shards": ["--fsdp", 2, "--moments", "8bit"],
     "--compile: exchanges between processes": ["--fsdp", 2, "--ep", 2, "--compile"],
-    "--balance erc: it takes products of whole experts, which a mesh shards": ["--fsdp", 2, "--balance", "erc"],
+    "--balance erc needs whole experts, which a mesh shards": ["--fsdp", 2, "--balance", "erc"],
 }
 
 

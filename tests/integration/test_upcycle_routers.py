@@ -325,7 +325,7 @@ def test_a_model_that_overflows_is_refused(donors: Path, tmp_path: Path) -> None
     told = fails(dense, out, "--router", "ridge", "--donor", donors / "1", *text, *given(donors, "b"))
     assert "layer 1: a router cannot be fitted" in told
     told = fails(dense, out, "--granularity", 2, "--split", "activation", *text)
-    assert "layer 0: what its units give on the texts is not finite" in told
+    assert "layer 0: the outputs of its units on the texts are not finite" in told
     assert not out.exists()
 
 
@@ -341,7 +341,7 @@ def test_what_is_missing_is_one_line(donors: Path, tmp_path: Path) -> None:
     dense, out = donors / "0", tmp_path / "moe"
     one, both = given(donors, "a"), given(donors, "a", "b")
     assert "--router balanced needs text: give --calibrate" in fails(dense, out, "--router", "balanced")
-    assert "no option reads the text of --calibrate" in fails(dense, out, *one)
+    assert "--calibrate has no effect without an option that reads its text" in fails(dense, out, *one)
     assert "DENSE is the only one" in fails(dense, out, "--router", "ridge", *one)
     donor = ("--donor", donors / "1", "--router", "ridge")
     assert "give --calibrate 2 times, not 1" in fails(dense, out, *donor, *one)

@@ -296,8 +296,10 @@ def test_the_plan_says_whose_the_rest_is(tmp_path: Path) -> None:
         assert code == 0, err
         return " ".join(printed.split())
 
-    assert "trunk all but the experts is a mean, 0.15 of DENSE, 0.7 of donor 1, 0.15 of donor 2" in said("=0.7", "")
-    assert "trunk all but the experts is donor 2's alone" in said("", "=1")
+    assert "trunk everything outside the experts is a mean, 0.15 of DENSE, 0.7 of donor 1, 0.15 of donor 2" in said(
+        "=0.7", ""
+    )
+    assert "trunk everything outside the experts is donor 2's alone" in said("", "=1")
     assert "trunk" not in said("", "")
     assert not out.exists()
 

@@ -56,7 +56,7 @@ def test_at_15_trillion_tokens_the_law_would_say_worse_than_the_start_so_it_says
     assert found.upcycled == pytest.approx(2.010, abs=1e-3)
     assert found.start == pytest.approx(1.888, abs=1e-3)
     (reason,) = law.outside(1e9, 15e12, 37e9, 8, 2, 1, 0)
-    assert reason == "15 T dense tokens, and the law is good for 1 B to 1 T"
+    assert reason == "15 T dense tokens, and the law holds for 1 B to 1 T"
 
 
 def test_what_is_outside_is_said_in_full() -> None:

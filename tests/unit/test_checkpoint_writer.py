@@ -118,7 +118,7 @@ def test_a_shard_that_someone_deletes_meanwhile_leaves_no_checkpoint(tmp_path: P
         writer.open(shard)
         writer.close(shard, "digest")
     (tmp_path / shards[1].name).unlink()
-    with pytest.raises(CheckpointError, match="was deleted or changed by someone else"):
+    with pytest.raises(CheckpointError, match="was deleted or changed by another program"):
         writer.finish({"config.json": b"{}"} | index_file(shards))
     assert not (tmp_path / "config.json").exists()
 

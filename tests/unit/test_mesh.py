@@ -73,7 +73,7 @@ def test_sizes_that_do_not_fit_the_model(tmp_path: Path, mixtral: Path, llama: P
         check_model(mesh, skeleton(mixtral))
     model: Any = skeleton(mixtral)
     model._tp_plan = {}
-    with pytest.raises(ConfigError, match="--tp: transformers has no plan for how to share 'mixtral'"):
+    with pytest.raises(ConfigError, match="--tp: transformers cannot share 'mixtral'"):
         check_model(Mesh(2, 1, 2), model)
 
 

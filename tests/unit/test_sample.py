@@ -157,7 +157,7 @@ def test_other_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"state.json is damaged.*--overwrite"):
         Unfinished(out, {"seed": 0, "model": "a"}, False)
     out.write_text("mine")
-    with pytest.raises(DataError, match="nothing says how it was made"):
+    with pytest.raises(DataError, match="it is unknown how it was made"):
         finished(out, {})
     beside(out, "moetool.json").write_bytes(Unfinished(out, {}, True)._document())
     with pytest.raises(DataError, match="has changed since it was made"):
