@@ -20,7 +20,7 @@ def plan(context: typer.Context, asked: PlanOptions, output: Output) -> dict[str
 
     Reads only config.json and the headers of DENSE, from a folder or the hub. Compares training the dense model
     further, upcycling it and training from scratch: operations, GPU-hours, money, and the loss predicted by a
-    scaling law within its fitted range. Says which meshes fit, and prints the commands of the recommended option.
+    scaling law within its fitted range. Says which meshes fit, and prints the commands of the recommended way.
     """
     from moetool.budget.report import document, make_plan
     from moetool.budget.sweep import swept
