@@ -87,7 +87,7 @@ def _law(found: Mapping[str, Any]) -> str:
         "[bold green]INSIDE the range of the scaling law[/bold green] of plain copies. Differences of 0.02 nats decide"
         " the crossings.",
         f"  The dense model starts at {verdict['start']:.3f} nats. Copies pass it {at('break_even')}.",
-        f"  Copies pass the dense model trained as long {at('beats_dense')}. Trained for the same money"
+        f"  Copies pass the dense model trained on as many tokens {at('beats_dense')}. Trained for the same money"
         f" ({rounded(law['same_cost']['tokens'])} tokens), it reaches {law['same_cost']['loss']:.3f} nats.",
         f"  A model trained from scratch passes copies {at('scratch_wins')}.",
     ]

@@ -159,7 +159,7 @@ def test_options_that_contradict_each_other(arguments: tuple[object, ...], messa
 def test_what_cannot_be_sampled_is_one_line(tmp_path: Path, llama: Path) -> None:
     out = tmp_path / "o.jsonl"
     out.write_text("mine")
-    assert "already there" in tiny.refusal("sample", llama, out, "--max-tokens", 10)
+    assert "exists already" in tiny.refusal("sample", llama, out, "--max-tokens", 10)
     assert out.read_text() == "mine"
     assert "only 128 positions" in tiny.refusal(
         "sample", llama, tmp_path / "p.jsonl", "--max-tokens", 10, "--seq-len", 129

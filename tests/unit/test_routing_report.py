@@ -115,7 +115,7 @@ def test_specialists_are_called_so_and_who_is_dead_on_one_domain_is_said() -> No
     pairs = {"a": [0, 1], "b": [2, 3], "c": [4, 5]}
     findings = build_report("m", {name: stats_of([pair], 6) for name, pair in pairs.items()})["verdict"]["findings"]
     assert "expert 0 of layer 0: it receives 100% of the tokens of a" in findings[0]
-    assert findings[1].startswith("That is specialisation")
+    assert findings[1].startswith("This is specialisation")
     assert findings[2] == "No expert is dead in every domain; dead on one kind of text: 4 on a, 4 on b, 4 on c."
     alone = build_report("m", {"a": stats_of([[0, 1], [2, 3], [4, 5]], 6)})["verdict"]["findings"]
     assert alone[1:] == ["No expert is dead on a."]
