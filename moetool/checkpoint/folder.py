@@ -74,13 +74,13 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+        for path, temporary in unfinished.items():
+            os.replace(temporary, path)
     except BaseException:
         for temporary in unfinished.values():
             with suppress(OSError):
                 temporary.unlink()
         raise
-    for path, temporary in unfinished.items():
-        os.replace(temporary, path)
     for parent in {path.parent for path in unfinished}:
         sync_folder(parent)
 

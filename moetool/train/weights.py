@@ -30,7 +30,7 @@ def parse(values: Sequence[str], flag: str) -> dict[str, Weight]:
     return weights
 
 
-def _phased(text: str, typed: str) -> str:
+def _phased(text: str, typed: str) -> Weight:
     numbers, starts = [], []
     for phase in text.split(","):
         number, _, start = (part.strip() for part in phase.partition("@"))
@@ -46,7 +46,7 @@ def _phased(text: str, typed: str) -> str:
         raise ConfigError(f"{typed}: the first phase must begin at 0, such as 1@0,{text}")
     if not any(numbers):
         raise ConfigError(f"{typed}: the weight is 0 in all phases; leave the source out")
-    return _text(zip(starts, numbers, strict=True))
+    return _text(zip(starts, numbers, strict=True)) if len(numbers) > 1 else numbers[0]
 
 
 def _is_weight(text: str) -> bool:

@@ -87,6 +87,13 @@ def test_files_are_all_put_in_place_or_none(tmp_path: Path, monkeypatch: pytest.
     assert files == {"a": b"old a", "plots/b": b"old b"}
 
 
+def test_a_file_that_cannot_take_its_place_leaves_nothing_unfinished(tmp_path: Path) -> None:
+    (tmp_path / "b" / "full").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        write_files(tmp_path, {"a": b"new", "b": b"new", "c": b"new"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_an_error_that_names_a_file_keeps_its_name(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="absent") as error, naming(tmp_path):
         (tmp_path / "absent").read_bytes()

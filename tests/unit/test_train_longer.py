@@ -12,6 +12,7 @@ import pytest
 from moetool.errors import ConfigError
 from moetool.train.config import TrainConfig
 from moetool.train.longer import check_going_on, first_length
+from moetool.train.weights import parse
 
 
 def run(
@@ -112,3 +113,7 @@ def test_nothing_else_may_change() -> None:
         with pytest.raises(ConfigError) as error:
             check_going_on(config, earlier, identity, 5)
         assert told in str(error.value)
+
+
+def test_a_weight_of_one_phase_is_that_number() -> None:
+    assert parse(["code=0.2@0", "wiki=2@0%"], "--weight") == parse(["code=0.2", "wiki=2"], "--weight")
