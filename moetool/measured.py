@@ -93,6 +93,7 @@ class Measured:
         contributions: layer -> packed codes (donors, units) of what each unit contributes (`units.least_used`).
         routers: layer -> how its router is made.
         loads: layer -> text -> the share of the layer's routes that each expert gets of held-out tokens, as predicted.
+        halves: layer -> text -> the largest difference between an expert's loads in the two halves of those tokens.
         asked: the texts' digests and how much of them was read, which the lineage has in the recipe.
     """
 
@@ -100,6 +101,7 @@ class Measured:
     contributions: Mapping[int, str] = field(default_factory=dict)
     routers: Mapping[int, RouterRows] = field(default_factory=dict)
     loads: Mapping[int, Mapping[str, list[float]]] = field(default_factory=dict)
+    halves: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     asked: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class Measured:
             "contributions": {str(layer): text for layer, text in self.contributions.items()},
             "routers": {str(layer): rows.to_json() for layer, rows in self.routers.items()},
             "loads": {str(layer): dict(loads) for layer, loads in self.loads.items()},
+            "halves": {str(layer): dict(halves) for layer, halves in self.halves.items()},
         }
         return {name: layers for name, layers in document.items() if layers}
 
@@ -125,13 +128,17 @@ class Measured:
         """
         if not isinstance(document, dict) or not isinstance(asked, dict):
             raise _damaged("what was")
-        split, contributions, routers, loads = (_by_layer(document.get(field.name, {})) for field in fields(cls)[:-1])
+        split, contributions, routers, loads, halves = (
+            _by_layer(document.get(field.name, {})) for field in fields(cls)[:-1]
+        )
         if not all(isinstance(text, str) for text in (*split.values(), *contributions.values())):
             raise _damaged("units")
         if not all(isinstance(one, dict) and all(fits(row, [float]) for row in one.values()) for one in loads.values()):
             raise _damaged("loads")
+        if not all(fits(one, {"*": float}) for one in halves.values()):
+            raise _damaged("loads")
         read = {layer: RouterRows.from_json(rows) for layer, rows in routers.items()}
-        return cls(split, contributions, read, loads, asked)
+        return cls(split, contributions, read, loads, halves, asked)
 
 
 def _by_layer(document: Any) -> dict[int, Any]:

@@ -87,12 +87,15 @@ def table(document: dict[str, Any]) -> Table:
 
 def router_rows(document: dict[str, Any]) -> dict[str, str]:
     """The predicted loads of fitted routers."""
+    from moetool.upcycle.measured_loads import spread
+
     if not (fitted := document["fitted"]):
         return {}
     largest = [max(load) for row in fitted["layers"] for load in row["load"].values()]
     even = 1 / document["recipe"]["num_experts"]
     told = f"{fitted['router']} on {', '.join(fitted['texts'])}; predicted largest load of a layer"
     told += f" {min(largest):.1%} to {max(largest):.1%} of the routes ({even:.1%} is even)"
+    told += f", ± {spread(one for row in fitted['layers'] for one in row['halves'].values()):.1%}"
     if fitted["router"] == "ridge":
         shares = [share for row in fitted["layers"] for share in row["to_donor"].values()]
         told += f"; {min(shares):.0%} to {max(shares):.0%} of a text's routes go to its donor"
@@ -159,6 +162,8 @@ def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
         upcycling: the plan.
         repeated: names of donors that are DENSE itself.
     """
+    from moetool.upcycle.measured_loads import rough
+
     recipe = upcycling.recipe
     told = [f"--donor {name} is DENSE itself, so its experts start like DENSE's own" for name in repeated]
     if recipe.top_k == recipe.group_size:
@@ -173,6 +178,11 @@ def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
             f"the moments of {upcycling.state.reader.folder} are not all fp32 (cpt --moments bf16), but those of the"
             " result are; continue with --moments fp32, the default"
         )
+    told += [
+        f"--calibrate {name}: loads in the two halves of its held-out text differ by up to {2 * off:.1%}, so those of"
+        f" new text may be off by {off:.1%}; give more text, from more documents"
+        for name, off in rough(upcycling).items()
+    ]
     if recipe.router == "zeros":
         told.append(
             "--router zeros sends every token to the same first experts of each layer until training moves them apart"

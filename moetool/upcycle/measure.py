@@ -26,7 +26,7 @@ from moetool.upcycle.texts import TextOptions, reads_units
 from moetool.upcycle.usage import measure_units
 
 SAME_LOAD = 0.01  # loads of the same text on two machines differ less: near ties may go either way
-FORMAT = 3  # of what is kept; raise it when what is measured changes
+FORMAT = 4  # of what is kept; raise it when what is measured changes
 
 
 def measure(
@@ -135,7 +135,7 @@ def measure_again(
             f"the texts of --calibrate are not those that the routers were fitted on: {', '.join(asked['texts'])}"
         )
     texts = {name: texts[name] for name in asked["texts"]}  # in the order of the donors, whatever was typed
-    recipe, before = UpcycleRecipe.from_json(entry["recipe"]), replace(recorded, routers={}, loads={})
+    recipe, before = UpcycleRecipe.from_json(entry["recipe"]), replace(recorded, routers={}, loads={}, halves={})
     upcycling = plan_upcycling(readers, recipe, entry["max_shard_size"], measured=before)
     found = fit_routers(upcycling, readers, texts, run, progress)
     worst = 0.0

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from moetool.upcycle.plan import Upcycling
+
+ROUGH = 0.02  # predicted loads may be further from those of new text than what routers differ by
+
+
+def spread(halves: Iterable[float]) -> float:
+    """By what loads of much other text of the same kind may differ from the predicted ones.
+
+    The mean of two halves is off by half of what they differ by, if they are independent.
+
+    Args:
+        halves: differences between the loads of two halves of the held-out tokens.
+    """
+    return max(halves) / 2
+
+
+def rough(upcycling: Upcycling) -> dict[str, float]:
+    """Texts that are too short, or of too few documents, for what is predicted, and the spread of their loads."""
+    halves = upcycling.measured.halves.values()
+    spreads = {name: spread(one[name] for one in halves) for name in next(iter(halves), {})}
+    return {name: found for name, found in spreads.items() if found > ROUGH}
 
 
 def fitted(upcycling: Upcycling) -> dict[str, Any] | None:
@@ -14,7 +35,7 @@ def fitted(upcycling: Upcycling) -> dict[str, Any] | None:
         return None
     layers: list[dict[str, Any]] = []
     for layer, loads in measured.loads.items():
-        row: dict[str, Any] = {"layer": layer, "load": loads}
+        row: dict[str, Any] = {"layer": layer, "load": loads, "halves": measured.halves.get(layer, {})}
         if recipe.router == "ridge":
             row["to_donor"] = {
                 name: sum(share for expert, share in enumerate(load) if recipe.donor(expert) == donor)

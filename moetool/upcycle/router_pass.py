@@ -90,11 +90,12 @@ class _Pass:
         self.part = 0  # the one on its way
         self.routers: dict[int, RouterRows] = {}
         self.loads: dict[int, dict[str, list[float]]] = {}
+        self.halves: dict[int, dict[str, float]] = {}
 
     def through_all(self, progress: Progress) -> Measured:
         """Send all texts through all layers."""
         self.model.run([part.ids_BS for part in self.parts], self._begin, "fitting routers", progress, self._through)
-        return replace(self.upcycling.measured, routers=self.routers, loads=self.loads)
+        return replace(self.upcycling.measured, routers=self.routers, loads=self.loads, halves=self.halves)
 
     def _begin(self, index: int) -> None:
         self.part = index
@@ -112,7 +113,11 @@ class _Pass:
         self._put(number, layer, rows)
         self.routers[number] = rows
         with mixer.looked_up():
-            self.loads[number] = self._loads(number, layer, send)
+            counts = self._counts(number, layer, send)
+        self.loads[number] = {name: _shares(one_2E.sum(0)).tolist() for name, one_2E in counts.items()}
+        self.halves[number] = {
+            name: float((_shares(one_2E[0]) - _shares(one_2E[1])).abs().max()) for name, one_2E in counts.items()
+        }
 
     def _inputs(self, layer: Layer, send: Callable[[bool], None]) -> list[Inputs]:
         """What the router receives of each text; experts give nothing meanwhile."""
@@ -133,15 +138,19 @@ class _Pass:
             send(False)
         return list(texts.values())
 
-    def _loads(self, number: int, layer: Layer, send: Callable[[bool], None]) -> dict[str, list[float]]:
-        """Text -> the share of each expert of the routes of held-out tokens; the layer's outputs are kept."""
+    def _counts(self, number: int, layer: Layer, send: Callable[[bool], None]) -> dict[str, Tensor]:
+        """Text -> (2, E), the routes of the two halves of its held-out tokens; the layer's outputs are kept."""
         E = self.upcycling.recipe.num_experts
-        counts = {name: torch.zeros(E, dtype=torch.int64) for name in self.names}
+        counts = {name: torch.zeros(2, E, dtype=torch.int64) for name in self.names}
+        left = {name: sum(int(part.held_T.sum()) for part in self.parts if part.text == name) for name in self.names}
+        left = {name: tokens // 2 for name, tokens in left.items()}  # of the first half
 
         def count(hidden: Tensor, indices: Tensor, weights: Tensor, *more: Any, **named: Any) -> Any:
             part = self.parts[self.part]
             held_TK = indices.reshape(-1, indices.shape[-1])[part.held_T.to(indices.device)]
-            counts[part.text] += torch.bincount(held_TK.flatten().cpu(), minlength=E)
+            for half, routes_TK in enumerate((held_TK[: left[part.text]], held_TK[left[part.text] :])):
+                counts[part.text][half] += torch.bincount(routes_TK.flatten().cpu(), minlength=E)
+            left[part.text] = max(0, left[part.text] - len(held_TK))
             return given(hidden, indices, weights, *more, **named)
 
         recipe = self.upcycling.recipe
@@ -149,7 +158,7 @@ class _Pass:
         given = partial(_of_copies, layer, recipe.group_size) if copies else layer.experts.forward
         with _instead(layer.experts, count):
             send(True)
-        return {name: (one / one.sum()).tolist() for name, one in counts.items()}
+        return counts
 
     def _shape(self, layer: Layer) -> tuple[int, int]:
         return self.upcycling.recipe.num_experts, int(layer.experts.gate_up_proj.shape[-1])
@@ -183,6 +192,10 @@ class _Pass:
         _set(self.model.core, router, made_ED.to(dtype))
         if rows.bias_G is not None and spec.selection_bias:
             _set(self.model.core, spec.selection_bias.format(layer=number), rows.bias_G.repeat_interleave(size))
+
+
+def _shares(counts_E: Tensor) -> Tensor:
+    return counts_E / counts_E.sum().clamp_min(1)  # half of a single token has none
 
 
 def _of_copies(layer: Layer, size: int, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ def fails(*arguments: object) -> str:
     return tiny.refusal("upcycle", *arguments)
 
 
-def counted(folder: Path, paths: dict[str, Path]) -> dict[int, dict[str, torch.Tensor]]:
-    """Layer -> text -> load of each expert, on every fourth window, by transformers alone."""
+def routed(folder: Path, paths: dict[str, Path]) -> dict[int, dict[str, torch.Tensor]]:
+    """Layer -> text -> chosen experts (T, K) of every fourth window, by transformers alone."""
     model = load_model(folder).eval()
     capture = RouterCapture(model)
     found: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in capture.layers}
@@ -52,16 +52,28 @@ def counted(folder: Path, paths: dict[str, Path]) -> dict[int, dict[str, torch.T
         tokens = tokenized(TextSource(str(path)), folder)
         ids = torch.from_numpy(np.asarray(tokens.read(0, tokens.num_tokens)).astype(np.int64))
         windows = [ids[start : start + SEQ_LEN] for start in range(0, len(ids), SEQ_LEN)]
-        counts = {layer: torch.zeros(64) for layer in capture.layers}
+        chosen: dict[int, list[torch.Tensor]] = {layer: [] for layer in capture.layers}
         for number, window in enumerate(windows):
             if number % HELD_OUT == HELD_OUT - 1:
                 with torch.no_grad(), capture.collect() as routes:
                     model(window[None])
                 for route in routes:
-                    counts[route.layer] += torch.bincount(route.indices_TK.flatten(), minlength=64)
-        for layer, one in counts.items():
-            found[layer][name] = one / one.sum()
+                    chosen[route.layer].append(route.indices_TK)
+        for layer, some in chosen.items():
+            found[layer][name] = torch.cat(some)
     return found
+
+
+def load_of(chosen_TK: torch.Tensor) -> torch.Tensor:
+    return torch.bincount(chosen_TK.flatten(), minlength=64) / chosen_TK.numel()
+
+
+def counted(folder: Path, paths: dict[str, Path]) -> dict[int, dict[str, torch.Tensor]]:
+    """Layer -> text -> load of each expert, on every fourth window, by transformers alone."""
+    return {
+        layer: {name: load_of(chosen_TK) for name, chosen_TK in texts.items()}
+        for layer, texts in routed(folder, paths).items()
+    }
 
 
 def dense_of(family: str, folder: Path, **changes: Any) -> Path:
@@ -271,6 +283,24 @@ def test_loads_are_proven_with_the_text(donors: Path, tmp_path: Path) -> None:
     assert "layer 1: a load on b is off by 0.02" in tiny.refusal("verify", out, *given(donors, "a", "b"))
     upcycle(donors / "0", tmp_path / "plain")
     assert "records no router" in tiny.refusal("verify", tmp_path / "plain", *given(donors, "a"))
+
+
+def test_a_text_that_changes_makes_predicted_loads_rough(donors: Path, tmp_path: Path) -> None:
+    lines = [(donors / f"{name}.jsonl").read_text() for name in WORDS]
+    (tmp_path / "mixed.jsonl").write_text("".join(lines))
+    command = ("upcycle", donors / "0", tmp_path / "moe", "--router", "balanced", *RUN, *given(tmp_path, "mixed"))
+    code, out, err = tiny.in_process(*command, "--json")
+    assert code == 0
+    layers = json.loads(out)["fitted"]["layers"]
+    for layer, texts in routed(tmp_path / "moe", {"mixed": tmp_path / "mixed.jsonl"}).items():
+        chosen_TK = texts["mixed"]
+        first_E, second_E = load_of(chosen_TK[: len(chosen_TK) // 2]), load_of(chosen_TK[len(chosen_TK) // 2 :])
+        assert layers[layer]["halves"]["mixed"] == pytest.approx(float((first_E - second_E).abs().max()), abs=0.005)
+    worst = max(row["halves"]["mixed"] for row in layers)
+    assert worst > 0.04  # the words of the second half are others
+    assert f"--calibrate mixed: loads in the two halves of its held-out text differ by up to {worst:.1%}" in err
+    plan = tiny.in_process(*command, "--plan")[1]
+    assert f"± {worst / 2:.1%}" in " ".join(plan.split())
 
 
 def test_the_order_of_texts_says_whose_they_are(donors: Path, tmp_path: Path) -> None:
