@@ -23,6 +23,7 @@ from moetool.cost.parameters import is_selection_bias
 from moetool.errors import ConfigError
 from moetool.outside import read_json
 from moetool.recipe import LINEAGE, extend_lineage
+from moetool.surgery.rows import is_finite
 from moetool.train.ranks import Ranks
 
 BALANCE = "balance/"  # before the names of what a balance strategy must have to go on
@@ -90,8 +91,8 @@ class Layout:
             return tensor
         # A selection bias moves by steps that are below bf16's precision.
         cast = tensor.to(torch.float32 if is_selection_bias(name) else getattr(torch, self.dtype))
-        if not cast.is_meta and not bool(torch.isfinite(cast).all()):
-            too_large = bool(torch.isfinite(tensor).all())
+        if not cast.is_meta and not is_finite(cast):
+            too_large = is_finite(tensor)
             advice = "--save-dtype float32 or bfloat16" if too_large else "lower --lr or --grad-clip"
             raise ConfigError(f"{name} is not finite in {self.dtype}, so step {step} is not saved; {advice}")
         return cast

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from moetool.checkpoint.reader import BlockFile, TensorInfo
 from moetool.surgery.fill import Fill, Piece, Place
 from moetool.surgery.kinds import KINDS, Block, Cache
+from moetool.surgery.rows import is_finite
 
 
 def piece(start: int, size: int, name: str = "t", source: int = 0) -> Piece:
@@ -38,3 +40,16 @@ def test_several_sources_are_averaged_in_fp32_and_rounded_once(tmp_path: Path) -
         made = KINDS["carried"].make(block)
     # 7 / 3 = 2.3333 is nearest to 2.328125 in bf16, and 771 / 3 = 257 lies between 256 and 258: to even.
     assert made.tolist() == [[2.328125, 256.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found_anywhere(bad: float, dtype: torch.dtype) -> None:
+    for size in (1, 7, 32, 1000, 100_003):
+        numbers = torch.full((size,), torch.finfo(dtype).max, dtype=dtype)
+        assert is_finite(numbers)  # though their sum overflows
+        for place in {0, size // 2, size - 1}:
+            broken = numbers.clone()
+            broken[place] = bad
+            assert not is_finite(broken), (size, place)
+    assert is_finite(torch.empty(0, dtype=dtype))
