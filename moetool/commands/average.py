@@ -61,13 +61,13 @@ def average(
     sources, recipe = in_order(opened, asked)
     plan = plan_average(sources.readers, recipe, parse_size(writing.max_shard_size))
     document = describe(plan, sources, recipe, models.out, writing.num_workers)
-    if writing.plan:
-        console.result(document, table(document))
-        return document
     if not all(map(lineage_of, sources.readers)):
         console.warn(
             "no moetool.json says that these checkpoints come from one model; a mean of different models is not usable"
         )
+    if writing.plan:
+        console.result(document, table(document))
+        return document
     carry_out(plan, sources, models.out, writing, started, document, context, console)
     console.result(document, table(document), closing(document))
     return document

@@ -60,11 +60,11 @@ def convert(
     recipe = replace(asked, adapter=models.adapter is not None)
     conversion = plan_conversion(sources.readers, recipe, parse_size(writing.max_shard_size))
     document = describe(conversion, models.out, writing.num_workers)
+    if conversion.layouts == ("per-expert", "fused"):
+        console.warn("--layout fused is read by transformers 5; other programs may need one tensor per expert")
     if writing.plan:
         console.result(document, table(document))
         return document
-    if conversion.layouts == ("per-expert", "fused"):
-        console.warn("--layout fused is read by transformers 5; other programs may need one tensor per expert")
     carry_out(conversion.plan, sources, models.out, writing, started, document, context, console)
     console.result(document, table(document), closing(document))
     return document

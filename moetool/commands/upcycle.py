@@ -83,11 +83,11 @@ def upcycle(
         with console.progress() as progress, estimated(estimate):
             upcycling = measure(upcycling, sources.readers, texts, models.for_, progress)
     document = describe(upcycling, models.out, writing.num_workers)
+    for warning in warnings(upcycling, sources.repeated()):
+        console.warn(warning)
     if writing.plan:
         console.result(document, table(document))
         return document
-    for warning in warnings(upcycling, sources.repeated()):
-        console.warn(warning)
     if upcycling.state:
         upcycling.state.reader.check_state()
     carry_out(upcycling.plan, sources, models.out, writing, started, document, context, console)

@@ -450,9 +450,25 @@ def test_every_shard_is_on_disk_before_it_gets_its_name(
 def test_a_donor_that_is_dense_itself_is_told(llama: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(llama)
-    code, _, err = tiny.in_process("upcycle", llama, tmp_path / "moe", "--donor", link)
-    assert code == 0
-    assert f"--donor {link} is DENSE itself" in err
+    for more in (["--plan"], []):
+        code, _, err = tiny.in_process("upcycle", llama, tmp_path / "moe", "--donor", link, *more)
+        assert code == 0
+        assert f"--donor {link} is DENSE itself" in err
+
+
+def test_a_plan_warns_of_what_the_run_warns_of(mixtral: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(mixtral, tmp_path / "other")
+    for command, words in (
+        (("average", tmp_path / "mean", mixtral, other), "no moetool.json says that these checkpoints come from one"),
+        (
+            ("convert", mixtral, tmp_path / "fused", "--layout", "fused"),
+            "other programs may need one tensor per expert",
+        ),
+    ):
+        for more in (["--plan"], []):
+            code, _, err = tiny.in_process(*command, *more)
+            assert code == 0, err
+            assert words in err, more
 
 
 @pytest.mark.parametrize("command", ["upcycle a b --dtype", "cpt a b --save-dtype", "eval a --dtype"])

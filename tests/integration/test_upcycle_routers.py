@@ -299,8 +299,9 @@ def test_a_text_that_changes_makes_predicted_loads_rough(donors: Path, tmp_path:
     worst = max(row["halves"]["mixed"] for row in layers)
     assert worst > 0.04  # the words of the second half are others
     assert f"--calibrate mixed: loads in the two halves of its held-out text differ by up to {worst:.1%}" in err
-    plan = tiny.in_process(*command, "--plan")[1]
+    _, plan, told = tiny.in_process(*command, "--plan")
     assert f"± {worst / 2:.1%}" in " ".join(plan.split())
+    assert "--calibrate mixed: loads in the two halves" in told
 
 
 def test_the_order_of_texts_says_whose_they_are(donors: Path, tmp_path: Path) -> None:
