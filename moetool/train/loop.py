@@ -128,7 +128,7 @@ class Run:
         """
         config = self.plan.config
         log = self._metrics()
-        signs = Signs(log.rows() if log and self.step else (), not config.frozen_routers)
+        signs = Signs(log.rows() if log and self.step else (), config.to_json())
 
         def tell() -> None:
             progress("train", self.step, config.max_steps, "stopping after this step; a second signal stops at once")

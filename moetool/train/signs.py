@@ -9,10 +9,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from moetool.outside import fits
 from moetool.routing.levels import level
+from moetool.train.advice import advice
 
 BLOCK = 20  # rows
 # By how much of the median a value must exceed it, at least, to be a spike.
@@ -65,14 +67,16 @@ def unseen(row: Mapping[str, Any], signs: Sequence[Sign]) -> None:
 class Signs:
     """Reads a run's training rows in order, and says once what it sees until it is over."""
 
-    def __init__(self, earlier: Iterable[Mapping[str, Any]] = (), steers: bool = True) -> None:
+    def __init__(
+        self, earlier: Iterable[Mapping[str, Any]] = (), options: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         """Begin after rows that are known.
 
         Args:
             earlier: of a run that goes on: what its routers are like is read from them.
-            steers: whether a balance loss could be raised; not where the routers are frozen.
+            options: of the run, on which advice depends (see advice.py).
         """
-        self._steers = steers
+        self._options = options
         self._block: list[Mapping[str, Any]] = []  # that is being filled
         self._before: list[Mapping[str, Any]] = []  # the last full one
         self._bounds: dict[str, float] = {}
@@ -117,8 +121,7 @@ class Signs:
             f"{names[name]} jumped from {statistics.median(one[name] for one in self._before):.3g} to {value:.3g}"
             for name, value in over.items()
         )
-        advice = "if it does not come down again, start again with a lower --lr or --grad-clip, or a longer warm-up"
-        return [Sign("spike", row["step"], f"{said} at step {row['step']}; {advice}")]
+        return [Sign("spike", row["step"], f"{said} at step {row['step']}; {advice('spike', self._options)}")]
 
     def _collapsed(self, step: int) -> list[Sign]:
         """Of the block's mean: one small batch may look like anything."""
@@ -133,14 +136,9 @@ class Signs:
         one = len(found) == 1
         which = f"the router of layer {worst} has" if one else f"the routers of {len(found)} layers have"
         where = "" if one else f" of layer {worst}"
-        advice = (
-            "a larger --balance aux=COEFFICIENT acts on each layer"
-            if self._steers
-            else "leave --freeze-router out, so that a balance loss can act"
-        )
         text = (
             f"{which} collapsed at step {step}: one expert{where} gets {mri:.0%} of tokens, where balance would give"
-            f" {top_k / experts:.0%}; {advice}"
+            f" {top_k / experts:.0%}; {advice('unbalanced', self._options)}"
         )
         return [Sign("collapse", step, text, worst)]
 
@@ -149,5 +147,5 @@ class Signs:
         before, self._speed = self._speed, max(self._speed, speed)
         if not self._once("slow", "", speed < SLOW * before):
             return []
-        advice = "see what else uses this machine, its GPU's clock and the file system of the data"
-        return [Sign("slow", step, f"{speed:.0f} tokens/s at step {step}, after {before:.0f} before; {advice}")]
+        text = f"{speed:.0f} tokens/s at step {step}, after {before:.0f} before; {advice('slow', self._options)}"
+        return [Sign("slow", step, text)]

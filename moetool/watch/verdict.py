@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moetool.amounts import count
 from moetool.routing.levels import level
+from moetool.train.advice import advice
 from moetool.train.signs import BLOCK, NOISE, SLOW, SPIKE
 
 SAME = 0.005  # nats: a validation loss that changed by less has not changed
@@ -21,6 +23,8 @@ SLOWER = 0.9  # of the speed before
 MAX_MARKS = 200
 Column = Any  # of numbers: a list, an array or numpy's
 Val = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+Options = Mapping[str, Any]  # of a run, on which advice depends (see train/advice.py)
+DEFAULTS: Options = MappingProxyType({})
 
 
 class Answer(NamedTuple):
@@ -39,13 +43,14 @@ class Answer(NamedTuple):
     text: str
 
 
-def learning(val: Val, trained: Sequence[str], loss: Sequence[float]) -> Answer:
+def learning(val: Val, trained: Sequence[str], loss: Sequence[float], options: Options = DEFAULTS) -> Answer:
     """Whether the text in training is learned.
 
     Args:
         val: domain -> (steps, validation losses).
         trained: the domains in training.
         loss: of the training steps.
+        options: of the run.
     """
     ask = "Learning?"
     known = {name: val[name] for name in trained if name in val and len(val[name][0]) > 1}
@@ -55,16 +60,18 @@ def learning(val: Val, trained: Sequence[str], loss: Sequence[float]) -> Answer:
         said = f"Validation loss since the start: {said}."
         better = [name for name, change in changes.items() if change < -SAME]
         if not better:
-            return Answer(ask, "No", "bad", f"{said} Check the data, and try a higher --lr.")
+            trouble = "unlearned" if min(changes.values()) > SAME else "not learned"
+            return Answer(ask, "No", "bad", f"{said} {_helps(trouble, options)}")
         if len(better) < len(known):
-            return Answer(ask, "Partly", "warn", f"{said} Raise the --weight of what does not get better.")
+            rest = " and ".join(name for name in known if name not in better)
+            return Answer(ask, "Partly", "warn", f"{said} In a new run, raise the --weight of {rest}.")
         for name, (steps, losses) in known.items():
             best = min(range(len(losses)), key=losses.__getitem__)
             if losses[-1] > losses[best] + 2 * LITTLE:
                 return Answer(
                     ask, "Not any more", "warn",
                     f"{said} {name} was better at step {steps[best]} ({losses[best]:.3f}): the text may have been read"
-                    " too often, or --lr is too high.",
+                    " too often, or the learning rate is too high.",
                 )  # fmt: skip
         return Answer(ask, "Yes", "good", said)
     if len(loss) < 2 * BLOCK:
@@ -76,17 +83,16 @@ def learning(val: Val, trained: Sequence[str], loss: Sequence[float]) -> Answer:
     if change < -noise:
         return Answer(ask, "Yes", "good", said)
     if change > noise:
-        return Answer(ask, "No", "bad", f"{said} Lower --lr, or warm up for longer.")
+        return Answer(ask, "No", "bad", f"{said} {_helps('unlearned', options)}")
     return Answer(ask, "Not visibly", "warn", f"{said} The difference is within its noise.")
 
 
-def forgetting(val: Val, trained: Sequence[str]) -> Answer:
+def forgetting(val: Val, trained: Sequence[str], options: Options = DEFAULTS) -> Answer:
     """Whether domains outside the new text get worse: those replayed, or validated only."""
     ask = "Forgetting?"
     others = {name: pair for name, pair in val.items() if name not in trained}
     if not others:
-        advice = "Give --val NAME=PATH with text of another kind, or --replay, to see it."
-        return Answer(ask, "Not measured", "none", advice)
+        return Answer(ask, "Not measured", "none", _helps("forgetting not measured", options))
     changes = {name: losses[-1] - losses[0] for name, (_, losses) in others.items() if len(losses) > 1}
     if not changes:
         return Answer(ask, "Too early to say", "none", "Validated once so far.")
@@ -95,48 +101,57 @@ def forgetting(val: Val, trained: Sequence[str]) -> Answer:
     said = f"Change of validation loss since the start: {said}."
     if changes[worst] <= LITTLE:
         return Answer(ask, "No", "good", said)
-    advice = "A larger --replay-ratio or a lower --lr holds more of the old."
-    return Answer(ask, *(("A little", "warn") if changes[worst] <= MUCH else ("Yes", "bad")), f"{said} {advice}")
+    how_much = ("A little", "warn") if changes[worst] <= MUCH else ("Yes", "bad")
+    return Answer(ask, *how_much, f"{said} {_helps('forgotten', options)}")
+
+
+def _helps(trouble: str, options: Options, when: str = "") -> str:
+    """Advice as a sentence."""
+    clause = when + advice(trouble, options)
+    return f"{clause[0].upper()}{clause[1:]}."
 
 
 def balanced(
     entropy_L: Sequence[float], mri_L: Sequence[float], dead_L: Sequence[int], layers: Sequence[str],
-    shape: tuple[int, int] | None,
+    shape: tuple[int, int] | None, steps: int = BLOCK, options: Options = DEFAULTS,
 ) -> Answer:  # fmt: skip
     """Whether the routers spread their tokens.
 
     Args:
         entropy_L: of each layer, lately.
         mri_L: likewise.
-        dead_L: how many experts of each layer are dead.
+        dead_L: how many experts of each layer are dead in each of the steps.
         layers: what each is called.
         shape: experts and top-k; None where they are not known.
+        steps: the last ones, of which all this is.
+        options: of the run.
     """
     ask = "Balanced?"
     if not mri_L:
         return Answer(ask, "No routers", "none", "This is a dense model.")
     worst, dead = max(range(len(mri_L)), key=mri_L.__getitem__), sum(dead_L)
-    said = f"The busiest expert gets {mri_L[worst]:.0%} of tokens (layer {layers[worst]})"
+    over = f"Over the last {steps} steps" if steps > 1 else "In one step"
+    said = f"{over}, the busiest expert gets {mri_L[worst]:.0%} of tokens (layer {layers[worst]})"
+    throughout = " in each of them" if steps > 1 and dead else ""
     if shape is None:
         return Answer(
             ask, "See the numbers", "none",
-            f"{said}, and {dead or 'no'} expert{' is' if dead <= 1 else 's are'} dead. The rows of this run do not say"
-            " how many experts there are.",
+            f"{said}, and {dead or 'no'} expert{' is' if dead <= 1 else 's are'} dead{throughout}. The run was begun"
+            " with an earlier version of moetool: how many experts there are is known from its first checkpoint on.",
         )  # fmt: skip
     experts, top_k = shape
     said += f"; balance would be {top_k / experts:.0%}. "
     every = experts * len(mri_L)
-    said += f"{dead} of {every} experts {'is' if dead == 1 else 'are'} dead." if dead else "No expert is dead."
+    are = "is" if dead == 1 else "are"
+    said += f"{dead} of {every} experts {are} dead{throughout}." if dead else "No expert is dead."
     levels = [
         level(entropy, mri, dead, experts, top_k)
         for entropy, mri, dead in zip(entropy_L, mri_L, dead_L, strict=True)
     ]  # fmt: skip
-    for word, answer, tone, advice in (
-        ("collapsed", "Collapsed", "bad", " A larger COEFFICIENT of --balance aux=COEFFICIENT acts on each layer."),
-        ("skewed", "Skewed", "warn", " If it grows, raise the coefficient of --balance."),
-    ):
+    for word, tone, when in (("collapsed", "bad", ""), ("skewed", "warn", "if it grows: ")):
         if number := levels.count(word):
-            return Answer(ask, answer, tone, f"{number} of {len(levels)} layers {word}. {said}{advice}")
+            text = f"{number} of {len(levels)} layers {word}. {said} {_helps('unbalanced', options, when)}"
+            return Answer(ask, word.capitalize(), tone, text)
     return Answer(ask, "Yes", "good", said)
 
 
@@ -159,8 +174,8 @@ def slower(speed: Column) -> Answer:
     said = f"{count(now)} tokens/s lately, {count(before)} before."
     if now >= SLOWER * before:
         return Answer(ask, "No", "good", said)
-    advice = "See what else uses the machine, the GPU's clock, and the file system of the data."
-    return Answer(ask, f"{1 - now / before:.0%} slower", "bad" if now < SLOW * before else "warn", f"{said} {advice}")
+    tone = "bad" if now < SLOW * before else "warn"
+    return Answer(ask, f"{1 - now / before:.0%} slower", tone, f"{said} {_helps('slow', DEFAULTS)}")
 
 
 def seconds_left(step: int, steps: int | None, step_tokens: float, speed: Column) -> float | None:

@@ -45,7 +45,7 @@ def test_a_collapsed_router_is_told_once_in_one_line(
     assert code == 0, err
     (line,) = (line for line in err.splitlines() if "collapsed" in line)
     assert line.startswith("warning: the router of layer 0 has collapsed at step 20: one expert gets 100% of tokens")
-    assert "where balance would give 50%; leave --freeze-router out, so that a balance loss can act" in line
+    assert "where balance would give 50%; in a new run, give --balance aux=0.01 in place of --freeze-router" in line
     assert all("loss " in note and "mri 1.00" in note for note in notes)
     page = (tmp_path / "out" / "run.html").read_text(encoding="utf-8")
     assert '"answer":"Collapsed"' in page

@@ -33,6 +33,9 @@ def test_learning_is_judged_by_validation_where_there_is_one() -> None:
     assert learning(both, ["code", "law"], [])[1:3] == ("Partly", "warn")
     again = learning({"code": ([0, 10, 20], [3.4, 2.4, 2.5])}, ["code"], [])
     assert again[1:3] == ("Not any more", "warn")
+    risen = learning({"code": ([0, 10], [3.4, 3.5])}, ["code"], [], {"lr": 0.1})
+    assert "In a new run, lower --lr (0.1)" in risen.text
+    assert "raise the --weight of law." in learning(both, ["code", "law"], []).text
     assert "step 10 (2.400)" in again.text
 
 
@@ -69,11 +72,15 @@ def test_layers_are_judged_as_in_a_report() -> None:
 def test_balance_names_the_worst_layer() -> None:
     fine = balanced([0.99, 0.98], [0.26, 0.30], [0, 0], ["1", "2"], (8, 2))
     assert fine[1:3] == ("Yes", "good")
-    assert "30% of tokens (layer 2); balance would be 25%. No expert is dead." in fine.text
+    assert (
+        "steps, the busiest expert gets 30% of tokens (layer 2); balance would be 25%. No expert is dead" in fine.text
+    )
     bad = balanced([0.5, 0.98], [0.9, 0.30], [3, 0], ["1", "2"], (8, 2))
     assert bad[1:3] == ("Collapsed", "bad")
     assert "1 of 2 layers collapsed" in bad.text
-    assert "3 of 16 experts are dead" in bad.text
+    assert "3 of 16 experts are dead in each of them. In a new run, raise the coefficient of aux in" in bad.text
+    frozen = balanced([0.5], [0.9], [0], ["1"], (8, 2), 20, {"freeze_router": True})
+    assert frozen.text.endswith("in place of --freeze-router, because only routers that learn can become balanced.")
     assert balanced([0.9], [0.6], [0], ["0"], None).level == "none"
     assert balanced([], [], [], [], None).answer == "No routers"
 
@@ -154,8 +161,8 @@ def test_a_collapse_is_told_once_with_the_option_that_helps() -> None:
     assert block(2, **even) == []
     del routed["load"]
     assert [sign.kind for sign in block(3, **routed)] == ["collapse"]
-    signs = Signs([row(1, **routed, load={"3": [0.5, 0.5, 0.0, 0.0]})], steers=False)  # a run that goes on
-    assert "--freeze-router" in block(0, **routed)[0].text
+    signs = Signs([row(1, **routed, load={"3": [0.5, 0.5, 0.0, 0.0]})], {"freeze_router": True})  # that goes on
+    assert "in place of --freeze-router" in block(0, **routed)[0].text
 
 
 def test_halved_speed_is_told() -> None:
