@@ -20,6 +20,9 @@ from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError
 from moetool.recipe import PROJECTIONS
 
+# Under which published checkpoints have the numbers of experts, and of those that a token goes to.
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k")
 _LAYER = re.compile(r"^model\.layers\.(\d{1,6})\.")
 
 
@@ -133,3 +136,17 @@ def config_number(config: Mapping[str, Any], spec: ArchSpec, key: str, folder: P
     if type(value) is not int or not 0 < value < 2**31:
         raise CheckpointError(f"{folder}/config.json: {key} is {str(value)[:60]!r}, expected a positive whole number")
     return value
+
+
+def experts_and_top_k(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Experts and top-k of a config.json of any family; None where it does not say them under a known name."""
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
+    found = []
+    for names in (NUM_EXPERTS, TOP_K):
+        value = next((config[name] for name in names if config.get(name) is not None), None)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]  # once per layer, all alike
+        found.append(value)
+    experts, top_k = found
+    return (experts, top_k) if type(experts) is type(top_k) is int and 0 < top_k <= experts < 2**31 else None

@@ -10,16 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moetool.arch.moe_source import MoESource, moe_source
+from moetool.arch.moe_source import NUM_EXPERTS, TOP_K, MoESource, moe_source
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.checkpoint.writer import TensorLayout
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import PROJECTIONS
 from moetool.surgery.fill import Fill, Piece, Place, as_matrix, natural
 
-# Under which published checkpoints have the numbers of experts, and of those that a token goes to.
-_NUM_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
-_TOP_K = {"num_experts_per_tok", "moe_topk", "moe_k"}
 _OF_EXPERTS = re.compile(r"\.experts\.")
 
 
@@ -79,8 +76,8 @@ def config_with(config: Mapping[str, Any], source: MoESource, num_experts: int, 
     for key, value in config.items():
         ours = source.spec.keys.get(key, key)
         for keys, own, before, after in (
-            (_NUM_EXPERTS, source.spec.num_experts_key, source.num_experts, num_experts),
-            (_TOP_K, source.spec.top_k_key, source.top_k, top_k),
+            (NUM_EXPERTS, source.spec.num_experts_key, source.num_experts, num_experts),
+            (TOP_K, source.spec.top_k_key, source.top_k, top_k),
         ):
             if ours == own or (key in keys and value == before):
                 changed[key] = [after] * len(value) if isinstance(value, list) else after

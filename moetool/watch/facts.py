@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from moetool.arch.moe_source import experts_and_top_k
 from moetool.checkpoint.folder import PARTIAL, holders
 from moetool.checkpoint.step_folder import STEPS, SUMMARY, WEIGHTS, step_folders
 from moetool.errors import MoetoolError
@@ -17,7 +18,7 @@ from moetool.outside import fits, parse_json, read_bytes
 from moetool.recipe import LINEAGE
 from moetool.train.config import TrainConfig
 
-OPTIONS = "moetool.yaml"
+OPTIONS, CONFIG = "moetool.yaml", "config.json"
 _OPTIONS_LIMIT = 1_000_000  # bytes
 
 
@@ -26,13 +27,15 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
     Returns:
         `state` (running, stopped, finished, starting or gone), `options` (resolved where that is known),
-        `train` (domains), `sources` (name -> tokens, epochs at `sources_step`), `command` and `lineage`.
+        `train` (domains), `shape` (experts and top-k; None without a checkpoint that says them), `sources` (name ->
+        tokens, epochs at `sources_step`), `command` and `lineage`.
     """
     partial, summary = _json(folder / PARTIAL), _json(folder / SUMMARY)
-    entries = _lineage(folder)
+    checkpoints = _checkpoints(folder)
+    entries = _lineage(checkpoints)
     last = entries[-1] if entries and entries[-1].get("command") == "cpt" else {}
     typed, command = _typed(folder)
-    finished = bool(summary) and (folder / "config.json").exists() and not partial
+    finished = bool(summary) and (folder / CONFIG).exists() and not partial
     told = partial if isinstance(partial.get("options"), dict) else last
     resolved = told.get("options")
     options: dict[str, Any] = resolved if isinstance(resolved, dict) else typed
@@ -51,6 +54,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         "state": state,
         "options": options,
         "train": [str(name).partition("=")[0] for name in train] if isinstance(train, (dict, list)) else [],
+        "shape": next(filter(None, (experts_and_top_k(_json(place / CONFIG)) for place in checkpoints)), None),
         "sources": sources,
         "sources_step": at if isinstance(at, int) else None,
         "command": command,
@@ -66,10 +70,14 @@ def _alive(folder: Path, partial: Mapping[str, Any]) -> bool:
     return bool(holders(folder)) or Path(f"/proc/{writer['process']}").exists()
 
 
-def _lineage(folder: Path) -> list[dict[str, Any]]:
-    """Of the finished checkpoint, or of the newest step folder or snapshot."""
+def _checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoint, if there is one, and the newest step folder or snapshot."""
     steps = {step: path for kind in (WEIGHTS, STEPS) for step, path in step_folders(folder, kind).items()}
-    for place in (folder, *(steps[step] for step in sorted(steps, reverse=True)[:1])):
+    return [folder, *(steps[step] for step in sorted(steps, reverse=True)[:1])]
+
+
+def _lineage(checkpoints: Sequence[Path]) -> list[dict[str, Any]]:
+    for place in checkpoints:
         entries = _json(place / LINEAGE).get("lineage")
         if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
             return entries

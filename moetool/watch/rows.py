@@ -9,8 +9,11 @@ import json
 import math
 from array import array
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
+
+from moetool.train.signs import BLOCK
 
 SCALARS = ("loss", "lr", "grad_norm", "teacher", "tokens_per_second", "mfu", "memory", "num_tokens")
 MEASURES = ("mri", "entropy", "dead_experts")  # of each layer; of the last, how many
@@ -26,7 +29,7 @@ class Rows:
         balance: strategy -> (N,), NaN likewise.
         measures: name -> (N x L,), NaN where a row has none.
         num_layers: L; 0 until a row has routers.
-        dead: of the last training row, the dead experts of each layer.
+        dead: (step, dead experts of each layer) of the last BLOCK training rows that have them.
         loads: (step, layer -> share of each expert) of the rows that have it.
         sources: of the last training row, the tokens that each source has given.
         val: domain -> (steps, losses).
@@ -40,7 +43,7 @@ class Rows:
         self.balance: dict[str, array[float]] = {}
         self.measures: dict[str, array[float]] = {name: array("d") for name in MEASURES}
         self.num_layers = 0
-        self.dead: list[list[int]] = []
+        self.dead: deque[tuple[int, list[list[int]]]] = deque(maxlen=BLOCK)
         self.loads: list[tuple[int, dict[str, list[float]]]] = []
         self.sources: dict[str, float] = {}
         self.val: dict[str, tuple[list[int], list[float]]] = {}
@@ -87,7 +90,7 @@ class Rows:
         for name in MEASURES if self.num_layers else ():
             self.measures[name].extend(measured[name] if measured else [math.nan] * self.num_layers)
         if measured:
-            self.dead = dead
+            self.dead.append((step, dead))
             if load:
                 self.loads.append((step, load))
         self.sources = sources
@@ -121,6 +124,7 @@ class Rows:
         for column in self.measures.values():
             del column[at * self.num_layers :]
         self.loads = [one for one in self.loads if one[0] < step]
+        self.dead = deque((one for one in self.dead if one[0] < step), BLOCK)
 
 
 def _put(steps: list[int], values: list[Any], step: int, value: Any) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ POINTS, CELLS, LOADS = 8000, 40_000, 400_000
 RETRY = 15.0  # seconds after which a run that could not be read is read anew
 # What is said of a folder that says nothing, see `read_facts`.
 NOTHING: dict[str, Any] = {
-    "state": "unknown", "options": {}, "train": [], "sources": {}, "sources_step": None, "command": "", "lineage": []
+    "state": "unknown", "options": {}, "train": [], "shape": None, "sources": {}, "sources_step": None, "command": "",
+    "lineage": [],
 }  # fmt: skip
 
 
@@ -133,7 +133,8 @@ class WatchedRun:
         left = finite(verdict.seconds_left(step, total, step_tokens, speed))
         took = finite(float(np.sum(step_tokens / speed[speed > 0]))) or 0.0
         points = max(200, min(2000, POINTS // share))
-        shaped = _shape(rows)
+        shaped = _shape(rows) or _fitting(facts["shape"], rows)
+        dead = _dead(rows)
         layers = list(rows.loads[-1][1]) if rows.loads else [str(i) for i in range(rows.num_layers)]
         whole = {name: (steps, column) for name, column in rows.columns.items()} | self._scanned
         trained = [name for name in facts["train"] if name in rows.val] or facts["train"]
@@ -155,9 +156,9 @@ class WatchedRun:
             "verdict": [
                 answer._asdict()
                 for answer in (
-                    verdict.learning(rows.val, trained, rows.columns.get("loss", ())),
-                    verdict.forgetting(rows.val, trained),
-                    _balanced(rows, layers, shaped),
+                    verdict.learning(rows.val, trained, rows.columns.get("loss", ()), options),
+                    verdict.forgetting(rows.val, trained, options),
+                    _balanced(rows, layers, dead, shaped, options),
                     verdict.slower(speed),
                     verdict.how_long(state, step, total, left, took),
                 )
@@ -176,7 +177,7 @@ class WatchedRun:
                 for name, (x, y) in rows.val_mri.items()
             },
             "dead_experts": thinned(steps, _measure(rows, "dead_experts").sum(axis=1), points),
-            "dead_now": {layer: dead for layer, dead in zip(layers, rows.dead, strict=False) if dead},
+            "dead_now": {layer: experts for layer, experts in zip(layers, dead, strict=False) if experts},
             "phases": phases_of(options, total),
             "routers": _routers(rows, layers, shaped, share),
             "load": _loads(rows, share),
@@ -224,7 +225,7 @@ def _measure(rows: Rows, name: str) -> Array:
 
 
 def _shape(rows: Rows) -> tuple[int, int] | None:
-    """Experts of a layer and top-k, from the last row that has loads."""
+    """Experts of a layer and top-k, from the last row that has loads; None where none has."""
     if not rows.loads:
         return None
     step, load = rows.loads[-1]
@@ -233,13 +234,35 @@ def _shape(rows: Rows) -> tuple[int, int] | None:
     return shape(first, rows.measures["mri"][int(at[0]) * rows.num_layers]) if len(at) else None
 
 
-def _balanced(rows: Rows, layers: Sequence[str], shape: tuple[int, int] | None) -> verdict.Answer:
+def _fitting(shape: tuple[int, int] | None, rows: Rows) -> tuple[int, int] | None:
+    """The shape that a checkpoint of the run says, for rows of an earlier version of moetool, which have no loads.
+
+    Not where rows contradict it: they are then of another model. No layer can have an mri below top-k / experts.
+    """
+    if shape is None or not rows.dead:
+        return None
+    experts, top_k = shape
+    numbers = [expert for _, layers in rows.dead for dead in layers for expert in dead]
+    possible = np.nanmin(rows.measures["mri"]) >= 0.999 * top_k / experts and max(numbers, default=0) < experts
+    return shape if possible else None
+
+
+def _dead(rows: Rows) -> list[list[int]]:
+    """The experts of each layer that are dead in each of the last rows: one small batch may leave any of them out."""
+    return [sorted(set.intersection(*map(set, layer))) for layer in zip(*(dead for _, dead in rows.dead), strict=True)]
+
+
+def _balanced(
+    rows: Rows, layers: Sequence[str], dead: Sequence[Sequence[int]], shape: tuple[int, int] | None,
+    options: Mapping[str, Any],
+) -> verdict.Answer:  # fmt: skip
     lately = {}
     for name in MEASURES if rows.num_layers else ():
         last = array_of(rows.measures[name][-BLOCK * rows.num_layers :]).reshape(-1, rows.num_layers)
         lately[name] = last[np.isfinite(last).all(axis=1)].mean(axis=0).tolist() if np.isfinite(last).any() else []
-    dead = [len(experts) for experts in rows.dead]
-    return verdict.balanced(lately.get("entropy", []), lately.get("mri", []), dead, layers, shape)
+    dead_L = [len(experts) for experts in dead]
+    entropy_L, mri_L = (lately.get(name, []) for name in ("entropy", "mri"))
+    return verdict.balanced(entropy_L, mri_L, dead_L, layers, shape, len(rows.dead), options)
 
 
 def _routers(rows: Rows, layers: list[str], shape: tuple[int, int] | None, share: int) -> dict[str, Any]:

@@ -146,6 +146,53 @@ def test_every_state_of_a_run_is_told(tmp_path: Path) -> None:
     assert gone["verdict"] == []
 
 
+def balance_of(out: Path) -> dict[str, str]:
+    run = WatchedRun(out, "run")
+    run.refresh()
+    return run.document()["verdict"][2]  # type: ignore[no-any-return]
+
+
+def test_rows_of_an_earlier_version_are_judged_by_a_checkpoint_of_the_run(tmp_path: Path) -> None:
+    rows = save_run(tmp_path, steps=30)
+    lines = [json.dumps({name: value for name, value in one.items() if name != "load"}) + "\n" for one in rows]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert balance_of(tmp_path)["answer"] == "See the numbers"
+    assert "known from its first checkpoint on" in balance_of(tmp_path)["text"]
+    step = tmp_path / "checkpoints" / "step-000020"
+    step.mkdir(parents=True)
+    config = {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 2}
+    (step / "config.json").write_text(json.dumps(config))
+    assert balance_of(tmp_path)["answer"] == "Yes"
+    assert "balance would be 25%" in balance_of(tmp_path)["text"]
+    # 4 experts, of which number 7 is dead, and an mri below 1/1 at top-4: the checkpoint is of another run.
+    for wrong in ({"n_routed_experts": 4}, {"num_experts_per_tok": 8}, {"n_routed_experts": None}, {"x": {}}):
+        (step / "config.json").write_text(json.dumps(config | wrong))
+        assert balance_of(tmp_path)["answer"] == ("Yes" if "x" in wrong else "See the numbers")
+    (step / "config.json").write_text(json.dumps({"text_config": config}))
+    (tmp_path / "config.json").write_text("[")
+    assert balance_of(tmp_path)["answer"] == "Yes"
+
+
+def test_an_expert_is_dead_that_is_dead_in_each_of_the_last_rows(tmp_path: Path) -> None:
+    """The last row alone would say that all experts but two are; a step may leave any of them out."""
+    rows = save_run(tmp_path, steps=30)
+    for one in rows:
+        if "loss" in one:
+            one["dead_experts"] = [[], [3, one["step"] % 8], [1] if one["step"] > 11 else []]
+    rows[-2]["dead_experts"][0] = [0, 1, 2, 4, 5, 6]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    run = WatchedRun(tmp_path, "run")
+    run.refresh()
+    document = run.document()
+    assert document["dead_now"] == {"2": [3]}
+    assert "Over the last 20 steps" in document["verdict"][2]["text"]
+    assert "1 of 24 experts is dead in each of them." in document["verdict"][2]["text"]
+    again = json.loads(json.dumps(rows[-2])) | {"step": 25}  # the run went back
+    run.rows.add(json.dumps(again).encode())
+    assert run.document()["dead_now"] == {"2": [3]}
+    assert "Over the last 15 steps" in run.document()["verdict"][2]["text"]
+
+
 @pytest.mark.parametrize("name", ["moetool.partial.json", "moetool.yaml", "summary.json", "moetool.json"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"{" * 9999, b'{"options": 5, "writer": 5, "lineage": [5]}'])
 def test_damaged_files_beside_the_rows_are_left_out(tmp_path: Path, name: str, content: bytes) -> None:

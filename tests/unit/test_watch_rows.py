@@ -107,7 +107,7 @@ def test_measures_that_begin_or_stop_leave_gaps() -> None:
     assert rows.measures["dead_experts"].tolist()[2:4] == [0, 2]
     assert rows.loads == [(2, {"0": [0.5, 0.5], "4": [1.0, 0.0]})]
     assert [math.isnan(value) for value in rows.columns["mfu"]] == [True, False, True]
-    assert rows.dead == [[], [1, 3]]
+    assert list(rows.dead) == [(2, [[], [1, 3]])]
 
 
 @pytest.mark.parametrize(

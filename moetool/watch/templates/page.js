@@ -145,7 +145,7 @@ function deadNow(dead, i) {
   const layers = Object.entries(dead), count = layers.reduce((sum, [, experts]) => sum + experts.length, 0);
   if (!count) return null;
   const text = layers.map(([layer, experts]) => `layer ${visible(layer)}: ${experts.join(", ")}`).join("; ");
-  if (count < 10) return make("p", { class: "note", text: `Dead in the last step: ${text}` });
+  if (count < 10) return make("p", { class: "note", text: `Dead in each of the last 20 steps: ${text}` });
   return make("details", { id: `dead-${i}` }, make("summary", { text: `${count} experts dead in the last step` }), make("p", { class: "note", text }));
 }
 
