@@ -21,6 +21,8 @@ from moetool.routing.upcycling_page import beginning, changed_units, notes, simi
 
 # The page shows the tokens of so many experts at most; report.json has all.
 _TOKEN_CELLS = 400
+# So many experts of a text have colours (report.css) that everyone can tell apart.
+TEXT_COLOURS = 8
 
 
 def render(report: dict[str, Any]) -> str:
@@ -59,6 +61,7 @@ def render(report: dict[str, Any]) -> str:
         bar_height=_largest_load(report),
         label_every=1 if report["num_experts"] <= 24 else report["num_experts"] // 8,
         coactivation_json=Markup(safe_json(matrices)),
+        text_colours=TEXT_COLOURS,
         text_json=Markup(safe_json(_visible_text(report.get("text")))),
         shown_tokens=max(
             (len(one["tokens"]) for one in report.get("text", {"domains": {}})["domains"].values()), default=0

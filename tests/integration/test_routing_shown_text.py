@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,16 @@ import pytest
 import torch
 
 from moetool.checkpoint.model import load_model
+from moetool.routing import html
 from moetool.routing.alignment import Alignment
 from moetool.routing.capture import Route, RouterCapture
-from moetool.routing.html import render
+from moetool.routing.html import TEXT_COLOURS, render
 from moetool.routing.report import build_report
 from moetool.routing.shown_text import PAGE_BYTES, ShownText, _fitting
 from moetool.routing.stats import RoutingStats
 from moetool.routing.text_pass import Batch
 from tests import tiny
+from tests.colour_vision import BLINDNESS, contrast, distance, rgb
 
 NASTY = "</script><script>alert(1)</script>\u202e\x07"
 
@@ -155,72 +160,128 @@ def test_a_report_of_a_large_model_stays_below_its_limit() -> None:
     assert len(page.encode()) < 5_000_000
 
 
-def test_the_page_in_a_browser(tmp_path: Path) -> None:
+PALETTE = re.findall(r"--e\d: #(\w{6})", (Path(html.__file__).parent / "templates" / "report.css").read_text())
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_everyone_tells_the_colours_of_experts_apart(kind: str) -> None:
+    colours = [rgb(text) for text in PALETTE]
+    assert len(colours) == TEXT_COLOURS
+    for one, other in itertools.combinations(colours, 2):
+        assert distance(one, other, BLINDNESS[kind]) > 20
+    for colour in colours:
+        assert min(distance(colour, rgb(card), BLINDNESS[kind]) for card in ("ffffff", "1d2026")) > 10
+        assert contrast(colour, rgb("1d2129")) > 4.5  # of the letters on it
+
+
+def test_more_experts_than_colours_are_told_apart_by_number(tmp_path: Path, browser: Any) -> None:
+    report = random_report(2, 20, 3, compared=False)
+    (tmp_path / "report.html").write_text(render(report), encoding="utf-8")
+    all_experts = np.concatenate(
+        [
+            numbers(one["models"][0]["experts"]).reshape(2000, 2, 3)[:, 1].reshape(-1)
+            for one in report["text"]["domains"].values()
+        ]
+    )
+    routes = np.bincount(all_experts, minlength=20)
+    most = sorted(sorted(range(20), key=lambda expert: (-routes[expert], expert))[:TEXT_COLOURS])
+    page = browser.new_page(viewport={"width": 400, "height": 900})
+    page.goto(f"file://{tmp_path}/report.html")
+    assert page.get_by_label("expert numbers").is_checked()
+    page.locator("#text-layer").select_option(index=1)
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('#text-0 span')].map((s) => [+s.dataset.expert,"
+        " s.style.getPropertyValue('--fill'), s.classList.contains('plain'), getComputedStyle(s, '::after').content])"
+    )
+    expected = [
+        [e, f"var(--e{most.index(e)})" if e in most else "", e not in most, f'"{e}"']
+        for e in numbers(report["text"]["domains"]["code"]["models"][0]["experts"])
+        .reshape(2000, 2, 3)[:, 1, 0]
+        .tolist()
+    ]
+    assert drawn == expected
+    page.close()
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        chromium_browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield chromium_browser
+        chromium_browser.close()
+
+
+def test_the_page_in_a_browser(tmp_path: Path, browser: Any) -> None:
     report = random_report(3, 8, 2, compared=False)
     text = report["text"]["domains"][NASTY]
     experts = numbers(text["models"][0]["experts"]).reshape(2000, 3, 2)
     (tmp_path / "report.html").write_text(render(report), encoding="utf-8")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 400, "height": 900})
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("dialog", lambda dialog: errors.append(dialog.message))
-        page.goto(f"file://{tmp_path}/report.html")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 400
-        page.locator("#text-domain").select_option(index=1)
-        page.locator("#text-layer").select_option(index=2)
-        page.locator("#text-rank").select_option(index=1)
-        drawn = page.evaluate("[...document.querySelectorAll('#text-0 span')].map((s) => +s.dataset.expert)")
-        assert drawn == experts[:, 2, 1].tolist()
-        shown = NASTY.replace("\u202e", "\\u202e").replace("\x07", "\\u0007")
-        assert page.locator("#text-0 span").first.inner_text() == f"{shown}0"
-        page.locator("#text-0").focus()
-        page.keyboard.press("ArrowRight")
-        page.keyboard.press("ArrowRight")
-        first, second = experts[1, 2]
-        tip = page.locator("#tip").inner_text()
-        assert tip.startswith(f"token 2 “{shown}1”, layer 2: expert {first} (weight 0.")
-        assert f", expert {second} (weight 0." in tip
-        page.keyboard.press("Enter")
-        faded = page.evaluate("document.querySelectorAll('#text-0 .faded').length")
-        assert faded == int((experts[:, 2, 1] != second).sum())
-        with page.expect_download() as download:
-            page.locator("#text-csv").click()
-        rows = list(csv.reader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"))))
-        assert len(rows) == 1 + 2000 * 2
-        assert rows[4][:6] == ["1", "2", f"{shown}1", "2", "2", str(second)]
-        with page.expect_download() as download:
-            page.get_by_role("button", name="CSV of Load of every expert, code").click()
-        rows = list(csv.reader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"))))
-        assert [float(cell) for cell in rows[1][1:]] == pytest.approx(
-            report["domains"]["code"]["layers"][0]["load"], rel=1e-3
-        )
-        with page.expect_download() as download:
-            page.get_by_role("button", name="CSV of Balance by layer, Entropy of the load").click()
-        rows = list(csv.reader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"))))
-        assert [float(row[1]) for row in rows[1:]] == [row["entropy"] for row in report["domains"]["code"]["layers"]]
-        page.locator(".heat").first.focus()
-        page.keyboard.press("ArrowRight")
-        page.keyboard.press("ArrowDown")
-        assert page.locator("#tip").inner_text().startswith("layer 1, expert 0: load ")
-        page.locator("summary", has_text="code").last.click()
-        table = page.locator("details[open] table").last
-        table.locator("th", has_text="entropy").focus()
-        page.keyboard.press("Enter")
-        values = [float(cell) for cell in table.locator("td:nth-child(4)").all_inner_texts()]
-        assert values == sorted(values)
-        page.keyboard.press("Enter")
-        assert table.locator("th", has_text="entropy").get_attribute("aria-sort") == "descending"
-        unnamed = page.evaluate(
-            "[...document.querySelectorAll('button, select, [tabindex]')].filter((e) => !(e.getAttribute('aria-label')"
-            " || e.textContent || (e.labels && e.labels[0].innerText) || '').trim())"
-            ".map((e) => e.outerHTML.slice(0, 90))"
-        )
-        assert unnamed == []
-        browser.close()
+    page = browser.new_page(viewport={"width": 400, "height": 900})
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("dialog", lambda dialog: errors.append(dialog.message))
+    page.goto(f"file://{tmp_path}/report.html")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    page.locator("#text-domain").select_option(index=1)
+    page.locator("#text-layer").select_option(index=2)
+    page.locator("#text-rank").select_option(index=1)
+    drawn = page.evaluate("[...document.querySelectorAll('#text-0 span')].map((s) => +s.dataset.expert)")
+    assert drawn == experts[:, 2, 1].tolist()
+    shown = NASTY.replace("\u202e", "\\u202e").replace("\x07", "\\u0007")
+    assert page.locator("#text-0 span").first.inner_text() == f"{shown}0"
+    page.locator("#text-0").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    first, second = experts[1, 2]
+    tip = page.locator("#tip").inner_text()
+    assert tip.startswith(f"token 2 “{shown}1”, layer 2: expert {first} (weight 0.")
+    assert f", expert {second} (weight 0." in tip
+    page.keyboard.press("Enter")
+    faded = page.evaluate("document.querySelectorAll('#text-0 .faded').length")
+    assert faded == int((experts[:, 2, 1] != second).sum())
+    assert page.locator("#text-0 .picked").count() == 2000 - faded
+    content = "getComputedStyle(document.querySelector('#text-0 .picked'), '::after').content"
+    page.locator("#text-domain").focus()
+    assert page.evaluate(content) == "none"
+    page.get_by_label("expert numbers").check()
+    assert page.evaluate(content) == f'"{second}"'
+    assert page.evaluate("getComputedStyle(document.querySelector('#text-0 .faded'), '::after').content") == "none"
+    with page.expect_download() as download:
+        page.locator("#text-csv").click()
+    rows = list(csv.reader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"))))
+    assert len(rows) == 1 + 2000 * 2
+    assert rows[4][:6] == ["1", "2", f"{shown}1", "2", "2", str(second)]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="CSV of Load of every expert, code").click()
+    rows = list(csv.reader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"))))
+    assert [float(cell) for cell in rows[1][1:]] == pytest.approx(
+        report["domains"]["code"]["layers"][0]["load"], rel=1e-3
+    )
+    with page.expect_download() as download:
+        page.get_by_role("button", name="CSV of Balance by layer, Entropy of the load").click()
+    rows = list(csv.reader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"))))
+    assert [float(row[1]) for row in rows[1:]] == [row["entropy"] for row in report["domains"]["code"]["layers"]]
+    page.locator(".heat").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#tip").inner_text().startswith("layer 1, expert 0: load ")
+    page.locator("summary", has_text="code").last.click()
+    table = page.locator("details[open] table").last
+    table.locator("th", has_text="entropy").focus()
+    page.keyboard.press("Enter")
+    values = [float(cell) for cell in table.locator("td:nth-child(4)").all_inner_texts()]
+    assert values == sorted(values)
+    page.keyboard.press("Enter")
+    assert table.locator("th", has_text="entropy").get_attribute("aria-sort") == "descending"
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('button, select, [tabindex]')].filter((e) => !(e.getAttribute('aria-label')"
+        " || e.textContent || (e.labels && e.labels[0].innerText) || '').trim())"
+        ".map((e) => e.outerHTML.slice(0, 90))"
+    )
+    assert unnamed == []
+    page.close()
     assert errors == []

@@ -165,7 +165,10 @@ def test_rows_of_an_earlier_version_are_judged_by_a_checkpoint_of_the_run(tmp_pa
     assert balance_of(tmp_path)["answer"] == "Yes"
     assert "balance would be 25%" in balance_of(tmp_path)["text"]
     # 4 experts, of which number 7 is dead, and an mri below 1/1 at top-4: the checkpoint is of another run.
-    for wrong in ({"n_routed_experts": 4}, {"num_experts_per_tok": 8}, {"n_routed_experts": None}, {"x": {}}):
+    changes: list[dict[str, Any]] = [
+        {"n_routed_experts": 4}, {"num_experts_per_tok": 8}, {"n_routed_experts": None}, {"x": {}}
+    ]  # fmt: skip
+    for wrong in changes:
         (step / "config.json").write_text(json.dumps(config | wrong))
         assert balance_of(tmp_path)["answer"] == ("Yes" if "x" in wrong else "See the numbers")
     (step / "config.json").write_text(json.dumps({"text_config": config}))

@@ -17,11 +17,33 @@
       model.isChanged = (i) => Boolean(changed) && ((changed[i >> 3] >> (7 - (i & 7))) & 1) === 1;
     }
   }
-  const hue = (expert) => Math.round((expert * 137.508) % 360);  // the golden angle: neighbours differ
   const place = (token, r) => (token * L + +layer.value) * R + r;
   const shown = () => domains[+domain.value];
+  const numbers = document.getElementById("text-numbers");
+
+  // More experts than colours that differ for everyone: those with most routes of the layer, in all domains, have one.
+  const COLOURS = +document.getElementById("text-models").dataset.colours;
+  let coloured = [];
+  function choose() {
+    const routes = new Map();
+    for (const [, one] of domains) {
+      for (const model of one.models) {
+        for (let t = 0; t < one.tokens.length; t++) {
+          for (let r = 0; r < R; r++) { const expert = model.expert(place(t, r)); routes.set(expert, (routes.get(expert) || 0) + 1); }
+        }
+      }
+    }
+    const all = [...routes.keys()].sort((a, b) => a - b), few = all.length === 0 || all[all.length - 1] < COLOURS;
+    coloured = few ? Array.from({ length: COLOURS }, (_, e) => e) : all.sort((a, b) => routes.get(b) - routes.get(a) || a - b).slice(0, COLOURS).sort((a, b) => a - b);
+  }
+  function colour(element, expert) {
+    const at = coloured.indexOf(expert);
+    element.dataset.expert = expert;
+    if (at < 0) element.classList.add("plain"); else element.style.setProperty("--fill", `var(--e${at})`);
+  }
 
   function draw() {
+    choose();
     shown()[1].models.forEach(drawModel);
   }
 
@@ -32,9 +54,8 @@
       counts.set(expert, (counts.get(expert) || 0) + 1);
       const span = document.createElement("span");
       span.textContent = text;
-      span.style.setProperty("--h", hue(expert));
-      span.dataset.expert = expert;
-      if (model.isChanged(i)) span.className = "changed";
+      colour(span, expert);
+      span.classList.toggle("changed", model.isChanged(i));
       const choices = Array.from({ length: R }, (_, r) => `expert ${model.expert(place(t, r))} (weight ${model.weight(place(t, r)).toFixed(2)}${model.isChanged(place(t, r)) ? ", changed" : ""})`);
       span.dataset.tip = `token ${t + 1} “${text}”, layer ${data.layers[+layer.value]}: ${choices.join(", ")}`;
       span.addEventListener("click", () => pick(side, expert));
@@ -46,9 +67,8 @@
     document.getElementById(`text-experts-${side}`).replaceChildren(...order.map(([expert, count]) => {
       const button = document.createElement("button");
       button.type = "button";
-      button.style.setProperty("--h", hue(expert));
+      colour(button, expert);
       button.textContent = `${expert}: ${count}`;
-      button.dataset.expert = expert;
       button.setAttribute("aria-label", `expert ${expert}, ${count} tokens`);
       button.addEventListener("click", () => pick(side, expert));
       return button;
@@ -62,7 +82,11 @@
   }
 
   function mark(side) {
-    for (const span of document.getElementById(`text-${side}`).querySelectorAll("span")) span.classList.toggle("faded", only[side] !== null && +span.dataset.expert !== only[side]);
+    for (const span of document.getElementById(`text-${side}`).querySelectorAll("span")) {
+      const own = +span.dataset.expert === only[side];
+      span.classList.toggle("faded", only[side] !== null && !own);
+      span.classList.toggle("picked", own);
+    }
     for (const button of document.getElementById(`text-experts-${side}`).children) button.setAttribute("aria-pressed", +button.dataset.expert === only[side]);
   }
 
@@ -71,6 +95,9 @@
       side + 1, t + 1, text, data.layers[+layer.value], r + 1, model.expert(place(t, r)), model.weight(place(t, r)).toFixed(4), +model.isChanged(place(t, r))])));
     window.saveCsv(`text-${shown()[0]}-layer-${data.layers[+layer.value]}`, ["model", "token", "text", "layer", "rank", "expert", "weight", "changed"], rows);
   });
+  const number = () => { for (const text of document.querySelectorAll(".text")) text.classList.toggle("numbered", numbers.checked); };
+  numbers.addEventListener("change", number);
+  number();
   for (const select of [domain, layer, rank]) select.addEventListener("change", () => { only.fill(null); draw(); });
   draw();
 })();
