@@ -16,11 +16,13 @@ from rich.markup import escape as escape_markup
 from rich.progress import (
     BarColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from moetool.amounts import count, size
@@ -36,6 +38,7 @@ def escape(text: str) -> str:
     return escape_markup(printable(text))
 
 
+_WIDE = 80  # columns of a terminal from which on a bar shows the elapsed time, too
 # Replacements of the same width, for terminals without Unicode.
 _ASCII = str.maketrans({"±": "~", "↑": "^", "↓": "v", "█": "#", "→": ">", "…": "."})
 
@@ -48,6 +51,22 @@ class _Rich(RichConsole):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(text if self.encoding.startswith("utf") else text.translate(_ASCII), **options)
+
+
+class _Remaining(TimeRemainingColumn):
+    """The remaining time, told from the elapsed one by a word."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task).append(" left")
+
+
+class _Note(TextColumn):
+    """What a narrow terminal cuts off first."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class Console:
@@ -110,17 +129,18 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[ProgressCallback]:
-        """Progress bars with ETA on stderr, on a terminal only; gives the callback for domain code."""
+        """Progress bars with the remaining time on stderr, on a terminal only; gives the callback for domain code."""
         if self.quiet or not self._progress.is_terminal:
             yield silent
             return
+        width = self._progress.width
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=width // 7),
             TextColumn("{task.fields[amount]}", justify="right"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
+            *([TimeElapsedColumn()] if width >= _WIDE else []),
+            _Remaining(),
+            _Note("{task.fields[note]}", style="dim", table_column=Column(no_wrap=False)),
         )
         with Progress(*columns, console=self._progress, transient=True) as bars:
             tasks: dict[str, TaskID] = {}
@@ -130,6 +150,8 @@ class Console:
                     tasks[task] = bars.add_task(escape(task), total=total, note="", amount="")
                 amount = f"{done:.0f}/{total:.0f}" if total < 100_000 else f"{done / total:.0%}"
                 bars.update(tasks[task], completed=done, total=total, note=escape(note), amount=amount)
+                if done >= total:
+                    bars.remove_task(tasks.pop(task))
 
             self._bars_shown = True
             try:

@@ -95,8 +95,7 @@ def _always(run: _Has) -> bool:
 TABLE: Mapping[str, tuple[_Rule, ...]] = {
     "unbalanced": (
         (lambda run: "loss-free" in run.balance, _raise_loss_free),
-        (lambda run: run.frozen, lambda run: f"in a new run, give --balance aux=0.01 in place of {run.frozen}, because"
-         " only routers that learn can become balanced"),
+        (lambda run: run.frozen, lambda run: f"in a new run, give --balance aux=0.01 in place of {run.frozen}"),
         (lambda run: not run.balance, "in a new run, leave --balance none out; the default balances each layer"),
         (lambda run: any(name in run.balance for name in LAYERED), _raise_layered),
         (lambda run: "pooled-aux" in run.balance,

@@ -141,8 +141,9 @@ class Run:
                 self._log(log, row)
                 if log:
                     seen(row, signs.see(row))
-                note = f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  {row['tokens_per_second']:.0f} tok/s"
+                note = f"loss {row['loss']:.3f}"  # a narrow terminal cuts off the end
                 note += f"  mri {max(row['mri']):.2f}" if "mri" in row else ""
+                note += f"  {row['tokens_per_second']:.0f} tok/s  lr {row['lr']:.1e}"
                 note += f"  {row['mfu']:.0%} MFU" if "mfu" in row else ""
                 note += f"  KL {row['teacher']:.3f}" if "teacher" in row else ""
                 progress("train", self.step, config.max_steps, note)
