@@ -114,7 +114,7 @@ class Console:
         elif not self.quiet:
             line = jsonlib.dumps(finite({"event": event, **values, **({"text": text} if text else {})}))
             with _unheard():
-                print(line, file=sys.stderr, flush=True)
+                self._progress.print(line, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
     def result(self, document: dict[str, Any], *renderables: RenderableType) -> None:
         """Print a command's outcome: the document with `--json`, else the renderables."""
@@ -152,6 +152,7 @@ class Console:
                 bars.update(tasks[task], completed=done, total=total, note=escape(note), amount=amount)
                 if done >= total:
                     bars.remove_task(tasks.pop(task))
+                    bars.refresh()  # at once: a message that still counts its line would leave a torn one behind
 
             self._bars_shown = True
             try:

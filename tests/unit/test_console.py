@@ -1,6 +1,7 @@
 """What people see in a terminal."""
 
 import io
+import json
 
 import pytest
 import typer
@@ -42,9 +43,27 @@ def test_a_bar_tells_the_remaining_time_on_a_narrow_terminal_too(width: int) -> 
             report("train", done, 400, "loss 3.881  mri 0.62  6315 tok/s  lr 9.2e-04")
         report("validate", 1, 2)
         report("validate", 2, 2)
+        seen = drawn.getvalue()
     lines = [line for line in drawn.getvalue().replace("\r", "\n").splitlines() if "80/400" in line]
     assert "0:01:20 left" in lines[-1]
     assert "loss 3.881  mri 0.62" in lines[-1]
     assert ("0:00:20" in lines[-1], "lr 9.2e-04" in lines[-1]) == (width == 100, width == 100)
     # A bar that has ended is put away.
-    assert "2/2" not in drawn.getvalue()[drawn.getvalue().rindex("80/400") :]
+    assert "validate" in seen
+    assert "validate" not in seen[seen.rindex("80/400") :]
+
+
+def test_an_event_is_one_line_between_bars_of_a_narrow_terminal_too() -> None:
+    console = Console(typer.Context(get_command(app)), json=True, quiet=False)
+    drawn = io.StringIO()
+    console._progress = RichConsole(file=drawn, force_terminal=True, width=40)  # type: ignore[assignment]
+    with console.progress() as report:
+        report("train", 1, 2)
+        console.event("warning", "the router of layer 0 has collapsed [bold] :smile: at step 20", step=20)
+    (line,) = (line for line in drawn.getvalue().splitlines() if "event" in line)
+    found = json.loads(line[line.index("{") :])
+    assert found == {
+        "event": "warning",
+        "step": 20,
+        "text": "the router of layer 0 has collapsed [bold] :smile: at step 20",
+    }
