@@ -18,13 +18,13 @@ from moetool.watch.asked import phases_of, sources_of, total_steps
 from moetool.watch.facts import read_facts
 from moetool.watch.problem import in_words
 from moetool.watch.rows import MEASURES, SCALARS, Rows
-from moetool.watch.tail import Tail, open_regular
+from moetool.watch.scan import scanned
+from moetool.watch.tail import Tail
 from moetool.watch.thin import Array, evenly, heat, thinned
 
 SAMPLED = 20_000_000  # bytes of metrics.jsonl above which a first look takes a sample
 SAMPLE = 3000  # rows of it
 SCANNED = 600_000_000  # bytes up to which its losses are read, too
-_LOSS = b', "loss": '
 QUIET = 120.0  # seconds without a row, at least, after which a run is not said to be running
 # A page holds at most so many numbers of all its runs: points of a curve, cells of a heatmap, loads of experts.
 POINTS, CELLS, LOADS = 8000, 40_000, 400_000
@@ -66,8 +66,7 @@ class WatchedRun:
             for line in self._tail.sample(SAMPLE):
                 self.rows.add(line)
             if size <= SCANNED:
-                with open_regular(self.path / METRICS) as file:
-                    self._scanned = scanned(file.read())
+                self._scanned = scanned(self.path / METRICS)
         except FileNotFoundError:
             return
         except Exception as error:
@@ -186,29 +185,6 @@ class WatchedRun:
             "command": facts["command"],
             "lineage": facts["lineage"],
         }
-
-
-def scanned(data: bytes) -> dict[str, tuple[Array, Array]]:
-    """Loss and gradient norm of every training row, each with its steps, without reading the rows whole.
-
-    Returns:
-        Nothing where rows are not as this version writes them, or a run went back in them.
-    """
-    places = data.find(_LOSS), data.rfind(_LOSS)
-    first, last = (re.search(rb'"step": (\d{1,15})$', data[max(0, at - 40) : max(0, at)]) for at in places)
-    if not (first and last):
-        return {}
-    begin, number = int(first[1]), int(last[1]) + 1 - int(first[1])
-    columns = {}
-    for name, pattern in (("loss", _LOSS + rb'([^,\n]+), "lr": '), ("grad_norm", rb'"grad_norm": ([^,\n]+),')):
-        texts = re.findall(pattern, data)
-        if len(texts) != number:  # a step is missing, or there twice
-            return {}
-        try:
-            columns[name] = np.arange(begin, begin + number), np.fromiter(map(float, texts), np.float64, number)
-        except ValueError:
-            return {}
-    return columns
 
 
 def array_of(values: Any) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from moetool.watch.asked import total_steps
 from moetool.watch.page import collect, document_json
 from moetool.watch.rows import Rows
-from moetool.watch.run import WatchedRun, scanned
+from moetool.watch.run import WatchedRun
+from moetool.watch.scan import scanned
 from moetool.watch.tail import Tail
 from moetool.watch.thin import evenly, heat, thinned
 
@@ -217,13 +219,28 @@ def test_the_first_look_at_a_large_file_has_every_spike(tmp_path: Path, monkeypa
     assert whole["series"]["loss"] == first["series"]["loss"]
 
 
-def test_rows_of_other_programs_are_not_scanned() -> None:
-    assert scanned(row(1) + row(2))["loss"][1].tolist() == [2.0, 2.0]
-    assert scanned(row(2) + row(1)) == {}
-    assert scanned(row(1).replace(b"2.0", b"two")) == {}
-    assert scanned(b"") == {}
-    assert scanned(row(1) + row(10**14)) == {}
-    assert scanned(b'{"val": {"a": 1}}' * 10) == {}
+@pytest.mark.parametrize(
+    "rows",
+    [row(2) + row(1), row(1).replace(b"2.0", b"two"), b"", row(1) + row(10**14), b'{"val": {"a": 1}}' * 10],
+    ids=["back", "no number", "empty", "gap", "no rows"],
+)
+def test_rows_of_other_programs_are_not_scanned(tmp_path: Path, rows: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(rows)
+    assert scanned(path) == {}
+    path.write_bytes(row(1) + row(2))
+    columns = scanned(path)
+    assert {name: (x.tolist(), y.tolist()) for name, (x, y) in columns.items()} == {
+        "loss": ([1, 2], [2.0, 2.0]), "grad_norm": ([1, 2], [0.5, 0.5])
+    }  # fmt: skip
+
+
+def test_a_process_that_scans_may_end_and_nothing_else_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be killed, and a map of a file that is cut short ends it, too (SIGBUS)."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(row(1) + row(2))
+    monkeypatch.setattr("moetool.watch.scan.open_regular", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    assert scanned(path) == {}
 
 
 @pytest.mark.parametrize("steps", ["²", "9" * 5000, "1e3", "-5", True, 0.5, None, [100]])

@@ -146,7 +146,7 @@ function deadNow(dead, i) {
   if (!count) return null;
   const text = layers.map(([layer, experts]) => `layer ${visible(layer)}: ${experts.join(", ")}`).join("; ");
   if (count < 10) return make("p", { class: "note", text: `Dead in each of the last 20 steps: ${text}` });
-  return make("details", { id: `dead-${i}` }, make("summary", { text: `${count} experts dead in the last step` }), make("p", { class: "note", text }));
+  return make("details", { id: `dead-${i}` }, make("summary", { text: `${count} experts dead in each of the last 20 steps` }), make("p", { class: "note", text }));
 }
 
 function drawMore() {
