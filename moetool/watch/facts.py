@@ -111,12 +111,17 @@ def _typed(folder: Path) -> tuple[dict[str, Any], str]:
     """The options in moetool.yaml under the names of their fields, and the command line that they stand for."""
     import yaml
 
+    class Plain(yaml.BaseLoader):
+        """Ten lines of aliases of aliases stand for a billion values; moetool writes none."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias")
+            return super().compose_node(parent, index)
+
     try:
         text = read_bytes(folder / OPTIONS, _OPTIONS_LIMIT).decode("utf-8")
-        # Ten lines of aliases of aliases stand for a billion values; moetool writes none.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.BaseLoader)):
-            return {}, ""
-        document = yaml.load(text, Loader=yaml.BaseLoader)
+        document = yaml.load(text, Loader=Plain)
     except (MoetoolError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return {}, ""
     if not isinstance(document, dict):
