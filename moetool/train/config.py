@@ -9,15 +9,13 @@ from typing import Any, Literal
 
 from moetool import registry
 from moetool.errors import ConfigError
-from moetool.launch import num_processes
-from moetool.mesh import SHARING, Mesh, check_sizes, ep_option, fsdp_option, mesh_of, tp_option
-from moetool.option import document_option, dtype_option, flag, option, options, text_field_option, without_effect
-from moetool.train import weights
+from moetool.mesh import SHARING, Mesh, ep_option, fsdp_option, mesh_of, tp_option
+from moetool.option import document_option, dtype_option, option, options, text_field_option, without_effect
+from moetool.train import checks, weights
 from moetool.train.schedules import default_shape, parameters
 from moetool.values import named, parse_count
 
 MAX_DEFAULT_SEQ_LEN = 2048
-MAX_DEFAULT_MICRO_BATCH = 8
 DEFAULT_REPLAY_RATIO = 0.3
 UNSET: Any = None  # not given; `resolve` fills it in
 # accelerate's names, which are the packages' own.
@@ -255,93 +253,8 @@ class TrainConfig:
         return "--train-only experts" if self.train_only == "experts" else ""
 
     def check(self, typed: Collection[str]) -> None:
-        """Refuse options that contradict each other, whatever the model.
-
-        Args:
-            typed: the options that were typed, not read from a file.
-
-        Raises:
-            ConfigError: names them.
-        """
-        if self.max_tokens is None and self.max_steps is None:
-            raise ConfigError("give the length of the run: either --max-tokens 2B or --max-steps 1000")
-        if self.max_tokens is not None and self.max_steps is not None:
-            raise ConfigError(
-                f"--max-tokens {self.max_tokens} and --max-steps {self.max_steps} both give the length of the run;"
-                " leave one of them out"
-            )
-        if self.warmup_ratio is not None and self.warmup_steps is not None:
-            raise ConfigError("give --warmup-ratio or --warmup-steps, not both")
-        if not 0 < self.lr < float("inf"):
-            raise ConfigError(f"--lr {self.lr:g}: a number above 0 is needed")
-        if self.min_lr is not None and self.min_lr > self.lr:
-            raise ConfigError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the learning rate must fall to it")
-        if self.weight_decay == float("inf"):
-            raise ConfigError("--weight-decay inf: a finite number is needed")
-        for name in ("min_lr", "decay_shape"):
-            if name in typed and self.constant_end == 1 and "constant_end" in parameters(self.schedule):
-                raise ConfigError(f"{flag(name)} has no effect with --constant-end 1: nothing anneals to --min-lr")
-        shares = [self.warmup_steps is None, "cooldown_end" in parameters(self.schedule)]
-        shares += [weights.has_shares(weight) for weight in self.weight.values()]
-        if "shares_of" in typed and not any(shares):
-            raise ConfigError("--shares-of has no effect, because no option is a share of the length")
-        self._check_sources(typed)
-        self._check_teacher()
-        check_sizes(self.mesh, num_processes(), self.replicas is None)
-        micro_batch = self.micro_batch_size or default_micro_batch(self.global_batch_size)
-        check_batches(self.global_batch_size, micro_batch, self.mesh.data_parallel)
-        if self.average_last and not self.keep_weights:
-            raise ConfigError(f"--average-last {self.average_last}: give --keep-weights N, the steps between weights")
-        self._check_routers(typed)
-
-    def _check_routers(self, typed: Collection[str]) -> None:
-        frozen = self.frozen_routers
-        if self.freeze_router and self.train_only == "routers":
-            raise ConfigError("--freeze-router with --train-only routers would train nothing; leave one of them out")
-        if self.freeze_router and self.train_only == "experts":
-            raise ConfigError("--freeze-router has no effect with --train-only experts, which trains no router")
-        if not 0 < self.router_lr < float("inf"):
-            raise ConfigError(
-                f"--router-lr {self.router_lr:g}: a factor above 0 is needed; to freeze the routers use --freeze-router"
-            )
-        if "router_lr" in typed and frozen:
-            raise ConfigError(f"--router-lr has no effect with {frozen}, which trains no router")
-        if self.router_gradient != "sparse" and frozen:
-            raise ConfigError(
-                f"--router-gradient {self.router_gradient} has no effect with {frozen}, which trains no router"
-            )
-        if "balance_end" in typed and "loss-free" not in (self.balance or {}):
-            raise ConfigError("--balance-end has no effect without --balance loss-free, whose selection bias it stops")
-        if self.balance and frozen:
-            from moetool.train.balance import check_frozen
-
-            check_frozen(self.balance, frozen)
-
-    def _check_teacher(self) -> None:
-        if self.teacher is None:
-            return
-        if self.teacher_on == "replay" and not self.replay:
-            raise ConfigError(
-                "--teacher-on replay: there is no --replay; give text to replay (--replay NAME=PATH), or"
-                " --teacher-on all"
-            )
-        if not 0 < self.teacher_temperature < float("inf"):
-            raise ConfigError(f"--teacher-temperature {self.teacher_temperature:g}: a number above 0 is needed")
-
-    def _check_sources(self, typed: Collection[str]) -> None:
-        kinds = (self.train, self.replay)
-        sources = [name for kind in kinds for name in kind]
-        for name in self.weight:
-            if name not in sources:
-                near = registry.suggest(name, sources)
-                raise ConfigError(f"--weight {name}: no --train or --replay has that name{near}")
-            if any(list(kind) == [name] for kind in kinds):
-                raise ConfigError(f"--weight {name} has no effect, because there is no other source of its kind")
-        held_out = [name for name in sources if name not in self.val]
-        if "val_fraction" in typed and self.val_fraction and not held_out:
-            raise ConfigError("--val-fraction has no effect: every source has a --val of its name")
-        if "eval_every" in typed and not (self.val or (self.val_fraction and held_out)):
-            raise ConfigError("--eval-every has no effect: there is no --val, and nothing is held out of the sources")
+        """See `checks.check`."""
+        checks.check(self, typed)
 
     def resolve(
         self, max_seq_len: int, default_balance: Mapping[str, float], gpu: bool, compiled: bool = False
@@ -395,7 +308,7 @@ class TrainConfig:
             shares_of=base,
             weight={name: weights.in_steps(name, one, base, steps) for name, one in self.weight.items()},
             seq_len=seq_len,
-            micro_batch_size=self.micro_batch_size or default_micro_batch(self.global_batch_size),
+            micro_batch_size=self.micro_batch_size or checks.default_micro_batch(self.global_batch_size),
             min_lr=min_lr,
             # The midpoint: 1.65e-4 between the 3e-4 and 3e-5 of the runs that this schedule is known from.
             constant_lr=(self.lr + min_lr) / 2 if self.constant_lr is None else self.constant_lr,
@@ -443,68 +356,3 @@ class TrainConfig:
             "balance": dict(self.balance or {}),
             **({"centred": True} if "loss-free" in (self.balance or {}) else {}),
         }
-
-
-def default_micro_batch(global_batch_size: int) -> int:
-    """The largest divisor of the global batch up to 8, whatever the number of processes."""
-    return max(n for n in range(1, MAX_DEFAULT_MICRO_BATCH + 1) if global_batch_size % n == 0)
-
-
-def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], whose: tuple[str, str] = ("before", "now")
-) -> list[str]:
-    """The options in which two identities differ, with both values and `whose` they are where they say something.
-
-    A run from before an option was there has its default.
-    """
-    changed = []
-    defaults = {field.name.replace("_", "-"): field.default for field in fields(TrainConfig)}
-    for name in {**before, **now}:
-        old, new = (identity.get(name, defaults.get(name)) for identity in (before, now))
-        if old == new or name == "centred":  # which is as it began, whatever it is
-            continue
-        if name == "model":
-            changed.append("MODEL (other files)")
-        elif name == "teacher":
-            changed.append(f"--teacher ({'new' if old is None else 'gone' if new is None else 'other files'})")
-        elif name in ("train", "replay", "val") and isinstance(old, dict) and isinstance(new, dict):
-            parts = [f"{key} ({_change(key, old, new)})" for key in {**old, **new} if old.get(key) != new.get(key)]
-            changed.append(f"--{name} {', '.join(parts)}")
-        else:
-            changed.append(f"--{name} ({_plain(old)} {whose[0]}, {_plain(new)} {whose[1]})")
-    return changed
-
-
-def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    return "new" if name not in old else "gone" if name not in new else "other text"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(_named(key, item) for key, item in value.items()) or "none"
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
-
-
-def _named(name: str, value: Any) -> str:
-    """A strategy that takes no coefficient has 0."""
-    return name if value == 0 else f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-
-
-def check_batches(global_batch_size: int, micro_batch_size: int, num_processes: int) -> None:
-    """Refuse a global batch that does not fall into equal micro-batches for processes that read different text.
-
-    Raises:
-        ConfigError: names the micro-batch sizes that would work.
-    """
-    if global_batch_size % (micro_batch_size * num_processes) == 0:
-        return
-    share, rest = divmod(global_batch_size, num_processes)
-    if rest:
-        advice = f"use a multiple of {num_processes}, the number of processes, for --global-batch-size"
-    else:
-        fitting = [str(n) for n in range(1, share + 1) if share % n == 0]
-        advice = f"--micro-batch-size may be {', '.join(fitting)}"
-    raise ConfigError(
-        f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size}"
-        f" x {num_processes} process{'es' if num_processes > 1 else ''}; {advice}"
-    )

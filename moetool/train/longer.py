@@ -16,7 +16,8 @@ from moetool.errors import ConfigError
 from moetool.option import flag, options
 from moetool.outside import fits
 from moetool.train import schedules, weights
-from moetool.train.config import TrainConfig, differences
+from moetool.train.config import TrainConfig
+from moetool.train.differences import differences
 
 
 def by_step(config: TrainConfig) -> dict[str, Callable[[int], Any]]:

@@ -18,7 +18,9 @@ from moetool.routing.capture import has_routers
 from moetool.train import balance, optimizer, router_gradient, state
 from moetool.train.accelerator import make_accelerator
 from moetool.train.batches import open_corpus
-from moetool.train.config import TrainConfig, check_batches, differences
+from moetool.train.checks import check_batches
+from moetool.train.config import TrainConfig
+from moetool.train.differences import differences
 from moetool.train.execution import check_execution, check_sharing, executing
 from moetool.train.longer import check_going_on, first_length
 from moetool.train.ranks import Ranks, new_ranks

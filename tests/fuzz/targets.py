@@ -339,7 +339,7 @@ def _metrics(path: Path) -> Target:
 
 def _summary(fresh: Callable[[str], Path]) -> Target:
     from moetool.commands.cpt import _result_text
-    from moetool.train.config import differences
+    from moetool.train.differences import differences
     from moetool.train.state import find
 
     def read(data: bytes) -> None:
@@ -369,7 +369,7 @@ def _summary(fresh: Callable[[str], Path]) -> Target:
 
 
 def _state(run: Path, llama: Path) -> Target:
-    from moetool.train.config import differences
+    from moetool.train.differences import differences
     from moetool.train.state import find
 
     step = run / "checkpoints" / "step-000002"

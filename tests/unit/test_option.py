@@ -18,7 +18,8 @@ from moetool.commands.options import Output, options_text, typer_command
 from moetool.errors import ConfigError
 from moetool.option import as_read, option, options
 from moetool.recipe import UpcycleRecipe
-from moetool.train.config import TrainConfig, differences
+from moetool.train.config import TrainConfig
+from moetool.train.differences import differences
 from moetool.values import decimal, named_numbers
 
 COMMANDS_FOLDER = Path(__file__).parents[2] / "moetool" / "commands"

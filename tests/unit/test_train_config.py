@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from moetool.errors import ConfigError
-from moetool.train.config import TrainConfig, check_batches, default_micro_batch, differences
+from moetool.train.checks import check_batches, default_micro_batch
+from moetool.train.config import TrainConfig
+from moetool.train.differences import differences
 from moetool.values import parse_count
 
 DEFAULT = {"aux": 0.01, "z-loss": 0.001}

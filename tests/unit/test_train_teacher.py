@@ -22,7 +22,8 @@ from moetool.errors import CheckpointError, ConfigError
 from moetool.mesh import Mesh
 from moetool.train import loss
 from moetool.train.batches import IGNORED, MicroBatch, micro_batches
-from moetool.train.config import TrainConfig, differences
+from moetool.train.config import TrainConfig
+from moetool.train.differences import differences
 from moetool.train.teacher import Teacher, check_teacher, ready, share_taught, teach_step
 from tests import tiny
 
