@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.table import Table
 
 from moetool.commands.console import Console, count, escape, size
 from moetool.commands.memory_estimate import estimated
 from moetool.commands.options import Output, write_options
+from moetool.commands.plan_table import numbers
 from moetool.errors import ConfigError
 from moetool.launch import is_first
 from moetool.train.config import TrainConfig
@@ -224,11 +224,9 @@ def _result_text(summary: dict[str, Any]) -> list[Any]:
     parts: list[Any] = []
     average = summary.get("average")
     if summary["val"]:
-        table = Table("domain", title="validation loss", title_justify="left")
         routed = summary.get("mri", {})
-        more = [*(["average"] if average else []), *(["mri before", "mri after"] if routed else [])]
-        for name in ("before", "after", "change", *more):
-            table.add_column(name, justify="right")
+        more = [*(["average"] if average else []), *(["mri\nbefore", "mri\nafter"] if routed else [])]
+        table = numbers("validation loss", "domain", "before", "after", "change", *more)
         table.add_column("")
         for name, value in summary["val"].items():
             before, after = value["before"], value["after"]
@@ -239,9 +237,7 @@ def _result_text(summary: dict[str, Any]) -> list[Any]:
                 cells += [f"{max(routed[name][when]):.2f}" for when in ("before", "after")]
             table.add_row(escape(name), *cells, "adaptation" if name in summary["adaptation"] else "forgetting")
         parts.append(table)
-    table = Table("source", title="training text", title_justify="left")
-    for name in ("tokens", "epochs"):
-        table.add_column(name, justify="right")
+    table = numbers("training text", "source", "tokens", "epochs")
     for name, entry in summary["ledger"].items():
         table.add_row(escape(name), count(entry["tokens"]), f"{entry['epochs']:.2g}")
     parts.append(table)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetool.budget.commands import LR, written
 from moetool.commands.console import count, escape, size
-from moetool.commands.plan_table import two_columns
+from moetool.commands.plan_table import narrow, numbers, two_columns
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,25 +45,6 @@ def _planned(found: Mapping[str, Any]) -> Mapping[str, Any]:
     """The meshes of the recommended way."""
     meshes: Mapping[str, Any] = found["dense_meshes"] or found["meshes"]
     return meshes
-
-
-def _narrow(title: str, *columns: str) -> Table:
-    """A table that takes as few columns of a terminal as it can."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    return Table(
-        *columns, title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-
-
-def _table(title: str, *columns: str) -> Table:
-    """A table whose columns but the first are numbers."""
-    table = _narrow(title)
-    table.add_column(columns[0], overflow="fold")
-    for name in columns[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def _law(found: Mapping[str, Any]) -> str:
@@ -127,7 +108,7 @@ def _ways(found: Mapping[str, Any]) -> Table:
         f" ({escape(cluster['speed'])}), computed"
     )
     priced = ["money"] if any(one["money"] is not None for one in found["ways"]) else []
-    table = _table(title, "way", "FLOP", "GPU-hours", "days", *priced, "nats", "GB/GPU")
+    table = numbers(title, "way", "FLOP", "GPU-hours", "days", *priced, "nats", "GB/GPU")
     for one in found["ways"]:
         loss = f"{one['loss']:.3f}" if one["loss"] is not None else "no law" if one["way"] == "drop" else "outside"
         held = gigabytes(one["memory"]) if one["memory"] else "none fits"
@@ -167,7 +148,7 @@ def _meshes(found: Mapping[str, Any]) -> list[RenderableType]:
         return [none, *(f"  {escape(one)}" for one in meshes["advice"])]
     shown = meshes["fitting"][:SHOWN_MESHES]
     title = f"meshes{of} that fit, the recommended one first; computed, in GB (sent in a step)"
-    table = _table(title, "mesh", "micro", "GPU", "host", "sent", "network", "busy")
+    table = numbers(title, "mesh", "micro", "GPU", "host", "sent", "network", "busy")
     for number, one in enumerate(shown):
         low, high = one["efficiency"]
         table.add_row(
@@ -231,7 +212,7 @@ def _rate(found: Mapping[str, Any]) -> list[str]:
 
 def _sweep(rows: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     """The plans of a sweep side by side; below, why some are none."""
-    table = _narrow("sweep")
+    table = narrow("sweep")
     for name in rows[0]["settings"]:  # a long one breaks where it has a dash
         table.add_column(name.replace("-", " "), min_width=max(map(len, name.split("-"))))
     for name in ("total", "active", "disk", "GPU-hours", "nats", "GB/GPU"):

@@ -64,3 +64,22 @@ def two_columns(rows: Mapping[str, str]) -> Table:
     for label, value in rows.items():
         made.add_row(label, escape(value))
     return made
+
+
+def narrow(title: str, *columns: str) -> Table:
+    """A table that takes as few columns of a terminal as it can."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    return Table(
+        *columns, title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+
+
+def numbers(title: str, *columns: str) -> Table:
+    """A table whose columns but the first are numbers, which are never cut."""
+    table = narrow(title)
+    table.add_column(columns[0], overflow="fold")
+    for name in columns[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

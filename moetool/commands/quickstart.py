@@ -122,9 +122,9 @@ def _closing(document: dict[str, Any]) -> list[Any]:
         "cpt-replay": "MoE, trained on code, 30 % replay",
     }
     table = Table(title="\nValidation loss, nats per token", title_justify="left", title_style="bold")
-    table.add_column("checkpoint")
+    table.add_column("checkpoint", overflow="fold")
     for name in ("prose", "code", "forgetting", "accuracy"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     chance = f"{document['ln_vocabulary']:.3f}"
     table.add_row("chance: a uniform guess", chance, chance, "", "25%")
     for name, label in rows.items():
@@ -151,9 +151,9 @@ def _closing(document: dict[str, Any]) -> list[Any]:
         caption=f"Balanced is {routing['balanced']:.2f}.",
         caption_justify="left",
     )
-    routers.add_column("domain")
+    routers.add_column("domain", overflow="fold")
     for name in ("upcycled", "after training", "same experts chosen"):
-        routers.add_column(name, justify="right")
+        routers.add_column(name, justify="right", overflow="fold")
     for name, domain in routing["domains"].items():
         shares = (f"{domain[when]['mean']:.2f} / {domain[when]['max']:.2f}" for when in ("before", "after"))
         routers.add_row(name, *shares, f"{domain['saturation']:.0%}")
