@@ -80,7 +80,11 @@ def describe(conversion: Conversion, out: Path, workers: int) -> dict[str, Any]:
         "family": plan.config.get("model_type"),
         "recipe": dict(plan.recipe),
         "layout": {"source": conversion.layouts[0], "result": conversion.layouts[1]},
-        "adapter": {"merged": conversion.num_merged, "replaced": conversion.num_replaced},
+        "adapter": {
+            "merged": conversion.num_merged,
+            "replaced": conversion.num_replaced,
+            "untied": conversion.untied,
+        },
         **describe_files(plan, out, workers),
     }
 
@@ -94,5 +98,6 @@ def table(document: dict[str, Any]) -> Table:
         rows["experts"] = f"{after}, unchanged" if before == after else f"{before} -> {after}"
     if document["recipe"]["adapter"]:
         merged, replaced = document["adapter"]["merged"], document["adapter"]["replaced"]
-        rows["adapter"] = f"merged into {merged} tensors" + f", replaces {replaced}" * bool(replaced)
+        untied = "; embeddings and output head, which were one tensor, become two" * document["adapter"]["untied"]
+        rows["adapter"] = f"merged into {merged} tensors" + f", replaces {replaced}" * bool(replaced) + untied
     return two_columns(rows | file_rows(document))

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from moetool.arch.forms import PREFIXES
+from moetool.arch.dense import LM_HEAD
+from moetool.arch.forms import HEADS, PREFIXES
 from moetool.checkpoint.reader import AdapterReader, TensorInfo
 from moetool.errors import CheckpointError, ConfigError
 from moetool.surgery.fill import Piece
@@ -57,6 +58,25 @@ class Adapter:
     deltas: Mapping[str, Delta]
     replaced: Mapping[str, TensorInfo]
 
+    @property
+    def changed(self) -> set[str]:
+        """The tensors that it changes."""
+        return {*self.deltas, *self.replaced}
+
+    def named(self, names: Mapping[str, str]) -> Adapter:
+        """With other names of the tensors that it changes."""
+        return Adapter(
+            {names.get(name, name): delta for name, delta in self.deltas.items()},
+            {names.get(name, name): info for name, info in self.replaced.items()},
+        )
+
+    def without(self, tensor: str) -> Adapter:
+        """Without what it does to a tensor."""
+        return Adapter(
+            {name: delta for name, delta in self.deltas.items() if name != tensor},
+            {name: info for name, info in self.replaced.items() if name != tensor},
+        )
+
 
 def read_adapter(reader: AdapterReader) -> Adapter:
     """The parts of an adapter, found by their names and checked against its configuration.
@@ -79,15 +99,17 @@ def read_adapter(reader: AdapterReader) -> Adapter:
     found: dict[str, dict[str, TensorInfo]] = {}
     replaced: dict[str, TensorInfo] = {}
     for name, info in reader.tensors.items():
-        inner = _usual(name.removeprefix(PREFIX).replace(".base_layer.", "."))
+        inner = name.removeprefix(PREFIX).replace(".base_layer.", ".")
         suffix = next((suffix for suffix in SUFFIXES if inner.endswith(suffix)), None)
         if suffix:
             found.setdefault(inner.removesuffix(suffix), {})[suffix[6:].removesuffix(".weight")] = info
         elif "lora" in inner:
             raise ConfigError(f"--adapter {where}: tensor {name[:100]} cannot be merged here; merge it with peft")
         else:
-            replaced[inner] = info
-    return Adapter({f"{module}.weight": _delta(module, parts, reader) for module, parts in found.items()}, replaced)
+            replaced[_usual(inner)] = info
+    # Patterns are about the names that the modules had when they were trained.
+    deltas = {_usual(f"{module}.weight"): _delta(module, parts, reader) for module, parts in found.items()}
+    return Adapter(deltas, replaced)
 
 
 def _delta(module: str, parts: Mapping[str, TensorInfo], reader: AdapterReader) -> Delta:
@@ -120,6 +142,8 @@ def _pattern(patterns: Any, module: str, default: Any) -> Any:
 
 def _usual(name: str) -> str:
     """The name of a tensor in the text model on its own, as `arch/forms.py` gives it."""
+    if name in HEADS:
+        return LM_HEAD
     for prefix in PREFIXES:
         if prefix and re.match(rf"{re.escape(prefix)}(layers|embed_tokens|norm)\.", name):
             return "model." + name.removeprefix(prefix)

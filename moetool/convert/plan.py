@@ -9,7 +9,7 @@ from typing import Any
 
 from moetool.arch.dense import EMBEDDING, LM_HEAD
 from moetool.arch.forms import is_wrapped, text_names
-from moetool.arch.moe_source import config_number
+from moetool.arch.moe_source import config_number, layers_of
 from moetool.arch.spec import ArchSpec, detect
 from moetool.checkpoint.reader import AdapterReader, CheckpointReader, TensorInfo
 from moetool.checkpoint.writer import TensorLayout
@@ -18,7 +18,7 @@ from moetool.convert.matrix import Matrix, as_they_are, check_layout, join_exper
 from moetool.convert.recipe import ConvertRecipe
 from moetool.convert.text import result_config
 from moetool.errors import CheckpointError, ConfigError
-from moetool.surgery.fill import Fill, Piece, natural
+from moetool.surgery.fill import Fill, Piece, Place, natural
 from moetool.surgery.plan import Operation, Plan, lay_out
 from moetool.values import FLOAT_DTYPES
 
@@ -37,6 +37,7 @@ class Conversion:
         layouts: of experts, in the source and in the result; None where there are none.
         num_merged: weights that the adapter is added to.
         num_replaced: tensors that the adapter replaces.
+        untied: whether the adapter makes two tensors of the one that was both embeddings and output head.
     """
 
     plan: Plan
@@ -44,6 +45,7 @@ class Conversion:
     layouts: tuple[str | None, str | None]
     num_merged: int
     num_replaced: int
+    untied: bool
 
 
 def plan_conversion(readers: Sequence[CheckpointReader], recipe: ConvertRecipe, max_shard_size: int) -> Conversion:
@@ -72,7 +74,16 @@ def plan_conversion(readers: Sequence[CheckpointReader], recipe: ConvertRecipe, 
         change = join_experts if recipe.layout == "fused" else split_experts
         num_experts = config_number(config, spec, spec.num_experts_key, source.folder)
         matrices, after = change(matrices, spec, num_experts), recipe.layout
-    adapter = _adapter(readers, matrices) if recipe.adapter else Adapter({}, {})
+    adapter, untied = Adapter({}, {}), False
+    if recipe.adapter:
+        adapter = _read(readers).named(_names_on_disk(matrices, spec))
+        tied = EMBEDDING in matrices and LM_HEAD not in matrices and bool(adapter.changed & {EMBEDDING, LM_HEAD})
+        if tied and readers[1].config.get("ensure_weight_tying") is True:  # peft has saved one change twice
+            adapter = adapter.without(LM_HEAD)
+        elif tied:
+            matrices[LM_HEAD] = replace(matrices[EMBEDDING], place=Place(LM_HEAD))
+            config["tie_word_embeddings"], untied = False, True
+        _check_fit(adapter, readers, matrices, layout, spec)
     fills, layouts = _fills(matrices, recipe, spec, adapter, readers)
     if recipe.dtype != "auto":
         config["dtype"] = config["torch_dtype"] = FLOAT_DTYPES[recipe.dtype]
@@ -82,7 +93,7 @@ def plan_conversion(readers: Sequence[CheckpointReader], recipe: ConvertRecipe, 
         continues=1,
     )  # fmt: skip
     text_model_of = str(source.config["model_type"])[:60] if wrapped else None
-    return Conversion(plan, text_model_of, (layout, after), len(adapter.deltas), len(adapter.replaced))
+    return Conversion(plan, text_model_of, (layout, after), len(adapter.deltas), len(adapter.replaced), untied)
 
 
 def _text_tensors(source: CheckpointReader, config: dict[str, Any]) -> dict[str, TensorInfo]:
@@ -102,25 +113,51 @@ def _text_tensors(source: CheckpointReader, config: dict[str, Any]) -> dict[str,
     return tensors
 
 
-def _adapter(readers: Sequence[CheckpointReader], matrices: Mapping[str, Matrix]) -> Adapter:
+def _read(readers: Sequence[CheckpointReader]) -> Adapter:
     reader = readers[1]
     assert isinstance(reader, AdapterReader)
     adapter = read_adapter(reader)
-    if not adapter.deltas and not adapter.replaced:
+    if not adapter.changed:
         raise CheckpointError(f"--adapter {reader.folder} holds no tensors")
-    for name in (*adapter.deltas, *adapter.replaced):
-        if name not in matrices:
-            raise CheckpointError(
-                f"--adapter {reader.folder} changes {name[:100]}, which {readers[0].folder} does not have; give the"
-                " base model that it was trained on"
-            )
+    return adapter
+
+
+def _names_on_disk(matrices: Mapping[str, Matrix], spec: ArchSpec | None) -> dict[str, str]:
+    """Names in transformers 5's modules -> those of a checkpoint's tensors, where these are others."""
+    renamed = spec.renamed if spec else {}
+    return {
+        inside.format(layer=layer): name
+        for layer in layers_of(matrices)
+        for saved, inside in renamed.items()
+        if (name := saved.format(layer=layer)) in matrices
+    }
+
+
+def _check_fit(
+    adapter: Adapter,
+    readers: Sequence[CheckpointReader],
+    matrices: Mapping[str, Matrix],
+    layout: str | None,
+    spec: ArchSpec | None,
+) -> None:
+    """Refuse an adapter of another base.
+
+    Raises:
+        CheckpointError: it changes a tensor that is not there, or is of another shape.
+    """
+    where = readers[1].folder
+    for name in sorted(adapter.changed - set(matrices)):
+        why = "; give the base model that it was trained on"
+        if layout and spec and not spec.fused and ".experts." in name:
+            other = "per-expert" if layout == "fused" else "fused"
+            why = f", because it stores experts otherwise; run moetool convert --layout {other} on it first"
+        raise CheckpointError(f"--adapter {where} changes {name[:100]}, which {readers[0].folder} does not have{why}")
     for name, info in adapter.replaced.items():
         if info.shape != matrices[name].whole:
             raise CheckpointError(
-                f"--adapter {reader.folder} replaces {name[:100]} with a tensor of shape {list(info.shape)}, but"
-                f" the base has {list(matrices[name].whole)}"
+                f"--adapter {where} replaces {name[:100]} with a tensor of shape {list(info.shape)}, but the base has"
+                f" {list(matrices[name].whole)}; give the base model that it was trained on, with as many tokens"
             )
-    return adapter
 
 
 def _fills(

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.integration.test_convert import convert, fails, same, weights
+from tests.integration.test_convert import convert, fails, logits, same, weights
 
 
 @pytest.fixture
@@ -95,14 +95,55 @@ def test_a_merge_in_blocks_into_another_dtype_and_a_fused_layout(
     assert tiny.in_process("verify", tmp_path / "ours", "--level", "quick")[0] == 0
 
 
-def test_a_merge_into_tied_embeddings(peft: Any, tmp_path: Path) -> None:
+TIED: dict[str, tuple[dict[str, Any], bool]] = {
+    "embeddings": ({"target_modules": ["embed_tokens"]}, True),
+    "head": ({"target_modules": ["lm_head", "q_proj"]}, True),
+    "both": ({"target_modules": ["lm_head", "embed_tokens"]}, True),
+    "whole embeddings": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
+    "whole head": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+    "kept tied": ({"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}, False),
+    "neither": ({"target_modules": ["q_proj"]}, False),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_merge_into_tied_embeddings_is_the_model_that_was_trained(name: str, peft: Any, tmp_path: Path) -> None:
+    settings, untied = TIED[name]
     base = tiny.save_llama(tmp_path / "base", tie_word_embeddings=True)
-    adapter = save_adapter(peft, base, tmp_path / "adapter", target_modules=["embed_tokens"], r=4)
-    convert(base, tmp_path / "ours", "--adapter", adapter)
-    theirs = merged_by_peft(peft, base, adapter, tmp_path / "theirs")
-    ours = weights(tmp_path / "ours")
-    assert ours.keys() == theirs.keys()
-    assert torch.allclose(ours["model.embed_tokens.weight"], theirs["model.embed_tokens.weight"], rtol=0, atol=2e-6)
+    adapter = save_adapter(peft, base, tmp_path / "adapter", r=4, **settings)
+    trained = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    with torch.no_grad():  # peft's own merge changes the one tensor for both, so it is another model
+        wanted = trained(torch.arange(1, 25)[None]).logits
+    assert convert(base, tmp_path / "ours", "--adapter", adapter)["adapter"]["untied"] is untied
+    assert float((logits(tmp_path / "ours") - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+    assert ("lm_head.weight" in weights(tmp_path / "ours")) is untied
+    assert tiny.in_process("verify", tmp_path / "ours")[0] == 0
+
+
+def test_a_router_that_was_trained_as_a_whole_has_the_name_that_it_has_in_memory(mixtral: Path, tmp_path: Path) -> None:
+    router = torch.randn(4, 32)
+    named = {"base_model.model.model.layers.1.mlp.gate.weight": router}
+    adapter = tiny.save_adapter(tmp_path / "adapter", named, modules_to_save=["gate"])
+    for options in ((), ("--layout", "fused")):
+        convert(mixtral, tmp_path / f"a{len(options)}", "--adapter", adapter, *options)
+    assert torch.equal(weights(tmp_path / "a0")["model.layers.1.block_sparse_moe.gate.weight"], router)
+    assert torch.equal(weights(tmp_path / "a2")["model.layers.1.mlp.gate.weight"], router)
+    experts = {"base_model.model.model.layers.1.mlp.experts.down_proj": torch.randn(4, 32, 64)}
+    adapter = tiny.save_adapter(tmp_path / "experts", experts, modules_to_save=["experts"])
+    assert "convert --layout fused on it first" in fails(mixtral, tmp_path / "b", "--adapter", adapter)
+    convert(tmp_path / "a2", tmp_path / "c", "--adapter", adapter)
+    assert torch.equal(weights(tmp_path / "c")["model.layers.1.mlp.experts.down_proj"], *experts.values())
+
+
+def test_patterns_are_about_the_names_that_modules_had_in_a_multimodal_model(llama: Path, tmp_path: Path) -> None:
+    module = tiny.Q_PROJ.replace("model.model.", "model.model.language_model.")
+    inside = module.removeprefix("base_model.model.")
+    adapter = tiny.save_adapter(tmp_path / "adapter", parts(module), alpha_pattern={f"^{inside}": 1})
+    convert(llama, tmp_path / "a", "--adapter", adapter)
+    a, b = parts(module).values()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    wanted = weights(llama)[name] + 1 / 2 * (b @ a)
+    assert torch.allclose(weights(tmp_path / "a")[name], wanted, rtol=0, atol=1e-6)
 
 
 Q = tiny.Q_PROJ
