@@ -17,7 +17,7 @@ from moetool import registry
 from moetool.errors import CheckpointError, ConfigError
 from moetool.layers import USUAL, LayerRatios, layer_ratios, recorded_ratios
 from moetool.measured import NOTHING, Measured, unpacked
-from moetool.option import as_read, dtype_option, option
+from moetool.option import as_read, dtype_option, flag, option
 from moetool.outside import fits, read_json
 from moetool.units import least_used, order_of
 from moetool.values import decimal, short_dtype
@@ -129,6 +129,15 @@ class UpcycleRecipe:
             raise ConfigError("give --noise-scale or --noise-std, not both")
         if "split" in typed and self.method == "scratch":
             raise ConfigError("--split has no effect with --method scratch")
+        if "keep_experts_whole" in typed and self.keep_experts_whole:
+            ratio = f"{self.method}_ratio"
+            if getattr(self, ratio) == 0:
+                raise ConfigError(f"--keep-experts-whole has no effect with {flag(ratio)} 0, which changes no expert")
+            if self.keep_experts_whole == self.num_experts:
+                raise ConfigError(
+                    f"--keep-experts-whole {self.num_experts} leaves none of {self.num_experts} experts to --method"
+                    f" {self.method}; give fewer, or --method copy"
+                )
         if self.top_k > self.num_experts:
             raise ConfigError(f"--top-k {self.top_k} is more than --num-experts {self.num_experts}")
 

@@ -69,7 +69,8 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
     ):
         raise ConfigError(
             f"--drop-units least-used has no effect, because no unit of {units // parts} is changed; give a larger"
-            f" --{'noise' if recipe.method == 'noise' else 'drop'}-ratio, or leave it out"
+            f" --{recipe.method}-ratio{' or fewer --keep-experts-whole' * bool(recipe.keep_experts_whole)}, or leave it"
+            " out"
         )
     _check_shared(recipe, spec)
     check_weights(recipe)

@@ -382,6 +382,8 @@ def test_refusals_are_one_line(options: str, told: str, tmp_path: Path) -> None:
         ("--method copy --keep-experts-whole 2", "--keep-experts-whole has no effect with --method copy"),
         ("--method drop --noise-ratio 0=0.5", "--noise-ratio has no effect with --method drop"),
         ("--keep-experts-whole -1", "should be greater than or equal to 0"),
+        ("--keep-experts-whole 2 --drop-ratio 0", "has no effect with --drop-ratio 0, which changes no expert"),
+        ("--keep-experts-whole 8", "leaves none of 8 experts to --method drop; give fewer, or --method copy"),
     ],
 )
 def test_what_is_mistyped_is_an_error_of_usage(options: str, told: str, llama: Path, tmp_path: Path) -> None:
