@@ -11,12 +11,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
 from moetool import __version__, launch
+from moetool.checkpoint.folder import cache_root
 from moetool.commands.analyze_routing import analyze_routing
 from moetool.commands.average import average
 from moetool.commands.convert import convert
@@ -178,6 +180,8 @@ def run(arguments: list[str]) -> int:
             return EXIT_BUG
         where = f"{error.filename}: " if error.filename else ""
         advice = _ADVICE.get(error.errno or 0, "fix this and run the same command again")
+        if error.filename and cache_root() in (path := Path(str(error.filename)), *path.parents):
+            advice = "set MOETOOL_CACHE to a folder that can be written and has room"
         return _fail(f"{where}{os.strerror(error.errno or 0).lower()}; {advice}", 1)
     except Exception as error:
         if out_of_memory(error):

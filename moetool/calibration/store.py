@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save
 
 from moetool import __version__
 from moetool.calibration.sums import Calibration
-from moetool.checkpoint.folder import write_file
+from moetool.checkpoint.folder import cache_root, write_file
 from moetool.checkpoint.reader import content_fingerprint
 
 FORMAT = 2  # of the files; raise it when what they hold changes
@@ -23,7 +22,7 @@ FORMAT = 2  # of the files; raise it when what they hold changes
 
 def cache_folder() -> Path:
     """Where calibrations are kept."""
-    return Path(os.environ.get("MOETOOL_CACHE") or "~/.cache/moetool").expanduser() / "calibration"
+    return cache_root() / "calibration"
 
 
 def kept(

@@ -27,6 +27,11 @@ PATIENCE = 2.0  # seconds in which the workers of a killed process end
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
+def cache_root() -> Path:
+    """Where tokens and calibrations are kept."""
+    return Path(os.environ.get("MOETOOL_CACHE") or "~/.cache/moetool").expanduser()
+
+
 def unfinished(folder: Path) -> str:
     """The message for a folder that holds PARTIAL, and therefore no model."""
     if read_json(folder / PARTIAL).get("command") != "cpt":

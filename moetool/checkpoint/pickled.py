@@ -8,6 +8,7 @@ refuses everything else.
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from moetool.checkpoint.reader import ITEM_SIZE, TensorInfo
 from moetool.errors import CheckpointError
 
 MAX_PICKLE = 100_000_000  # bytes of the pickle alone, as of a safetensors header
+# What torch says of a pickle, after its advice how to load the file nevertheless.
+_REASON = re.compile(r"(?:WeightsUnpickler error: |trusted source\. )(?!\(2\))(.+?)(?:\. |$)")
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -41,7 +44,9 @@ def read_pickle(path: Path) -> dict[str, TensorInfo]:
         with FakeTensorMode():  # storages know where they lie in the file and hold nothing
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle fails in a dozen ways
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        text = " ".join(str(error).split())
+        said = _REASON.search(text)
+        reason = (said[1] if said else text)[:200] or type(error).__name__
         raise bad(f"torch's restricted unpickler refuses it ({reason})") from None
     if not isinstance(found, dict):
         raise bad(f"it holds a {type(found).__name__}, not tensors by name")

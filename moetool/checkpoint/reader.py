@@ -303,6 +303,11 @@ class CheckpointReader(BlockFile):
                 index = self.folder / self._index
                 raise CheckpointError(f"{index} places tensor {name[:100]} in {file}, which lacks it; fetch both again")
 
+    @property
+    def pickled(self) -> bool:
+        """Whether weights are read from pickled files."""
+        return any(not shard.endswith(".safetensors") for shard in self.shards)
+
     def fingerprint(self) -> str:
         """A quick identity of the source: config, headers, sizes and times; it changes if a file does."""
         digest = hashlib.sha256((self.folder / self.names[0]).read_bytes())
@@ -318,6 +323,13 @@ class AdapterReader(CheckpointReader):
     """A folder saved by peft; `config` is adapter_config.json."""
 
     names = (ADAPTER_CONFIG, ADAPTER, PICKLED_ADAPTER)
+
+    def __init__(self, folder: Path, unpickle: bool = False) -> None:
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise CheckpointError(
+                f"{folder} holds no {ADAPTER_CONFIG}, so it is not an adapter; give a folder that peft has saved"
+            )
+        super().__init__(folder, unpickle)
 
 
 def _unpickled(path: Path) -> dict[str, TensorInfo]:

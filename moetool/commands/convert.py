@@ -14,6 +14,7 @@ from moetool.commands.options import Output
 from moetool.commands.plan_table import describe_files, file_rows, two_columns
 from moetool.commands.proof import Writing, carry_out, closing
 from moetool.convert.recipe import ConvertRecipe
+from moetool.errors import ConfigError
 from moetool.option import option
 from moetool.values import parse_size
 
@@ -49,14 +50,16 @@ def convert(
 
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
+    sources = context.with_resource(
+        open_sources([models.source], models.out, writing.plan, asked.unpickle, models.adapter)
+    )
     if asked.unpickle:
+        if not any(reader.pickled for reader in sources.readers):
+            raise ConfigError(f"--unpickle has no effect, because {models.source} has safetensors; leave it out")
         console.warn(
             "pickled weights are read with torch's restricted unpickler, which creates only tensors and plain"
             " containers; in other programs a pickle can run code, so use only the converted files there"
         )
-    sources = context.with_resource(
-        open_sources([models.source], models.out, writing.plan, asked.unpickle, models.adapter)
-    )
     recipe = replace(asked, adapter=models.adapter is not None)
     conversion = plan_conversion(sources.readers, recipe, parse_size(writing.max_shard_size))
     document = describe(conversion, models.out, writing.num_workers)

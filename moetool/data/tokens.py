@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from moetool.checkpoint.folder import sync_folder
+from moetool.checkpoint.folder import cache_root, sync_folder
 from moetool.checkpoint.model import load_tokenizer
 from moetool.data.encode import encode
 from moetool.data.folder import durable, unfinished_beside
@@ -278,7 +278,7 @@ def tokenized(source: TextSource, tokenizer_folder: Path, progress: Progress = s
         return stream
     tokenizer = load_tokenizer(tokenizer_folder)
     about = describe([source], tokenizer_folder, tokenizer, progress)
-    cache = Path(os.environ.get("MOETOOL_CACHE") or "~/.cache/moetool").expanduser() / "tokens" / about["key"]
+    cache = cache_root() / "tokens" / about["key"]
     try:
         return open_tokens(cache)
     except DataError:  # absent, or damaged and to be replaced

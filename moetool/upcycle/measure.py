@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from moetool import __version__
@@ -64,17 +65,28 @@ def measure(
     # The order of texts says which donor's each is; JSON's keys, sorted, do not have it.
     parts += [upcycling.plan.recipe, upcycling.plan.config, asked, [*texts], run.batch_size, run.device]
     parts += [upcycling.state is not None]  # then fp32 weights are read
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    path = cache_folder() / f"{digest}.json"
-    found: Measured | None = None
-    with suppress(OSError, CheckpointError):  # absent, or damaged and made again
-        found = Measured.from_json(read_json(path), asked)
-    if found is None:
-        found = Measured.from_json(_measure(upcycling, readers, texts, run, progress).to_json(), asked)
+    path = cache_folder() / f"{_sha256(parts)}.json"
+    document = _kept(path)
+    if document is None:
+        document = _measure(upcycling, readers, texts, run, progress).to_json()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(found.to_json()).encode())
+        write_file(path, json.dumps({"measured": document, "sha256": _sha256(document)}).encode())
+    found = Measured.from_json(document, asked)
     size, keep = upcycling.plan.max_shard_size, upcycling.state is not None
     return plan_upcycling(readers, upcycling.recipe, size, clients, found, keep)
+
+
+def _kept(path: Path) -> Any:
+    """What was measured before; None where it is absent, or damaged and made again."""
+    with suppress(OSError, CheckpointError):
+        document = read_json(path)
+        if document.get("sha256") == _sha256(document.get("measured")):
+            return document["measured"]
+    return None
+
+
+def _sha256(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _check_different(texts: Mapping[str, TokenStream]) -> None:

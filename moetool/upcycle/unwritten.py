@@ -45,7 +45,8 @@ def unwritten(plan: Plan, readers: Sequence[CheckpointReader], device: str) -> I
         for index, content in index_file(plan.model_shards).items():
             (folder / index).write_bytes(content)
         made = _Made(plan, readers)
-        yield LayeredModel(folder, "auto", device, lambda folder: made)
+        model = LayeredModel(folder, "auto", device, lambda folder: made)
+    yield model  # without the folder, which a kill during the pass would leave behind
 
 
 class _Made:

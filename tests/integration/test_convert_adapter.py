@@ -213,3 +213,4 @@ def test_an_adapter_is_no_model(llama: Path, tmp_path: Path) -> None:
         assert f"moetool convert BASE OUT --adapter {adapter}" in err
     shutil.rmtree(adapter)
     assert "no folder" in fails(llama, tmp_path / "a", "--adapter", adapter)
+    assert "is not an adapter; give a folder" in fails(llama, tmp_path / "a", "--adapter", llama)

@@ -320,6 +320,29 @@ def test_the_order_of_texts_says_whose_they_are(donors: Path, tmp_path: Path) ->
         assert json.loads(printed)["proof"]["load_difference"] < 1e-6
 
 
+@pytest.mark.parametrize("damage", ["empty", "a layer less"])
+def test_a_kept_measurement_that_is_damaged_is_made_again(
+    damage: str, donors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / "cache"))
+    command = ("upcycle", donors / "0", tmp_path / "a", "--router", "balanced", *RUN, *given(donors, "a"), "--json")
+    plan = tiny.in_process(*command, "--plan")[1]
+    (kept,) = (tmp_path / "cache").glob("calibration/*.json")
+    document = json.loads(kept.read_text())
+    del document["measured"]["routers"]["0"]
+    kept.write_text("{}" if damage == "empty" else json.dumps(document))
+    again = tiny.in_process(*command, "--plan")[1]
+    assert json.loads(again)["fitted"] == json.loads(plan)["fitted"]
+    assert "0" in json.loads(kept.read_text())["measured"]["routers"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(donors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOETOOL_CACHE", "/dev/null/cache")
+    assert "set MOETOOL_CACHE to a folder that can" in fails(
+        donors / "0", "/tmp/out", "--router", "balanced", *RUN, *given(donors, "a"), "--plan"
+    )
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_short_text_counts_as_much_as_a_long_one(biased: bool) -> None:
     """Two domains with means of their own, one with a hundredth of the other's tokens: together they are balanced."""
