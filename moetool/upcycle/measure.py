@@ -148,7 +148,8 @@ def measure_again(
         )
     texts = {name: texts[name] for name in asked["texts"]}  # in the order of the donors, whatever was typed
     recipe, before = UpcycleRecipe.from_json(entry["recipe"]), replace(recorded, routers={}, loads={}, halves={})
-    upcycling = plan_upcycling(readers, recipe, entry["max_shard_size"], measured=before)
+    keep = entry.get("training_state") is True  # then fp32 weights were read
+    upcycling = plan_upcycling(readers, recipe, entry["max_shard_size"], measured=before, keep_optimizer=keep)
     found = fit_routers(upcycling, readers, texts, run, progress)
     worst = 0.0
     for layer, loads in found.loads.items():

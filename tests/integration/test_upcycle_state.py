@@ -337,6 +337,16 @@ def test_the_state_is_part_of_the_folder(llama: Path, jsonl: Path, tmp_path: Pat
     assert (code, "holds no optimizer state" in " ".join(err.split())) == (1, True)
 
 
+def test_a_proof_fits_routers_to_the_fp32_weights_that_were_read(llama: Path, jsonl: Path, tmp_path: Path) -> None:
+    half = ("--precision", "bf16", "--save-dtype", "bfloat16")
+    step, moe = cpt(llama, tmp_path / "run", jsonl, 3, *half), tmp_path / "moe"
+    text = ("--calibrate", f"a={jsonl}")
+    upcycle(step, moe, "--router", "balanced", *text, "--seq-len", 32, "--drop-ratio", "0.25")
+    code, out, err = tiny.in_process("verify", moe, *text, "--json")
+    assert code == 0, err
+    assert json.loads(out)["proof"]["load_difference"] == 0
+
+
 def test_an_interrupted_upcycling_goes_on(
     llama: Path, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
