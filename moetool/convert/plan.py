@@ -24,6 +24,7 @@ from moetool.values import FLOAT_DTYPES
 
 # Biases that only choose experts move by steps below bf16's precision; models hold them in fp32.
 _KEPT_DTYPE = re.compile(r"(e_score_correction_bias|expert_bias)$")
+_EMBEDDING_OR_HEAD = re.compile(r"(^|\.)(lm_head|wte|word_embeddings|embed(_in|_tokens)?|tok_embeddings)\.weight$")
 _BESIDE_TEXT = re.compile(r"\.rotary_emb\.inv_freq$|^mtp\.|^model\.mtp\.")
 
 
@@ -144,8 +145,17 @@ def _check_fit(
 
     Raises:
         CheckpointError: it changes a tensor that is not there, or is of another shape.
+        ConfigError: it changes embeddings that may be the output head as well.
     """
-    where = readers[1].folder
+    where, config = readers[1].folder, readers[0].config
+    named = LM_HEAD in matrices or EMBEDDING in matrices
+    for name in sorted(adapter.changed):
+        if not named and config.get("tie_word_embeddings", True) and _EMBEDDING_OR_HEAD.search(name):
+            raise ConfigError(
+                f"--adapter {where} changes {name[:100]}, and moetool does not know whether a"
+                f" {str(config.get('model_type'))[:60]} has one tensor for embeddings and output head; merge it with"
+                " peft, into a base in which they are two"
+            )
     for name in sorted(adapter.changed - set(matrices)):
         why = "; give the base model that it was trained on"
         if layout and spec and not spec.fused and ".experts." in name:

@@ -120,6 +120,21 @@ def test_a_merge_into_tied_embeddings_is_the_model_that_was_trained(name: str, p
     assert tiny.in_process("verify", tmp_path / "ours")[0] == 0
 
 
+def test_embeddings_that_may_be_the_head_are_refused_in_a_family_with_other_names(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=300, n_positions=64))
+    base.save_pretrained(tmp_path / "base")
+    embedding = {
+        "base_model.model.transformer.wte.lora_embedding_A": torch.ones(2, 300),
+        "base_model.model.transformer.wte.lora_embedding_B": torch.ones(32, 2),
+    }
+    for number, tensors in enumerate((embedding, {"base_model.model.lm_head.weight": torch.ones(300, 32)})):
+        adapter = tiny.save_adapter(tmp_path / str(number), tensors)
+        told = fails(tmp_path / "base", tmp_path / "a", "--adapter", adapter)
+        assert "whether a gpt2 has one tensor for embeddings and output head" in told
+
+
 def test_a_router_that_was_trained_as_a_whole_has_the_name_that_it_has_in_memory(mixtral: Path, tmp_path: Path) -> None:
     router = torch.randn(4, 32)
     named = {"base_model.model.model.layers.1.mlp.gate.weight": router}
