@@ -140,6 +140,19 @@ class Measured:
         read = {layer: RouterRows.from_json(rows) for layer, rows in routers.items()}
         return cls(split, contributions, read, loads, halves, asked)
 
+    def check_routers(self, groups: int, hidden: int) -> None:
+        """Check that routers are of a recipe.
+
+        Args:
+            groups: of experts.
+            hidden: size.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        if any((len(rows.factor_G), rows.directions_VD.shape[1]) != (groups, hidden) for rows in self.routers.values()):
+            raise _damaged("a router")
+
 
 def _by_layer(document: Any) -> dict[int, Any]:
     if not isinstance(document, dict) or not all(key.isdecimal() for key in document):

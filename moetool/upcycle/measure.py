@@ -138,7 +138,8 @@ def measure_again(
     """
     asked = entry.get("recipe", {}).get(CALIBRATE, {})
     recorded = Measured.from_json(entry.get("measured", {}), asked)
-    if not recorded.loads or not fits(asked, {"texts": {"*": str}, "max_tokens": int, "seq_len": object}):
+    readable = fits(asked, {"texts": {"*": str}, "max_tokens": int, "seq_len": (int, type(None))})
+    if not recorded.loads or not readable or asked["max_tokens"] < 1 or (asked["seq_len"] or 2) < 2:
         raise CheckpointError("moetool.json records no router that was fitted on text; leave out --calibrate")
     run = replace(run, max_tokens=asked["max_tokens"], seq_len=asked["seq_len"])
     texts = read_texts(run.calibrate, readers[0].folder, run, progress)

@@ -183,6 +183,7 @@ def plan_upcycling(
         sources.append(check_tensors(reader, dense_spec, other))
         if set(sources[-1]) != set(sources[0]):
             raise ConfigError(f"--donor {reader.folder} has tied embeddings, but {readers[0].folder} does not")
+    measured.check_routers(recipe.num_experts // recipe.group_size, dense["hidden_size"])
     num_dense_parameters = sum(info.num_elements for info in sources[0].values())
     state = dense_state(readers, dense_spec, dense, sources[0]) if keep_optimizer else None
     fills, tensors = fills_of([with_head(source, spec) for source in sources], spec, recipe, dense, moe)

@@ -250,7 +250,7 @@ def test_some_layers_and_bf16(donors: Path, tmp_path: Path) -> None:
     assert "or other numbers measured on the text)" in fails(donors / "0", out, *options)
 
 
-@pytest.mark.parametrize("change", ["factors", "directions", "groups", "mix", "router"])
+@pytest.mark.parametrize("change", ["factors", "directions", "groups", "mix", "router", "fewer"])
 def test_a_changed_router_is_found(change: str, donors: Path, tmp_path: Path) -> None:
     out = tmp_path / "moe"
     upcycle(donors / "0", out, "--router", "balanced", *RUN, *given(donors, "a"))
@@ -262,7 +262,13 @@ def test_a_changed_router_is_found(change: str, donors: Path, tmp_path: Path) ->
         document = read_lineage(out)
         assert document
         rows = document["lineage"][-1]["measured"]["routers"]["0"]
-        rows[change] = {"factors": [2.0] * 8, "directions": "AAAA", "groups": 7, "mix": [[0.0]] * 8}[change]
+        rows |= {
+            "factors": {"factors": [2.0] * 8},
+            "directions": {"directions": "AAAA"},
+            "groups": {"groups": 7},
+            "mix": {"mix": [[0.0]] * 8},
+            "fewer": {"groups": 4, "factors": [1.0] * 4, "mix": [[0.0, 0.0]] * 4},
+        }[change]
         (out / "moetool.json").write_text(json.dumps(document))
     code, _, err = tiny.in_process("verify", out)
     assert code == 1
@@ -281,6 +287,9 @@ def test_loads_are_proven_with_the_text(donors: Path, tmp_path: Path) -> None:
     document["lineage"][-1]["measured"]["loads"]["1"]["b"][3] += 0.02
     (out / "moetool.json").write_text(json.dumps(document))
     assert "layer 1: a load on b is off by 0.02" in tiny.refusal("verify", out, *given(donors, "a", "b"))
+    document["lineage"][-1]["recipe"]["calibrate"]["seq_len"] = -1
+    (out / "moetool.json").write_text(json.dumps(document))
+    assert "records no router" in tiny.refusal("verify", out, *given(donors, "a", "b"))
     upcycle(donors / "0", tmp_path / "plain")
     assert "records no router" in tiny.refusal("verify", tmp_path / "plain", *given(donors, "a"))
 
