@@ -79,7 +79,7 @@ def plan_conversion(readers: Sequence[CheckpointReader], recipe: ConvertRecipe, 
     if recipe.adapter:
         adapter = _read(readers).named(_names_on_disk(matrices, spec))
         tied = EMBEDDING in matrices and LM_HEAD not in matrices and bool(adapter.changed & {EMBEDDING, LM_HEAD})
-        if tied and readers[1].config.get("ensure_weight_tying") is True:  # peft has saved one change twice
+        if tied and _has_one_change(adapter, readers[1]):
             adapter = adapter.without(LM_HEAD)
         elif tied:
             matrices[LM_HEAD] = replace(matrices[EMBEDDING], place=Place(LM_HEAD))
@@ -121,6 +121,15 @@ def _read(readers: Sequence[CheckpointReader]) -> Adapter:
     if not adapter.changed:
         raise CheckpointError(f"--adapter {reader.folder} holds no tensors")
     return adapter
+
+
+def _has_one_change(adapter: Adapter, reader: CheckpointReader) -> bool:
+    """Whether peft has saved the same change of embeddings and output head twice."""
+    if reader.config.get("ensure_weight_tying") is True:
+        return True
+    saved = [adapter.replaced.get(name) for name in (EMBEDDING, LM_HEAD)]
+    whole = not adapter.deltas.keys() & {EMBEDDING, LM_HEAD}
+    return whole and saved[0] is not None and saved[1] is not None and reader.same(saved[0], saved[1])
 
 
 def _names_on_disk(matrices: Mapping[str, Matrix], spec: ArchSpec | None) -> dict[str, str]:

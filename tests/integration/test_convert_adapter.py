@@ -120,6 +120,16 @@ def test_a_merge_into_tied_embeddings_is_the_model_that_was_trained(name: str, p
     assert tiny.in_process("verify", tmp_path / "ours")[0] == 0
 
 
+def test_one_tensor_that_was_saved_twice_stays_one(tmp_path: Path) -> None:
+    base = tiny.save_llama(tmp_path / "base", tie_word_embeddings=True)
+    both = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
+    for number, other in enumerate((0.0, 1.0)):
+        tensors = {name: torch.ones(300, 32) + other * (name == both[1]) for name in both}
+        adapter = tiny.save_adapter(tmp_path / str(number), tensors)
+        document = convert(base, tmp_path / f"a{number}", "--adapter", adapter)
+        assert document["adapter"]["untied"] is bool(other)
+
+
 def test_embeddings_that_may_be_the_head_are_refused_in_a_family_with_other_names(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
