@@ -71,8 +71,7 @@ def measure_units(
             if not contributions[layer][-1].isfinite().all():
                 raise CheckpointError(
                     f"{folder}: layer {layer}: the outputs of its units on the texts are not finite; look for NaN or"
-                    f" overflow"
-                    " in its weights, or leave out --split and --drop-units"
+                    " overflow in its weights, or leave out --split and --drop-units"
                 )
         progress("reading units", len(layers), len(layers))
         model.free()
