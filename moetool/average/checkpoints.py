@@ -11,7 +11,7 @@ from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.checkpoint.step_folder import STEPS, WEIGHTS, step_folders
 from moetool.data.tokens import tokenizer_sha256
 from moetool.errors import ConfigError
-from moetool.recipe import read_lineage, recorded_sources
+from moetool.lineage import read_lineage, recorded_sources
 from moetool.surgery.sources import Sources
 
 # Keys of config.json that do not change what a model computes.

@@ -21,8 +21,8 @@ from moetool.checkpoint.folder import PARTIAL, UNFINISHED, create, naming, remov
 from moetool.checkpoint.reader import INDEX, ITEM_SIZE, MAX_OPEN, SINGLE, read_header
 from moetool.checkpoint.step_folder import STATE, in_state
 from moetool.errors import CheckpointError
+from moetool.lineage import LINEAGE, read_lineage
 from moetool.outside import read_json
-from moetool.recipe import LINEAGE, read_lineage
 
 # Files that `--overwrite` may delete: those of a checkpoint's layout and moetool's own.
 KNOWN_FILES = {

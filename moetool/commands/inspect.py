@@ -33,7 +33,7 @@ def inspect(context: typer.Context, asked: InspectOptions, output: Output) -> di
     """
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.reader import CheckpointReader
-    from moetool.recipe import read_lineage
+    from moetool.lineage import read_lineage
 
     console = Console(context, output.json, output.quiet)
     with CheckpointReader(resolve_model(asked.path)) as reader:
@@ -148,7 +148,7 @@ def _units_line(recorded: dict[str, Any], what: str) -> str:
 
 def lineage_line(entry: dict[str, Any]) -> str:
     """One step of a checkpoint's history, in one line."""
-    from moetool.recipe import recorded_sources
+    from moetool.lineage import recorded_sources
 
     if entry.get("command") == "upcycle":
         recipe, source = entry.get("recipe", {}), entry.get("source", {})

@@ -71,7 +71,7 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
     from moetool import registry
     from moetool.checkpoint.hub import resolve_model
     from moetool.errors import CheckpointError, MoetoolError
-    from moetool.recipe import recorded_sources
+    from moetool.lineage import recorded_sources
     from moetool.surgery.lineage import provable_entry
     from moetool.surgery.sources import open_readers
     from moetool.surgery.verify import check_sources

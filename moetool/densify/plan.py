@@ -21,8 +21,8 @@ from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.checkpoint.writer import TensorLayout
 from moetool.densify.twin import dense_config_of, twin
 from moetool.errors import CheckpointError, ConfigError
+from moetool.lineage import read_experts, recorded_experts
 from moetool.outside import fits
-from moetool.recipe import read_experts, recorded_experts
 from moetool.surgery.experts import carried_whole, open_moe, own_tensors
 from moetool.surgery.fill import Fill, Piece, Place, natural
 from moetool.surgery.kinds import KINDS, Block, Kind

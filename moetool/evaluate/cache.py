@@ -16,8 +16,8 @@ from typing import Any
 from moetool.checkpoint.folder import write_file
 from moetool.checkpoint.reader import CheckpointReader, content_fingerprint
 from moetool.errors import CheckpointError
+from moetool.lineage import LINEAGE, read_lineage
 from moetool.outside import fits, parse_json, read_bytes
-from moetool.recipe import LINEAGE, read_lineage
 
 FOLDER = ".cache"
 

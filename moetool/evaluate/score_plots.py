@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from moetool.checkpoint.folder import write_file
 from moetool.checkpoint.step_folder import STEPS, WEIGHTS
-from moetool.recipe import read_lineage
+from moetool.lineage import read_lineage
 from moetool.routing.plots import plain_text, png
 
 

@@ -20,7 +20,7 @@ from moetool.errors import CheckpointError, ConfigError
 from moetool.grow.recipe import RATE, GrowRecipe
 from moetool.grow.state import grown_state
 from moetool.grow.utility import MOST
-from moetool.recipe import LINEAGE, read_experts, recorded_experts
+from moetool.lineage import LINEAGE, read_experts, recorded_experts
 from moetool.surgery.experts import config_with, copies, open_moe, row_fills, with_experts
 from moetool.surgery.fill import Fill
 from moetool.surgery.kinds import KINDS, Block, Kind

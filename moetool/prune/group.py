@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from moetool.errors import CheckpointError
+from moetool.lineage import LINEAGE
 from moetool.outside import fits
-from moetool.recipe import LINEAGE
 
 GROUP_SIZE = 16  # experts in a group at most: the paper's C
 DECIMALS = 6  # of a weight: it is the same where sums are rounded otherwise, and readable

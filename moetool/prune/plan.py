@@ -9,10 +9,10 @@ from typing import Any
 from moetool.arch.moe_source import MoESource
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
+from moetool.lineage import read_experts, recorded_experts
 from moetool.prune.align import Order, unit_orders
 from moetool.prune.blend import blends, digests, merged_fill, weighted_mean
 from moetool.prune.group import Group, read_groups, recorded_groups
-from moetool.recipe import read_experts, recorded_experts
 from moetool.surgery.experts import config_with, open_moe, with_experts
 from moetool.surgery.kinds import KINDS, Kind
 from moetool.surgery.plan import Operation, Plan, lay_out

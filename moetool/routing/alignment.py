@@ -17,7 +17,7 @@ from torch import Tensor
 from moetool.checkpoint.reader import CheckpointReader, content_fingerprint, sha256_file
 from moetool.checkpoint.step_folder import in_state
 from moetool.errors import CheckpointError
-from moetool.recipe import LINEAGE, read_experts, read_lineage, recorded_sources
+from moetool.lineage import LINEAGE, read_experts, read_lineage, recorded_sources
 from moetool.routing.load_metrics import Array
 
 Entries = Sequence[Mapping[str, Any]]

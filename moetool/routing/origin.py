@@ -21,18 +21,9 @@ from moetool.checkpoint.hub import find_model
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, MoetoolError
 from moetool.layers import LayerRatios
+from moetool.lineage import LINEAGE, read_lineage, recorded_sources
 from moetool.measured import NOTHING, Measured
-from moetool.recipe import (
-    LINEAGE,
-    PROJECTIONS,
-    UpcycleRecipe,
-    held_units,
-    read_lineage,
-    recorded_sources,
-    redrawn_units,
-    split_digest,
-    units_digest,
-)
+from moetool.recipe import PROJECTIONS, UpcycleRecipe, held_units, redrawn_units, split_digest, units_digest
 from moetool.routing.alignment import originals
 
 

@@ -14,7 +14,7 @@ from moetool import __version__, registry
 from moetool.checkpoint.folder import PARTIAL, unfinished
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
-from moetool.recipe import LINEAGE_FORMAT, read_lineage, recorded_sources
+from moetool.lineage import LINEAGE_FORMAT, read_lineage, recorded_sources
 from moetool.surgery.examine import hash_shards
 from moetool.surgery.plan import Plan
 

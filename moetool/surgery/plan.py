@@ -16,8 +16,8 @@ from moetool.checkpoint.reader import ITEM_SIZE, BlockFile, CheckpointReader, Te
 from moetool.checkpoint.step_folder import in_state
 from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, lay_out_file, layout_shards
 from moetool.errors import CheckpointError
+from moetool.lineage import read_lineage
 from moetool.progress import Progress
-from moetool.recipe import read_lineage
 from moetool.surgery.fill import Fill, Place, peak_memory
 from moetool.surgery.kinds import Kind
 

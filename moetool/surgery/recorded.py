@@ -8,8 +8,8 @@ import torch
 
 from moetool.checkpoint.reader import sha256_file
 from moetool.errors import CheckpointError
+from moetool.lineage import LINEAGE, read_lineage
 from moetool.outside import read_json
-from moetool.recipe import LINEAGE, read_lineage
 from moetool.surgery.digests import Digests
 from moetool.surgery.lineage import last_entry
 from moetool.surgery.plan import Plan

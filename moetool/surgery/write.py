@@ -13,8 +13,8 @@ import torch
 from moetool.checkpoint.reader import BlockFile, CheckpointReader
 from moetool.checkpoint.writer import CheckpointWriter, index_file
 from moetool.errors import CheckpointError
+from moetool.lineage import LINEAGE
 from moetool.progress import Progress, silent
-from moetool.recipe import LINEAGE
 from moetool.surgery.digests import BlockDigest, Digests, block_digest
 from moetool.surgery.examine import Examined, examine
 from moetool.surgery.fill import Fill, Place

@@ -21,8 +21,8 @@ from moetool.checkpoint.reader import INDEX, CheckpointReader, read_header
 from moetool.checkpoint.writer import COMPANIONS
 from moetool.cost.parameters import is_selection_bias
 from moetool.errors import ConfigError
+from moetool.lineage import LINEAGE, extend_lineage
 from moetool.outside import read_json
-from moetool.recipe import LINEAGE, extend_lineage
 from moetool.surgery.rows import is_finite
 from moetool.train.ranks import Ranks
 

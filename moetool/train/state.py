@@ -30,8 +30,8 @@ from moetool.checkpoint.step_folder import (
 )
 from moetool.checkpoint.writer import foreign_files
 from moetool.errors import CheckpointError, ConfigError
+from moetool.lineage import LINEAGE
 from moetool.outside import fits, read_json
-from moetool.recipe import LINEAGE
 from moetool.train import resume
 from moetool.train.ranks import ALONE, Ranks
 

@@ -14,8 +14,8 @@ from moetool.arch.moe_source import experts_and_top_k
 from moetool.checkpoint.folder import PARTIAL, holders
 from moetool.checkpoint.step_folder import STEPS, SUMMARY, WEIGHTS, step_folders
 from moetool.errors import MoetoolError
+from moetool.lineage import LINEAGE
 from moetool.outside import fits, parse_json, read_bytes
-from moetool.recipe import LINEAGE
 from moetool.train.config import TrainConfig
 
 OPTIONS, CONFIG = "moetool.yaml", "config.json"

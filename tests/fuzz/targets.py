@@ -199,7 +199,7 @@ def _index(fresh: Callable[[str], Path], llama: Path) -> Target:
 def _lineage(fresh: Callable[[str], Path], upcycled: Path) -> Target:
     from moetool.commands.inspect import lineage_line
     from moetool.evaluate.score_plots import training_tokens
-    from moetool.recipe import extend_lineage, read_lineage
+    from moetool.lineage import extend_lineage, read_lineage
     from moetool.routing.origin import find_dense, read_origin
 
     def read(data: bytes) -> None:

@@ -170,7 +170,7 @@ def test_a_config_that_is_not_there_or_not_text(tmp_path: Path) -> None:
 
 
 def test_a_bug_shows_its_traceback_and_its_own_exit_code(monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
-    monkeypatch.setattr("moetool.recipe.read_lineage", lambda folder: 1 / 0)
+    monkeypatch.setattr("moetool.lineage.read_lineage", lambda folder: 1 / 0)
     code, _, err = tiny.in_process("inspect", llama)
     assert code == 70
     assert "ZeroDivisionError" in err

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from moetool import registry
 from moetool.arch.spec import scales
-from moetool.recipe import PROJECTIONS, UpcycleRecipe, permutation, read_lineage, redrawn_units
+from moetool.lineage import read_lineage
+from moetool.recipe import PROJECTIONS, UpcycleRecipe, permutation, redrawn_units
 from moetool.routing.analysis import analyze
 from moetool.routing.origin import find_dense, read_origin
 from moetool.routing.settings import Settings

@@ -25,7 +25,7 @@ from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import load_model, skeleton
 from moetool.cost.operations import flops_per_token
 from moetool.errors import CheckpointError
-from moetool.recipe import recorded_sources
+from moetool.lineage import recorded_sources
 from moetool.train import resume
 from moetool.train.batches import mix, open_corpus
 from moetool.train.config import TrainConfig

@@ -17,7 +17,7 @@ from moetool.calibration.parts import HELD_OUT
 from moetool.checkpoint.model import load_model
 from moetool.data.text import TextSource
 from moetool.data.tokens import tokenized
-from moetool.recipe import read_lineage
+from moetool.lineage import read_lineage
 from moetool.routing.capture import RouterCapture
 from moetool.upcycle.router_fit import Inputs, Wanted, fit
 from tests import tiny
