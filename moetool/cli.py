@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import gc
 import io
 import logging
 import os
@@ -16,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from moetool import __version__, launch
 from moetool.checkpoint.folder import cache_root
@@ -152,12 +155,16 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+# Made once, not for each command line of a process that runs several, such as the quickstart.
+_command = functools.cache(get_command)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line; return its exit code."""
     for talkative in ("torchao", "torch.utils._pytree"):  # they report on kernels and types that moetool does not use
         logging.getLogger(talkative).setLevel(logging.ERROR)
     try:
-        outcome = app(arguments, standalone_mode=False, prog_name="moetool")
+        outcome = _command(app)(arguments, standalone_mode=False, prog_name="moetool")
         if outcome == EXIT_INTERRUPTED:  # Typer returns this after Ctrl-C
             return _fail("interrupted", EXIT_INTERRUPTED)
         return outcome if isinstance(outcome, int) else 0
@@ -227,6 +234,7 @@ def main() -> NoReturn:
             _fail("terminated", code)
     except KeyboardInterrupt:  # while the last error was printed
         code = _fail("interrupted", EXIT_INTERRUPTED)
+    gc.freeze()  # nor is everything searched for garbage before it goes with the process
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json as jsonlib
 import os
 import sys
@@ -70,7 +71,7 @@ class _Note(TextColumn):
 
 
 class Console:
-    """The output of a command, given its `--json` and `--quiet`.
+    """The output of a command, given its `--json` and `--quiet`; a command makes it when its imports are done.
 
     Inside `moetool quickstart` (context.obj["step"] is set) a command shows progress but leaves the
     printing of its result to the quickstart.
@@ -86,6 +87,9 @@ class Console:
         self._messages.soft_wrap = not self._messages.is_terminal
         self._progress = _Rich(stderr=True)
         self._bars_shown = False
+        if not gc.isenabled():  # since the process began (__main__.py): what is there now is code, and stays
+            gc.freeze()
+            gc.enable()
 
     def say(self, message: RenderableType, whole: bool = False) -> None:
         """Print a message for people (rich markup; `escape` untrusted text).

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from moetool.cli import COMMANDS
 
 # Each command in turn, in one process: what one has imported, those after it may have as well.
 CODE = """
@@ -32,6 +35,18 @@ for absent, command in (
     assert not absent & sys.modules.keys(), (command[0], absent & sys.modules.keys())
 assert "matplotlib" in sys.modules
 """
+COLLECTED = """
+import gc
+import sys
+from moetool.__main__ import main
+
+try:
+    main()
+except SystemExit as end:
+    assert end.code == 0
+assert gc.isenabled()
+assert gc.get_freeze_count() > 10_000
+"""
 EVALUATION = """
 import sys
 from moetool.cli import run
@@ -53,6 +68,12 @@ def test_each_command_imports_what_it_needs(llama: Path, tmp_path: Path) -> None
     text = tmp_path / "text.txt"
     text.write_text("A router sends each token to a few experts. " * 20)
     run(CODE, llama, tmp_path, text)
+
+
+def test_garbage_is_searched_for_once_the_imports_are_done(llama: Path) -> None:
+    run(COLLECTED, "inspect", llama)
+    for command in COMMANDS.values():  # which turns it on
+        assert inspect.getsource(command).count("Console(context, ") == 1
 
 
 @pytest.mark.slow
