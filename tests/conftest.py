@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -21,7 +22,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A shell's background job ignores Ctrl-C, and would hand that on to the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# As in moetool's own processes (moetool/__main__.py): what imports make is not searched for garbage, here until the
+# tests begin.
+gc.disable()
+
 from tests import tiny  # noqa: E402  (after the environment is set)
+
+
+def pytest_collection_finish() -> None:
+    """Search for garbage among what tests make, not among modules and the tests themselves."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
