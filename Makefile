@@ -8,7 +8,8 @@ quickstart: .venv/installed        ## the whole journey on text that this machin
 	$(BIN)/moetool quickstart quickstart
 
 test: lint                         ## lint, types, layers and the fast tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	@# With bytecode: some tests start processes of their own, which would all compile moetool anew.
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/installed         ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --timeout 1800

@@ -155,7 +155,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-# Made once, not for each command line of a process that runs several, such as the quickstart.
+# Made once, though a process may run several command lines.
 _command = functools.cache(get_command)
 
 

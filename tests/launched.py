@@ -1,17 +1,18 @@
-"""`torchrun -m tests.launched FILE`: commands of moetool, one after the other, in processes that are started once.
+"""Commands of moetool, one after the other, in processes that are started once, and know of each other.
 
-A launch takes most of the time of a small run. FILE holds a list of command lines; what each process printed and
-returned is written beside it.
+Starting takes most of the time of a small run. FILE, the argument of each process, holds a list of command lines; what
+each process printed and returned is written beside it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,16 +40,13 @@ def launch(processes: int, folder: Path, *commands: list[object]) -> list[list[D
     """Run commands; returns for each what it did in every process."""
     file = folder / f"commands-{processes}.json"
     file.write_text(json.dumps([[str(word) for word in command] for command in commands]))
-    done = subprocess.run(
-        launcher(processes, "tests.launched", str(file)),
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=840, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    forked.together(processes, folder, "tests.launched:main", file, ACCELERATE_USE_CPU="true")
     results = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(processes)]
     return [[Done(*one) for one in each] for each in zip(*results, strict=True)]
 
 
-def _main(file: str) -> None:
+def main() -> None:
+    """What each process does."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from torch import distributed
 
@@ -63,13 +61,9 @@ def _main(file: str) -> None:
 
     distributed.init_process_group = joined
     distributed.destroy_process_group = PartialState.destroy_process_group = lambda *_, **__: None
-    results = []
+    file, results = sys.argv[1], []
     for command in json.loads(Path(file).read_text()):
         results.append(tiny.in_process(*command))
         for state in (AcceleratorState, GradientState, PartialState):
             state._shared_state.clear()
     Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])

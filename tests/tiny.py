@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -293,13 +292,14 @@ def refusal(*arguments: object) -> str:
 
 def killed_while_writing(out: Path, *command: object) -> dict[str, int]:
     """Kill a command that rewrites a checkpoint; returns the files that are complete, with their inodes."""
-    for _ in range(20):
+    from tests import forked
+
+    for attempt in range(20):
         shutil.rmtree(out, ignore_errors=True)
-        process = subprocess.Popen([sys.executable, "-m", "moetool", *map(str, command)], stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.glob("*.safetensors"))) < 3:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        running = forked.start(out.with_name(f"streams-{attempt}"), *command)
+        forked.wait_until(lambda: len(list(out.glob("*.safetensors"))) >= 3, running)
+        running.send(signal.SIGKILL)
+        running.wait()
         if (out / "moetool.partial.json").exists():
             break
     noted = json.loads((out / "moetool.partial.json").read_text())["complete"]

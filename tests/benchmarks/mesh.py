@@ -3,7 +3,7 @@
     python -m tests.benchmarks.mesh [--processes 2,4] [--steps 6] [--rounds 3]
     python -m tests.benchmarks.mesh --recommend
 
-Starts itself with torchrun, over gloo. A random Mixtral (4 layers, hidden 256, 8 experts top-2, vocabulary 2048) is
+Processes talk by gloo. A random Mixtral (4 layers, hidden 256, 8 experts top-2, vocabulary 2048) is
 trained on 8 sequences of 256 tokens a step, of one micro-batch each. Every mesh runs in each round, in turn; of its
 steps the median counts, then the median of the rounds. Bytes are counted in a step of its own (collectives.py) and held
 against the closed form (moetool.cost.traffic). `--recommend` prints the table of docs/multi-gpu.md (mesh_choice.py).
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from moetool.mesh import Mesh
-from tests.launched import environment, launcher
+from tests import forked
 
 MESHES = {
     2: [Mesh(replicas=2), Mesh(fsdp=2), Mesh(fsdp=2, ep=2)],
@@ -76,12 +75,10 @@ def measure(
         What each process found, by mesh; see `train`.
     """
     cases = json.dumps([[vars(mesh), OPTIONS | options, steps] for mesh in meshes])
-    done = subprocess.run(
-        launcher(processes, "tests.benchmarks.mesh", "--worker", cases, "--folder", str(folder)),
-        env=environment(MOETOOL_CACHE=str(folder / "cache")), capture_output=True, text=True, check=False,
+    forked.together(
+        processes, folder, "tests.benchmarks.mesh:main", "--worker", cases, "--folder", folder,
+        ACCELERATE_USE_CPU="true", MOETOOL_CACHE=str(folder / "cache"),
     )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(done.stderr[-8000:])
     ranks = [json.loads((folder / f"found.{rank}").read_text()) for rank in range(processes)]
     return [list(each) for each in zip(*ranks, strict=True)]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from random import Random
 
 from tests.faults.kills import refused
-from tests.faults.world import Done, World, content, mounted, remount, wait_until
+from tests.faults.world import World, content, mounted, remount
+from tests.forked import Done, wait_until
 
 
 def _filled(disk: Path, leave: int = 0) -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
-from tests.faults.world import STEPS, TIMEOUT, World, wait_until
+from tests.faults.world import STEPS, World
+from tests.forked import TIMEOUT, wait_until
 
 
 def refused(out: Path) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 from random import Random
 
 from moetool.checkpoint.folder import FolderLock
-from tests.faults.world import World, wait_until
+from tests.faults.world import World
+from tests.forked import wait_until
 
 
 def _held(out: Path, process: int) -> bool:

@@ -1,4 +1,4 @@
-"""python -m tests.faults.models FOLDER: the models and texts that faults are done to."""
+"""The models and texts that faults are done to."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 
 
-def main(folder: Path) -> None:
-    """Make them."""
+def main() -> None:
+    """Make them in the folder that the command line names."""
+    folder = Path(sys.argv[1])
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
     tiny.save_llama(folder / "dense", dtype=torch.bfloat16, **sizes)
     tiny.save_llama(folder / "donor", 1, dtype=torch.bfloat16, **sizes)
@@ -28,7 +29,3 @@ def main(folder: Path) -> None:
         words = ("--num-experts", 4, "--workers", 1, *(("--max-shard-size", "200KB") if out == "moe" else ()))
         code, _, err = tiny.in_process("upcycle", folder / source, folder / out, *words)
         assert code == 0, err
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

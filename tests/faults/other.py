@@ -13,7 +13,8 @@ from random import Random
 from typing import Any
 
 from tests.faults.kills import refused
-from tests.faults.world import TIMEOUT, World
+from tests.faults.world import World
+from tests.forked import TIMEOUT
 
 
 def limit_memory(megabytes: str) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from moetool.checkpoint.reader import INDEX
 from tests.faults.kills import refused
-from tests.faults.world import World, wait_until
+from tests.faults.world import World
+from tests.forked import wait_until
 
 
 def _shard(folder: Path, chance: Random) -> Path:

@@ -1,113 +1,20 @@
-"""What faults are done to: tiny models, texts, and `moetool` in processes of its own that start at once.
-
-A process is forked from one that has imported everything, so that a kill falls into the work and not into
-imports, which take seconds. What it runs is `moetool`'s own `main`, on its own arguments and streams.
-"""
+"""What faults are done to: tiny models and texts, and `moetool` in processes of its own (tests/forked.py)."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from random import Random
 from typing import Any
 
-TIMEOUT = 240.0
-PRELOAD = [
-    "moetool.surgery.apply",
-    "moetool.upcycle.plan",
-    "moetool.average.plan",
-    "moetool.grow.plan",
-    "moetool.prune.choose",
-    "moetool.prune.plan",
-    "moetool.densify.plan",
-    "moetool.calibration.measure",
-    "moetool.train.build",
-    "moetool.train.open",
-    "moetool.evaluate.results",
-    "moetool.evaluate.score_plots",
-    "moetool.routing.analysis",
-    "moetool.routing.plots",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.mixtral.modeling_mixtral",
-]
-_CONTEXT = multiprocessing.get_context("forkserver")
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a process ended: exit code (below 0: the signal), its standard output and error."""
-
-    code: int
-    out: str
-    err: str
-
-    def line(self, code: int = 1) -> str:
-        """Its one line of error; fails if it ended otherwise."""
-        assert self.code == code, (self.code, self.err)
-        lines = self.err.strip().splitlines()
-        assert "Traceback" not in self.err, self.err
-        assert len(lines) == 1, self.err
-        return lines[0]
-
-
-class Running:
-    """A `moetool` under way."""
-
-    def __init__(self, process: ForkServerProcess, folder: Path) -> None:
-        self._process, self._folder = process, folder
-        assert process.pid is not None
-        self.pid: int = process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._process.is_alive()
-
-    def send(self, signum: int) -> None:
-        if self.alive:
-            os.kill(self.pid, signum)
-
-    def wait(self, timeout: float = TIMEOUT) -> Done:
-        """Its end; one that hangs is a failure."""
-        self._process.join(timeout)
-        if self.alive:
-            self._process.kill()
-            self._process.join()
-            raise AssertionError(f"still running after {timeout:.0f} s: {self._folder}")
-        out, err = ((self._folder / name).read_text(errors="replace") for name in ("out", "err"))
-        return Done(self._process.exitcode or 0, out, err)
-
-
-def _main(arguments: list[str], folder: str, environment: dict[str, str], before: str) -> None:
-    os.setsid()
-    for number, name in ((1, "out"), (2, "err")):
-        descriptor = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-    sys.stdin, sys.stdout, sys.stderr = (
-        os.fdopen(os.open(os.devnull, os.O_RDONLY)),
-        os.fdopen(1, "w"),
-        os.fdopen(2, "w", 1),
-    )
-    os.environ.update(environment)
-    sys.argv = ["moetool", *arguments]
-    if before:
-        module, _, rest = before.partition(":")
-        function, _, argument = rest.partition(":")
-        getattr(importlib.import_module(module), function)(argument)
-    from moetool.cli import main
-
-    main()
+from tests import forked
+from tests.forked import Done, Running
 
 
 @dataclass
@@ -134,11 +41,10 @@ class World:
             "HF_HOME": str(self.folder / "hf"),
             "HF_DATASETS_CACHE": str(self.folder / "hf" / "datasets"),
         }
-        _CONTEXT.set_forkserver_preload(PRELOAD)
         if not (self.folder / "made").exists():
-            subprocess.run([sys.executable, "-m", "tests.faults.models", str(self.folder)], check=True)
+            made = forked.start(self.new(), self.folder, target="tests.faults.models:main").wait()
+            assert made.code == 0, made.err
             (self.folder / "made").touch()
-        self.good("--version")  # the first waits for the imports
 
     @property
     def dense(self) -> Path:
@@ -167,12 +73,7 @@ class World:
 
     def start(self, *arguments: object, before: str = "", **environment: str) -> Running:
         """Start `moetool` with these arguments; it first calls `before`, a function as module:name:argument."""
-        streams = self.new()
-        streams.mkdir()
-        words = [str(argument) for argument in arguments]
-        process = _CONTEXT.Process(target=_main, args=(words, str(streams), environment, before))
-        process.start()
-        return Running(process, streams)
+        return forked.start(self.new(), *arguments, before=before, **environment)
 
     def run(self, *arguments: object, before: str = "", **environment: str) -> Done:
         """Run it to its end."""
@@ -220,16 +121,6 @@ RECIPES: list[list[object]] = [
 
 STEPS: list[object] = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--max-steps", 24]
 STEPS += ["--save-every", 5, "--eval-every", 12, "--val-fraction", 0.1, "--lr", 1e-3]
-
-
-def wait_until(true: Callable[[], bool], running: Running, timeout: float = 60) -> bool:
-    """Wait until something is so; whether it became so before the process ended."""
-    until = time.monotonic() + timeout
-    while not true():
-        if not running.alive or time.monotonic() > until:
-            return true()
-        time.sleep(0.001)
-    return True
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests import evaluation, tiny
+from tests.forked import start, wait_until
 
 JUDGE = """
 import os
@@ -58,17 +56,10 @@ def test_after_a_kill_the_tasks_left_are_run(llama: Path, tmp_path: Path) -> Non
     save_code(tmp_path)
     out = tmp_path / "out"
     arguments = ["eval", llama, "--tasks", "choices,code", "--include-path", tmp_path, "--limit", 2, "--out", out]
-    environment = os.environ | {"SLOW": "600"}
-    process = subprocess.Popen([sys.executable, "-m", "moetool", *map(str, arguments)], env=environment)
-    try:
-        for _ in range(1200):
-            if len(list(out.glob(".cache/*.json"))) == 1:
-                break
-            assert process.poll() is None
-            time.sleep(0.1)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    running = start(tmp_path / "first", *arguments, SLOW="600")
+    assert wait_until(lambda: len(list(out.glob(".cache/*.json"))) == 1, running, 120)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
     assert not (out / "results.json").exists()
     code, stdout, stderr = tiny.in_process(*arguments, "--json")
     assert code == 0, stderr

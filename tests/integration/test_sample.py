@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import tiny
+from tests.forked import Running, start, wait_until
 
 OUT = "self.jsonl"
 HIDDEN = ".self.jsonl.unfinished"
@@ -74,36 +71,32 @@ def test_the_options_left_beside_it_make_the_same_text(sampled: Path, tmp_path: 
     assert (tmp_path / OUT).read_bytes() != sampled.read_bytes()
 
 
-def started(*arguments: object, batches: int) -> subprocess.Popen[str]:
+def started(streams: Path, *arguments: object, batches: int) -> Running:
     """A run of the real command that has written so many batches."""
     state = Path(str(arguments[1])).parent / HIDDEN / "state.json"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moetool", "sample", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    while process.poll() is None:
-        if state.exists() and json.loads(state.read_text())["done"]["num_batches"] >= batches:
-            break
-        time.sleep(0.005)
-    return process
+    running = start(streams, "sample", *arguments)
+    wait_until(lambda: state.exists() and json.loads(state.read_text())["done"]["num_batches"] >= batches, running)
+    return running
 
 
-def test_kills_and_interruptions_do_not_change_the_text(sampled: Path, tmp_path: Path, llama: Path) -> None:
-    out = tmp_path / OUT
+def test_kills_and_interruptions_do_not_change_the_text(
+    sampled: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, llama: Path
+) -> None:
+    out, streams = tmp_path / OUT, tmp_path_factory.mktemp("streams")
     command = (llama, out, *SIZE)
-    process = started(*command, batches=1)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    running = started(streams / "first", *command, batches=1)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
     assert not out.exists()
     with (tmp_path / HIDDEN / "text.jsonl").open("a") as file:
         file.write('{"text": "half a li')
     assert "was begun with other options: --seed (0 before, 3 now)" in tiny.refusal("sample", *command, "--seed", 3)
-    process = started(*command, batches=2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130
-    assert "the same command continues from there" in err
-    assert err.splitlines()[-1] == "moetool: interrupted"
+    running = started(streams / "second", *command, batches=2)
+    running.send(signal.SIGINT)
+    stopped = running.wait()
+    assert stopped.code == 130
+    assert "the same command continues from there" in stopped.err
+    assert stopped.err.splitlines()[-1] == "moetool: interrupted"
     assert done(*command)["num_tokens"] == 800
     assert out.read_bytes() == sampled.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [OUT, f"{OUT}.moetool.json", f"{OUT}.moetool.yaml"]

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from moetool.train.execution import apply_execution, executing
 from moetool.train.loss import logits
 from moetool.train.selection import selection_biases
 from moetool.train.terms import Forward, Term
-from tests import tiny
+from tests import forked, tiny
 
 SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3, "--json", "--quiet"]
 LOSSES = ["aux", "global-aux", "pooled-aux", "seq-aux", "adaptive-aux", "z-loss", "erc"]
@@ -411,14 +410,10 @@ def test_a_killed_run_goes_on_with_every_state_bit_for_bit(
     assert cpt(model, tmp_path / "straight", jsonl, *arguments, steps=steps)[0] == 0
     out = tmp_path / "killed"
     words = ["cpt", model, out, "--train", f"new={jsonl}", "--max-steps", steps, *SMALL, *arguments]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-m", "moetool", *map(str, words)], env=environment,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:  # fmt: skip
-        until = time.monotonic() + 200
-        while time.monotonic() < until and not list((out / "checkpoints").glob("step-*")):
-            time.sleep(0.01)
-        running.kill()
-    assert running.returncode == -signal.SIGKILL
+    running = forked.start(tmp_path / "first", *words)
+    forked.wait_until(lambda: bool(list((out / "checkpoints").glob("step-*"))), running, 200)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
     saved = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
     assert saved
     assert saved[-1] < "step-000040"

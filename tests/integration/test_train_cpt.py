@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from moetool.train import resume
 from moetool.train.batches import mix, open_corpus
 from moetool.train.config import TrainConfig
 from tests import tiny
+from tests.forked import Running, start, wait_until
 
 SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3]
 
@@ -663,48 +663,40 @@ def test_an_average_that_cannot_be_is_refused_before_the_run(tmp_path: Path, lla
     assert all(torch.equal(found[name], mean[name]) for name in mean)
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "moetool", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
-    until = time.monotonic() + 120
-    while time.monotonic() < until and process.poll() is None:
+def wait_for_step(running: Running, out: Path, step: int) -> None:
+    def reached() -> bool:
         path = out / "metrics.jsonl"
-        if path.exists() and path.read_text().count('"loss"') >= step:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"the run did not reach step {step}: {process.communicate()[1]}")
+        return path.exists() and path.read_text().count('"loss"') >= step
+
+    assert wait_until(reached, running, 120), f"the run did not reach step {step}: {running.wait().err}"
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path) -> None:
     model = tiny.save_mixtral(tmp_path / "model", dtype=torch.bfloat16, attention_dropout=0.1)
 
     def arguments(out: Path) -> list[object]:
-        more = ["--save-every", 10, "--eval-every", 70, "--max-steps", 240, "--keep-weights", 15, "--average-last", 16]
+        more = ["--save-every", 10, "--eval-every", 35, "--max-steps", 120, "--keep-weights", 15, "--average-last", 8]
         return ["cpt", model, out, "--train", f"new={jsonl}", "--val-fraction", 0.2, *SMALL, *more]
 
     assert tiny.cli(*arguments(tmp_path / "whole")).returncode == 0
     out = tmp_path / "killed"
-    process = start(*arguments(out))
-    wait_for_step(process, out, 33)
-    process.kill()
-    process.communicate()
+    running = start(tmp_path / "first", *arguments(out))
+    wait_for_step(running, out, 33)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
     assert not (out / "config.json").exists()
     with pytest.raises((OSError, ValueError), match=r"config\.json"):
         AutoModelForCausalLM.from_pretrained(out)
 
-    process = start(*arguments(out))
-    wait_for_step(process, out, 45)
-    process.send_signal(signal.SIGINT)
-    stderr = process.communicate()[1]
-    assert process.returncode == 130
+    running = start(tmp_path / "second", *arguments(out))
+    wait_for_step(running, out, 45)
+    running.send(signal.SIGINT)
+    stopped = running.wait()
+    assert stopped.code == 130
     # The step under way was finished and saved, between two regular checkpoints.
     done = len([row for row in rows(out) if "loss" in row])
     assert f"stopped after step {done}; the same command continues from the checkpoint of step {done}" in (
-        stderr.replace("\n", " ")
+        stopped.err.replace("\n", " ")
     )
     assert (out / "checkpoints" / f"step-{done:06d}").is_dir()
 
@@ -714,12 +706,12 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path) -> None:
     whole = weights(tmp_path / "whole")
     assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
     assert untimed(out) == untimed(tmp_path / "whole")
-    for folder in ("average", *(f"weights/step-{step:06d}" for step in range(15, 241, 15))):
+    for folder in ("average", *(f"weights/step-{step:06d}" for step in range(15, 121, 15))):
         one, other = ((run / folder / "model.safetensors").read_bytes() for run in (out, tmp_path / "whole"))
         assert one == other, folder
-    assert len(list((out / "weights").iterdir())) == 16
+    assert len(list((out / "weights").iterdir())) == 8
     ours, theirs = (
-        load_file(folder / "checkpoints" / "step-000240" / "training_state" / "master.safetensors")
+        load_file(folder / "checkpoints" / "step-000120" / "training_state" / "master.safetensors")
         for folder in (out, tmp_path / "whole")
     )
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
@@ -728,13 +720,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path) -> None:
 @pytest.mark.slow
 def test_sigterm_is_143_and_writes_a_checkpoint(tmp_path: Path, llama: Path, jsonl: Path) -> None:
     out = tmp_path / "out"
-    process = start("cpt", llama, out, "--train", f"new={jsonl}", "--max-steps", 5000, *SMALL)
-    wait_for_step(process, out, 3)
-    process.terminate()
-    stderr = process.communicate()[1].replace("\n", " ")
+    running = start(tmp_path / "run", "cpt", llama, out, "--train", f"new={jsonl}", "--max-steps", 5000, *SMALL)
+    wait_for_step(running, out, 3)
+    running.send(signal.SIGTERM)
+    stopped = running.wait()
+    stderr = stopped.err.replace("\n", " ")
     done = len([row for row in rows(out) if "loss" in row])
     assert f"the same command continues from the checkpoint of step {done}" in stderr
-    assert process.returncode == 143
+    assert stopped.code == 143
 
 
 @pytest.mark.slow

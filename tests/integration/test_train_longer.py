@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 
 from moetool.train import schedules
 from tests import tiny
+from tests.forked import start, wait_until
 
 SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3]
 
@@ -173,16 +172,10 @@ def test_a_killed_longer_run_is_no_result_and_goes_on(tmp_path: Path, llama: Pat
     out, long = tmp_path / "out", tmp_path / "long"
     trained(llama, out, jsonl, *options, steps=2)
     (out / "notes.txt").write_text("the user's own")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moetool", *map(str, command(llama, out, jsonl, *options, steps=4000))],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    until = time.monotonic() + 120
-    while not (out / "checkpoints" / "step-000006").exists() and time.monotonic() < until and process.poll() is None:
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
+    running = start(tmp_path / "first", *command(llama, out, jsonl, *options, steps=4000))
+    wait_until((out / "checkpoints" / "step-000006").exists, running, 120)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
     assert not any(
         (out / name).exists() for name in ("config.json", "summary.json", "moetool.json", "model.safetensors")
     )

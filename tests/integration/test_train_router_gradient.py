@@ -9,8 +9,7 @@ import functools
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from moetool.cost.parameters import router_names
 from moetool.errors import ConfigError
 from moetool.routing.capture import RouterCapture
 from moetool.train.config import TrainConfig
+from moetool.train.loop import Run
 from moetool.train.router_gradient import DECAY, RouterGradient, check
-from tests import launched, tiny
+from tests import forked, launched, tiny
 from tests.integration.test_routing_families import FAMILIES, SMALL
 
 IDS = torch.randint(300, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -245,29 +245,29 @@ def test_two_processes_learn_alike(tmp_path: Path, mixtral: Path, jsonl: Path) -
             assert gradient_norms(tmp_path / f"{kind}-{name}") == pytest.approx(one, rel=1e-4)
 
 
+def die_at_step_5(saved: str) -> None:
+    """Have this process killed as soon as the folder of step 4 is there."""
+    update = Run._update
+
+    def killed(self: Run) -> Any:
+        while self.step == 5:
+            if os.path.isdir(saved):  # a thread writes it
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
+        return update(self)
+
+    Run._update = killed  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("kind", ["default", "dense"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, mixtral: Path, jsonl: Path, kind: str) -> None:
     steps = ["--max-steps", 6, "--save-every", 2]
     command = ["--train", f"new={jsonl}", *OPTIONS, *steps, "--router-gradient", kind, "--precision", "bf16"]
     assert tiny.in_process("cpt", mixtral, tmp_path / "straight", *command)[0] == 0
     out = tmp_path / "killed"
-    code = f"""
-import os, signal, time
-from moetool.cli import run
-from moetool.train.loop import Run
-update = Run._update
-def killed(self):
-    while self.step == 5:
-        if os.path.isdir({str(out / "checkpoints/step-000004")!r}):  # a thread writes it
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.01)
-    return update(self)
-Run._update = killed
-run({["cpt", str(mixtral), str(out), *map(str, command)]!r})
-"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    before = f"{__name__}:die_at_step_5:{out / 'checkpoints/step-000004'}"
+    killed = forked.start(tmp_path / "first", "cpt", mixtral, out, *command, before=before).wait()
+    assert killed.code == -signal.SIGKILL
     state = out / "checkpoints/step-000004/training_state"
     assert any("balance" in path.name for path in state.iterdir()) == (kind == "default")
     assert tiny.in_process("cpt", mixtral, out, *command)[0] == 0

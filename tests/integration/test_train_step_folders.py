@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetool.checkpoint.model import load_model
 from moetool.train import state
-from tests import step_folders, tiny
+from tests import forked, step_folders, tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,8 +57,7 @@ def test_what_one_process_writes_two_read_and_write(tmp_path: Path) -> None:
         "master.safetensors",
         "optimizer.safetensors",
     }
-    done = launch(2, "2", model, two, one)
-    assert done.returncode == 0, done.stderr
+    forked.together(2, tmp_path, "tests.step_folders:main", "2", model, two, one)
     assert "optimizer-00002-of-00002.safetensors" in {path.name for path in state.step_folder(two, 1).rglob("*")}
     assert_same(one, two)
     assert_same(one, one / "by-2")

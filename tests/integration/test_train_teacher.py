@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from moetool.checkpoint.model import skeleton
 from moetool.cost.operations import flops_per_token
 from tests import tiny
-from tests.integration.test_train_cpt import rows, start, untimed, wait_for_step, weights
+from tests.forked import start
+from tests.integration.test_train_cpt import rows, untimed, wait_for_step, weights
 from tests.launched import launch
 
 SMALL = ["--seq-len", 16, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3, "--val-fraction", 0.1]
@@ -89,10 +91,10 @@ def test_a_killed_run_with_a_teacher_goes_on_bit_for_bit(
     more = ["--max-steps", 40, "--save-every", 4, "--eval-every", 20, "--precision", "bf16"]
     taught(mixtral, tmp_path / "whole", llama, texts, *more)
     out = tmp_path / "killed"
-    process = start("cpt", mixtral, out, *texts, *SMALL, "--teacher", llama, *more)
-    wait_for_step(process, out, 10)
-    process.kill()
-    process.communicate()
+    running = start(tmp_path / "first", "cpt", mixtral, out, *texts, *SMALL, "--teacher", llama, *more)
+    wait_for_step(running, out, 10)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
     assert not (out / "config.json").exists()
     other = tiny.save_llama(tmp_path / "other", seed=1)
     for changed, reason in (
