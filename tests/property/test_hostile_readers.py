@@ -26,7 +26,7 @@ KINDS = (
 # What reads them could take pytest along.
 NATIVE = ("zstd", "gzip", "parquet", "arrow", "tokenizer", "tokenizer config")
 FAST, SLOW = 40, 4000
-SLOWER = {"options": 8}  # a whole command line each
+SLOWER = {"options": 8, "tokenizer config": 20}  # a whole command line or tokenizer each
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_reader_takes_or_refuses(every: dict[str, Target], name: str) -> None:
 @pytest.mark.parametrize("name", NATIVE)
 def test_a_native_reader_does_not_crash(every: dict[str, Target], name: str) -> None:
     assert attempt(every[name], every[name].seeds[0])
-    search_in_child(every[name], name, 2 * FAST)
+    search_in_child(every[name], name, SLOWER.get(name, 2 * FAST))
 
 
 @pytest.mark.slow
