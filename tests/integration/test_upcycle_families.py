@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +64,32 @@ def make(pair: tuple[str, str], folder: Path, **changes: Any) -> Path:
     return tiny.save_dense(pair[0], folder, **(WITHOUT.get(pair, {}) | changes))
 
 
+Made = Callable[[tuple[str, str]], tuple[Path, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The dense model of a pair as it is by default, and its logits; made once, never modify it."""
+    root = tmp_path_factory.mktemp("dense")
+
+    @functools.cache
+    def once(family: str, like: tuple[str, str] | None) -> tuple[Path, torch.Tensor]:
+        folder = make(like or (family, ""), root / f"{family}-{like and like[1]}")
+        return folder, logits(folder)
+
+    return lambda pair: once(pair[0], pair if pair in WITHOUT else None)
+
+
 @pytest.mark.parametrize("shared", [None, 0])
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_copies_are_the_dense_model(pair: tuple[str, str], shared: int | None, tmp_path: Path) -> None:
+def test_copies_are_the_dense_model(pair: tuple[str, str], shared: int | None, made: Made, tmp_path: Path) -> None:
     spec = SPECS[pair[1]].shared
     if shared is not None and (spec is None or spec.sizes):
         pytest.skip("it has no shared expert, or always")
-    dense = make(pair, tmp_path / "dense")
+    dense, expected = made(pair)
     options = () if shared is None else ("--shared-experts", shared)
     out = upcycle(dense, tmp_path / "moe", pair[1], "--method", "copy", "--num-experts", 4, *options)
-    assert close(logits(out), logits(dense))
+    assert close(logits(out), expected)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
@@ -90,12 +108,12 @@ def test_what_transformers_saves_again_is_the_same_bits(pair: tuple[str, str], t
 
 @pytest.mark.parametrize("rope", ROPE)
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_scaled_positions_are_kept(pair: tuple[str, str], rope: str, tmp_path: Path) -> None:
+def test_scaled_positions_are_kept(pair: tuple[str, str], rope: str, made: Made, tmp_path: Path) -> None:
     dense = make(pair, tmp_path / "dense", rope_parameters=dict(ROPE[rope]))  # transformers may add to it
-    plain = make(pair, tmp_path / "plain")
     out = upcycle(dense, tmp_path / "moe", pair[1], "--method", "copy", "--num-experts", 4)
-    assert close(logits(out), logits(dense))
-    assert not close(logits(plain), logits(dense))
+    expected = logits(dense)
+    assert close(logits(out), expected)
+    assert not close(made(pair)[1], expected)
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -123,17 +141,17 @@ def test_biases_and_ties_are_kept_or_refused(pair: tuple[str, str], tied: bool, 
 @pytest.mark.parametrize(("experts", "top_k", "parts"), [(8, 4, 4), (16, 4, 2), (12, 12, 4)])
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_fine_grained_experts_start_as_the_dense_model(
-    pair: tuple[str, str], experts: int, top_k: int, parts: int, tmp_path: Path
+    pair: tuple[str, str], experts: int, top_k: int, parts: int, made: Made, tmp_path: Path
 ) -> None:
     shared = SPECS[pair[1]].shared
     if shared and shared.sizes:
         pytest.skip("it always has a shared expert")
-    dense = make(pair, tmp_path / "dense")
+    dense, expected = made(pair)
     # LFM2's weights are divided by their sum and 1e-6, which shows where all scores that are chosen are tiny.
     std = "0.02" if pair[1] == "lfm2_moe" else 1
     options = ("--num-experts", experts, "--top-k", top_k, "--granularity", parts, "--router-std", std)
     out = upcycle(dense, tmp_path / "moe", pair[1], "--drop-ratio", 0, *options, "--shared-experts", 0)
-    assert close(logits(out), logits(dense))
+    assert close(logits(out), expected)
 
 
 @pytest.mark.parametrize(
@@ -142,16 +160,16 @@ def test_fine_grained_experts_start_as_the_dense_model(
 )
 @pytest.mark.parametrize("pair", SHARING, ids="-".join)
 def test_shared_experts_start_as_the_dense_model(
-    pair: tuple[str, str], experts: int, top_k: int, parts: int, shared: int, tmp_path: Path
+    pair: tuple[str, str], experts: int, top_k: int, parts: int, shared: int, made: Made, tmp_path: Path
 ) -> None:
     spec = SPECS[pair[1]].shared
     assert spec is not None
     if spec.sizes and shared not in spec.sizes:
         pytest.skip("its shared expert has one size")
-    dense = make(pair, tmp_path / "dense")
+    dense, expected = made(pair)
     options = ("--num-experts", experts, "--top-k", top_k, "--granularity", parts, "--router-std", 1)
     out = upcycle(dense, tmp_path / "moe", pair[1], "--method", "copy", *options, "--shared-experts", shared)
-    assert close(logits(out), logits(dense))
+    assert close(logits(out), expected)
 
 
 @pytest.mark.parametrize("layers", ["2-", "0-1", "0,2", "every:2", "1-2"])
