@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 TIMEOUT = 240.0
 MOETOOL = "moetool.__main__:main"
@@ -144,6 +145,17 @@ def together(processes: int, folder: Path, target: str, *arguments: object, **en
     for running in started:
         done = running.wait(840)
         assert done.code == 0, done.err[-4000:]
+
+
+def rename_slowly(_: str) -> None:
+    """Have each file be followed by a pause, so that a kill falls between two of them on any machine."""
+    replace = os.replace
+
+    def slowly(source: Any, target: Any) -> None:
+        replace(source, target)
+        time.sleep(0.02)
+
+    os.replace = slowly  # type: ignore[assignment]
 
 
 def wait_until(true: Callable[[], bool], running: Running, timeout: float = 60) -> bool:

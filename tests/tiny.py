@@ -296,7 +296,7 @@ def killed_while_writing(out: Path, *command: object) -> dict[str, int]:
 
     for attempt in range(20):
         shutil.rmtree(out, ignore_errors=True)
-        running = forked.start(out.with_name(f"streams-{attempt}"), *command)
+        running = forked.start(out.with_name(f"streams-{attempt}"), *command, before="tests.forked:rename_slowly:")
         forked.wait_until(lambda: len(list(out.glob("*.safetensors"))) >= 3, running)
         running.send(signal.SIGKILL)
         running.wait()
