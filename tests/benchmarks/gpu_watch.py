@@ -53,8 +53,8 @@ class Watch:
         def gradient(run: Any) -> Any:
             return watch.gradient(run, originals["_gradient"])
 
-        def save(run: Any) -> Any:
-            return watch.save(run, originals["_save"])
+        def save(run: Any, kind: str) -> Any:
+            return watch.save(run, kind, originals["_save"])
 
         for name, wrapped in (("_update", update), ("_gradient", gradient), ("_save", save)):
             setattr(Run, name, wrapped)
@@ -87,9 +87,9 @@ class Watch:
         self._gradient_seconds = time.perf_counter() - began
         return result
 
-    def save(self, run: Any, original: Any) -> Any:
+    def save(self, run: Any, kind: str, original: Any) -> Any:
         began, self._gradient_seconds = time.perf_counter(), 0.0
-        result = original(run)
+        result = original(run, kind)
         self.seen["save_seconds"].append(time.perf_counter() - began - self._gradient_seconds)
         self.write()
         return result

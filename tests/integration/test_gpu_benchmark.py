@@ -53,6 +53,19 @@ def test_what_fails_or_comes_too_late_is_told(tmp_path: Path) -> None:
     assert {entry["status"] for entry in document["parts"].values()} == {"skipped: out of time"}
 
 
+def test_the_stopwatch_sees_steps_saves_and_gradients(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
+    """The parts of the loop that it replaces are still those that the loop calls."""
+    report, gradients = tmp_path / "report.json", tmp_path / "gradients.safetensors"
+    command = [sys.executable, "-m", "tests.benchmarks.gpu_watch", report, json.dumps({"gradients": str(gradients)})]
+    command += ["cpt", mixtral, tmp_path / "run", "--train", f"a={jsonl}", "--max-steps", "3", "--save-every", "2"]
+    command += ["--keep-weights", "1", "--seq-len", "16", "--global-batch-size", "2", "--val-fraction", "0", "--quiet"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=gpu.ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(report.read_text())
+    assert (len(seen["step_seconds"]), len(seen["losses"]), len(seen["save_seconds"])) == (3, 3, 5)
+    assert gradients.exists()
+
+
 @pytest.mark.parametrize("family", GEOMETRY)
 def test_flops_are_those_that_cpt_counts(family: str) -> None:
     shape = GEOMETRY[family] | {"num_experts_per_tok": 2, "max_position_embeddings": 4096}
