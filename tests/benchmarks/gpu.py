@@ -73,7 +73,6 @@ class Bench:
         self.folder, self.tiny = folder, tiny
         self.threads: str | None = None
         self._end = time.monotonic() + budget
-        self._help: str | None = None
         self.seq_len, self.steps = (64, 6) if tiny else (SEQ_LEN, STEPS)
         self.text, self.tokenizer = folder / "text.jsonl", folder / "tokenizer"
         # Asked in a process of its own: this one takes none of the GPU's memory.
@@ -141,15 +140,6 @@ class Bench:
                 raise
         seen: dict[str, Any] = json.loads(report.read_text())
         return seen | {"start_seconds": seen["first_step"] - began, "seconds": time.time() - began}
-
-    def has(self, option: str) -> bool:
-        """Whether `moetool cpt` has an option."""
-        return option in self.help()
-
-    def help(self) -> str:
-        if self._help is None:
-            self._help = self.run("-m", "moetool", "cpt", "--help")
-        return self._help
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -286,7 +276,16 @@ def switches(bench: Bench) -> list[str]:
 def arm(bench: Bench, family: str, micro: int, options: tuple[str, ...], save: bool = False) -> dict[str, Any]:
     shown = "save" if save else " ".join(options)
     name = ", ".join([MODELS[family], f"micro-batch {micro}", *([shown] if shown else [])])
+    if missing := unavailable(bench, options):
+        return {"name": name, "status": f"skipped: {missing}", "wall_seconds": 0.0}
     return attempt(bench, name, lambda: speed(bench, family, micro, *options, save=save))
+
+
+def unavailable(bench: Bench, options: tuple[str, ...]) -> str:
+    """Why options of a run cannot be tried on this machine; nothing where they can."""
+    if not bench.gpu and ("offload" in options or "--no-master-weights" in options):
+        return "needs a GPU"
+    return "needs torchao" if {"8bit", "bf16"} & {*options} and not find_spec("torchao") else ""
 
 
 def bare(bench: Bench) -> Rows:
@@ -466,10 +465,8 @@ def options(bench: Bench) -> Rows:
         arms.append(("--liger",))
     if bench.gpu and find_spec("kernels"):
         arms += [("--experts-implementation", name) for name in ("sonicmoe", "deepgemm")]
-    if bench.has("--moments"):
-        arms += [("--moments", moments) for moments in ("8bit", "bf16", "offload")]
-    if bench.has("--no-master-weights"):
-        arms.append(("--moments", "8bit", "--no-master-weights"))
+    arms += [("--moments", moments) for moments in ("8bit", "bf16", "offload")]
+    arms.append(("--moments", "8bit", "--no-master-weights"))
     rows = [arm(bench, "qwen3", 1, (CHECKPOINTING, *each)) for each in arms]
     return rows + [arm(bench, "mistral", 2, (switch,)) for switch in switches(bench)]
 

@@ -32,7 +32,11 @@ def test_every_part_runs_and_every_check_holds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(document["parts"]) == list(gpu.PARTS)
     rows = {row["name"]: row for entry in document["parts"].values() for row in entry["rows"]}
-    assert {row["status"] for row in rows.values()} == {"ok"}
+    skipped = {row["status"] for row in rows.values() if row["status"] != "ok"}
+    assert skipped <= {"skipped: needs a GPU", "skipped: needs torchao"}, skipped
+    assert all(
+        row["status"] == "ok" for part in gpu.PARTS if part != "options" for row in document["parts"][part]["rows"]
+    )
     assert rows["killed and resumed, --deterministic"]["weights_equal"]
     assert rows["analyze-routing"]["routes_difference"] < gpu.ROUTES_BOUND
     assert rows["0.6B x 8, micro-batch 1, save"]["save_seconds"] > 0
