@@ -37,15 +37,23 @@ assert "matplotlib" in sys.modules
 """
 COLLECTED = """
 import gc
-import sys
 from moetool.__main__ import main
+from moetool.commands.console import Console
 
+make, seen = Console.__init__, []
+def noted(*arguments):
+    seen.append(gc.isenabled())
+    make(*arguments)
+    seen.append(gc.isenabled())
+    seen.append(gc.get_freeze_count())
+Console.__init__ = noted
 try:
     main()
 except SystemExit as end:
     assert end.code == 0
-assert gc.isenabled()
-assert gc.get_freeze_count() > 10_000
+before, after, imported = seen
+assert (before, after) == (False, True)
+assert 10_000 < imported < gc.get_freeze_count()
 """
 EVALUATION = """
 import sys
