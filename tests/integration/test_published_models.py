@@ -266,6 +266,9 @@ def save_headers(config: dict[str, Any], folder: Path) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + end)
+        if "lm_head.weight" in entries:  # in a hole it would equal the embeddings, and count as tied to them
+            file.seek(8 + len(raw) + entries["lm_head.weight"]["data_offsets"][0])
+            file.write(b"\1")
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -65,7 +65,8 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return dict(load_file(folder / "model.safetensors"))
+    """Of a result, whose files several processes may have written."""
+    return {name: weight for file in folder.glob("model*.safetensors") for name, weight in load_file(file).items()}
 
 
 def options(strategies: list[str]) -> list[str]:
