@@ -7,7 +7,7 @@ from typing import Any
 
 from moetool.upcycle.plan import Upcycling
 
-ROUGH = 0.02  # predicted loads may be further from those of new text than what routers differ by
+ROUGH = 0.02  # spread of a predicted load above which more text is asked for
 
 
 def spread(halves: Iterable[float]) -> float:
