@@ -113,12 +113,15 @@ def assign(held: Mapping[str, Held], units: Sequence[tuple[str, ...]], contents:
     sources: dict[str, Mapping[int, Region]] = {}
     for turn, (names, writer) in enumerate(zip(units, writers, strict=True)):
         sources |= {name: givers(name, held[name], writer, turn) for name in names}
-    queues: list[list[Part]] = [[] for _ in range(size)]
+    queues: list[dict[frozenset[str], list[Part]]] = [{} for _ in range(size)]
     # The largest first, so that parts of one round take about the same time.
     order = sorted(range(len(units)), key=lambda i: (-sum(tensor.nbytes for _, _, tensor in made[i]), i))
     for i in order:
-        queues[writers[i]].append(Part(units[i], writers[i], frozenset(kind for kind, _, _ in made[i])))
-    rounds = tuple(tuple(part for part in parts if part) for parts in zip_longest(*queues))
+        part = Part(units[i], writers[i], frozenset(kind for kind, _, _ in made[i]))
+        queues[part.writer].setdefault(part.kinds, []).append(part)
+    rounds = tuple(
+        tuple(part for part in parts if part) for parts in zip_longest(*(spread(queue.values()) for queue in queues))
+    )
     return Assignment(rounds, sources, held, tuple(_files(made, writers, size)))
 
 
@@ -129,6 +132,12 @@ def balanced(sizes: Sequence[int], size: int) -> list[int]:
         chosen[i] = min(range(size), key=lambda rank: (loads[rank], rank))
         loads[chosen[i]] += sizes[i]
     return chosen
+
+
+def spread(groups: Iterable[Sequence[Part]]) -> list[Part]:
+    """All parts of some groups, each group in its order and evenly spread, so that all files grow at the same time."""
+    placed = [((n + 0.5) / len(group), part) for group in groups for n, part in enumerate(group)]
+    return [part for _, part in sorted(placed, key=lambda place: place[0])]
 
 
 def givers(name: str, held: Held, writer: int, turn: int) -> dict[int, Region]:

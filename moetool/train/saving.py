@@ -6,8 +6,9 @@ gloo group of their own, so training may talk at the same time.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event, Thread
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetool import launch
 from moetool.cost import devices
 from moetool.errors import CheckpointError, in_one_line
 from moetool.train.assignment import FILES, Assignment, Contents, Held, Part, assign
@@ -23,6 +25,9 @@ from moetool.train.ranks import ALONE, Ranks, Severed
 from moetool.train.shards import Region, boxes, extent, local, region
 from moetool.train.tensor_file import TensorFile
 
+# Threads of a machine that write, because one is slower than a fast disk. They help only as far as they write different
+# files: the system locks a file that is written.
+WRITERS = 4
 PATIENCE = 5.0  # seconds in which a thread ends that was told to; it may be waiting for a process that is gone
 
 
@@ -170,7 +175,7 @@ def write_files(
     folder: Path,
     go_on: Callable[[], None],
 ) -> dict[str, str]:
-    """Write this process's files of a step; all must call, also those that write nothing.
+    """Write this process's files of a step, in threads; all must call, also those that write nothing.
 
     A process that cannot write still gives what the others need.
 
@@ -192,6 +197,14 @@ def write_files(
     files: dict[str, TensorFile] = {}
     places: dict[tuple[str, str], TensorFile] = {}
     errors: list[Exception] = []
+    writing: deque[Future[None]] = deque()
+    over = Event()
+    threads = max(1, WRITERS // launch.num_local_processes())
+
+    def still() -> None:
+        if over.is_set():
+            raise CancelledError
+        go_on()
 
     def attempt(do: Callable[[], None]) -> None:
         try:
@@ -207,14 +220,21 @@ def write_files(
         def begin() -> None:
             for file in assignment.files:
                 if file.writer == ranks.rank:
-                    files[file.path] = stack.enter_context(TensorFile(folder / file.path, file.entries, go_on))
+                    files[file.path] = stack.enter_context(TensorFile(folder / file.path, file.entries, still))
                     places.update(dict.fromkeys(((file.kind, name) for name in file.entries), files[file.path]))
 
         def put() -> None:
             for kind, name, tensor in contents(whole):
-                places[kind, name].put(name, tensor)
+                until(threads - 1)
+                writing.append(pool.submit(places[kind, name].put, name, tensor))
+
+        def until(left: int) -> None:
+            while len(writing) > left:
+                writing.popleft().result()
 
         attempt(begin)
+        pool = stack.enter_context(ThreadPoolExecutor(threads))  # after the files: it ends before they are closed
+        stack.callback(over.set)
         for parts in assignment.rounds:
             go_on()
             try:
@@ -226,8 +246,10 @@ def write_files(
             if whole:
                 attempt(put)
             whole = {}
+            attempt(lambda: until(threads - 1))
             for work, _ in sends:
                 work.wait()
+        attempt(lambda: until(0))
         for error in errors:
             raise error
         return {path: file.finish() for path, file in files.items()}

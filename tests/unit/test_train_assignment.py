@@ -19,7 +19,7 @@ from moetool.checkpoint.model import load_model
 from moetool.checkpoint.reader import read_header
 from moetool.cost.parameters import is_selection_bias
 from moetool.train import assignment
-from moetool.train.assignment import Held, assign, balanced, givers
+from moetool.train.assignment import Held, Part, assign, balanced, givers, spread
 from moetool.train.export import Layout, lay_out, save_beside
 from moetool.train.saving import Saver
 from moetool.train.shards import Region, boxes, everything, extent, num_elements
@@ -94,6 +94,13 @@ def test_work_is_shared_evenly(sizes: list[int], size: int) -> None:
     assert sum(loads) == sum(sizes)
     assert max(loads) - min(loads) <= max(sizes, default=0)
     assert chosen == balanced(sizes, size)
+
+
+def test_the_files_of_a_process_grow_at_the_same_time() -> None:
+    weights = [Part((name,), 0, frozenset({"model", "master"})) for name in "ab"]
+    moments = [Part((f"{name}/{key}",), 0, frozenset({"optimizer"})) for name in "ab" for key in ("m", "v")]
+    order = [part.names[0] for part in spread([weights, moments])]
+    assert order == ["a/m", "a", "a/v", "b/m", "b", "b/v"]
 
 
 @given(st.data())
