@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetool import launch
 from moetool.cost import devices
 from moetool.errors import CheckpointError, in_one_line
 from moetool.train.assignment import FILES, Assignment, Contents, Held, Part, assign
@@ -25,8 +24,9 @@ from moetool.train.ranks import ALONE, Ranks, Severed
 from moetool.train.shards import Region, boxes, extent, local, region
 from moetool.train.tensor_file import TensorFile
 
-# Threads of a machine that write, because one is slower than a fast disk. They help only as far as they write different
-# files: the system locks a file that is written.
+# Threads that write where there is one process, because one is slower than a fast disk. They help only as far as they
+# write different files: the system locks a file that is written. Several processes write in parallel anyway, and must
+# not hold more than one tensor each that others sent.
 WRITERS = 4
 PATIENCE = 5.0  # seconds in which a thread ends that was told to; it may be waiting for a process that is gone
 
@@ -199,7 +199,7 @@ def write_files(
     errors: list[Exception] = []
     writing: deque[Future[None]] = deque()
     over = Event()
-    threads = max(1, WRITERS // launch.num_local_processes())
+    threads = WRITERS if ranks.size == 1 else 1
 
     def still() -> None:
         if over.is_set():

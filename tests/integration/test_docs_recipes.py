@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from moetool.cost.memory import Training, estimate
 from tests import recipes, tiny
 from tests.integration.test_docs import commands
 
@@ -51,7 +53,7 @@ def skeleton(name: str, target: str) -> Iterator[Any]:
 
 def figures(name: str, place: Path) -> dict[str, str]:
     """The row of a model, from the page's own `--plan` command and the estimate of cpt; in the working folder."""
-    from moetool.cost.memory import Training, estimate, loading_bytes
+    from moetool.cost.memory import loading_bytes
     from moetool.cost.operations import flops_per_token
     from moetool.cost.parameters import count_parameters
     from moetool.mesh import Mesh, check_model
@@ -96,6 +98,25 @@ def test_the_figures_of_a_model(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert row == figures(name, tmp_path)
 
 
+def test_the_memory_of_one_gpu(tmp_path: Path) -> None:
+    name = "meta-llama/Llama-3.2-1B"
+    folder = recipes.save_headers(name, tmp_path / "llama")
+    training = Training(4096, micro_batch_size=1, precision="bf16", gradient_checkpointing=True, compiled_loss=True)
+    with skeleton(str(folder), "mixtral") as model:
+        default, small, offload = (
+            estimate(model, replace(training, **options))
+            for options in ({}, {"moments": "8bit", "master_weights": False}, {"moments": "offload"})
+        )
+    gb = [round(size / 1e9) for size in (small["total"], default["total"], offload["total"], offload["host"])]
+    text = " ".join(recipes.PAGE.read_text(encoding="utf-8").split())
+    assert (
+        "is {} GB instead of {}. With `--moments offload`, which is exact but slower, it is {} GB, and {} GB".format(
+            *gb
+        )
+        in text
+    )
+
+
 def test_the_table_has_every_model() -> None:
     assert [row["model"] for row in recipes.table()] == [name.split("/")[1] for name in recipes.CONFIGS]
 
@@ -121,6 +142,8 @@ def test_the_commands_of_the_page_run_in_small(folder: Path, monkeypatch: pytest
         if words[0] == "torchrun":  # the launch itself is for GPUs, and here there is one process
             words = words[words.index("-m") + 1 :]
             del words[words.index("--fsdp") : words.index("--fsdp") + 2]
+        if "--moments" in words:  # for bf16, and for torchao, which is optional
+            del words[words.index("--moments") : words.index("--moments") + 3]
         assert words[0] == "moetool"
         code, _, err = tiny.in_process(*words[1:], *SMALL[words[1]])
         assert code == 0, f"{line}\n{err}"
