@@ -186,6 +186,35 @@ def skeleton(folder: Path, dtype: Any = None) -> Any:
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from None
 
 
+def without_weights(config: Mapping[str, Any], num_tensors: int) -> Any:
+    """The model of a config.json on torch's meta device; None where transformers does not know or cannot build it.
+
+    Args:
+        config: that `check_config` has seen.
+        num_tensors: in its files; layers that have none are not built.
+    """
+    import torch
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return None
+    _quiet()
+    named = next(iter(config.get("architectures") or ()), None)
+    kind = getattr(transformers, named, None) if isinstance(named, str) and named.isidentifier() else None
+    build: Any = kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+    try:
+        settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        if getattr(settings.get_text_config(), "num_hidden_layers", 0) > num_tensors:
+            return None
+        with torch.device("meta"):
+            if build:
+                return build._from_config(settings)
+            return AutoModelForCausalLM.from_config(settings, trust_remote_code=False) if named is None else None
+    except Exception:  # a damaged or foreign config fails in many ways
+        return None
+
+
 # Keys of config.json whose numbers size lists or modules of transformers, and a bound far above any model's.
 _COUNTED = re.compile(r"(layers?|experts?|heads?|labels|blocks?|groups?|stages)$")
 MAX_COUNT = 100_000

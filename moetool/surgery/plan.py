@@ -18,6 +18,7 @@ from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, lay_out_f
 from moetool.errors import CheckpointError
 from moetool.lineage import read_lineage
 from moetool.progress import Progress
+from moetool.surgery.complete import check_whole
 from moetool.surgery.fill import Fill, Place, peak_memory
 from moetool.surgery.kinds import Kind
 
@@ -168,8 +169,11 @@ def lay_out(
         state: of each file of a training state its tensors, whose names begin with the file's and a slash.
 
     Raises:
-        CheckpointError: config.json holds a number that JSON does not have, or a source's lineage is damaged.
+        CheckpointError: tensors of a source are missing, config.json holds a number that JSON does not have, or a
+            source's lineage is damaged.
     """
+    if continues:  # an upcycling knows each tensor of its sources
+        check_whole(config, tensors, readers[0].folder)
     lineages = [(read_lineage(reader.folder) or {}).get("lineage", []) for reader in readers]
     history = _in_common(lineages[:continues])
     for key, value in config.items():
