@@ -9,15 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import xxhash
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from moetool import __version__
 from moetool.calibration.sums import Calibration
 from moetool.checkpoint.folder import cache_root, write_file
 from moetool.checkpoint.reader import content_fingerprint
+from moetool.surgery.rows import raw_bytes
 
-FORMAT = 2  # of the files; raise it when what they hold changes
+FORMAT = 3  # of the files; raise it when what they hold changes
 
 
 def cache_folder() -> Path:
@@ -48,9 +51,22 @@ def kept(
     with suppress(OSError, SafetensorError, KeyError, ValueError, TypeError):  # absent, or damaged and made again
         # Copied, because the last bits of a product depend on where in memory a tensor begins, and a file's map begins
         # tensors anywhere: what is chosen would depend on whether the calibration is new.
-        return Calibration.from_tensors({name: tensor.clone() for name, tensor in load_file(path).items()})
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        with safe_open(path, "pt") as file:
+            sound = (file.metadata() or {}).get("xxh3") == _checksum(tensors)
+        if sound:
+            return Calibration.from_tensors(tensors)
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous().clone() for name, tensor in made.to_tensors().items()}
-    write_file(path, save(tensors, {"provenance": json.dumps(parts, sort_keys=True)}))
+    about = {"provenance": json.dumps(parts, sort_keys=True), "xxh3": _checksum(tensors)}
+    write_file(path, save(tensors, about))
     return made
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
+        digest.update(raw_bytes(tensors[name].reshape(-1)))
+    return digest.hexdigest()

@@ -66,14 +66,22 @@ def key(identity: str, task_digest: str, settings: dict[str, Any]) -> str:
 
 
 def read(out: Path | None, name: str, task: str) -> dict[str, Any] | None:
-    """A task's saved result, or None; a file in another form than `evaluate` writes counts as None."""
+    """A task's saved result; None if there is none, it is damaged, or it has another form than `evaluate` writes.
+
+    Those of earlier versions have no digest, and are read without.
+    """
     if out is None:
         return None
     try:
         entry = parse_json(read_bytes(out / FOLDER / f"{name}.json", 2**31), name)
     except CheckpointError:
         return None
-    return entry if _is_entry(entry, task) else None
+    saved = entry.pop("sha256", None) if isinstance(entry, dict) else None
+    return entry if saved in (None, _sha256(entry)) and _is_entry(entry, task) else None
+
+
+def _sha256(entry: Any) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 _NUMBER = (float, bool)
@@ -120,10 +128,15 @@ def write(out: Path | None, name: str, entry: dict[str, Any]) -> None:
     """Save a result; a kill leaves all of it or nothing."""
     if out is not None:
         (out / FOLDER).mkdir(parents=True, exist_ok=True)
-        write_json(out / FOLDER / f"{name}.json", entry)
+        saved = json.loads(_as_json(entry))
+        write_json(out / FOLDER / f"{name}.json", saved | {"sha256": _sha256(saved)})
 
 
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON file atomically."""
     indent = 1 if path.name == "results.json" else None
-    write_file(path, json.dumps(document, indent=indent, ensure_ascii=False, default=str).encode("utf-8", "replace"))
+    write_file(path, _as_json(document, indent))
+
+
+def _as_json(document: Any, indent: int | None = None) -> bytes:
+    return json.dumps(document, indent=indent, ensure_ascii=False, default=str).encode("utf-8", "replace")

@@ -178,6 +178,18 @@ def test_what_is_kept_serves_both(mixtral: Path, jsonl: Path, tmp_path: Path, mo
     assert command(*arguments) == first
 
 
+def test_a_flipped_bit_of_what_is_kept_is_found(mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / "cache"))
+    made = calibrate(load_model(mixtral).eval(), texts(mixtral, tmp_path), **RUN)
+    kept(mixtral, {}, {}, lambda: made)
+    (path,) = (tmp_path / "cache" / "calibration").glob("*.safetensors")
+    whole = path.read_bytes()
+    for place in (len(whole) - 1, len(whole) - 5000):  # in numbers: all else of the file still fits
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert not differing(kept(mixtral, {}, {}, lambda: made), made)
+        assert path.read_bytes()[-6000:] == whole[-6000:]
+
+
 def test_kept_tensors_begin_where_new_ones_do(mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last bits of a product depend on it; in a file tensors begin anywhere."""
     made = calibrate(load_model(mixtral).eval(), texts(mixtral, tmp_path), **RUN)
