@@ -95,6 +95,8 @@ class Measured:
         loads: layer -> text -> the share of the layer's routes that each expert gets of held-out tokens, as predicted.
         halves: layer -> text -> the largest difference between an expert's loads in the two halves of those tokens.
         asked: the texts' digests and how much of them was read, which the lineage has in the recipe.
+        units_apart: by what share the units' contributions differ in the two halves of the texts, in the layer in which
+            they differ most. It determines nothing, so the lineage does not have it.
     """
 
     split: Mapping[int, str] = field(default_factory=dict)
@@ -103,6 +105,7 @@ class Measured:
     loads: Mapping[int, Mapping[str, list[float]]] = field(default_factory=dict)
     halves: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     asked: Mapping[str, Any] = field(default_factory=dict)
+    units_apart: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """For the lineage; {} where nothing was measured."""
@@ -129,7 +132,7 @@ class Measured:
         if not isinstance(document, dict) or not isinstance(asked, dict):
             raise _damaged("what was")
         split, contributions, routers, loads, halves = (
-            _by_layer(document.get(field.name, {})) for field in fields(cls)[:-1]
+            _by_layer(document.get(field.name, {})) for field in fields(cls)[:-2]
         )
         if not all(isinstance(text, str) for text in (*split.values(), *contributions.values())):
             raise _damaged("units")

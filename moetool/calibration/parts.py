@@ -26,6 +26,7 @@ class Part:
         ids_BS: the tokens; the last window of a text is filled up.
         own_T: tokens that are in sums.
         held_T: tokens that are held out.
+        first_T: those of the first half of the text.
         limit: tokens of each sample up to this text, so that every text has its share.
         done: tokens of the text up to here.
         total: tokens of the text.
@@ -35,6 +36,7 @@ class Part:
     ids_BS: Tensor
     own_T: Tensor
     held_T: Tensor
+    first_T: Tensor
     limit: int
     done: int
     total: int
@@ -78,4 +80,5 @@ def parts_of_texts(
             out_T = held_B.repeat_interleave(S)
             window, done = window + B, done + len(batch.tokens_N)
             held = min(limit, held + int((text_T & out_T).sum()))
-            yield Part(name, batch.ids_BS, text_T & ~out_T, text_T & out_T, limit, done, total)
+            first_T = torch.arange(batch.start, batch.start + B * S) < total // 2
+            yield Part(name, batch.ids_BS, text_T & ~out_T, text_T & out_T, first_T, limit, done, total)

@@ -116,6 +116,7 @@ class Calibration:
         held_out: layer -> (T, D), the same of tokens that are in no sum; empty if all texts are too short.
         inputs: layer -> of what its FFN receives, over the tokens in `sums`; none unless they were asked for.
         units: layer -> of the units of its dense FFN, over the same tokens; none unless they were asked for.
+        first: layer -> the same over those of them that lie in the first half of each text.
     """
 
     sums: Mapping[int, ExpertSums]
@@ -123,6 +124,7 @@ class Calibration:
     held_out: Mapping[int, Tensor]
     inputs: Mapping[int, InputSums] = field(default_factory=dict)
     units: Mapping[int, UnitSums] = field(default_factory=dict)
+    first: Mapping[int, UnitSums] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """As tensors by name."""
@@ -149,4 +151,4 @@ class Calibration:
 
 
 _SAMPLES = ("fitted", "held_out")
-_SUMS = {"sums": ExpertSums, "inputs": InputSums, "units": UnitSums}
+_SUMS = {"sums": ExpertSums, "inputs": InputSums, "units": UnitSums, "first": UnitSums}

@@ -34,6 +34,7 @@ class _Gathered:
         self.sums: dict[int, ExpertSums] = {}
         self.inputs: dict[int, InputSums] = {}
         self.units: dict[int, UnitSums] = {}
+        self.first: dict[int, UnitSums] = {}
         self.samples: dict[bool, dict[int, Tensor]] = {False: {}, True: {}}  # by whether they are held out
 
     def begin(self, part: Part) -> None:
@@ -44,6 +45,16 @@ class _Gathered:
         """The rows of tokens that are in sums."""
         assert self.part is not None
         return rows if bool(self.part.own_T.all()) else rows[self.part.own_T.to(rows.device)]
+
+    def count_units(self, layer: int, units_TF: Tensor) -> None:
+        """Add the units of tokens that are in sums; what lies in the first half of a text is summed apart, too."""
+        assert self.part is not None
+        sums = UnitSums.of(self.own(units_TF))
+        _add(self.units, layer, sums)
+        first_T = self.part.own_T & self.part.first_T
+        if not bool((first_T == self.part.own_T).all()):
+            sums = UnitSums.of(units_TF[first_T.to(units_TF.device)])
+        _add(self.first, layer, sums)
 
     def keep(self, layer: int, hidden_TD: Tensor) -> None:
         """Fill the samples of a layer."""
@@ -146,7 +157,7 @@ def calibrate_dense(
 
     def does(number: int) -> Callable[..., None]:
         def count(module: Any, inputs: tuple[Any, ...]) -> None:
-            _add(gathered.units, number, UnitSums.of(gathered.own(inputs[0].flatten(0, -2))))
+            gathered.count_units(number, inputs[0].flatten(0, -2))
 
         return count
 
@@ -193,7 +204,7 @@ def _run(
         for one in hooks:
             one.remove()
     fitted, held_out = gathered.samples[False], gathered.samples[True]
-    return Calibration(gathered.sums, fitted, held_out, gathered.inputs, gathered.units)
+    return Calibration(gathered.sums, fitted, held_out, gathered.inputs, gathered.units, gathered.first)
 
 
 def layer_sums(layer: Layer, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> ExpertSums:

@@ -162,7 +162,8 @@ def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
         upcycling: the plan.
         repeated: names of donors that are DENSE itself.
     """
-    from moetool.upcycle.measured_loads import rough
+    from moetool.upcycle.measured_loads import ROUGH, rough, spread
+    from moetool.upcycle.texts import reads_units
 
     recipe = upcycling.recipe
     told = [f"--donor {name} is DENSE itself, so its experts start like DENSE's own" for name in repeated]
@@ -183,6 +184,11 @@ def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
         f" new text may be off by {off:.1%}; give more text, from more documents"
         for name, off in rough(upcycling).items()
     ]
+    if (apart := upcycling.measured.units_apart) and spread([apart]) > ROUGH:
+        told.append(
+            f"{' and '.join(reads_units(recipe))}: the units' contributions in the two halves of the text differ by"
+            f" {apart:.1%}, so those in new text may be off by {spread([apart]):.1%}; give more text"
+        )
     if recipe.router == "zeros":
         told.append(
             "--router zeros sends every token to the same first experts of each layer until training moves them apart"

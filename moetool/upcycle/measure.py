@@ -27,7 +27,7 @@ from moetool.upcycle.texts import TextOptions, reads_units
 from moetool.upcycle.usage import measure_units
 
 SAME_LOAD = 0.01  # loads of the same text on two machines differ less: near ties may go either way
-FORMAT = 4  # of what is kept; raise it when what is measured changes
+FORMAT = 5  # of what is kept; raise it when what is measured changes
 
 
 def measure(
@@ -68,10 +68,11 @@ def measure(
     path = cache_folder() / f"{_sha256(parts)}.json"
     document = _kept(path)
     if document is None:
-        document = _measure(upcycling, readers, texts, run, progress).to_json()
+        measured = _measure(upcycling, readers, texts, run, progress)
+        document = {"measured": measured.to_json(), "units_apart": measured.units_apart}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps({"measured": document, "sha256": _sha256(document)}).encode())
-    found = Measured.from_json(document, asked)
+        write_file(path, json.dumps(document | {"sha256": _sha256(document)}).encode())
+    found = replace(Measured.from_json(document["measured"], asked), units_apart=document["units_apart"])
     size, keep = upcycling.plan.max_shard_size, upcycling.state is not None
     return plan_upcycling(readers, upcycling.recipe, size, clients, found, keep)
 
@@ -80,8 +81,8 @@ def _kept(path: Path) -> Any:
     """What was measured before; None where it is absent, or damaged and made again."""
     with suppress(OSError, CheckpointError):
         document = read_json(path)
-        if document.get("sha256") == _sha256(document.get("measured")):
-            return document["measured"]
+        if document.pop("sha256", None) == _sha256(document):
+            return document
     return None
 
 

@@ -59,6 +59,7 @@ def measure_units(
             f" convert {folders[0]} TEXT_MODEL"
         )
     contributions: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    apart = 0.0
     for folder in folders:
         model = load(folder, run)
         found = calibration_of(model, folder, texts, run, progress, moments=True)
@@ -68,6 +69,7 @@ def measure_units(
             model.load(layer)
             tokens, sums = float(found.inputs[layer].tokens), found.units[layer]
             contributions[layer].append(contribution(ffns[layer], sums, tokens))
+            apart = max(apart, difference(ffns[layer], sums, found.first[layer]))
             if not contributions[layer][-1].isfinite().all():
                 raise CheckpointError(
                     f"{folder}: layer {layer}: the outputs of its units on the texts are not finite; look for NaN or"
@@ -85,13 +87,34 @@ def measure_units(
         if recipe.drop_units == "least-used":
             use[layer] = packed(torch.stack([contribution_codes(one_F) for one_F in contributions[layer]]))
     progress("splitting FFNs", len(layers), len(layers))
-    return replace(upcycling.measured, split=split, contributions=use)
+    return replace(upcycling.measured, split=split, contributions=use, units_apart=apart)
 
 
 def _shards(recipe: UpcycleRecipe, contribution_F: Tensor) -> Tensor:
     shared = recipe.shared_experts or 0
     shared = shared if shared < recipe.granularity else 0  # whole FFNs beside all shards take no unit from these
     return by_activation(contribution_F, shared, recipe.granularity)
+
+
+def difference(ffn: FFN, sums: UnitSums, first: UnitSums) -> float:
+    """Which share of the units' contributions lies in other units in the first half of the texts than in the second.
+
+    Args:
+        ffn: of a layer.
+        sums: over whole texts.
+        first: over their first halves.
+
+    Returns:
+        The total variation distance of the two halves' shares: 0 for the same, 1 where a half has none.
+    """
+    both = [
+        contribution(ffn, UnitSums(absolute_F, absolute_F), 1.0)
+        for absolute_F in (first.absolute_F, sums.absolute_F - first.absolute_F)
+    ]
+    if not all(float(one_F.sum()) > 0 for one_F in both):
+        return 1.0
+    shares = [one_F / one_F.sum() for one_F in both]
+    return float((shares[0] - shares[1]).abs().sum()) / 2
 
 
 def contribution(ffn: FFN, sums: UnitSums, tokens: float) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moetool import registry
+from moetool.calibration.sums import UnitSums
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.measured import Measured
 from moetool.recipe import PROJECTIONS, UpcycleRecipe, permutation, redrawn_units, unit_order
 from moetool.routing.origin import find_dense, read_origin
 from moetool.routing.similarity import similarity
 from moetool.surgery import fill
+from moetool.upcycle.usage import difference
 from tests import tiny
 from tests.integration.test_upcycle_forms import MULTIMODAL
 
@@ -392,6 +395,31 @@ def test_a_plan_reads_the_text_and_writes_nothing(llama: Path, text: Path, tmp_p
     assert code == 0, err
     assert "(activation split)" in " ".join(out.split())
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("option", [("--split", "activation", "--granularity", 2), ("--drop-units", "least-used")])
+def test_a_text_too_short_for_what_is_measured_is_told(
+    option: tuple[object, ...], llama: Path, text: Path, tmp_path: Path
+) -> None:
+    told = {}
+    for tokens in (20, 2_000):
+        more = ("--calibrate", f"a={text}", "--seq-len", WINDOW, "--max-tokens", tokens)
+        code, _, err = tiny.in_process("upcycle", llama, tmp_path / "moe", *option, *more, "--plan")
+        assert code == 0, err
+        told[tokens] = " ".join(err.split())
+    assert f"warning: {option[0]} {option[1]}: the units' contributions in the two halves" in told[20]
+    assert "the units' contributions" not in told[2_000]
+
+
+def test_the_difference_of_halves_by_hand() -> None:
+    """Units with norms 1 and 2 of `down`; |h| sums to (6, 1) in the first half and (2, 3) in the second.
+
+    Contributions are (6, 2) and (2, 6): three quarters and a quarter, then a quarter and three quarters.
+    """
+    ffn: Any = SimpleNamespace(down=SimpleNamespace(weight=torch.tensor([[1.0, 0.0], [0.0, 2.0]])))
+    first, whole = (UnitSums(torch.tensor(one), torch.zeros(2)) for one in ([6.0, 1.0], [8.0, 4.0]))
+    assert difference(ffn, whole, first) == pytest.approx(0.5)
+    assert difference(ffn, whole, whole) == 1.0  # a text of one token has no second half
 
 
 REFUSED = [
