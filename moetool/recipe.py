@@ -134,6 +134,10 @@ class UpcycleRecipe:
                     f"--keep-experts-whole {self.num_experts} leaves none of {self.num_experts} experts to --method"
                     f" {self.method}; give fewer, or --method copy"
                 )
+        if self.drop_units == "least-used" and getattr(self, f"{self.method}_ratio", None) == 1:
+            raise ConfigError(
+                f"--drop-units has no effect with {flag(f'{self.method}_ratio')} 1, which changes all units"
+            )
         if self.top_k > self.num_experts:
             raise ConfigError(f"--top-k {self.top_k} is more than --num-experts {self.num_experts}")
 

@@ -203,6 +203,9 @@ def values_of(sweep: Sequence[str]) -> dict[str, list[Any]]:
         if field in found:
             raise ConfigError(f"--sweep {name} is given twice")
         found[field] = [_read(field, one, declared[field], hints[field]) for one in typed.split(",")]
+        for number, one in enumerate(typed.split(",")):
+            if found[field][number] in found[field][:number]:
+                raise ConfigError(f"--sweep {name}: {one} is given twice")
     if (many := prod(map(len, found.values()))) > MOST:
         raise ConfigError(f"--sweep: {many} combinations; give at most {MOST}")
     return found

@@ -61,7 +61,9 @@ def average(
     sources, recipe = in_order(opened, asked)
     plan = plan_average(sources.readers, recipe, parse_size(writing.max_shard_size))
     document = describe(plan, sources, recipe, models.out, writing.num_workers)
-    if not all(map(lineage_of, sources.readers)):
+    if len(sources.readers) == 1:
+        console.warn(f"only {sources.names[0]} is averaged, so the result is a copy of it; give more checkpoints")
+    elif not all(map(lineage_of, sources.readers)):
         console.warn(
             "no moetool.json says that these checkpoints come from one model; a mean of different models is not usable"
         )

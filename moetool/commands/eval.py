@@ -63,6 +63,8 @@ class EvalOptions:
         """Raise ConfigError if there is nothing to evaluate on."""
         if not (self.tasks or self.suite or self.text):
             raise ConfigError("nothing to evaluate on: give --tasks, --suite or --text NAME=PATH")
+        if "num_fewshot" in typed and not (self.tasks or self.suite):
+            raise ConfigError("--num-fewshot has no effect without --tasks or --suite, because --text has no prompt")
 
 
 def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, output: Output) -> dict[str, Any]:

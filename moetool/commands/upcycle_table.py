@@ -170,10 +170,17 @@ def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
     if recipe.top_k == recipe.group_size:
         what = "expert" if recipe.top_k == 1 else "group of experts"
         more = recipe.group_size * 2
+        experts = f" and --num-experts {more} or more" * (more > recipe.num_experts)
         told.append(
-            f"with --top-k {recipe.top_k}, {upcycling.spec.model_type} gives every chosen {what} the same weight: the"
-            f" router gets no gradient from the language loss, only from a balance loss; use --top-k {more} to train it"
+            f"with --top-k {recipe.top_k}, {upcycling.spec.model_type} gives every chosen {what} the same weight, so"
+            f" only a balance loss trains the router; use --top-k {more}{experts}"
         )
+    if recipe.top_k == recipe.num_experts:
+        told.append(f"--top-k {recipe.top_k} sends every token to all {recipe.num_experts} experts; lower it to route")
+    changed = any(recipe.num_redrawn(upcycling.num_units, layer) for layer in upcycling.moe_layers)
+    size = recipe.noise_scale if recipe.noise_std is None else recipe.noise_std
+    if (recipe.method in ("drop", "noise") and not changed) or (recipe.method == "noise" and not size):
+        told.append(f"--method {recipe.method} changes no unit here, so experts start as with --method copy")
     if upcycling.state and upcycling.state.rounded:
         told.append(
             f"the moments of {upcycling.state.reader.folder} are not all fp32 (cpt --moments bf16), but those of the"
@@ -189,8 +196,9 @@ def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
             f"{' and '.join(reads_units(recipe))}: the units' contributions in the two halves of the text differ by"
             f" {apart:.1%}, so those in new text may be off by {spread([apart]):.1%}; give more text"
         )
-    if recipe.router == "zeros":
+    if recipe.method != "scratch" and (recipe.router == "zeros" or not recipe.router_std):
+        zeros = "--router zeros" if recipe.router == "zeros" else "--router-std 0"
         told.append(
-            "--router zeros sends every token to the same first experts of each layer until training moves them apart"
+            f"{zeros} sends every token to the same first experts of each layer until training moves them apart"
         )
     return told

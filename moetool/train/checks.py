@@ -79,6 +79,8 @@ def _check_routers(config: TrainConfig, typed: Collection[str]) -> None:
         )
     if "balance_end" in typed and "loss-free" not in (config.balance or {}):
         raise ConfigError("--balance-end has no effect without --balance loss-free, whose selection bias it stops")
+    if config.balance_end == 0:
+        raise ConfigError("--balance-end 0: loss-free would never move the selection bias; give a share above 0")
     if config.balance and frozen:
         from moetool.train.balance import check_frozen
 
@@ -92,6 +94,8 @@ def _check_teacher(config: TrainConfig) -> None:
         raise ConfigError(
             "--teacher-on replay: there is no --replay; give text to replay (--replay NAME=PATH), or --teacher-on all"
         )
+    if not config.teacher_weight:
+        raise ConfigError("--teacher has no effect with --teacher-weight 0; give a weight above 0, or leave both out")
     if not 0 < config.teacher_temperature < float("inf"):
         raise ConfigError(f"--teacher-temperature {config.teacher_temperature:g}: a number above 0 is needed")
 
@@ -105,6 +109,8 @@ def _check_sources(config: TrainConfig, typed: Collection[str]) -> None:
             raise ConfigError(f"--weight {name}: no --train or --replay has that name{near}")
         if any(list(kind) == [name] for kind in kinds):
             raise ConfigError(f"--weight {name} has no effect, because there is no other source of its kind")
+    if config.replay_ratio == 1:
+        raise ConfigError("--train is never read with --replay-ratio 1; give the replayed text as --train instead")
     held_out = [name for name in sources if name not in config.val]
     if "val_fraction" in typed and config.val_fraction and not held_out:
         raise ConfigError("--val-fraction has no effect: every source has a --val of its name")

@@ -153,7 +153,7 @@ def plan_run(
         "num_processes": accelerator.num_processes,
     }
     warnings = memory_warnings(values["memory"], device, lambda there: smaller(model, training, there, config.mesh))
-    warnings += validation_warnings(values["val"], config)
+    warnings += validation_warnings(values["val"], config) + unreached(config)
     peak = devices.peak_flops(device, config.precision)
     return RunPlan(
         config, accelerator, corpus, mixture, identity, step, save_dtype, schedule, terms, peak, values, warnings
@@ -203,6 +203,20 @@ def validation_warnings(val: Mapping[str, int], config: TrainConfig) -> list[str
         f"validating {times} times on {tokens:.1e} tokens takes about {longer:.1f} times as long as training on"
         f" {config.max_tokens:.1e} tokens; give smaller sets (--val, --val-fraction) or raise --eval-every"
     ]
+
+
+def unreached(config: TrainConfig) -> list[str]:
+    """Warnings about what a run is too short for. It may be made longer later, so nothing is refused.
+
+    Args:
+        config: resolved.
+    """
+    told, steps = [], config.max_steps
+    if "warmup_steps" in schedules.parameters(config.schedule) and 1 < config.warmup_steps == steps:
+        told.append(f"all {steps} steps are warm-up, so the learning rate only rises; lower --warmup-steps or -ratio")
+    if config.keep_weights and config.keep_weights > steps:
+        told.append(f"--keep-weights {config.keep_weights} keeps no snapshot in {steps} steps; give at most that")
+    return told
 
 
 @torch.no_grad()
