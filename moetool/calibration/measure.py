@@ -24,14 +24,25 @@ from moetool.routing.capture import has_routers
 from moetool.routing.text_pass import window
 
 
-def read_texts(named: Mapping[str, str], folder: Path, run: Run, progress: Progress) -> dict[str, TokenStream]:
-    """Texts as tokens of a model's own tokenizer.
+def read_texts(
+    named: Mapping[str, str], folder: Path, run: Run, progress: Progress, recorded: str = "", whole: bool = False
+) -> dict[str, TokenStream]:
+    """Texts as tokens of a model's own tokenizer, as far as `--max-tokens` needs them.
+
+    Args:
+        named: name -> where a text is.
+        folder: of the model.
+        run: how texts run.
+        progress: called with the bytes read.
+        recorded: see `tokenized`.
+        whole: all tokens, as earlier versions recorded them.
 
     Raises:
         DataError: one cannot be read.
     """
     sources = {name: TextSource(path, run.text_field, run.document) for name, path in named.items()}
-    return {name: tokenized(source, folder, progress) for name, source in sources.items()}
+    first = None if whole else run.max_tokens
+    return {name: tokenized(source, folder, progress, first, recorded) for name, source in sources.items()}
 
 
 def load(folder: Path, run: Run) -> Any:

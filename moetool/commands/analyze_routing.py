@@ -140,7 +140,7 @@ def _measured(
     place = settings.dtype, pick_device(settings.device), settings.device_map, mesh_of(settings)
     estimate = tell_weights(console, [folder for _, folder in models], *place)
     streams = {
-        name: tokenized(TextSource(path, asked.text_field, asked.document), models[0][1], progress)
+        name: tokenized(TextSource(path, asked.text_field, asked.document), models[0][1], progress, settings.max_tokens)
         for name, path in asked.data.items()
     }
     with estimated(estimate):

@@ -47,6 +47,7 @@ def densify(
     from moetool.densify.plan import check_source, plan_dense
     from moetool.errors import ConfigError
     from moetool.surgery.experts import open_moe
+    from moetool.surgery.lineage import recorded
 
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
@@ -57,7 +58,8 @@ def densify(
         raise ConfigError(f"--keep-experts {keep}: {folder} has {source.num_experts} experts; keep at most that")
     estimate = tell_calibration(console, folder, run)
     with console.progress() as progress, estimated(estimate):
-        texts, validation = (read_texts(named, folder, run, progress) for named in (run.data, run.val))
+        known = recorded(models.out)
+        texts, validation = (read_texts(named, folder, run, progress, known) for named in (run.data, run.val))
         model = load(folder, run)
         measured = calibration_of(model, folder, texts, run, progress)
         parts = parts_of(source, measured, keep)

@@ -96,6 +96,7 @@ def _measure(
     from moetool.grow.plan import settle
     from moetool.grow.utility import most_useful, utilities
     from moetool.surgery.experts import open_moe
+    from moetool.surgery.lineage import recorded
 
     source = open_moe(reader, "grown")
     settle(source, asked)
@@ -108,7 +109,8 @@ def _measure(
         estimate += f", and {size(4 * source.num_routed)} for gradients"
         console.say(f"[dim]gradients of the experts take {size(4 * source.num_routed)} more[/dim]")
     with console.progress() as progress, estimated(estimate):
-        texts, validation = (read_texts(named, reader.folder, run, progress) for named in (run.data, run.val))
+        known = recorded(out)
+        texts, validation = (read_texts(named, reader.folder, run, progress, known) for named in (run.data, run.val))
         model = load(reader.folder, run)
         found = utilities(asked.utility, model, reader.folder, texts, run, progress) if texts else {}
         before = losses(model, validation, run, progress)

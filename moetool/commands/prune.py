@@ -48,6 +48,7 @@ def prune(
     from moetool.prune.merge import merge
     from moetool.prune.plan import check_numbers, plan_pruning
     from moetool.surgery.experts import open_moe
+    from moetool.surgery.lineage import recorded
 
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
@@ -57,7 +58,8 @@ def prune(
     groups, keep = check_numbers(source, asked.keep_experts), asked.keep_experts
     estimate = tell_calibration(console, folder, run)
     with console.progress() as progress, estimated(estimate):
-        texts, validation = (read_texts(named, folder, run, progress) for named in (run.data, run.val))
+        known = recorded(models.out)
+        texts, validation = (read_texts(named, folder, run, progress, known) for named in (run.data, run.val))
         model = load(folder, run)
         measured = calibration_of(model, folder, texts, run, progress)
         found = layers_with_experts(model)

@@ -75,13 +75,14 @@ def upcycle(
     sources = context.with_resource(open_sources(names, models.out, writing.plan and not reads, reader=reader))
     upcycling = plan_upcycling(sources.readers, recipe, max_size, models.for_, keep_optimizer=models.keep_optimizer)
     if reads:
+        from moetool.surgery.lineage import recorded
         from moetool.upcycle.measure import measure
 
         if not writing.plan and not writing.overwrite:
             check_out(models.out, "upcycle")
         estimate = tell_unwritten(console, upcycling.plan, texts)
         with console.progress() as progress, estimated(estimate):
-            upcycling = measure(upcycling, sources.readers, texts, models.for_, progress)
+            upcycling = measure(upcycling, sources.readers, texts, models.for_, progress, recorded(models.out))
     document = describe(upcycling, models.out, writing.num_workers)
     for warning in warnings(upcycling, sources.repeated()):
         console.warn(warning)

@@ -174,6 +174,7 @@ def write_tokens(
     about: dict[str, Any] | None = None,
     overwrite: bool = False,
     files: Mapping[str, bytes] | None = None,
+    first: int | None = None,
 ) -> TokenStream:
     """Tokenize documents into a folder, which appears only when it is complete.
 
@@ -184,6 +185,7 @@ def write_tokens(
         about: more manifest entries, such as the source of the text.
         overwrite: replace a tokenised folder, which stays until the new one is complete.
         files: small files to put beside the tokens.
+        first: only as many whole documents as hold more tokens than that; the rest is not read. None: all.
 
     Raises:
         DataError: there are no documents, the tokenizer has no end-of-text token, or `folder`
@@ -214,12 +216,18 @@ def write_tokens(
         with durable(unfinished / "tokens.bin") as tokens_file, durable(unfinished / "offsets.bin") as offsets_file:
             offsets_file.write(np.zeros(1, "<i8").tobytes())
             for tokens, ends, size in encoded:
+                last = None
+                if first is not None and num_tokens + len(tokens) > first:
+                    last = int(np.searchsorted(ends, first - num_tokens, side="right"))
+                    tokens, ends = tokens[: ends[last]], ends[: last + 1]  # however much a batch holds
                 data = tokens.astype("<u2" if dtype == "uint16" else "<u4").tobytes()
                 digest.update(data)
                 tokens_file.write(data)
                 offsets_file.write(np.add(ends, num_tokens).astype("<i8").tobytes())
                 num_tokens, num_documents = num_tokens + len(tokens), num_documents + len(ends)
                 num_bytes += size
+                if last is not None:
+                    break
         if not num_documents:
             raise DataError(f"no text in {', '.join((about or {}).get('sources', ['the input']))}; give other files")
         manifest = (about or {}) | {
@@ -251,7 +259,13 @@ def write_tokens(
     return open_tokens(folder)
 
 
-def tokenized(source: TextSource, tokenizer_folder: Path, progress: Progress = silent) -> TokenStream:
+def tokenized(
+    source: TextSource,
+    tokenizer_folder: Path,
+    progress: Progress = silent,
+    first: int | None = None,
+    recorded: str = "",
+) -> TokenStream:
     """The tokens of a source: opened if it is a tokenised folder, otherwise made once and cached.
 
     The cache is `tokens/` in `$MOETOOL_CACHE` or `~/.cache/moetool`, with one folder per digest of the
@@ -261,6 +275,10 @@ def tokenized(source: TextSource, tokenizer_folder: Path, progress: Progress = s
         source: text, or a folder made by `moetool tokenize`.
         tokenizer_folder: a folder that holds a tokenizer, such as a checkpoint.
         progress: called with the bytes read.
+        first: tokens that are needed from the beginning, and the one after them; of text, only the documents that hold
+            these are tokenized. None: all.
+        recorded: a document with digests of texts, of the run that is to be continued. Where one of them is that of all
+            tokens, which earlier versions made and may still be in the cache, it is these.
 
     Raises:
         DataError: the text or the tokenizer cannot be read, or the tokens are of another tokenizer.
@@ -278,13 +296,21 @@ def tokenized(source: TextSource, tokenizer_folder: Path, progress: Progress = s
         return stream
     tokenizer = load_tokenizer(tokenizer_folder)
     about = describe([source], tokenizer_folder, tokenizer, progress)
-    cache = cache_root() / "tokens" / about["key"]
+    cache = cache_root() / "tokens"
+    if recorded:
+        with suppress(DataError):
+            every = open_tokens(cache / about["key"])
+            if every.manifest["sha256"] in recorded:
+                return every
+    if first is not None:
+        about |= {"first": first, "key": hashlib.sha256(f"{about['key']} {first}".encode()).hexdigest()}
+    cache /= about["key"]
     try:
         return open_tokens(cache)
     except DataError:  # absent, or damaged and to be replaced
         damaged = cache.exists()
     try:
-        return write_tokens(read_documents(source, progress), tokenizer, cache, about, overwrite=damaged)
+        return write_tokens(read_documents(source, progress), tokenizer, cache, about, overwrite=damaged, first=first)
     except DataError as error:
         with suppress(DataError):
             return open_tokens(cache)  # another process has made the same folder in the meantime

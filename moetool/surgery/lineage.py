@@ -14,7 +14,8 @@ from moetool import __version__, registry
 from moetool.checkpoint.folder import PARTIAL, unfinished
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
-from moetool.lineage import LINEAGE_FORMAT, read_lineage, recorded_sources
+from moetool.lineage import LINEAGE, LINEAGE_FORMAT, read_lineage, recorded_sources
+from moetool.outside import read_bytes
 from moetool.surgery.examine import hash_shards
 from moetool.surgery.plan import Plan
 
@@ -66,6 +67,12 @@ def last_entry(folder: Path) -> dict[str, Any]:
     """The entry of the command that wrote a checkpoint; {} where there is none."""
     entries = (read_lineage(folder) or {}).get("lineage") or [{}]
     return entries[-1]  # type: ignore[no-any-return]
+
+
+def recorded(out: Path) -> str:
+    """What a folder records of the command that wrote it, or has begun to, as text; nothing where it is new."""
+    documents = [out / name for name in (PARTIAL, LINEAGE) if (out / name).is_file()]
+    return "".join(read_bytes(path).decode("utf-8", "replace") for path in documents)
 
 
 def provable_entry(folder: Path) -> dict[str, Any]:

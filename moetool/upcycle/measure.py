@@ -36,6 +36,7 @@ def measure(
     run: TextOptions,
     clients: Sequence[str],
     progress: Progress,
+    recorded: str = "",
 ) -> Upcycling:
     """The upcycling with the measurements that its options need.
 
@@ -48,16 +49,17 @@ def measure(
         run: the texts.
         clients: see `plan_upcycling`.
         progress: reports tokens.
+        recorded: see `tokenized`.
 
     Raises:
         DataError: a text cannot be read, is too short, is not of the model's vocabulary, or is given for two donors.
         CheckpointError: the model does not run.
     """
-    texts = read_texts(run.calibrate, readers[0].folder, run, progress)
+    texts = read_texts(run.calibrate, readers[0].folder, run, progress, recorded)
     if upcycling.recipe.router == "ridge":
         _check_different(texts)
     asked = {
-        "texts": {name: text.manifest["sha256"] for name, text in texts.items()},
+        "texts": _digests(texts),
         "max_tokens": run.max_tokens,
         "seq_len": run.seq_len,
     }
@@ -88,6 +90,10 @@ def _kept(path: Path) -> Any:
 
 def _sha256(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(texts: Mapping[str, TokenStream]) -> dict[str, str]:
+    return {name: text.manifest["sha256"] for name, text in texts.items()}
 
 
 def _check_different(texts: Mapping[str, TokenStream]) -> None:
@@ -144,7 +150,9 @@ def measure_again(
         raise CheckpointError("moetool.json records no router that was fitted on text; leave out --calibrate")
     run = replace(run, max_tokens=asked["max_tokens"], seq_len=asked["seq_len"])
     texts = read_texts(run.calibrate, readers[0].folder, run, progress)
-    if {name: text.manifest["sha256"] for name, text in texts.items()} != asked["texts"]:
+    if _digests(texts) != asked["texts"]:
+        texts = read_texts(run.calibrate, readers[0].folder, run, progress, whole=True)
+    if _digests(texts) != asked["texts"]:
         raise CheckpointError(
             f"the texts of --calibrate are not those that the routers were fitted on: {', '.join(asked['texts'])}"
         )

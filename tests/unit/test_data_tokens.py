@@ -368,3 +368,51 @@ def test_positions_count_from_the_document_or_the_window() -> None:
     assert stream.positions(6, 3).tolist() == [0, 1, 2]
     with pytest.raises(IndexError, match="tokens 6 to 10"):
         stream.positions(6, 4)
+
+
+@pytest.mark.parametrize(("first", "documents"), [(0, 1), (9, 1), (10, 2), (11, 2), (12, 3), (10**6, 4)])
+def test_only_the_documents_that_hold_the_first_tokens(
+    first: int, documents: int, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first document and its end are 10 tokens, the second 2. The token after the first ones is there, too."""
+    assert [len(ids) for ids in expected(tokenizer_folder, ["The quick fox.", "x"])] == [10, 2]
+    for characters in (1, 2**18):  # however much a batch holds
+        monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", characters)
+        out = tmp_path / str(characters)
+        found = write_tokens(DOCUMENTS, load_tokenizer(tokenizer_folder), out, first=first)
+        assert found.num_documents == documents
+        assert found.read(0, found.num_tokens).tolist() == flat(expected(tokenizer_folder, DOCUMENTS[:documents]))
+        whole = write_tokens(DOCUMENTS[:documents], load_tokenizer(tokenizer_folder), tmp_path / f"{characters} whole")
+        assert found.manifest["sha256"] == whole.manifest["sha256"]
+
+
+def test_the_rest_of_a_long_text_is_not_read(
+    tmp_path: Path, tokenizer_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("stands for 840 MB", encoding="utf-8")
+    read = 0
+
+    def documents(*those: object) -> Iterator[str]:
+        nonlocal read
+        for _ in range(100_000):
+            read += 1
+            yield "The quick brown fox. " * 400
+
+    monkeypatch.setattr(module, "read_documents", documents)
+    found = tokenized(TextSource(str(path)), tokenizer_folder, first=5000)
+    assert 5000 < found.num_tokens < 10_000
+    assert read < 100_000 / 20  # what the cores have at once
+    assert tokenized(TextSource(str(path)), tokenizer_folder, first=5000).manifest == found.manifest
+    assert tokenized(TextSource(str(path)), tokenizer_folder, first=9000).num_tokens > 9000
+
+
+def test_a_run_that_recorded_all_tokens_gets_them_again(tokenizer_folder: Path, jsonl: Path, cache: Path) -> None:
+    """As earlier versions did, whose runs are continued."""
+    source = TextSource(str(jsonl))
+    every, first = tokenized(source, tokenizer_folder), tokenized(source, tokenizer_folder, first=20)
+    assert 20 < first.num_tokens < every.num_tokens
+    for one in (every, first):
+        recorded = json.dumps({"recipe": {"data": {"t": one.manifest["sha256"]}}})
+        found = tokenized(source, tokenizer_folder, first=20, recorded=recorded)
+        assert found.manifest["sha256"] == one.manifest["sha256"]
