@@ -57,8 +57,8 @@ def convert(
         if not any(reader.pickled for reader in sources.readers):
             raise ConfigError(f"--unpickle has no effect, because {models.source} has safetensors; leave it out")
         console.warn(
-            "pickled weights are read with torch's restricted unpickler, which creates only tensors and plain"
-            " containers; in other programs a pickle can run code, so use only the converted files there"
+            "torch's restricted unpickler reads the weights; elsewhere a pickle can run code, so use only the converted"
+            " files"
         )
     recipe = replace(asked, adapter=models.adapter is not None)
     conversion = plan_conversion(sources.readers, recipe, parse_size(writing.max_shard_size))

@@ -51,7 +51,7 @@ def cpt(context: typer.Context, config: TrainConfig, output: Output) -> dict[str
     if opened.plan is None and config.average_last not in (None, averaged):
         console.warn(
             f"the run is finished, so --average-last has no effect; use moetool average NEW {config.out} --last"
-            f" {config.average_last} does it"
+            f" {config.average_last}"
         )
     document = {"out": str(config.out), "already_finished": opened.plan is None, **summary}
     if opened.plan:

@@ -164,19 +164,18 @@ def warnings(growth: Growth) -> list[str]:
     if growth.recipe.start == "twins":
         before, after = growth.used
         told.append(
-            f"--start twins changes what the model computes: a copy has the score of its original, so a token's"
-            f" {growth.recipe.top_k} experts are copies of as few as {after} of those that it went to ({before}); the"
-            " loss rises at once, and training must bring it back"
+            f"--start twins changes what the model computes: a token's {growth.recipe.top_k} experts may be copies of"
+            f" only {after} of the {before} before, so the loss rises until training lowers it"
         )
     if growth.recipe.start == "double-k":
         told.append(
-            "with --start double-k, copies are chosen for the same tokens with the same weights, so training keeps"
-            " them equal; use sleeping or twins unless something else separates them"
+            "--start double-k gives copies the same tokens and weights, so training keeps them equal; use sleeping or"
+            " twins unless something else separates them"
         )
     if isinstance(reader, TrainingReader) and reader.eight_bit:
         told.append(
-            f"the moments of {reader.folder} are blocks of 8 bits that may span experts (cpt --moments 8bit), so the"
-            " result has no training state; train it without --keep-optimizer"
+            f"the moments of {reader.folder} are blocks of 8 bits that may span experts, so the result has no"
+            " training state; train it without --keep-optimizer"
         )
     return told
 

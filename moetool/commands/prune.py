@@ -140,19 +140,19 @@ def warnings(document: Mapping[str, Any], plan: Plan) -> list[str]:
     ]
     if not document["held_out_tokens"]:
         told.append(
-            "the texts are too short to hold tokens out, so errors are those on the tokens of the scores; give 4"
-            " windows (--seq-len) or more of a text"
+            "the texts are too short to hold tokens out, so errors are measured on the scored tokens; give 4 windows"
+            " (--seq-len) or more of a text"
         )
     if plan.config.get("norm_topk_prob") is False and plan.config.get("scoring_func", "softmax") == "softmax":
         told.append(
-            "this model's weights are a softmax over all experts (norm_topk_prob is false): without some experts, the"
-            " others get more weight for every token"
+            "weights are a softmax over all experts (norm_topk_prob is false), so the kept ones get more weight for"
+            " every token"
         )
     spec = detect(plan.config)
     if spec and spec.selection_bias and spec.ranked_by == "softmax":
         told.append(
-            "this family chooses by a softmax over all experts plus a selection bias: without some experts, the"
-            " softmax is larger and the bias counts less, which may change choices among the others"
+            "without some experts, the softmax over all is larger and the selection bias counts less, so choices among"
+            " the others may change"
         )
     if (merge := document["merge"]) and merge["errors"]["ream"] > merge["errors"]["none"]:
         told.append(

@@ -183,18 +183,18 @@ def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
         told.append(f"--method {recipe.method} changes no unit here, so experts start as with --method copy")
     if upcycling.state and upcycling.state.rounded:
         told.append(
-            f"the moments of {upcycling.state.reader.folder} are not all fp32 (cpt --moments bf16), but those of the"
-            " result are; continue with --moments fp32, the default"
+            f"the moments of {upcycling.state.reader.folder} are not all fp32 (cpt --moments bf16), but the result's"
+            " are; continue with --moments fp32, the default"
         )
     told += [
-        f"--calibrate {name}: loads in the two halves of its held-out text differ by up to {2 * off:.1%}, so those of"
-        f" new text may be off by {off:.1%}; give more text, from more documents"
+        f"--calibrate {name}: loads in the two halves of its held-out text differ by up to {2 * off:.1%}, so predicted"
+        f" ones may be off by {off:.1%}; give more text, from more documents"
         for name, off in rough(upcycling).items()
     ]
     if (apart := upcycling.measured.units_apart) and spread([apart]) > ROUGH:
         told.append(
             f"{' and '.join(reads_units(recipe))}: the units' contributions in the two halves of the text differ by"
-            f" {apart:.1%}, so those in new text may be off by {spread([apart]):.1%}; give more text"
+            f" {apart:.1%}, so they may be off by {spread([apart]):.1%}; give more text"
         )
     if recipe.method != "scratch" and (recipe.router == "zeros" or not recipe.router_std):
         zeros = "--router zeros" if recipe.router == "zeros" else "--router-std 0"

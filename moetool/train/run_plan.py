@@ -174,7 +174,7 @@ def memory_warnings(
     warnings: list[str] = []
     if free is not None and memory["host"] > free:
         warnings.append(
-            f"--moments offload: master weights and moments need about {memory['host'] / 1e9:.3g} GB of host memory per"
+            f"--moments offload: weights and moments need about {memory['host'] / 1e9:.3g} GB of host memory per"
             f" process, but {free / 1e9:.3g} GB are free; use --moments 8bit, or shard the weights (docs/multi-gpu.md)"
         )
     if there is None or memory["total"] <= there:
@@ -184,7 +184,7 @@ def memory_warnings(
     return [
         *warnings,
         f"this run needs about {memory['total'] / 1e9:.3g} GB per process, but {device} has {there / 1e9:.3g} GB;"
-        f" {advice}; or shard the weights over more processes (--fsdp, docs/multi-gpu.md)",
+        f" {advice}; or shard the weights (--fsdp, docs/multi-gpu.md)",
     ]
 
 
@@ -201,7 +201,7 @@ def validation_warnings(val: Mapping[str, int], config: TrainConfig) -> list[str
         return []
     return [
         f"validating {times} times on {tokens:.1e} tokens takes about {longer:.1f} times as long as training on"
-        f" {config.max_tokens:.1e} tokens; give smaller sets (--val, --val-fraction) or raise --eval-every"
+        f" {config.max_tokens:.1e}; give smaller sets (--val, --val-fraction) or raise --eval-every"
     ]
 
 
@@ -238,6 +238,6 @@ def untrained_routers(model: nn.Module, capture: RouterCapture, losses: Sequence
         return []
     trained = f"only {', '.join(losses)} train{'s' if len(losses) == 1 else ''} it" if losses else "nothing trains it"
     return [
-        "top-1 routing with weights divided by their sum: every weight is the same, so the language loss gives the"
-        f" router no gradient and {trained}; use a top-k of 2 or more, or a family that does not normalise"
+        "top-1 routing divides weights by their sum, so the language loss gives the router no gradient and"
+        f" {trained}; use a top-k of 2 or more, or a family that does not normalise"
     ]
