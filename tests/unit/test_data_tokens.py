@@ -416,3 +416,12 @@ def test_a_run_that_recorded_all_tokens_gets_them_again(tokenizer_folder: Path, 
         recorded = json.dumps({"recipe": {"data": {"t": one.manifest["sha256"]}}})
         found = tokenized(source, tokenizer_folder, first=20, recorded=recorded)
         assert found.manifest["sha256"] == one.manifest["sha256"]
+
+
+def test_a_flipped_bit_of_cached_first_tokens_is_found(tokenizer_folder: Path, jsonl: Path, cache: Path) -> None:
+    first = tokenized(TextSource(str(jsonl)), tokenizer_folder, first=20)
+    tokens, path = first.read(0, 20).tolist(), cache / first.manifest["key"] / "tokens.bin"
+    whole = path.read_bytes()
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert tokenized(TextSource(str(jsonl)), tokenizer_folder, first=20).read(0, 20).tolist() == tokens
+    assert path.read_bytes() == whole
