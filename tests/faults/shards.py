@@ -58,13 +58,13 @@ def truncated_source(world: World, chance: Random) -> str:
     return "refused before anything was written, with the shard's name"
 
 
-def truncated_meanwhile(world: World, chance: Random) -> str:
-    """A source's shard is cut short, or replaced by another, while it is being upcycled."""
+def truncated_meanwhile(world: World, chance: Random, command: str) -> str:
+    """A source's shard is cut short, or replaced by another, while it is read."""
     source, out = world.new(), world.new()
     shutil.copytree(world.folder / "large", source)
     path = source / "model.safetensors"
     cut = chance.random() < 0.5
-    running = world.start("upcycle", source, out, "--max-shard-size", "5MB", "--workers", 1)
+    running = world.start(command, source, out, "--max-shard-size", "5MB", "--workers", 1)
     wait_until(lambda: (out / "moetool.partial.json").exists(), running)
     time.sleep(chance.uniform(0, 0.5))
     if cut:

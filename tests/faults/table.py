@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from tests.faults import disks, kills, locks, other, shards
+from tests.faults import disks, kills, locks, one_file, other, shards
 from tests.faults.world import Fault, Once, World
 
-COMMANDS = ("upcycle", "cpt", "tokenize", "analyze-routing", "eval", "quickstart")
-SURGERY = ("average", "grow", "prune", "densify")
+COMMANDS = ("upcycle", "convert", "cpt", "tokenize", "analyze-routing", "eval", "quickstart")
+SURGERY = ("average", "grow", "prune", "densify", "convert")
 REWRITING = ("upcycle", *SURGERY)
-SLOW = ("average", "grow", "densify")  # prune stands for them among the fast tests
+SLOW = ("average", "grow", "densify", "convert")  # prune stands for them among the fast tests
 
 
 def _two(command: str) -> Once:
@@ -30,6 +30,7 @@ FAULTS: list[Fault] = [
     Fault(KILL, "analyze-routing over an earlier report", kills.report, 10, slow=True),
     Fault(KILL, "eval over earlier results", kills.results, 10, slow=True),
     Fault(KILL, "tokenize", kills.tokenize, 10, slow=True),
+    Fault(KILL, "sample", one_file.kill, 10, slow=True),
     Fault(STOP, "inspect, upcycle, tokenize, analyze-routing", kills.told_to_stop, 30, slow=True),
     Fault("one of two processes is killed", "cpt", kills.one_of_two, 10, slow=True),
     Fault("no memory for a block", "a worker of upcycle", other.worker, 20),
@@ -46,19 +47,34 @@ FAULTS: list[Fault] = [
     Fault(FULL, "analyze-routing over an earlier report", disks.report, 10, slow=True, mounts=True),
     Fault(FULL, "eval over earlier results", disks.results, 10, slow=True, mounts=True),
     Fault(FULL, "tokenize", disks.tokenize, 10, mounts=True),
+    Fault(FULL, "sample", one_file.full, 10, slow=True, mounts=True),
+    Fault(FULL, "plan --html over an earlier page", one_file.page, 10, mounts=True),
     Fault("TMPDIR and caches on a full disk", "each command that writes", disks.temporary, 10, slow=True, mounts=True),
     Fault("a read-only disk", "each command that writes", disks.read_only, 20, slow=True, mounts=True),
+    Fault("a read-only disk", "sample, plan --html", one_file.read_only, 10, slow=True, mounts=True),
     Fault("the disk turns read-only", "each command that writes", disks.turns_read_only, 10, slow=True, mounts=True),
     Fault("OUT is deleted or moved away", "each command that writes", disks.vanished, 20, slow=True),
     *(
         Fault("two processes write one OUT", command, _two(command), 10, slow=command != "upcycle")
         for command in COMMANDS
     ),
+    Fault("two processes write one OUT", "sample", one_file.two, 10, slow=True),
     Fault("four processes write one OUT", "each command that writes", locks.all_at_once, 10, slow=True),
     Fault("the holder of OUT is killed", "each command that writes", locks.after_a_kill, 10, slow=True),
     Fault("a shard of the source is cut short", "upcycle", shards.truncated_source, 15),
-    Fault("the source is cut short or changed during the run", "upcycle", shards.truncated_meanwhile, 15, slow=True),
+    *(
+        Fault(
+            "the source is cut short or changed during the run",
+            command,
+            _of(shards.truncated_meanwhile, command),
+            15,
+            slow=True,
+        )
+        for command in ("upcycle", "convert")
+    ),
+    Fault("the model changes before a killed run continues", "sample", one_file.changed, 10, slow=True),
     Fault("a bit of a source's header is flipped", "upcycle", shards.flipped_header, 40),
+    Fault("a bit of a source's header is flipped", "plan", one_file.damaged, 20),
     Fault("a bit of a source's weights is flipped", "upcycle", shards.flipped_source, 30),
     Fault("a bit of a source in the hub's cache is flipped", "upcycle", shards.flipped_hub, 15),
     Fault("two shards of the source are swapped", "upcycle", shards.swapped_source, 10),

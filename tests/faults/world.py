@@ -90,6 +90,7 @@ class World:
         data = f"text={self.text}"
         return {
             "upcycle": ["upcycle", self.dense, out, "--max-shard-size", "200KB"],
+            "convert": ["convert", self.moe, out, "--max-shard-size", "200KB"],
             "cpt": ["cpt", self.moe, out, "--train", f"new={self.text}", *STEPS],
             "tokenize": ["tokenize", self.text, "--out", out, "--tokenizer", self.dense],
             "analyze-routing": ["analyze-routing", self.moe, "--data", data, "--out", out, "--max-tokens", 2000],
@@ -104,6 +105,7 @@ class World:
         jobs: dict[str, list[list[object]]] = {
             "upcycle": [["upcycle", large, out, *recipe] for recipe in RECIPES],
             "average": [["average", out, large, self.folder / "large-2"]],
+            "convert": [["convert", moe, out, "--layout", "fused"], ["convert", large, out, "--dtype", "fp16"]],
             "grow": [["grow", moe, out, "--num-experts", 8, "--start", start] for start in ("double-k", "twins")],
             "prune": [["prune", moe, out, "--keep-experts", 3, *data]],
             "densify": [["densify", moe, out, "--keep-experts", 2, *data]],
