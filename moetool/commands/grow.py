@@ -167,6 +167,8 @@ def warnings(growth: Growth) -> list[str]:
             f"--start twins changes what the model computes: a token's {growth.recipe.top_k} experts may be copies of"
             f" only {after} of the {before} before, so the loss rises until training lowers it"
         )
+    if growth.recipe.top_k == growth.recipe.num_experts:
+        told.append(f"--top-k {growth.recipe.top_k} sends every token to all experts; lower it to route")
     if growth.recipe.start == "double-k":
         told.append(
             "--start double-k gives copies the same tokens and weights, so training keeps them equal; use sleeping or"

@@ -129,6 +129,7 @@ def describe_merge(choice: Choice, plan: Plan, num_experts: int) -> dict[str, An
 
 def warnings(document: Mapping[str, Any], plan: Plan) -> list[str]:
     """Experts that the calibration could not rank, and changes outside the experts."""
+    from moetool.arch.moe_source import experts_and_top_k
     from moetool.arch.spec import detect
 
     dropped = document["num_experts"]["before"] - document["num_experts"]["after"]
@@ -138,6 +139,9 @@ def warnings(document: Mapping[str, Any], plan: Plan) -> list[str]:
         " fewer, or give more text"
         for row in rows[:3]
     ]
+    keep, top_k = experts_and_top_k(plan.config) or (0, 1)
+    if keep == top_k:
+        told.append(f"--keep-experts {keep} sends every token to all experts that are left; keep more to route")
     if not document["held_out_tokens"]:
         told.append(
             "the texts are too short to hold tokens out, so errors are measured on the scored tokens; give 4 windows"

@@ -63,6 +63,21 @@ def test_upcycle_has_nothing_to_say_about_usual_values(
     assert (code, err) == (0, "")
 
 
+def test_a_result_that_sends_every_token_to_all_experts_says_so(mixtral: Path, jsonl: Path, tmp_path: Path) -> None:
+    small = ("--data", f"t={jsonl}", "--max-tokens", 200, "--seq-len", 16, "--device", "cpu")
+    commands: dict[str, tuple[object, ...]] = {
+        "prune": ("--keep-experts", 2, *small),
+        "grow": ("--num-experts", 8, "--start", "twins", "--top-k", 8),
+    }
+    told = {}
+    for command, options in commands.items():
+        code, _, err = tiny.in_process(command, mixtral, tmp_path / "out", *options, "--plan")
+        assert code == 0, err
+        told[command] = " ".join(err.split())
+    assert "--keep-experts 2 sends every token to all experts" in told["prune"]
+    assert "--top-k 8 sends every token to all experts" in told["grow"]
+
+
 def test_an_average_of_one_checkpoint_is_called_a_copy(llama: Path, tmp_path: Path) -> None:
     code, _, err = tiny.in_process("average", tmp_path / "out", llama, "--plan")
     assert code == 0
