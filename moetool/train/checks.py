@@ -109,8 +109,6 @@ def _check_sources(config: TrainConfig, typed: Collection[str]) -> None:
             raise ConfigError(f"--weight {name}: no --train or --replay has that name{near}")
         if any(list(kind) == [name] for kind in kinds):
             raise ConfigError(f"--weight {name} has no effect, because there is no other source of its kind")
-    if config.replay_ratio == 1:
-        raise ConfigError("--train is never read with --replay-ratio 1; give the replayed text as --train instead")
     held_out = [name for name in sources if name not in config.val]
     if "val_fraction" in typed and config.val_fraction and not held_out:
         raise ConfigError("--val-fraction has no effect: every source has a --val of its name")

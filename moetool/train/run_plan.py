@@ -206,12 +206,14 @@ def validation_warnings(val: Mapping[str, int], config: TrainConfig) -> list[str
 
 
 def unreached(config: TrainConfig) -> list[str]:
-    """Warnings about what a run is too short for. It may be made longer later, so nothing is refused.
+    """Warnings about what a run does not reach. It may be made longer later, so nothing is refused.
 
     Args:
         config: resolved.
     """
     told, steps = [], config.max_steps
+    if config.replay_ratio == 1:
+        told.append("--replay-ratio 1 never reads --train; give a smaller one, or the replayed text as --train")
     if "warmup_steps" in schedules.parameters(config.schedule) and 1 < config.warmup_steps == steps:
         told.append(f"all {steps} steps are warm-up, so the learning rate only rises; lower --warmup-steps or -ratio")
     if config.keep_weights and config.keep_weights > steps:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,6 @@ from tests import tiny
 
 REPLAY = ("--max-steps", 1, "--replay", "old=x.txt")
 REFUSED = [
-    ("cpt", (*REPLAY, "--replay-ratio", 1), "--train is never read with --replay-ratio 1"),
     ("cpt", (*REPLAY, "--teacher", "t", "--teacher-weight", 0), "--teacher has no effect with --teacher-weight 0"),
     ("cpt", ("--max-steps", 1, "--balance", "loss-free", "--balance-end", 0), "--balance-end 0: loss-free would never"),
     ("upcycle", ("--drop-units", "least-used", "--drop-ratio", 1), "--drop-units has no effect with --drop-ratio 1"),
@@ -89,11 +90,15 @@ def test_an_average_of_one_checkpoint_is_called_a_copy(llama: Path, tmp_path: Pa
     [
         ({"warmup_steps": 4}, ["all 4 steps are warm-up, so the learning rate only rises; lower --warmup-steps or"]),
         ({"warmup_steps": 3, "keep_weights": 4}, []),
+        (
+            {"replay": {"o": "x"}, "replay_ratio": Decimal(1)},
+            ["--replay-ratio 1 never reads --train; give a smaller one"],
+        ),
         ({"keep_weights": 5}, ["--keep-weights 5 keeps no snapshot in 4 steps; give at most that"]),
     ],
 )
-def test_a_run_too_short_for_an_option_says_so(options: dict[str, int], told: list[str]) -> None:
-    config = TrainConfig(Path("m"), Path("o"), {"t": "x"}, max_steps=4, **options).resolve(128, {}, False)  # type: ignore[arg-type]
+def test_a_run_that_never_reaches_what_an_option_asks_says_so(options: dict[str, Any], told: list[str]) -> None:
+    config = TrainConfig(Path("m"), Path("o"), {"t": "x"}, max_steps=4, **options).resolve(128, {}, False)
     found = unreached(config)
     assert len(found) == len(told)
     assert all(line in one for line, one in zip(told, found, strict=True))
