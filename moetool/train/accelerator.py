@@ -110,7 +110,7 @@ def total(accelerator: Accelerator, mesh: Mesh, tensor: Tensor) -> Tensor:
 
 def share(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's share of a tensor that every process has, placed and sharded as `like`."""
-    tensor = tensor.to(like.device)
+    tensor = tensor.to(like.device, non_blocking=True)
     if isinstance(like, DTensor) and tensor.ndim:
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor

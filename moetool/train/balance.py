@@ -106,7 +106,7 @@ class AdaptiveAux(Strategy):
 
     def _values(self, forward: Forward) -> Tensor:
         values_L = aux(forward)
-        return (self._now_L / self._most).to(values_L.dtype).to(values_L.device) * values_L
+        return (self._now_L / self._most).to(values_L.dtype).to(values_L.device, non_blocking=True) * values_L
 
     @torch.no_grad()
     def update(self, counts_LE: Tensor, step: int) -> None:

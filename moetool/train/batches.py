@@ -129,10 +129,16 @@ class MicroBatch:
     seed: int = 0
     taught: int = 0
 
-    def pinned(self) -> MicroBatch:
-        """The same in memory that a GPU copies from without the processor."""
-        positions = None if self.positions is None else self.positions.pin_memory()
-        return replace(self, inputs=self.inputs.pin_memory(), labels=self.labels.pin_memory(), positions=positions)
+    def ready_for(self, device: torch.device) -> MicroBatch:
+        """The same, for a GPU in memory from which it copies without the processor.
+
+        That is pinned, and one piece: of anything else torch makes a copy first, which is not pinned.
+        """
+        if device.type != "cuda":
+            return self
+        inputs, labels = self.inputs.contiguous().pin_memory(), self.labels.contiguous().pin_memory()
+        positions = None if self.positions is None else self.positions.contiguous().pin_memory()
+        return replace(self, inputs=inputs, labels=labels, positions=positions)
 
 
 def micro_batches(

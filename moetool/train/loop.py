@@ -202,10 +202,10 @@ class Run:
     def _any(self, *flags: bool) -> list[bool]:
         """Whether each flag is set in any process, so that all do the same."""
         accelerator = self.plan.accelerator
-        return [
-            bool(count)
-            for count in accelerator.reduce(torch.tensor(flags, dtype=torch.int32, device=accelerator.device))
-        ]
+        if accelerator.num_processes == 1:  # a device would have to be waited for
+            return list(flags)
+        counts = accelerator.reduce(torch.tensor(flags, dtype=torch.int32, device=accelerator.device)).tolist()
+        return [bool(count) for count in counts]
 
     def _update(self) -> dict[str, Any]:
         """One optimizer step; returns its row of metrics."""
@@ -299,7 +299,7 @@ class Run:
         accelerator, config = self.plan.accelerator, self.plan.config
         rank = config.mesh.rank(accelerator.process_index)
         batch = micro_batches(self.plan.mixture, config, step, rank, config.mesh.data_parallel)
-        return [micro.pinned() for micro in batch] if accelerator.device.type == "cuda" else batch
+        return [micro.ready_for(accelerator.device) for micro in batch]
 
     def _needed(self, need: Need) -> bool:
         """Whether a term of the loss needs that."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moetool.cost.memory import CHUNK_ELEMENTS
+from moetool.train import documents
 from moetool.train.batches import IGNORED, MicroBatch
 
 LanguageLoss = Callable[[Any, MicroBatch, torch.device], Tensor]
@@ -39,7 +40,8 @@ class Lesson(NamedTuple):
 def logits(model: Any, batch: MicroBatch, device: torch.device) -> Tensor:
     """Logits of a batch, (B, S, V). Places that begin anew make transformers keep documents apart."""
     apart = {} if batch.positions is None else {"position_ids": batch.positions.to(device, non_blocking=True)}
-    out: Tensor = model(input_ids=batch.inputs.to(device, non_blocking=True), use_cache=False, **apart).logits
+    with documents.told(batch.positions):
+        out: Tensor = model(input_ids=batch.inputs.to(device, non_blocking=True), use_cache=False, **apart).logits
     return out
 
 

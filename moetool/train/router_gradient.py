@@ -162,7 +162,7 @@ class RouterGradient:
         """
         for vectors_LED in self.state.values():
             sums_LED = total(self._sums_LED)
-            counts_LE1 = counts_LE.to(sums_LED)[..., None]
+            counts_LE1 = counts_LE.to(sums_LED, non_blocking=True)[..., None]
             moved_LED = DECAY * vectors_LED + (1 - DECAY) * sums_LED / counts_LE1.clamp_min(1)
             vectors_LED.copy_(torch.where(counts_LE1 > 0, moved_LED, vectors_LED))
             self._sums_LED.zero_()

@@ -75,11 +75,12 @@ def validate(
     sums: Tensor = torch.zeros(2, dtype=sum_dtype(device), device=device)
     counts_LE: Tensor | None = None
     mesh = config.mesh
-    for batch in validation_batches(stream, config, mesh.rank(accelerator.process_index), mesh.data_parallel):
+    for one in validation_batches(stream, config, mesh.rank(accelerator.process_index), mesh.data_parallel):
+        batch = one.ready_for(device)
         collect: AbstractContextManager[list[Route]] = capture.collect() if capture else nullcontext([])
         with collect as routes:
             loss = language_loss(model, batch, device)
-        predicted_T = batch.labels.flatten().to(device) != IGNORED
+        predicted_T = batch.labels.flatten().to(device, non_blocking=True) != IGNORED
         sums += torch.stack([loss.to(sums), predicted_T.sum().to(sums)])
         if routes:
             counted = torch.stack([_counts(route, predicted_T) for route in routes])
