@@ -182,7 +182,7 @@ def _choice(sizes: Sizes, cluster: Cluster, mesh: Mesh, training: Training, flop
         training=training,
         memory=estimate(sizes, training, mesh),
         loading=loading_bytes(sizes, mesh, gpu=True) * cluster.per_machine,
-        saving=saving_bytes(sizes, training, mesh.processes) * cluster.per_machine,
+        saving=saving_bytes(sizes, training, mesh.processes, pinned=True) * cluster.per_machine,
         sent=totals(traffic),
         crossing=sum(crossing(one, cluster.node) for one in traffic),
         alone=compute / (compute + hidden + waited),

@@ -312,7 +312,7 @@ def loading_bytes(model: Any, mesh: Mesh = ONE, gpu: bool = False) -> int:
     return FLOAT32 * (2 * sum(held) if mesh.whole else (0 if gpu else sum(held)) + 2 * max(held))
 
 
-def saving_bytes(model: Any, training: Training, num_processes: int) -> int:
+def saving_bytes(model: Any, training: Training, num_processes: int, pinned: bool = False) -> int:
     """Bytes of host memory that each process needs to save a step.
 
     A copy of its share of the weights and of the moments of those that are trained, and one tensor that it writes: as
@@ -322,12 +322,21 @@ def saving_bytes(model: Any, training: Training, num_processes: int) -> int:
         model: without weights, or its sizes; see `parameters`.
         training: its options.
         num_processes: of the run; each copies as much, whether it holds all weights or a share.
+        pinned: whether a GPU copies into that memory, of which torch takes a power of two for each tensor (torch's
+            `CachingHostAllocator`, pytorch issue 150517): up to twice as much.
     """
     sizes = sizes_of(model)
     largest = max(map(math.prod, sizes.shapes.values()))
-    trained, _ = sizes.count(training.trained(sizes))
-    copied = FLOAT32 * sizes.total + 2 * _MOMENT[training.moments] * trained
-    return int(copied / num_processes) + 2 * FLOAT32 * largest
+    trained = training.trained(sizes)
+    if not pinned:
+        copied = FLOAT32 * sizes.total + 2 * _MOMENT[training.moments] * sizes.count(trained)[0]
+        return int(copied / num_processes) + 2 * FLOAT32 * largest
+    blocks = 0
+    for name, shape in sizes.shapes.items():
+        moments = [_MOMENT[training.moments]] * 2 if name in trained else []
+        for each in (FLOAT32, *moments):
+            blocks += 2 ** math.ceil(math.log2(each * math.prod(shape) / num_processes))
+    return blocks + 2 * FLOAT32 * largest
 
 
 def smaller(model: Any, training: Training, there: int, mesh: Mesh = ONE) -> list[tuple[str, int]]:

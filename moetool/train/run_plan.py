@@ -126,7 +126,7 @@ def plan_run(
         "loading_memory": max(
             loading_bytes(one, config.mesh, device.type == "cuda") for one in (model, teacher) if one is not None
         ),
-        "saving_memory": saving_bytes(model, training, accelerator.num_processes),
+        "saving_memory": saving_bytes(model, training, accelerator.num_processes, device.type == "cuda"),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
         "seq_len": config.seq_len,
