@@ -216,14 +216,15 @@ def layer_sums(layer: Layer, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: 
         indices_TK: the chosen experts.
         weights_TK: of their outputs.
     """
-    rows = torch.zeros(6, layer.num_experts, dtype=torch.float64)
+    rows = torch.zeros(5, layer.num_experts, dtype=torch.float64, device=hidden_TD.device)
+    routes_E = torch.zeros(layer.num_experts, dtype=torch.float64)
     for expert in indices_TK.unique().tolist():
         token, slot = (indices_TK == expert).nonzero(as_tuple=True)
         out_TD = layer.output(expert, hidden_TD[token]).float()
-        norm_T, gate_T = out_TD.norm(dim=-1).double().cpu(), weights_TK[token, slot].double().cpu()
-        sums = (gate_T.sum(), norm_T.sum(), norm_T.square().sum(), (gate_T * norm_T).sum(), out_TD.abs().max().cpu())
-        rows[:, expert] = torch.tensor([float(len(token)), *map(float, sums)], dtype=torch.float64)
-    return ExpertSums(torch.tensor(float(len(hidden_TD)), dtype=torch.float64), *rows)
+        norm_T, gate_T = out_TD.norm(dim=-1).double(), weights_TK[token, slot].double()
+        sums = (gate_T.sum(), norm_T.sum(), norm_T.square().sum(), (gate_T * norm_T).sum(), out_TD.abs().max().double())
+        rows[:, expert], routes_E[expert] = torch.stack(sums), len(token)
+    return ExpertSums(torch.tensor(float(len(hidden_TD)), dtype=torch.float64), routes_E, *rows.cpu())
 
 
 @torch.inference_mode()
