@@ -221,7 +221,7 @@ def executing(config: TrainConfig) -> Iterator[None]:
         reason = in_one_line(error)
         if config.deterministic and "deterministic" in reason:
             raise ConfigError(f"--deterministic: {reason}; leave it out") from None
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
             more = ", and leave out --moments and --no-master-weights, whose update is compiled"
             more = "" if plain(config) else more
             raise ConfigError(f"--compile: torch cannot compile this here: {reason}; use --no-compile{more}") from None
