@@ -4,10 +4,11 @@
 
 Makes two models by `moetool upcycle` (Qwen3-0.6B's geometry as 8 experts, two layers of Mixtral 8x7B's), then, part
 by part: throughput of `moetool cpt`, the loop that a user would write, checks (bf16, --compile and --liger against
-fp32, resuming after a kill), one profiled step, analyze-routing against a bare forward, the quickstart in small,
-and cpt's options for speed and memory. Each run is a process of its own with a timeout. What fails is told, and the
-rest goes on; what would begin after the budget is skipped. The JSON is written after every part. Exit code 1: a
-check did not hold, or something failed.
+fp32, resuming after a kill), one profiled step, analyze-routing against a bare forward, the quickstart in small, every
+option and command with code of its own for a GPU once on a small model, and cpt's options for speed and memory. Each
+run is a process of its own with a timeout. What fails is told, and the rest goes on; what would begin after the budget
+is skipped, so a second call may do it (--only once,options). The JSON is written after every part. Exit code 1: a check
+did not hold, or something failed.
 
 --tiny: everything in small, so that the program itself can be tried on a CPU. --folder keeps the models for the
 next run.
@@ -245,6 +246,7 @@ def speed(bench: Bench, family: str, micro: int, *options: str, save: bool = Fal
         "start_seconds": seen["start_seconds"],
         "first_step_seconds": seen["step_seconds"][0],
         "save_seconds": max(seen["save_seconds"], default=None),
+        "written_seconds": seen.get("written_seconds"),
         "steps": len(metrics),
         "loss": metrics[-1]["loss"],
         "parameters": seen["plan"]["num_parameters"],
@@ -283,8 +285,13 @@ def arm(bench: Bench, family: str, micro: int, options: tuple[str, ...], save: b
 
 def unavailable(bench: Bench, options: tuple[str, ...]) -> str:
     """Why options of a run cannot be tried on this machine; nothing where they can."""
-    if not bench.gpu and ("offload" in options or "--no-master-weights" in options):
+    alone = {"offload", "--no-master-weights", "--liger", "sonicmoe", "deepgemm"}
+    if not bench.gpu and alone & {*options}:
         return "needs a GPU"
+    if "--liger" in options and not find_spec("liger_kernel"):
+        return "needs liger-kernel"
+    if {"sonicmoe", "deepgemm"} & {*options} and not find_spec("kernels"):
+        return "needs kernels"
     return "needs torchao" if {"8bit", "bf16"} & {*options} and not find_spec("torchao") else ""
 
 
@@ -458,13 +465,82 @@ def quickstart(bench: Bench) -> Rows:
     return [attempt(bench, "quickstart in small", work)]
 
 
+def once(bench: Bench) -> Rows:
+    """Whatever has code of its own for a GPU, once on the small model, side by side: that it runs, and what it leaves.
+
+    Where cpt's options differ only in speed or memory, their losses should be near each other.
+    """
+    folder, model = bench.folder / "once", bench.folder / "checked"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    text, length = f"text={bench.text}", 64 if bench.tiny else 512
+    some = ["--data", text, "--max-tokens", 16 * length, "--seq-len", length]
+
+    def trained(name: str, options: tuple[str, ...]) -> dict[str, Any]:
+        size = ["--seq-len", length, "--global-batch-size", 4, "--micro-batch-size", 2, "--max-steps", 3]
+        seen = bench.cpt(model, folder / name, {}, *size, "--save-every", 2, *options, timeout=180)
+        return {"loss": seen["losses"][-1], "start_seconds": seen["start_seconds"]}
+
+    def ran(name: str, *command: object) -> dict[str, Any]:
+        first, source, *more = command
+        bench.moetool(first, source, folder / name, *more)
+        return {}
+
+    def dense_and_back() -> dict[str, Any]:
+        ran("dense", "densify", model, "--keep-experts", 2, *some)
+        fitted = ["--router", "balanced", "--calibrate", text, "--max-tokens", 16 * length, "--seq-len", length]
+        return ran("upcycled", "upcycle", folder / "dense", "--num-experts", 4, *fitted)
+
+    pruned = ["--keep-experts", 4, "--merge", "ream", *some]
+    commands: dict[str, Callable[[], dict[str, Any]]] = {
+        "prune --merge ream": partial(ran, "pruned", "prune", model, *pruned),
+        "prune --stream": partial(ran, "streamed", "prune", model, *pruned, "--stream"),
+        "grow --utility gradient": partial(
+            ran, "grown", "grow", model, "--num-experts", 12, "--start", "twins", "--utility", "gradient", *some
+        ),
+        "densify, upcycle --router balanced": dense_and_back,
+        "sample": partial(ran, "sampled.jsonl", "sample", model, "--max-tokens", 4 * length),
+        "eval --text": lambda: bench.moetool("eval", model, "--text", text, "--limit", 1, "--routing") and {},
+    }
+    arms: list[tuple[str, ...]] = [
+        (),
+        ("--moments", "bf16"),
+        ("--moments", "8bit"),
+        ("--moments", "offload"),
+        ("--moments", "8bit", "--no-master-weights"),
+        ("--no-master-weights",),
+        ("--liger",),
+        ("--experts-implementation", "batched_mm"),
+        ("--experts-implementation", "sonicmoe"),
+        ("--experts-implementation", "deepgemm"),
+        ("--balance", "sinkhorn", "--balance", "erc"),
+        ("--balance", "adaptive-aux", "--balance", "global-aux", "--balance", "seq-aux"),
+        ("--router-gradient", "default"),
+        ("--router-gradient", "dense", CHECKPOINTING),
+        ("--no-cross-document", CHECKPOINTING, "--deterministic"),
+        ("--teacher", str(model), "--teacher-on", "all"),
+        ("--precision", "fp32"),
+    ]
+    bench.threads = "2" if bench.gpu else "1"
+    with ThreadPoolExecutor(6 if bench.gpu else 2) as pool:
+
+        def row(name: str, work: Callable[[], dict[str, Any]], missing: str = "") -> Any:
+            if missing:
+                return pool.submit(lambda: {"name": name, "status": f"skipped: {missing}", "wall_seconds": 0.0})
+            return pool.submit(attempt, bench, name, work)
+
+        running = []
+        for number, options in enumerate(arms):
+            name = " ".join(["cpt", *(option.replace(str(model), "MODEL") for option in options)])
+            running.append(row(name, partial(trained, f"run{number}", options), unavailable(bench, options)))
+        running += [row(name, work) for name, work in commands.items()]
+        return [each.result() for each in running]
+
+
 def options(bench: Bench) -> Rows:
     """What cpt's options for speed and memory give, of those that it has."""
     arms: list[tuple[str, ...]] = [(switch,) for switch in switches(bench)]
-    if bench.gpu and find_spec("liger_kernel"):
-        arms.append(("--liger",))
-    if bench.gpu and find_spec("kernels"):
-        arms += [("--experts-implementation", name) for name in ("sonicmoe", "deepgemm")]
+    arms += [("--liger",), *(("--experts-implementation", name) for name in ("sonicmoe", "deepgemm"))]
     arms += [("--moments", moments) for moments in ("8bit", "bf16", "offload")]
     arms.append(("--moments", "8bit", "--no-master-weights"))
     rows = [arm(bench, "qwen3", 1, (CHECKPOINTING, *each)) for each in arms]
@@ -479,6 +555,7 @@ PARTS: dict[str, Callable[[Bench], Rows]] = {
     "profile": profile,
     "routing": routing,
     "quickstart": quickstart,
+    "once": once,
     "options": options,
 }
 
@@ -516,6 +593,7 @@ COLUMNS = {
     "estimate_gb": "estimate",
     "start_seconds": "start s",
     "save_seconds": "save s",
+    "written_seconds": "on disk",
     "holds": "holds",
 }
 

@@ -31,20 +31,22 @@ class Watch:
 
     Attributes:
         seen: the report: `first_step` (time of day), `plan`, `step_seconds`, `save_seconds` (without the next
-            step's gradient, which a save computes), `peak` and `reserved` bytes, `profile`.
+            step's gradient, which a save computes: training stands still meanwhile), `written_seconds` (from the
+            beginning of the last save until its folder is there), `peak` and `reserved` bytes, `profile`.
     """
 
     def __init__(self, report: Path, settings: dict[str, Any]) -> None:
         self.report, self.settings = report, settings
         self.seen: dict[str, Any] = {"step_seconds": [], "save_seconds": []}
         self._gradient_seconds = 0.0
+        self._left = 0.0  # when the last save returned
         self._first = True
 
     def install(self) -> None:
-        """Put itself around three methods of the loop."""
+        """Put itself around four methods of the loop."""
         from moetool.train.loop import Run
 
-        originals = {name: getattr(Run, name) for name in ("_update", "_gradient", "_save")}
+        originals = {name: getattr(Run, name) for name in ("_update", "_gradient", "_save", "_saved")}
         watch = self
 
         def update(run: Any) -> Any:
@@ -56,7 +58,13 @@ class Watch:
         def save(run: Any, kind: str) -> Any:
             return watch.save(run, kind, originals["_save"])
 
-        for name, wrapped in (("_update", update), ("_gradient", gradient), ("_save", save)):
+        def saved(run: Any) -> None:
+            originals["_saved"](run)
+            if watch.seen["save_seconds"]:
+                watch.seen["written_seconds"] = watch.seen["save_seconds"][-1] + time.perf_counter() - watch._left
+                watch.write()
+
+        for name, wrapped in (("_update", update), ("_gradient", gradient), ("_save", save), ("_saved", saved)):
             setattr(Run, name, wrapped)
 
     def update(self, run: Any, original: Any) -> Any:
@@ -90,7 +98,8 @@ class Watch:
     def save(self, run: Any, kind: str, original: Any) -> Any:
         began, self._gradient_seconds = time.perf_counter(), 0.0
         result = original(run, kind)
-        self.seen["save_seconds"].append(time.perf_counter() - began - self._gradient_seconds)
+        self._left = time.perf_counter()
+        self.seen["save_seconds"].append(self._left - began - self._gradient_seconds)
         self.write()
         return result
 

@@ -35,11 +35,19 @@ def test_every_part_runs_and_every_check_holds(tmp_path: Path) -> None:
     skipped = {row["status"] for row in rows.values() if row["status"] != "ok"}
     assert skipped <= {"skipped: needs a GPU", "skipped: needs torchao"}, skipped
     assert all(
-        row["status"] == "ok" for part in gpu.PARTS if part != "options" for row in document["parts"][part]["rows"]
+        row["status"] == "ok"
+        for part in gpu.PARTS
+        if part not in ("once", "options")
+        for row in document["parts"][part]["rows"]
     )
     assert rows["killed and resumed, --deterministic"]["weights_equal"]
     assert rows["analyze-routing"]["routes_difference"] < gpu.ROUTES_BOUND
-    assert rows["0.6B x 8, micro-batch 1, save"]["save_seconds"] > 0
+    saved = rows["0.6B x 8, micro-batch 1, save"]
+    assert 0 < saved["save_seconds"] < saved["written_seconds"]
+    losses = [
+        row["loss"] for row in document["parts"]["once"]["rows"] if row["name"].startswith("cpt") and "loss" in row
+    ]
+    assert len(losses) > 5
     assert rows["0.6B x 8"]["operations"]
     assert all(row["tokens_per_second"] > 0 for row in document["parts"]["throughput"]["rows"])
 
