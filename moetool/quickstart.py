@@ -152,12 +152,15 @@ metric_list:
 
 def steps(folder: Path, seed: int) -> Iterator[Step]:
     """The commands of the journey, in order; all paths lie in `folder`."""
+    import torch
 
     def at(name: str) -> str:
         return str(folder / name)
 
     val = [f"--val={domain}={at(f'corpus/{domain}-val.jsonl')}" for domain in ("prose", "code")]
     size = ["--seq-len", str(SEQ_LEN), "--global-batch-size", "16", "--micro-batch-size", "16", "--seed", str(seed)]
+    if torch.cuda.is_available():  # compiling would take longer than it saves in so small a run
+        size.append("--no-compile")
     prose_text, code_text = f"prose={at('corpus/prose-train.jsonl')}", f"code={at('corpus/code-train.jsonl')}"
 
     def cpt(model: str, out: str, num_steps: int, *more: str) -> list[str]:

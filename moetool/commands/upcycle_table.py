@@ -177,9 +177,8 @@ def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
         )
     if recipe.top_k == recipe.num_experts:
         told.append(f"--top-k {recipe.top_k} sends every token to all {recipe.num_experts} experts; lower it to route")
-    changed = any(recipe.num_redrawn(upcycling.num_units, layer) for layer in upcycling.moe_layers)
-    size = recipe.noise_scale if recipe.noise_std is None else recipe.noise_std
-    if (recipe.method in ("drop", "noise") and not changed) or (recipe.method == "noise" and not size):
+    ratio = {"drop": recipe.drop_ratio, "noise": recipe.noise_ratio}.get(recipe.method)
+    if ratio and not any(recipe.num_redrawn(upcycling.num_units, layer) for layer in upcycling.moe_layers):
         told.append(f"--method {recipe.method} changes no unit here, so experts start as with --method copy")
     if upcycling.state and upcycling.state.rounded:
         told.append(

@@ -35,15 +35,19 @@ def test_what_would_have_no_effect_is_refused(
 
 TOLD = [
     (("--top-k", 8), "--top-k 8 sends every token to all 8 experts"),
-    (("--drop-ratio", 0), "--method drop changes no unit here, so experts start as with --method copy"),
-    (("--drop-ratio", "0.01"), "--method drop changes no unit here"),  # of 64 units, none
-    (("--method", "noise", "--noise-scale", 0), "--method noise changes no unit here"),
-    (("--method", "noise", "--noise-std", 0), "--method noise changes no unit here"),
+    (("--drop-ratio", "0.01"), "--method drop changes no unit here, so experts start as with --method copy"),
     (("--router-std", 0), "--router-std 0 sends every token to the same first experts"),
     (("--num-experts", 2, "--top-k", 1), "use --top-k 2\n"),
     (("--granularity", 2, "--num-experts", 2, "--top-k", 2), "use --top-k 4 and --num-experts 4 or more\n"),
 ]
-USUAL = [("--top-k", 7), ("--drop-ratio", "0.02"), ("--method", "copy"), ("--method", "scratch"), ("--method", "noise")]
+USUAL = [
+    ("--top-k", 7),
+    ("--drop-ratio", "0.02"),
+    ("--drop-ratio", "0"),
+    ("--method", "copy"),
+    ("--method", "scratch"),
+    ("--method", "noise"),
+]
 
 
 @pytest.mark.parametrize(("options", "line"), TOLD, ids=[line for _, line in TOLD])
