@@ -31,6 +31,25 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     return document
 
 
+def lineage_entries(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a checkpoint's lineage; none where it has no moetool.json.
+
+    Raises:
+        CheckpointError: moetool.json is damaged.
+    """
+    document = read_lineage(folder)
+    return document["lineage"] if document else []
+
+
+def last_entry(folder: Path) -> dict[str, Any]:
+    """The entry of the command that wrote a checkpoint; {} where there is none.
+
+    Raises:
+        CheckpointError: moetool.json is damaged.
+    """
+    return (lineage_entries(folder) or [{}])[-1]
+
+
 def recorded_sources(entry: dict[str, Any]) -> list[dict[str, Any]]:
     """The dense models of an upcycling's entry: DENSE, then the other donors; {} where it is damaged."""
     donors = entry.get("donors", [])
@@ -83,6 +102,5 @@ def extend_lineage(folder: Path, entry: dict[str, Any]) -> bytes:
 
     What describes the old files (their hashes) is left behind.
     """
-    document = read_lineage(folder) or {}
-    lineage = [*document.get("lineage", []), entry]
+    lineage = [*lineage_entries(folder), entry]
     return json.dumps({"format": LINEAGE_FORMAT, "lineage": lineage}, indent=1).encode() + b"\n"

@@ -11,7 +11,7 @@ from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.checkpoint.step_folder import STEPS, WEIGHTS, step_folders
 from moetool.data.tokens import tokenizer_sha256
 from moetool.errors import ConfigError
-from moetool.lineage import read_lineage, recorded_sources
+from moetool.lineage import lineage_entries, recorded_sources
 from moetool.surgery.sources import Sources
 
 # Keys of config.json that do not change what a model computes.
@@ -60,7 +60,7 @@ def in_order(sources: Sources, recipe: AverageRecipe) -> tuple[Sources, AverageR
     if twice := [name for n, name in enumerate(sources.names) if folders[n] in folders[:n]]:
         raise ConfigError(f"{twice[0]} is given twice; to count it more, use --weights")
     keys = [
-        (tokens_trained(lineage_of(reader)), str(folder))
+        (tokens_trained(lineage_entries(reader.folder)), str(folder))
         for reader, folder in zip(sources.readers, folders, strict=True)
     ]
     order = sorted(range(len(keys)), key=keys.__getitem__)
@@ -76,11 +76,6 @@ def in_order(sources: Sources, recipe: AverageRecipe) -> tuple[Sources, AverageR
         )
     names, readers = sources.names, sources.readers
     return Sources(tuple(names[n] for n in order), tuple(readers[n] for n in order)), AverageRecipe(weights)
-
-
-def lineage_of(reader: CheckpointReader) -> list[dict[str, Any]]:
-    """The lineage of a checkpoint; empty where it has none."""
-    return (read_lineage(reader.folder) or {"lineage": []})["lineage"]  # type: ignore[no-any-return]
 
 
 def tokens_trained(entries: Iterable[Mapping[str, Any]]) -> int:
@@ -132,7 +127,7 @@ def _kind(info: TensorInfo | None) -> str:
 
 def _origin(reader: CheckpointReader) -> list[tuple[Any, ...]]:
     """What was done to a checkpoint's units: the same for two of which each unit has one origin."""
-    done = [entry for entry in lineage_of(reader) if entry.get("command") not in _ALIGNED]
+    done = [entry for entry in lineage_entries(reader.folder) if entry.get("command") not in _ALIGNED]
     return [
         (entry.get("command"), entry.get("recipe"), [source.get("sha256") for source in recorded_sources(entry)])
         for entry in done
@@ -141,5 +136,5 @@ def _origin(reader: CheckpointReader) -> list[tuple[Any, ...]]:
 
 def _start(reader: CheckpointReader) -> Any:
     """The fingerprint of the model that was trained first; None where something else was done first, or is unknown."""
-    entries = lineage_of(reader)
+    entries = lineage_entries(reader.folder)
     return entries[0].get("model") if entries and entries[0].get("command") == "cpt" else None

@@ -21,7 +21,7 @@ from moetool.checkpoint.folder import PARTIAL, UNFINISHED, create, naming, remov
 from moetool.checkpoint.reader import INDEX, ITEM_SIZE, MAX_OPEN, SINGLE, read_header
 from moetool.checkpoint.step_folder import STATE, in_state
 from moetool.errors import CheckpointError
-from moetool.lineage import LINEAGE, read_lineage
+from moetool.lineage import LINEAGE, last_entry
 from moetool.outside import read_json
 
 # Files that `--overwrite` may delete: those of a checkpoint's layout and moetool's own.
@@ -169,10 +169,7 @@ def prepare(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
     if not (folder / PARTIAL).is_file():
         what = "is not empty"
         if (folder / "config.json").is_file():
-            lineage = (read_lineage(folder) or {}).get("lineage") or []
-            what = "is a different finished checkpoint" + (
-                _changes(lineage[-1].get("recipe"), identity) if lineage else ""
-            )
+            what = f"is a different finished checkpoint{_changes(last_entry(folder).get('recipe'), identity)}"
         raise CheckpointError(f"{folder} {what}; {_TAKEN}")
     left = read_json(folder / PARTIAL)
     # Through JSON and back, so that both sides have the same types.
@@ -199,8 +196,8 @@ def check_out(folder: Path, command: str) -> None:
     if not folder.is_dir() or (folder / PARTIAL).is_file():
         return
     names = {entry.name for entry in folder.iterdir()} - {PARTIAL + UNFINISHED}
-    lineage = (read_lineage(folder) or {}).get("lineage") or [{}]
-    if names and ("config.json" not in names or lineage[-1].get("command") != command):
+    written_by = last_entry(folder).get("command")
+    if names and ("config.json" not in names or written_by != command):
         what = "is a different finished checkpoint" if "config.json" in names else "is not empty"
         raise CheckpointError(f"{folder} {what}; {_TAKEN}")
 

@@ -15,6 +15,7 @@ from moetool.commands.console import Console
 from moetool.commands.options import Output
 from moetool.commands.plan_table import describe_files, file_rows, two_columns
 from moetool.commands.proof import Writing, carry_out, closing
+from moetool.lineage import lineage_entries
 from moetool.option import option
 from moetool.values import parse_size
 
@@ -50,7 +51,7 @@ def average(
     checkpoint, written with bounded memory. A killed run leaves nothing that loads, and the same command
     finishes it.
     """
-    from moetool.average.checkpoints import expand, in_order, lineage_of
+    from moetool.average.checkpoints import expand, in_order
     from moetool.average.plan import OPERATION, plan_average
     from moetool.surgery.sources import open_sources
 
@@ -63,7 +64,7 @@ def average(
     document = describe(plan, sources, recipe, models.out, writing.num_workers)
     if len(sources.readers) == 1:
         console.warn(f"only {sources.names[0]} is averaged, so the result is a copy of it; give more checkpoints")
-    elif not all(map(lineage_of, sources.readers)):
+    elif not all(lineage_entries(reader.folder) for reader in sources.readers):
         console.warn(
             "no moetool.json says that these checkpoints come from one model; a mean of different models is not usable"
         )
@@ -77,7 +78,7 @@ def average(
 
 def describe(plan: Plan, sources: Sources, recipe: AverageRecipe, out: Path, workers: int) -> dict[str, Any]:
     """The plan as `--json` gives it."""
-    from moetool.average.checkpoints import lineage_of, tokens_trained
+    from moetool.average.checkpoints import tokens_trained
     from moetool.average.recipe import coefficients
 
     weights = coefficients(recipe.weights, len(sources.readers))
@@ -88,7 +89,7 @@ def describe(plan: Plan, sources: Sources, recipe: AverageRecipe, out: Path, wor
         "checkpoints": [
             {
                 "name": name,
-                "tokens": tokens_trained(lineage_of(reader)),
+                "tokens": tokens_trained(lineage_entries(reader.folder)),
                 "weight": weight / sum(weights),
                 "fp32": bool(getattr(reader, "masters", None)),
             }

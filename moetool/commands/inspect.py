@@ -33,12 +33,12 @@ def inspect(context: typer.Context, asked: InspectOptions, output: Output) -> di
     """
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.reader import CheckpointReader
-    from moetool.lineage import read_lineage
+    from moetool.lineage import lineage_entries
 
     console = Console(context, output.json, output.quiet)
     with CheckpointReader(resolve_model(asked.path)) as reader:
         document = describe(reader)
-        document["lineage"] = (read_lineage(reader.folder) or {}).get("lineage", [])
+        document["lineage"] = lineage_entries(reader.folder)
         if asked.tensors:
             document["tensors"] = {
                 name: {"dtype": info.dtype, "shape": list(info.shape), "file": info.shard}

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from moetool.checkpoint.folder import write_file
 from moetool.checkpoint.step_folder import STEPS, WEIGHTS
-from moetool.lineage import read_lineage
+from moetool.lineage import last_entry
 from moetool.routing.plots import plain_text, png
 
 
@@ -20,7 +20,7 @@ def training_tokens(folder: Path) -> tuple[str, int] | None:
     Args:
         folder: RUN, RUN/checkpoints/step-NNNNNN or RUN/weights/step-NNNNNN, with the lineage that `cpt` writes.
     """
-    last = ((read_lineage(folder) or {}).get("lineage") or [{}])[-1]
+    last = last_entry(folder)
     if last.get("command") != "cpt" or not isinstance(last.get("tokens"), int):
         return None
     resolved = folder.resolve()

@@ -17,7 +17,7 @@ from torch import Tensor
 from moetool.checkpoint.reader import CheckpointReader, content_fingerprint, sha256_file
 from moetool.checkpoint.step_folder import in_state
 from moetool.errors import CheckpointError
-from moetool.lineage import LINEAGE, read_experts, read_lineage, recorded_sources
+from moetool.lineage import LINEAGE, lineage_entries, read_experts, recorded_sources
 from moetool.routing.load_metrics import Array
 
 Entries = Sequence[Mapping[str, Any]]
@@ -94,7 +94,7 @@ def line_up(folders: tuple[Path, Path], num_experts: tuple[int, int], layers: Se
     Raises:
         CheckpointError: a moetool.json is damaged, or not of its checkpoint.
     """
-    first, second = lineages = [_lineage(folder) for folder in folders]
+    first, second = lineages = [lineage_entries(folder) for folder in folders]
     shared = 0
     while shared < min(map(len, lineages)) and first[shared] == second[shared]:
         shared += 1
@@ -152,10 +152,6 @@ def originals(
 
 def _experts_of(entry: Mapping[str, Any]) -> Any:
     return entry.get("recipe", {}).get("experts")
-
-
-def _lineage(folder: Path) -> list[dict[str, Any]]:
-    return (read_lineage(folder) or {"lineage": []})["lineage"]  # type: ignore[no-any-return]
 
 
 def _same_beginning(folders: tuple[Path, Path], first: Entries, second: Entries) -> bool:

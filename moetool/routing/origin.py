@@ -21,7 +21,7 @@ from moetool.checkpoint.hub import find_model
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, MoetoolError
 from moetool.layers import LayerRatios
-from moetool.lineage import LINEAGE, read_lineage, recorded_sources
+from moetool.lineage import LINEAGE, lineage_entries, recorded_sources
 from moetool.measured import NOTHING, Measured
 from moetool.recipe import PROJECTIONS, UpcycleRecipe, held_units, redrawn_units, split_digest, units_digest
 from moetool.routing.alignment import originals
@@ -117,8 +117,7 @@ def read_origin(folder: Path) -> Origin | None:
         measured = Measured.from_json(entry.get("measured", {}), {})
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}; delete it to analyse the checkpoint without it") from None
-    entries = (read_lineage(folder) or {"lineage": []})["lineage"][1:]
-    found = originals(entries, source.num_experts, source.layers, path, recipe.num_experts)
+    found = originals(lineage_entries(folder)[1:], source.num_experts, source.layers, path, recipe.num_experts)
     experts = tuple(tuple(found[layer]) for layer in source.layers)
     sources = recorded_sources(entry)
     named = all(isinstance(source.get("name"), str) and isinstance(source.get("sha256"), dict) for source in sources)
@@ -151,8 +150,7 @@ def _check_recipe(recipe: UpcycleRecipe) -> None:
 
 def first_entry(folder: Path) -> dict[str, Any] | None:
     """The first entry of a checkpoint's lineage."""
-    lineage = (read_lineage(folder) or {}).get("lineage") or [None]
-    return lineage[0]  # type: ignore[no-any-return]
+    return next(iter(lineage_entries(folder)), None)
 
 
 def _check_digests(origin: Origin, path: Path) -> None:

@@ -14,7 +14,7 @@ from moetool import __version__, registry
 from moetool.checkpoint.folder import PARTIAL, unfinished
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
-from moetool.lineage import LINEAGE, LINEAGE_FORMAT, read_lineage, recorded_sources
+from moetool.lineage import LINEAGE, LINEAGE_FORMAT, lineage_entries, read_lineage, recorded_sources
 from moetool.outside import read_bytes
 from moetool.surgery.examine import hash_shards
 from moetool.surgery.plan import Plan
@@ -63,12 +63,6 @@ def lineage(
     return json.dumps(document, indent=1).encode() + b"\n"
 
 
-def last_entry(folder: Path) -> dict[str, Any]:
-    """The entry of the command that wrote a checkpoint; {} where there is none."""
-    entries = (read_lineage(folder) or {}).get("lineage") or [{}]
-    return entries[-1]  # type: ignore[no-any-return]
-
-
 def recorded(out: Path) -> str:
     """What a folder records of the command that wrote it, or has begun to, as text; nothing where it is new."""
     documents = [out / name for name in (PARTIAL, LINEAGE) if (out / name).is_file()]
@@ -83,7 +77,7 @@ def provable_entry(folder: Path) -> dict[str, Any]:
     """
     if (folder / PARTIAL).exists():
         raise CheckpointError(unfinished(folder))
-    entries = (read_lineage(folder) or {}).get("lineage") or []
+    entries = lineage_entries(folder)
     commands = [str(entry.get("command")) for entry in entries]
     proven = [number for number, command in enumerate(commands) if command in registry.names("operation")]
     if not proven:
@@ -107,7 +101,7 @@ def provable_entry(folder: Path) -> dict[str, Any]:
     if type(entry.get("max_shard_size")) is not int:
         found = entry.get("max_shard_size")
         raise CheckpointError(f"{folder}/moetool.json: max_shard_size is {found!r}, expected a number")
-    return entry  # type: ignore[no-any-return]
+    return entry
 
 
 def is_finished(plan: Plan, readers: Sequence[CheckpointReader], out: Path, workers: int) -> bool:

@@ -16,7 +16,7 @@ from moetool.checkpoint.reader import ITEM_SIZE, BlockFile, CheckpointReader, Te
 from moetool.checkpoint.step_folder import in_state
 from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, lay_out_file, layout_shards
 from moetool.errors import CheckpointError
-from moetool.lineage import read_lineage
+from moetool.lineage import lineage_entries
 from moetool.progress import Progress
 from moetool.surgery.complete import check_whole
 from moetool.surgery.fill import Fill, Place, peak_memory
@@ -174,7 +174,7 @@ def lay_out(
     """
     if continues:  # an upcycling knows each tensor of its sources
         check_whole(config, tensors, readers[0].folder)
-    lineages = [(read_lineage(reader.folder) or {}).get("lineage", []) for reader in readers]
+    lineages = [lineage_entries(reader.folder) for reader in readers]
     history = _in_common(lineages[:continues])
     for key, value in config.items():
         try:

@@ -8,10 +8,9 @@ import torch
 
 from moetool.checkpoint.reader import sha256_file
 from moetool.errors import CheckpointError
-from moetool.lineage import LINEAGE, read_lineage
+from moetool.lineage import LINEAGE, last_entry, read_lineage
 from moetool.outside import read_json
 from moetool.surgery.digests import Digests
-from moetool.surgery.lineage import last_entry
 from moetool.surgery.plan import Plan
 
 MAX_SHOWN = 60  # characters of a value in a message
