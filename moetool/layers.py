@@ -1,4 +1,4 @@
-"""Layers as text (`all`, `every:2`, `0-3,8`, `4-`), and ratios per layer."""
+"""Layers in the names of tensors and as text (`all`, `every:2`, `0-3,8`, `4-`), and ratios per layer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from moetool.errors import ConfigError
 from moetool.values import ratio
 
 USUAL = Decimal("0.5")  # the share of units that a method changes, unless another is typed
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer of a tensor or module, by its name; None for those outside layers."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", name)
+    return int(found[1]) if found else None
 
 
 def chosen_layers(text: str, layers: int, flag: str) -> frozenset[int]:

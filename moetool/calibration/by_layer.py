@@ -5,7 +5,6 @@ Shapes: B windows, S tokens of each, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from ctypes import CDLL
@@ -25,11 +24,11 @@ from moetool.calibration.hidden import HiddenStates
 from moetool.checkpoint.model import check_complete, check_size, fit_experts, loading, one_tensor_at_a_time, skeleton
 from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError
+from moetool.layers import layer_of
 from moetool.progress import Progress, silent
 from moetool.surgery.rows import TORCH_DTYPES, raw_bytes
 
 CACHE_LINE = 64  # bytes
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class Bytes(Protocol):
@@ -105,9 +104,9 @@ class LayeredModel:
         self._inside: list[dict[str, TensorInfo]] = [{} for _ in layers]  # the tensors of each layer
         outside = dict(reader.tensors)
         for name in reader.tensors:
-            found = _LAYER.search(name)
-            if found and int(found[1]) < len(layers):
-                self._inside[int(found[1])][name] = outside.pop(name)
+            number = layer_of(name)
+            if number is not None and number < len(layers):
+                self._inside[number][name] = outside.pop(name)
         self._config = LoadStateDictConfig(
             pretrained_model_name_or_path=str(folder),
             device_map={"": device},

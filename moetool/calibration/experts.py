@@ -6,7 +6,6 @@ Shapes: T tokens, E experts, K top-k, D hidden, F intermediate units.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 
 from moetool.calibration.by_layer import LayeredModel
 from moetool.errors import CheckpointError
+from moetool.layers import layer_of
 from moetool.routing.capture import RouterCapture, read_output
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -134,13 +132,13 @@ def find_experts(model: nn.Module) -> dict[int, Layer]:
     names = {module: name for name, module in modules.items()}
     found: dict[int, Layer] = {}
     for name, module in modules.items():
-        match = _LAYER.search(f".{name}.")
+        layer = layer_of(name)
         both, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
         whole = isinstance(both, Tensor) and isinstance(down, Tensor) and both.ndim == down.ndim == 3
-        if match and whole and hasattr(module, "act_fn") and int(match[1]) in routers:
-            router = routers[int(match[1])]
+        if layer in routers and whole and hasattr(module, "act_fn"):
+            router = routers[layer]
             block = modules[names[router].rpartition(".")[0]]
-            found[int(match[1])] = Layer(module, router, block)
+            found[layer] = Layer(module, router, block)
     if found.keys() != routers.keys():
         raise CheckpointError(
             f"{type(model).__name__}: the experts of layer {min(routers.keys() - found.keys())} cannot be read in this"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 from moetool.checkpoint.model import skeleton
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.cost.parameters import Sizes, is_embedding, is_routed, pattern, sizes_of, trained_names
+from moetool.layers import layer_of
 from moetool.mesh import ONE, Mesh
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
@@ -71,11 +71,10 @@ def layer_bytes(folder: Path, dtype: str = "auto") -> int:
 
 def one_layer(tensors: Iterable[tuple[str, int]]) -> int:
     """The same of tensors by name, with their bytes."""
-    layers: Counter[str] = Counter()
+    layers: Counter[int | None] = Counter()
     for name, size in tensors:
-        found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-        layers[found[1] if found else ""] += size
-    outside = layers.pop("", 0)
+        layers[layer_of(name)] += size
+    outside = layers.pop(None, 0)
     return outside + max(layers.values(), default=0) * 5 // 3
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.layers import layer_of
 from moetool.progress import Progress, silent
 from moetool.routing.alignment import Alignment
 
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _FUSED = re.compile(r"\.experts\.\w*proj(\.weight)?$|block_sparse_moe\.(input|output)_linear\.weight$")
 _ROUTER = re.compile(r"\.(gate|router)(\.layer|\.wg|\.gate|\.classifier)?\.weight$")
@@ -74,9 +74,9 @@ def _parts(reader: CheckpointReader, num_experts: int) -> dict[tuple[int, int], 
     """(layer, expert) -> its matrices by a name that all experts share, and its row of the router."""
     found: dict[tuple[int, int], dict[str, TensorInfo]] = defaultdict(dict)
     for name, info in reader.tensors.items():
-        if not (match := _LAYER.search(name)):
+        if (layer := layer_of(name)) is None:
             continue
-        layer, whole = int(match[1]), info.shape[:1] == (num_experts,)
+        whole = info.shape[:1] == (num_experts,)
         if one := _EXPERT.search(name):
             found[layer, int(one[1])][_EXPERT.sub(".experts.", name)] = info
         elif whole and (_FUSED.search(name) if len(info.shape) == 3 else len(info.shape) == 2 and _ROUTER.search(name)):

@@ -5,7 +5,6 @@ Shapes: T tokens of a batch without its padding, K top-k, E experts, F intermedi
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetool.layers import layer_of
 from moetool.routing.capture import Route
 from moetool.routing.origin import Origin
 from moetool.routing.text_pass import Batch
 
 IDLE = 0.01  # of the kept units' median contribution
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 SAMPLE = 8192  # tokens of each domain that are looked at: the experts' products are computed again for them
 _TOKENS = 4096  # of them at a time
 
@@ -44,15 +43,15 @@ class UnitUse:
         self._chosen: dict[int, tuple[str, Tensor]] = {}
         self.note: str | None = None
         for name, module in model.named_modules():
-            found = _LAYER.search(f".{name}.")
-            if found and _fused(module, origin):
+            layer = layer_of(name)
+            if layer is not None and _fused(module, origin):
                 if module.down_proj.is_meta:
                     self.note = "the use of changed units is not known: weights are offloaded from the device"
                     return
-                self._norms[int(found[1])] = torch.stack(
+                self._norms[layer] = torch.stack(
                     [w_HF.detach().float().norm(dim=0).double().cpu() for w_HF in module.down_proj.detach()]
                 )
-                module.register_forward_pre_hook(self._hook(int(found[1])))
+                module.register_forward_pre_hook(self._hook(layer))
         if sorted(self._norms) != list(origin.layers):
             self.note = "the use of changed units is not known: this version of transformers builds experts differently"
 
