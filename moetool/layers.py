@@ -7,9 +7,12 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import TypeVar
 
 from moetool.errors import ConfigError
 from moetool.values import ratio
+
+Item = TypeVar("Item")
 
 USUAL = Decimal("0.5")  # the share of units that a method changes, unless another is typed
 
@@ -46,6 +49,13 @@ def names(text: str, layer: int) -> bool:
     if every := _every(text):
         return (layer + 1) % every == 0
     return text == "all" or any(first <= layer <= last for _, first, last in _ranges(text, ""))
+
+
+def evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of some items (1 or more), evenly spread, with the first and, from 2 on, the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def ranges(layers: Iterable[int]) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from moetool.checkpoint.model import load_model, load_tokenizer, pick_device, skeleton
 from moetool.errors import CheckpointError, ConfigError
-from moetool.layers import ranges
+from moetool.layers import evenly, ranges
 from moetool.mesh import check_model, distributed, mesh_of
 from moetool.progress import Progress, silent
 from moetool.routing import load_metrics
@@ -207,8 +207,7 @@ def _vocabulary_layers(
     # A comparison needs a second table; one budget for each.
     one = table_size(num_types, empty.num_experts, 1)
     if wanted == "auto" and one * len(layers) > VOCABULARY_BYTES:
-        fit = max(1, VOCABULARY_BYTES // one)
-        layers = sorted({layers[round(i * (len(layers) - 1) / max(fit - 1, 1))] for i in range(fit)})
+        layers = evenly(layers, max(1, VOCABULARY_BYTES // one))
     if layers:
         notice(
             f"counting tokens by expert in {len(layers)} of {len(empty.layers)} layers takes"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetool import __version__
+from moetool.layers import evenly
 from moetool.outside import safe_json
 from moetool.routing.coactivation import MATRIX_EXPERTS
 from moetool.routing.levels import DEAD_LOAD
@@ -217,8 +218,4 @@ def _token_layers(report: dict[str, Any]) -> list[dict[str, Any]]:
     if not report["vocabulary_specialization"]:
         return []
     rows = report["vocabulary_specialization"]["layers"]
-    room = max(1, _TOKEN_CELLS // report["num_experts"])
-    if len(rows) <= room:
-        return list(rows)
-    picks = {round(i * (len(rows) - 1) / max(room - 1, 1)) for i in range(room)}
-    return [rows[i] for i in sorted(picks)]
+    return evenly(rows, max(1, _TOKEN_CELLS // report["num_experts"]))

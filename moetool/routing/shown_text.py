@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moetool.layers import evenly
 from moetool.routing.alignment import Alignment
 from moetool.routing.capture import Route
 from moetool.routing.stats import RoutingStats
@@ -119,10 +120,7 @@ def _fitting(layers: Sequence[int], top_k: int, tokens: int, size: int) -> tuple
     """
     room = PAGE_BYTES * 3 // 4 // max(1, tokens * size)  # choices of a token
     ranks = max(min(2, top_k), min(top_k, room // len(layers)))
-    fit = max(1, min(len(layers), room // ranks))
-    if fit == len(layers):
-        return list(layers), ranks
-    return sorted({layers[round(i * (len(layers) - 1) / max(1, fit - 1))] for i in range(fit)}), ranks
+    return evenly(layers, max(1, room // ranks)), ranks
 
 
 def _packed(values: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moetool.checkpoint.step_folder import METRICS
+from moetool.layers import evenly
 from moetool.outside import finite
 from moetool.train.signs import BLOCK, SPIKE, shape
 from moetool.watch import verdict
@@ -20,7 +21,7 @@ from moetool.watch.problem import in_words
 from moetool.watch.rows import MEASURES, SCALARS, Rows
 from moetool.watch.scan import scanned
 from moetool.watch.tail import Tail
-from moetool.watch.thin import Array, evenly, heat, thinned
+from moetool.watch.thin import Array, heat, thinned
 
 SAMPLED = 20_000_000  # bytes of metrics.jsonl above which a first look takes a sample
 SAMPLE = 3000  # rows of it

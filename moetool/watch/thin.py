@@ -74,10 +74,3 @@ def heat(x: Sequence[int] | Array, values_NL: Array, most: int, worst: Callable[
     ends = np.append(starts[1:], N)
     table_BL = worst.reduceat(values_NL, starts, axis=0)  # type: ignore[attr-defined]
     return {"x": x[ends - 1].tolist(), "rows": np.round(table_BL, 5).T.tolist()}
-
-
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the items, evenly spread, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -16,6 +16,8 @@ from moetool.layers import (
     by_layers,
     check_layer_ratios,
     chosen_layers,
+    evenly,
+    layer_of,
     layer_ratios,
     names,
     ranges,
@@ -24,6 +26,18 @@ from moetool.layers import (
 from moetool.recipe import UpcycleRecipe, permutation, redrawn_units, units_digest
 
 HALF, QUARTER = Decimal("0.5"), Decimal("0.25")
+
+
+def test_the_layer_is_in_the_name() -> None:
+    named = {"model.layers.12.mlp.gate.weight": 12, "layers.3": 3, "text.layers.0.x": 0, "lm_head.weight": None}
+    assert {name: layer_of(name) for name in named} == named
+    assert layer_of("model.sublayers.1.x") is layer_of("model.layers.a.1") is None
+
+
+def test_some_items_are_evenly_spread() -> None:
+    assert evenly(range(10), 4) == [0, 3, 6, 9]
+    assert evenly("abc", 1) == ["a"]
+    assert evenly("abc", 3) == evenly("abc", 9) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(

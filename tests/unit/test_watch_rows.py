@@ -20,7 +20,7 @@ from moetool.watch.rows import Rows
 from moetool.watch.run import WatchedRun
 from moetool.watch.scan import scanned
 from moetool.watch.tail import Tail
-from moetool.watch.thin import evenly, heat, thinned
+from moetool.watch.thin import heat, thinned
 
 
 def row(step: int, loss: float = 2.0, **more: Any) -> bytes:
@@ -197,7 +197,6 @@ def test_a_heatmap_shows_the_worst_row_of_each_column() -> None:
     values_NL = np.array([[0.1, 0.5], [0.9, 0.2], [math.nan, math.nan], [0.3, 0.3], [0.2, 0.8]])
     assert heat([1, 2, 3, 4, 5], values_NL, 2, np.maximum) == {"x": [2, 5], "rows": [[0.9, 0.3], [0.5, 0.8]]}
     assert heat([1, 2, 3, 4, 5], values_NL, 9, np.minimum)["x"] == [1, 2, 4, 5]
-    assert evenly(list(range(10)), 4) == [0, 3, 6, 9]
 
 
 def test_the_first_look_at_a_large_file_has_every_spike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
