@@ -208,14 +208,15 @@ class UpcycleRecipe:
         return tuple(rest / weights.count(None) if weight is None else Fraction(weight) for weight in weights)
 
     @property
-    def group_size(self) -> int:
-        """Routed experts that together are one dense FFN (its shards that are not shared).
-
-        With shared experts of less than a whole FFN the shards are partitioned between the shared and
-        the routed ones; with one or more whole FFNs shared, the routed ones make a whole one as well.
-        """
+    def shared_parts(self) -> int:
+        """Parts of the dense FFN that only the shared expert has; 0 if it holds whole FFNs, beside all parts."""
         shared = self.shared_experts or 0
-        return self.granularity - shared if shared < self.granularity else self.granularity
+        return shared if shared < self.granularity else 0
+
+    @property
+    def group_size(self) -> int:
+        """Routed experts that together are one dense FFN: its parts that are not shared."""
+        return self.granularity - self.shared_parts
 
     def donor(self, expert: int) -> int:
         """The dense model that a routed expert comes from."""
@@ -228,8 +229,7 @@ class UpcycleRecipe:
             expert: its number.
             num_units: of one expert.
         """
-        shared = self.shared_experts or 0
-        return ((shared if shared < self.granularity else 0) + expert % self.group_size) * num_units
+        return (self.shared_parts + expert % self.group_size) * num_units
 
 
 def _plain(value: Any) -> Any:
@@ -297,14 +297,14 @@ def unit_order(recipe: UpcycleRecipe, measured: Measured, layer: int, units: int
 def _order(recipe: UpcycleRecipe, layer: int, units: int, recorded: str | None) -> torch.Tensor:
     import torch
 
-    size, shared = units // recipe.granularity, recipe.shared_experts or 0
+    size = units // recipe.granularity
     if recipe.split == "random":
         draw = generator(recipe.seed, "split", layer)
         order = torch.randperm(units, generator=draw).view(-1, size).sort(dim=1).values.flatten()
     else:
         order = order_of(recorded, units, recipe.granularity, layer)
-    if 0 < shared < recipe.granularity:  # several shards, one matrix
-        order[: shared * size] = order[: shared * size].sort().values
+    shared = recipe.shared_parts * size  # several parts, one matrix
+    order[:shared] = order[:shared].sort().values
     return order
 
 
@@ -323,14 +323,13 @@ def held_units(
     Raises:
         CheckpointError: see `unit_order`.
     """
-    shared = recipe.shared_experts or 0
-    if expert is None and shared >= recipe.granularity:  # all of them, once or more
+    if expert is None and not recipe.shared_parts:  # all of them, once or more
         return None
     order = unit_order(recipe, measured, layer, units * recipe.granularity)
     if order is None:
         return None
     first = 0 if expert is None else recipe.first_unit(expert, units)
-    return order[first : first + (shared * units if expert is None else units)]
+    return order[first : first + (recipe.shared_parts if expert is None else 1) * units]
 
 
 def redrawn_units(

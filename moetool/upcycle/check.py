@@ -78,9 +78,9 @@ def check_recipe(recipe: UpcycleRecipe, spec: ArchSpec, dense: Mapping[str, Any]
         if not spec.scratch:
             raise ConfigError(f"--method scratch does not know how to initialise {spec.model_type}; use another one")
         return
-    group, donors, shared = recipe.group_size, recipe.num_donors, recipe.shared_experts or 0
+    group, donors = recipe.group_size, recipe.num_donors
     together = f"{group} experts together make up one dense FFN"
-    if 0 < shared < parts:
+    if shared := recipe.shared_parts:
         together = f"{parts} parts minus {shared} in the shared expert leave groups of {group} experts"
     if recipe.num_experts % (group * donors):
         step = group * donors

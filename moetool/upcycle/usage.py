@@ -20,7 +20,6 @@ from moetool.data.tokens import TokenStream
 from moetool.errors import CheckpointError, ConfigError
 from moetool.measured import Measured, packed
 from moetool.progress import Progress
-from moetool.recipe import UpcycleRecipe
 from moetool.units import contribution_codes, shard_dtype
 from moetool.upcycle.plan import Upcycling
 from moetool.upcycle.units import by_activation
@@ -82,18 +81,14 @@ def measure_units(
     for done, layer in enumerate(layers):
         progress("splitting FFNs", done, len(layers))
         if recipe.split == "activation":
-            shard_F = _shards(recipe, sum(contributions[layer][1:], contributions[layer][0]))
+            shard_F = by_activation(
+                sum(contributions[layer][1:], contributions[layer][0]), recipe.shared_parts, recipe.granularity
+            )
             split[layer] = packed(shard_F.to(shard_dtype(recipe.granularity)))
         if recipe.drop_units == "least-used":
             use[layer] = packed(torch.stack([contribution_codes(one_F) for one_F in contributions[layer]]))
     progress("splitting FFNs", len(layers), len(layers))
     return replace(upcycling.measured, split=split, contributions=use, units_apart=apart)
-
-
-def _shards(recipe: UpcycleRecipe, contribution_F: Tensor) -> Tensor:
-    shared = recipe.shared_experts or 0
-    shared = shared if shared < recipe.granularity else 0  # whole FFNs beside all shards take no unit from these
-    return by_activation(contribution_F, shared, recipe.granularity)
 
 
 def difference(ffn: FFN, sums: UnitSums, first: UnitSums) -> float:
