@@ -89,7 +89,7 @@ class Measured:
     """The record `measured` of an upcycling's lineage entry; all empty if no text was read.
 
     Attributes:
-        split: layer -> the packed shard of each unit of its dense FFN (`units.order_of`).
+        split: layer -> the packed part of each unit of its dense FFN (`units.order_of`).
         contributions: layer -> packed codes (donors, units) of what each unit contributes (`units.least_used`).
         routers: layer -> how its router is made.
         loads: layer -> text -> the share of the layer's routes that each expert gets of held-out tokens, as predicted.

@@ -1,4 +1,4 @@
-"""The recipe of an upcycling, and the choice of redrawn units."""
+"""The recipe of an upcycling."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from moetool import registry
 from moetool.errors import CheckpointError, ConfigError
 from moetool.layers import USUAL, LayerRatios, layer_ratios, recorded_ratios
 from moetool.lineage import LINEAGE
-from moetool.measured import NOTHING, Measured, unpacked
 from moetool.option import as_read, dtype_option, flag, option
 from moetool.outside import fits
-from moetool.units import least_used, order_of
 from moetool.values import decimal, short_dtype
 
 if TYPE_CHECKING:
@@ -279,129 +276,3 @@ def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
 def matrix_index(recipe: UpcycleRecipe, layer: int, expert: int, projection: str) -> int:
     """A different number for each matrix of each expert."""
     return (layer * recipe.num_experts + expert) * len(PROJECTIONS) + PROJECTIONS.index(projection)
-
-
-def unit_order(recipe: UpcycleRecipe, measured: Measured, layer: int, units: int) -> torch.Tensor | None:
-    """The units of a dense FFN in the order in which they are split: int64 (units,), position -> dense unit.
-
-    The part at position `first_unit` of them is an expert's; the shared expert's comes first. None where the order is
-    their own.
-
-    Raises:
-        CheckpointError: the split that the recipe needs was not recorded, or is damaged.
-    """
-    return None if recipe.split == "contiguous" else _order(recipe, layer, units, measured.split.get(layer))
-
-
-@lru_cache(maxsize=4)
-def _order(recipe: UpcycleRecipe, layer: int, units: int, recorded: str | None) -> torch.Tensor:
-    import torch
-
-    size = units // recipe.granularity
-    if recipe.split == "random":
-        draw = generator(recipe.seed, "split", layer)
-        order = torch.randperm(units, generator=draw).view(-1, size).sort(dim=1).values.flatten()
-    else:
-        order = order_of(recorded, units, recipe.granularity, layer)
-    shared = recipe.shared_parts * size  # several parts, one matrix
-    order[:shared] = order[:shared].sort().values
-    return order
-
-
-def held_units(
-    recipe: UpcycleRecipe, measured: Measured, layer: int, expert: int | None, units: int
-) -> torch.Tensor | None:
-    """The dense units of one expert, ascending int64; None where they are neighbours from `first_unit` on.
-
-    Args:
-        recipe: what was asked.
-        measured: what a pass over text has decided.
-        layer: its layer.
-        expert: its number; None is the shared expert.
-        units: of one routed expert.
-
-    Raises:
-        CheckpointError: see `unit_order`.
-    """
-    if expert is None and not recipe.shared_parts:  # all of them, once or more
-        return None
-    order = unit_order(recipe, measured, layer, units * recipe.granularity)
-    if order is None:
-        return None
-    first = 0 if expert is None else recipe.first_unit(expert, units)
-    return order[first : first + (recipe.shared_parts if expert is None else 1) * units]
-
-
-def redrawn_units(
-    recipe: UpcycleRecipe, layer: int, expert: int, projection: str, units: int, measured: Measured = NOTHING
-) -> torch.Tensor:
-    """The intermediate units of one expert that are changed, sorted int64 of shape (num_redrawn,).
-
-    With `shared` the set belongs to the whole FFN (the projection does not matter); with
-    `per-matrix` each projection has its own, counted after the expert's permutation.
-
-    Raises:
-        CheckpointError: what the recipe needs to know of the units was not recorded, or is damaged.
-    """
-    if recipe.drop_units == "least-used":
-        contributions, split = measured.contributions.get(layer), measured.split.get(layer)
-        return _least_used_units(recipe, layer, expert, units, contributions, split)
-    return _random_units(recipe, layer, expert, projection, units)
-
-
-# The experts of a layer; more would lie between blocks in the allocator, and keep their pages from being used again.
-@lru_cache(maxsize=64)
-def _random_units(recipe: UpcycleRecipe, layer: int, expert: int, projection: str, units: int) -> torch.Tensor:
-    import torch
-
-    whose = projection if recipe.drop_index == "per-matrix" else PROJECTIONS[0]
-    draw = generator(recipe.seed, "units", matrix_index(recipe, layer, expert, whose))
-    return torch.randperm(units, generator=draw)[: recipe.num_redrawn(units, layer, expert)].sort().values
-
-
-@lru_cache(maxsize=64)
-def _least_used_units(
-    recipe: UpcycleRecipe, layer: int, expert: int, units: int, contributions: str | None, split: str | None
-) -> torch.Tensor:
-    import torch
-
-    if contributions is None:
-        raise CheckpointError(f"{LINEAGE}: measured has no contributions of layer {layer}; it was edited")
-    whole, first = units * recipe.granularity, recipe.first_unit(expert, units)
-    codes_F = unpacked(contributions, torch.uint8, (recipe.num_donors, whole))[recipe.donor(expert)]
-    if recipe.split != "contiguous":
-        codes_F = codes_F[_order(recipe, layer, whole, split)]
-    draw = generator(recipe.seed, "least-used", layer * recipe.num_experts + expert)
-    return least_used(codes_F[first : first + units], recipe.num_redrawn(units, layer, expert), draw)
-
-
-@lru_cache(maxsize=64)
-def permutation(recipe: UpcycleRecipe, layer: int, expert: int, units: int) -> torch.Tensor | None:
-    """The order of one expert's units (int64, position -> dense unit); None where it is the dense order."""
-    import torch
-
-    if recipe.drop_index != "per-matrix" or recipe.num_redrawn(units, layer, expert) == 0:
-        return None
-    draw = generator(recipe.seed, "permutation", layer * recipe.num_experts + expert)
-    return torch.randperm(units, generator=draw)
-
-
-def units_digest(recipe: UpcycleRecipe, layer: int, expert: int, units: int, measured: Measured = NOTHING) -> str:
-    """A checksum of the changed (and permuted) units of one expert: 16 hexadecimal digits of SHA-256."""
-    digest = hashlib.sha256()
-    for projection in PROJECTIONS:
-        digest.update(redrawn_units(recipe, layer, expert, projection, units, measured).numpy().tobytes())
-    order = permutation(recipe, layer, expert, units)
-    if order is not None:
-        digest.update(order.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def split_digest(recipe: UpcycleRecipe, layer: int, units: int, measured: Measured = NOTHING) -> str:
-    """A checksum of how a dense FFN is split: 16 hexadecimal digits of SHA-256.
-
-    Raises:
-        CheckpointError: see `unit_order`.
-    """
-    order = unit_order(recipe, measured, layer, units)
-    return hashlib.sha256(b"" if order is None else order.numpy().tobytes()).hexdigest()[:16]

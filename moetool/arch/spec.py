@@ -168,7 +168,7 @@ def scales(recipe: UpcycleRecipe, spec: ArchSpec) -> tuple[float, float]:
     """Factors on the outputs of the routed experts and of the shared one that make the start exact.
 
     A group of M routed experts has equal logits and weights that sum to 1 over the chosen groups, so
-    it gives 1/M of the sum of its shards: the factor is M. Where the shared expert is one or more (c)
+    it gives 1/M of the sum of its parts: the factor is M. Where the shared expert is one or more (c)
     copies of the whole FFN, it and the routed ones give half each.
     """
     shared, parts = recipe.shared_experts or 0, recipe.granularity

@@ -23,8 +23,9 @@ from moetool.errors import CheckpointError, MoetoolError
 from moetool.layers import LayerRatios
 from moetool.lineage import LINEAGE, lineage_entries, recorded_sources
 from moetool.measured import NOTHING, Measured
-from moetool.recipe import PROJECTIONS, UpcycleRecipe, held_units, redrawn_units, split_digest, units_digest
+from moetool.recipe import PROJECTIONS, UpcycleRecipe
 from moetool.routing.alignment import originals
+from moetool.units import held_units, redrawn_units, split_digest, units_digest
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from moetool.arch.spec import dense_ffn
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
-from moetool.recipe import PROJECTIONS, permutation
+from moetool.recipe import PROJECTIONS
 from moetool.routing.drift import DTYPES, read_block
 from moetool.routing.origin import Origin
+from moetool.units import permutation
 
 PARTS = ("all", "kept", "redrawn")
 _BLOCK = 1 << 22  # elements of all experts together that are read at a time

@@ -9,11 +9,12 @@ import torch
 
 from moetool import registry
 from moetool.measured import Measured
-from moetool.recipe import UpcycleRecipe, generator, held_units, permutation, redrawn_units
+from moetool.recipe import UpcycleRecipe, generator
 from moetool.surgery.fill import Fill, Piece, Place
 from moetool.surgery.kinds import KINDS, Block, Drawn, Kind, constant
 from moetool.surgery.moments import Sums
 from moetool.surgery.rows import gather_rows, replace, select
+from moetool.units import held_units, permutation, redrawn_units
 from moetool.upcycle.init import Slice, slice_moments
 
 

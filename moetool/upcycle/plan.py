@@ -19,8 +19,9 @@ from moetool.checkpoint.step_folder import TrainingReader, state_document
 from moetool.errors import CheckpointError, ConfigError
 from moetool.measured import NOTHING, Measured
 from moetool.progress import Progress
-from moetool.recipe import CALIBRATE, PROJECTIONS, UpcycleRecipe, redrawn_units, split_digest, units_digest
+from moetool.recipe import CALIBRATE, PROJECTIONS, UpcycleRecipe
 from moetool.surgery.plan import Operation, Plan, lay_out
+from moetool.units import redrawn_units, split_digest, units_digest
 from moetool.upcycle.blocks import kinds
 from moetool.upcycle.check import check_donor, check_tensors
 from moetool.upcycle.groups import split_share

@@ -1,6 +1,6 @@
 """The contributions of dense FFNs' units on texts, and their use for an upcycling.
 
-Shapes: F units, T tokens, D hidden.
+Shapes: F units, N of them that are dealt out.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from moetool.data.tokens import TokenStream
 from moetool.errors import CheckpointError, ConfigError
 from moetool.measured import Measured, packed
 from moetool.progress import Progress
-from moetool.units import contribution_codes, shard_dtype
+from moetool.units import contribution_codes, part_dtype
 from moetool.upcycle.plan import Upcycling
-from moetool.upcycle.units import by_activation
 
 
 def measure_units(
@@ -81,10 +80,10 @@ def measure_units(
     for done, layer in enumerate(layers):
         progress("splitting FFNs", done, len(layers))
         if recipe.split == "activation":
-            shard_F = by_activation(
+            part_F = by_activation(
                 sum(contributions[layer][1:], contributions[layer][0]), recipe.shared_parts, recipe.granularity
             )
-            split[layer] = packed(shard_F.to(shard_dtype(recipe.granularity)))
+            split[layer] = packed(part_F.to(part_dtype(recipe.granularity)))
         if recipe.drop_units == "least-used":
             use[layer] = packed(torch.stack([contribution_codes(one_F) for one_F in contributions[layer]]))
     progress("splitting FFNs", len(layers), len(layers))
@@ -116,3 +115,25 @@ def contribution(ffn: FFN, sums: UnitSums, tokens: float) -> Tensor:
     """(F,) float64: the mean of |h| of each unit, times the norm of its column of `down`."""
     norm_F: Tensor = ffn.down.weight.detach().double().norm(dim=0).cpu()
     return sums.absolute_F / tokens * norm_F
+
+
+def by_activation(contribution_F: Tensor, shared: int, parts: int) -> Tensor:
+    """The part of each unit, int64 (F,): the first parts have the largest contributions, the others equal ones.
+
+    Units are dealt in the order of their contribution, to one part after the other, there and back, so that no part
+    always gets the larger one. MoEBERT (Zuo et al. 2022, arXiv 2204.07675, section 3) deals in one direction. Any
+    split starts exactly as the dense model, because the sum over parts does not depend on the order of units.
+
+    Args:
+        contribution_F: of each unit.
+        shared: the first so many parts are shared by all tokens.
+        parts: how many there are; divides F.
+    """
+    F, size, routed = len(contribution_F), len(contribution_F) // parts, parts - shared
+    ranked_F = contribution_F.sort(descending=True, stable=True).indices
+    part_F = torch.full((F,), -1)
+    part_F[ranked_F[: shared * size].sort().values] = torch.arange(shared * size) // size
+    place_N = torch.arange(F - shared * size)
+    lap_N, place_N = place_N // routed, place_N % routed
+    part_F[ranked_F[shared * size :]] = shared + torch.where(lap_N % 2 == 0, place_N, routed - 1 - place_N)
+    return part_F

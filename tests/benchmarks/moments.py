@@ -138,7 +138,8 @@ def gradients(step: Path, folder: Path, text: Path, count: int) -> dict[str, Any
     import torch
     from transformers import AutoTokenizer
 
-    from moetool.recipe import UpcycleRecipe, redrawn_units
+    from moetool.recipe import UpcycleRecipe
+    from moetool.units import redrawn_units
 
     ids = torch.tensor(AutoTokenizer.from_pretrained(step)(text.read_text()[:2_000_000])["input_ids"])
     draw = torch.Generator().manual_seed(0)

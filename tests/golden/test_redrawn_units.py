@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from moetool.measured import NOTHING, Measured, packed
-from moetool.recipe import UpcycleRecipe, permutation, redrawn_units, unit_order, units_digest
+from moetool.recipe import UpcycleRecipe
+from moetool.units import permutation, redrawn_units, unit_order, units_digest
 
 
 def test_the_sets_of_two_recipes() -> None:

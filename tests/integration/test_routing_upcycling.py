@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from moetool.checkpoint.hub import find_model
 from moetool.checkpoint.model import load_model
 from moetool.errors import CheckpointError
-from moetool.recipe import PROJECTIONS, permutation, redrawn_units
+from moetool.recipe import PROJECTIONS
 from moetool.routing import similarity as similarity_module
 from moetool.routing import unit_use as unit_use_module
 from moetool.routing.analysis import analyze
@@ -25,6 +25,7 @@ from moetool.routing.html import line_chart
 from moetool.routing.origin import find_dense, read_origin
 from moetool.routing.settings import Settings
 from moetool.routing.similarity import similarity
+from moetool.units import permutation, redrawn_units
 from tests import tiny
 
 E, F, H, LAYERS = 4, 64, 32, 2

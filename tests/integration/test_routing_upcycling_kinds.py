@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM
 from moetool import registry
 from moetool.arch.spec import scales
 from moetool.lineage import read_lineage
-from moetool.recipe import PROJECTIONS, UpcycleRecipe, permutation, redrawn_units
+from moetool.recipe import PROJECTIONS, UpcycleRecipe
 from moetool.routing.analysis import analyze
 from moetool.routing.origin import find_dense, read_origin
 from moetool.routing.settings import Settings
 from moetool.routing.similarity import similarity
+from moetool.units import permutation, redrawn_units
 from tests import tiny
 from tests.integration.test_upcycle_families import WITHOUT
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moetool import registry
-from moetool.recipe import UpcycleRecipe, permutation, redrawn_units
+from moetool.recipe import UpcycleRecipe
 from moetool.surgery import fill
+from moetool.units import permutation, redrawn_units
 from tests import tiny
 
 P = ("gate", "up", "down")

@@ -19,10 +19,11 @@ from moetool import registry
 from moetool.calibration.sums import UnitSums
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.measured import Measured
-from moetool.recipe import PROJECTIONS, UpcycleRecipe, permutation, redrawn_units, unit_order
+from moetool.recipe import PROJECTIONS, UpcycleRecipe
 from moetool.routing.origin import find_dense, read_origin
 from moetool.routing.similarity import similarity
 from moetool.surgery import fill
+from moetool.units import permutation, redrawn_units, unit_order
 from moetool.upcycle.usage import difference
 from tests import tiny
 from tests.integration.test_upcycle_forms import MULTIMODAL

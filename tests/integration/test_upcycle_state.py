@@ -18,10 +18,11 @@ from moetool import registry
 from moetool.checkpoint.file_digest import digest
 from moetool.checkpoint.model import load_model
 from moetool.cost.parameters import is_selection_bias
-from moetool.recipe import UpcycleRecipe, permutation, redrawn_units
+from moetool.recipe import UpcycleRecipe
 from moetool.train import resume
 from moetool.train.config import TrainConfig
 from moetool.train.optimizer import adamw
+from moetool.units import permutation, redrawn_units
 from tests import tiny
 from tests.integration.test_convert import SOURCE_OF, weights
 from tests.integration.test_grow_state import NEXT, STATE, cpt, stored

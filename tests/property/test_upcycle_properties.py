@@ -16,8 +16,9 @@ from moetool import registry
 from moetool.checkpoint.reader import read_header
 from moetool.checkpoint.writer import TensorLayout, layout_shards
 from moetool.errors import CheckpointError, ConfigError
-from moetool.recipe import UpcycleRecipe, generator, redrawn_units
+from moetool.recipe import UpcycleRecipe, generator
 from moetool.surgery.fill import Fill, Place
+from moetool.units import redrawn_units
 from moetool.upcycle.init import Slice
 from moetool.values import parse_size
 

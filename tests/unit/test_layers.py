@@ -23,7 +23,8 @@ from moetool.layers import (
     ranges,
     recorded_ratios,
 )
-from moetool.recipe import UpcycleRecipe, permutation, redrawn_units, units_digest
+from moetool.recipe import UpcycleRecipe
+from moetool.units import permutation, redrawn_units, units_digest
 
 HALF, QUARTER = Decimal("0.5"), Decimal("0.25")
 

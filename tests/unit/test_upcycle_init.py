@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moetool.errors import CheckpointError
-from moetool.recipe import PROJECTIONS, UpcycleRecipe, generator, matrix_index, permutation, redrawn_units, units_digest
+from moetool.recipe import PROJECTIONS, UpcycleRecipe, generator, matrix_index
+from moetool.units import permutation, redrawn_units, units_digest
 from moetool.upcycle.init import Slice, copy, drop, slice_moments
 from moetool.upcycle.router import normal, uniform
 

@@ -1,4 +1,4 @@
-"""How units are dealt to shards and which are redrawn, against hand-computed and planted examples."""
+"""How units are dealt to parts and which are redrawn, against hand-computed and planted examples."""
 
 from __future__ import annotations
 
@@ -14,9 +14,20 @@ from torch import Tensor
 
 from moetool.errors import CheckpointError
 from moetool.measured import NOTHING, Measured, packed
-from moetool.recipe import UpcycleRecipe, held_units, redrawn_units, split_digest, unit_order
-from moetool.units import _minus_log2, contribution_codes, keys, least_used, order_of, shard_dtype
-from moetool.upcycle.units import by_activation
+from moetool.recipe import UpcycleRecipe
+from moetool.units import (
+    _minus_log2,
+    contribution_codes,
+    held_units,
+    keys,
+    least_used,
+    order_of,
+    part_dtype,
+    redrawn_units,
+    split_digest,
+    unit_order,
+)
+from moetool.upcycle.usage import by_activation
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -24,8 +35,8 @@ def draws(seed: int = 0) -> torch.Generator:
 
 
 def test_activation_by_hand() -> None:
-    # By contribution: 3 7 | 0 5 / 2 6 / 4 1. The shared shard of two takes the first pair; the rest goes there
-    # (shard 1, 2, 3) and back (3, 2, 1): 0 -> 1, 5 -> 2, 2 -> 3, 6 -> 3, 4 -> 2, 1 -> 1.
+    # By contribution: 3 7 | 0 5 / 2 6 / 4 1. The shared part of two takes the first pair; the rest goes there
+    # (part 1, 2, 3) and back (3, 2, 1): 0 -> 1, 5 -> 2, 2 -> 3, 6 -> 3, 4 -> 2, 1 -> 1.
     contribution_F = torch.tensor([6.0, 1, 4, 9, 2, 5, 3, 8])
     assert by_activation(contribution_F, 1, 4).tolist() == [1, 1, 3, 0, 2, 2, 3, 0]
     # Nothing shared: 3 7 0 5 there, 2 6 4 1 back.
@@ -34,10 +45,10 @@ def test_activation_by_hand() -> None:
     assert by_activation(torch.ones(4), 1, 2).tolist() == [0, 0, 1, 1]
 
 
-def test_routed_shards_of_activation_contribute_alike() -> None:
+def test_routed_parts_of_activation_contribute_alike() -> None:
     contribution_F = torch.randn(4096, generator=draws()).exp()
-    shard_F = by_activation(contribution_F, 1, 8)
-    sums = torch.zeros(8).index_add_(0, shard_F, contribution_F)
+    part_F = by_activation(contribution_F, 1, 8)
+    sums = torch.zeros(8).index_add_(0, part_F, contribution_F)
     assert sums[0] > 2 * sums[1:].max()
     assert sums[1:].max() / sums[1:].min() < 1.01
 
@@ -50,9 +61,9 @@ def test_any_split_is_into_equal_parts(data: st.DataObject) -> None:
     seed = data.draw(st.integers(0, 2**31))
     values = torch.rand(F, generator=draws(seed))
     contribution_F = (values * 4).round() if data.draw(st.booleans()) else values  # ties, zeros
-    shard_F = by_activation(contribution_F, shared, parts)
-    assert torch.bincount(shard_F, minlength=parts).tolist() == [size] * parts
-    inside, outside = contribution_F[shard_F < shared], contribution_F[shard_F >= shared]
+    part_F = by_activation(contribution_F, shared, parts)
+    assert torch.bincount(part_F, minlength=parts).tolist() == [size] * parts
+    inside, outside = contribution_F[part_F < shared], contribution_F[part_F >= shared]
     assert shared == 0 or inside.min() >= outside.max()
 
 
@@ -92,12 +103,12 @@ def test_least_used_of_equals_is_uniform_and_has_the_number_asked_for() -> None:
     assert least_used(torch.zeros(5, dtype=torch.uint8), 5, draws()).tolist() == [0, 1, 2, 3, 4]
 
 
-def recorded(shard_F: Tensor, parts: int) -> str:
-    return packed(shard_F.to(shard_dtype(parts)))
+def recorded(part_F: Tensor, parts: int) -> str:
+    return packed(part_F.to(part_dtype(parts)))
 
 
 def test_a_recorded_split_is_read_by_part() -> None:
-    # Shards 2 0 1 1 0 2: shard 0 has units 1 and 4, and so on, ascending within each.
+    # Parts 2 0 1 1 0 2: part 0 has units 1 and 4, and so on, ascending within each.
     assert order_of(recorded(torch.tensor([2, 0, 1, 1, 0, 2]), 3), 6, 3, 0).tolist() == [1, 4, 2, 3, 0, 5]
     for damaged in (torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 2, 9])):
         with pytest.raises(CheckpointError, match="equal parts"):
@@ -107,10 +118,10 @@ def test_a_recorded_split_is_read_by_part() -> None:
             order_of(nothing, 6, 3, 0)
 
 
-def test_experts_hold_their_shards_and_the_shared_one_the_first() -> None:
+def test_experts_hold_their_parts_and_the_shared_one_the_first() -> None:
     recipe = UpcycleRecipe("glm4_moe", num_experts=4, granularity=4, shared_experts=2, split="activation")
-    shard_F = torch.tensor([3, 1, 0, 2, 1, 0, 2, 3])  # the shared part has 1 2 4 5, which lie in both of its shards
-    measured = Measured(split={5: recorded(shard_F, 4)})
+    part_F = torch.tensor([3, 1, 0, 2, 1, 0, 2, 3])  # the shared part has 1 2 4 5, which lie in both of its parts
+    measured = Measured(split={5: recorded(part_F, 4)})
 
     def held(expert: int | None) -> list[int]:
         found = held_units(recipe, measured, 5, expert, 2)
@@ -134,8 +145,8 @@ def test_a_random_split_follows_from_the_seed() -> None:
     assert len({split_digest(*key, 64) for key in ((recipe, 0), (recipe, 1), (other, 0))}) == 3
 
 
-def test_redrawn_units_are_counted_within_the_shard() -> None:
-    # Units 4..7 do nothing; shard 1 of two holds 0 5 6 7, and shard 0 holds 1 2 3 4.
+def test_redrawn_units_are_counted_within_the_part() -> None:
+    # Units 4..7 do nothing; part 1 of two holds 0 5 6 7, and part 0 holds 1 2 3 4.
     codes = torch.tensor([[0, 0, 0, 0, 255, 255, 255, 255]] * 2, dtype=torch.uint8)
     codes[1] = 255 - codes[1]  # another donor: the other way around
     split = recorded(torch.tensor([1, 0, 0, 0, 0, 1, 1, 1]), 2)
