@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 from moetool.budget.meshes import Choice, Cluster
 from moetool.budget.ways import Way
 from moetool.mesh import Mesh
+from moetool.option import flag
 from moetool.recipe import UpcycleRecipe
+from moetool.values import FLOAT_DTYPES
 
 LR = "2e-4"  # Drop-Upcycling's; the advice on the rate says how it relates to the dense run's
 NEW, OLD = "new=data/new.jsonl", "old=data/old.jsonl"  # text to learn, text like the model's own
@@ -98,11 +99,9 @@ def recipe_options(recipe: UpcycleRecipe, way: Way) -> list[str]:
         recipe: as it was asked.
         way: that is taken.
     """
-    words: list[str] = []
-    asked: dict[str, Any] = {"method": way}
+    words, recipe = [], replace(recipe, method=way)
     for field in fields(UpcycleRecipe):
-        value = asked.get(field.name, getattr(recipe, field.name))
+        value = getattr(recipe, field.name)
         if "option" in field.metadata and value != field.default:
-            typed = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}.get(str(value), str(value))
-            words += [f"--{field.name.replace('_', '-')}", typed]
+            words += [flag(field.name), FLOAT_DTYPES.get(str(value), str(value))]
     return words

@@ -15,6 +15,7 @@ from moetool.checkpoint.reader import CheckpointReader
 from moetool.cost.parameters import Sizes, is_embedding, is_routed, pattern, sizes_of, trained_names
 from moetool.layers import layer_of
 from moetool.mesh import ONE, Mesh
+from moetool.option import flag
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -369,7 +370,7 @@ def smaller(model: Any, training: Training, there: int, mesh: Mesh = ONE) -> lis
 
 def _typed(name: str, value: Any) -> str:
     """An option as it is typed."""
-    option = name.replace("_", "-")
+    typed = flag(name)
     if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option} {value}"
+        return typed if value else f"--no-{typed[2:]}"
+    return f"{typed} {value}"

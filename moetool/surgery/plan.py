@@ -141,9 +141,7 @@ class Operation:
     replan: Callable[[Sequence[CheckpointReader], Mapping[str, Any], int], Plan]
     reader: Callable[[Mapping[str, Any]], type[CheckpointReader]] = lambda entry: CheckpointReader
     one_source: bool = False
-    measure_again: Callable[[Sequence[CheckpointReader], Mapping[str, Any], Any, Progress], dict[str, Any]] | None = (
-        None
-    )
+    measure_again: MeasureAgain | None = None
 
 
 def lay_out(

@@ -16,6 +16,7 @@ from typing import Any
 
 from moetool import registry
 from moetool.errors import ConfigError
+from moetool.option import flag
 
 
 def cosine(step: int, total_steps: int, *, lr: float, min_lr: float, warmup_steps: int) -> float:
@@ -148,10 +149,10 @@ def _check_phases(taken: dict[str, Any], total_steps: int) -> None:
         # A cooldown needs an update of its own; a constant phase may be empty.
         if end < before_end or (name == "cooldown_end" and end == before_end):
             raise ConfigError(
-                f"--{name.replace('_', '-')} {taken[name]:g} is update {end} of {total_steps}, not after {before};"
+                f"{flag(name)} {taken[name]:g} is update {end} of {total_steps}, not after {before};"
                 " give a later end point"
             )
-        before, before_end = f"--{name.replace('_', '-')} {taken[name]:g} (update {end})", end
+        before, before_end = f"{flag(name)} {taken[name]:g} (update {end})", end
 
 
 def _check_rates(name: str, taken: dict[str, Any]) -> None:
@@ -164,8 +165,8 @@ def _check_rates(name: str, taken: dict[str, Any]) -> None:
     for above, below in pairwise(names):
         if taken[below] > taken[above]:
             raise ConfigError(
-                f"--{below.replace('_', '-')} {taken[below]:g} is above --{above.replace('_', '-')}"
-                f" {taken[above]:g}, but the learning rate must fall from the second to the first"
+                f"{flag(below)} {taken[below]:g} is above {flag(above)} {taken[above]:g}, but the learning rate must"
+                " fall from the second to the first"
             )
     if taken["decay_shape"] == "exponential" and "min_lr" in names and not taken["min_lr"] > 0:
         raise ConfigError(

@@ -14,6 +14,7 @@ from moetool.arch.spec import ArchSpec
 from moetool.checkpoint.reader import CheckpointReader, TensorInfo
 from moetool.errors import CheckpointError, ConfigError
 from moetool.layers import LayerRatios, check_layer_ratios, chosen_layers
+from moetool.option import flag
 from moetool.recipe import UpcycleRecipe
 from moetool.upcycle.donors import check_weights
 from moetool.values import FLOAT_DTYPES
@@ -177,7 +178,7 @@ def check_ratios(recipe: UpcycleRecipe, moe: frozenset[int], layers: int) -> Non
     for name in ("drop_ratio", "noise_ratio"):
         ratios = getattr(recipe, name)
         if isinstance(ratios, LayerRatios):
-            check_layer_ratios(ratios, moe, layers, f"--{name.replace('_', '-')}")
+            check_layer_ratios(ratios, moe, layers, flag(name))
 
 
 def check_tensors(reader: CheckpointReader, dense_spec: DenseSpec, dense: Mapping[str, Any]) -> dict[str, TensorInfo]:

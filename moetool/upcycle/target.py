@@ -9,6 +9,7 @@ from typing import Any
 from moetool.arch.clients import CLIENTS, obstacles
 from moetool.arch.spec import ArchSpec, candidates
 from moetool.errors import ConfigError
+from moetool.option import flag
 from moetool.recipe import UpcycleRecipe
 from moetool.upcycle.check import check_ratios, check_recipe, moe_layers
 
@@ -96,7 +97,7 @@ def _nearest(recipe: UpcycleRecipe, dense: Mapping[str, Any], clients: Sequence[
         for spec in candidates("auto", dense):
             other = _attempt(replace(recipe, **change), spec, dense, beside)
             if other and not other.missing(clients):
-                without = [f"--{name.replace('_', '-')}" for name in change if getattr(recipe, name) != change[name]]
+                without = [flag(name) for name in change if getattr(recipe, name) != change[name]]
                 left_out = f" and leave out {' and '.join(without)}" if without else ""
                 return f"use --target {spec.model_type}{left_out}"
     wanted = " and ".join(CLIENTS[client] for client in clients)
