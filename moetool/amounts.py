@@ -1,4 +1,4 @@
-"""Large numbers for people."""
+"""Numbers for people."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def count(number: float) -> str:
             return f"{number:.0f}" if unit == "" else f"{number:.2f}{unit}"
         number /= 1000
     return f"{number:.2f} T"
+
+
+def amount(number: float) -> str:
+    """A number with as many digits as matter: `1,234`, `12.3`."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

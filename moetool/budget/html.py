@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moetool import __version__
-from moetool.amounts import count, size
+from moetool.amounts import amount, count, size
 from moetool.budget.commands import LR
 
 # The inside of a chart in the units of its viewBox; labels lie around it.
@@ -44,11 +44,6 @@ def render(found: Mapping[str, Any]) -> str:
         lr=LR,
         scatters=scatters(found["sweep"]),
     )
-
-
-def amount(number: float) -> str:
-    """An amount with as many digits as matter."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def tokens(number: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moetool.amounts import amount
 from moetool.budget.commands import LR, written
 from moetool.commands.console import count, escape, size
 from moetool.commands.plan_table import narrow, numbers, two_columns
@@ -117,11 +118,6 @@ def _ways(found: Mapping[str, Any]) -> Table:
         style = "bold" if one["way"] == found["recommended"]["way"] else None
         table.add_row(escape(one["name"]), *cells, loss, held, style=style)
     return table
-
-
-def amount(number: float) -> str:
-    """An amount with as many digits as matter."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _rules(found: Mapping[str, Any]) -> list[str]:

@@ -36,9 +36,14 @@ def describe_files(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
 
 def file_rows(document: Mapping[str, Any]) -> dict[str, str]:
     """The same for people."""
+    weights = ", ".join(f"{dtype} ({count(number)})" for dtype, number in document["dtypes"].items())
+    return {"weights": weights, **resource_rows(document)}
+
+
+def resource_rows(document: Mapping[str, Any]) -> dict[str, str]:
+    """The disk and the memory that writing takes, for people."""
     too_large = "; it does not fit" if document["num_bytes"] > document["free_disk_bytes"] else ""
     return {
-        "weights": ", ".join(f"{dtype} ({count(number)})" for dtype, number in document["dtypes"].items()),
         "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
         f" ({size(document['free_disk_bytes'])} free{too_large})",
         "memory": f"about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetool.commands.console import count, size
-from moetool.commands.plan_table import two_columns
+from moetool.commands.plan_table import resource_rows, two_columns
 from moetool.layers import by_layers
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def table(document: dict[str, Any]) -> Table:
     of = "" if layers == document["num_layers"] else f" of {document['num_layers']}"
     shared = f" and {recipe['shared_experts']} shared" if recipe["shared_experts"] else ""
     inside = f" (the text model of a {document['text_model_of']})" if document["text_model_of"] else ""
-    too_large = "; it does not fit" if document["num_bytes"] > document["free_disk_bytes"] else ""
     split = f" ({recipe['split']} split)" if recipe.get("split", "contiguous") != "contiguous" else ""
     parts = f", each 1/{recipe['granularity']} of the dense FFN{split}" if recipe["granularity"] > 1 else ""
+    resources = resource_rows(document)
     rows = {
         "family": f"{document['dense_family']}{inside} -> {document['target']} ({document['architecture']})",
         "experts": f"{recipe['num_experts']}{shared} per layer, top-{recipe['top_k']}, {layers}{of} layers{parts}",
@@ -76,10 +76,9 @@ def table(document: dict[str, Any]) -> Table:
         f" {count(parameters['active'])} active",
         "compute": f"{flops['moe'] / flops['dense']:.2f} times the dense model's,"
         f" {count(flops['moe'])} FLOPs per token",
-        "on disk": f"{size(document['num_bytes'])} in {document['num_shards']} file{'s' * (document['num_shards'] > 1)}"
-        f" ({size(document['free_disk_bytes'])} free{too_large})",
+        "on disk": resources["on disk"],
         **optimizer_row(document),
-        "memory": f"about {size(document['peak_memory_bytes'])}, with {document['workers']} workers",
+        "memory": resources["memory"],
         "runs in": clients_line(document["clients"]),
     }
     return two_columns(rows)
