@@ -15,16 +15,13 @@ from moetool.calibration.experts import layers_with_experts
 from moetool.calibration.text_pass import next_token_losses
 from moetool.errors import DataError
 from moetool.progress import Progress, silent
-from moetool.routing.text_pass import Tokens, check_known, read_batches
+from moetool.routing.text_pass import Tokens, Windows, read_batches
 
 
 def expert_gradients(
     model: Any,
     texts: Mapping[str, Tokens],
-    *,
-    seq_len: int,
-    batch_size: int,
-    max_tokens: int,
+    windows: Windows,
     progress: Progress = silent,
 ) -> dict[int, Tensor]:
     """Squared norm of the gradient of the mean loss, over all weights of an expert.
@@ -35,9 +32,7 @@ def expert_gradients(
     Args:
         model: a causal language model of transformers; its parameters are frozen afterwards.
         texts: name -> tokens.
-        seq_len: tokens per window; windows do not see each other.
-        batch_size: windows per forward.
-        max_tokens: the first so many tokens of each text.
+        windows: how they are read.
         progress: reports tokens.
 
     Returns:
@@ -55,9 +50,8 @@ def expert_gradients(
         weight.grad_dtype = torch.float32
     vocabulary, count = model.get_input_embeddings().num_embeddings, 0
     for name, text in texts.items():
-        total, before, done = min(text.num_tokens, max_tokens), count, 0
-        for batch in read_batches(text, seq_len, batch_size, total):
-            check_known(f"--data {name}", batch, vocabulary)
+        total, before, done = windows.num_tokens(text), count, 0
+        for batch in read_batches(text, windows, vocabulary, f"--data {name}"):
             ids_BS = batch.ids_BS.to(model.get_input_embeddings().weight.device)
             loss_T = next_token_losses(batch, model(input_ids=ids_BS, use_cache=False).logits)
             if len(loss_T):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from moetool.data.text import TextSource
 from moetool.data.tokens import TokenStream, tokenized
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
-from moetool.routing.text_pass import window
+from moetool.routing.text_pass import Windows, window
 
 
 def read_texts(
@@ -78,34 +79,34 @@ def calibration_of(
         CheckpointError: its experts, or the FFNs of a dense model, cannot be read.
         DataError: a text has no tokens, or one that the model does not know.
     """
-    core, limits = core_of(model), _limits(model, run)
+    core, windows = core_of(model), windows_of(model, run)
     # A batch's size, the dtype and the device change sums by rounding, which may change a choice between near equals.
-    settings = {
-        **limits,
-        "dtype": str(core.dtype),
-        "device": core.device.type,
-        **({"moments": True} if moments else {}),
-    }
+    settings = asdict(windows) | {"dtype": str(core.dtype), "device": core.device.type}
+    settings |= {"moments": True} if moments else {}
     manifests = {name: text.manifest for name, text in texts.items()}
 
     def make() -> Calibration:
         if moments and not has_routers(core):
-            return calibrate_dense(model, texts, **limits, progress=progress)
-        return calibrate(model, texts, **limits, moments=moments, progress=progress)
+            return calibrate_dense(model, texts, windows, progress)
+        return calibrate(model, texts, windows, moments, progress)
 
     return kept(folder, manifests, settings, make)
 
 
 def gradients_of(model: Any, texts: Mapping[str, TokenStream], run: Run, progress: Progress) -> dict[int, Tensor]:
     """See `expert_gradients`, whose errors it raises."""
-    return expert_gradients(model, texts, **_limits(model, run), progress=progress)
+    return expert_gradients(model, texts, windows_of(model, run), progress)
 
 
 def losses(model: Any, texts: Mapping[str, TokenStream], run: Run, progress: Progress = silent) -> dict[str, float]:
     """The loss of a model on each text, in nats per token."""
-    return mean_losses(model, texts, **_limits(model, run), progress=progress) if texts else {}
+    return mean_losses(model, texts, windows_of(model, run), progress) if texts else {}
 
 
-def _limits(model: Any, run: Run) -> dict[str, int]:
-    seq_len = window(core_of(model), run.seq_len)
-    return {"seq_len": seq_len, "batch_size": run.batch_size, "max_tokens": run.max_tokens}
+def windows_of(model: Any, run: Run) -> Windows:
+    """How texts are read for a model.
+
+    Raises:
+        ConfigError: the model has fewer positions than `--seq-len`.
+    """
+    return Windows(window(core_of(model), run.seq_len), run.batch_size, run.max_tokens)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moetool.errors import DataError
-from moetool.routing.text_pass import Tokens, check_known, read_batches
+from moetool.routing.text_pass import Tokens, Windows, read_batches
 
 HELD_OUT = 4  # every so many windows of a text are held out, until the sample is full
 
@@ -46,10 +46,7 @@ def parts_of_texts(
     texts: Mapping[str, Tokens],
     sample: int,
     vocabulary: int,
-    *,
-    seq_len: int,
-    batch_size: int,
-    max_tokens: int,
+    windows: Windows,
     option: str = "--data",
 ) -> Iterator[Part]:
     """Cut texts into parts; every fourth window of each is held out, until there are enough for the sample.
@@ -58,9 +55,7 @@ def parts_of_texts(
         texts: name -> tokens.
         sample: tokens of each sample.
         vocabulary: tokens that the model knows.
-        seq_len: tokens per window.
-        batch_size: windows per part.
-        max_tokens: the first so many tokens of each text.
+        windows: how they are read; a part is a batch of them.
         option: that gave the texts, for errors.
 
     Raises:
@@ -68,17 +63,16 @@ def parts_of_texts(
     """
     held = 0
     for position, (name, text) in enumerate(texts.items(), 1):
-        limit, window, done = sample * position // len(texts), 0, 0
-        total = min(text.num_tokens, max_tokens)
+        limit, first, done = sample * position // len(texts), 0, 0
+        total = windows.num_tokens(text)
         if total < 1:
             raise DataError(f"{option} {name}: the text has no tokens; give a longer one")
-        for batch in read_batches(text, seq_len, batch_size, total):
-            check_known(f"{option} {name}", batch, vocabulary)
+        for batch in read_batches(text, windows, vocabulary, f"{option} {name}"):
             B, S = batch.ids_BS.shape
-            held_B = (torch.arange(window, window + B) % HELD_OUT == HELD_OUT - 1) & (held < limit)
+            held_B = (torch.arange(first, first + B) % HELD_OUT == HELD_OUT - 1) & (held < limit)
             text_T = torch.ones(B * S, dtype=torch.bool) if batch.mask_T is None else batch.mask_T
             out_T = held_B.repeat_interleave(S)
-            window, done = window + B, done + len(batch.tokens_N)
+            first, done = first + B, done + len(batch.tokens_N)
             held = min(limit, held + int((text_T & out_T).sum()))
             first_T = torch.arange(batch.start, batch.start + B * S) < total // 2
             yield Part(name, batch.ids_BS, text_T & ~out_T, text_T & out_T, first_T, limit, done, total)

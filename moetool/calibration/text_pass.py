@@ -20,7 +20,7 @@ from moetool.calibration.parts import Part, parts_of_texts
 from moetool.calibration.sums import Calibration, ExpertSums, InputSums, UnitSums
 from moetool.errors import DataError
 from moetool.progress import Progress, silent
-from moetool.routing.text_pass import Batch, Tokens, check_known, read_batches
+from moetool.routing.text_pass import Batch, Tokens, Windows, read_batches
 
 SAMPLE = 1024  # tokens of each kind whose hidden states are kept
 SAMPLE_BYTES = 10**9  # that the outputs of all experts of a layer on a sample may take
@@ -71,10 +71,7 @@ class _Gathered:
 def calibrate(
     model: Any,
     texts: Mapping[str, Tokens],
-    *,
-    seq_len: int,
-    batch_size: int,
-    max_tokens: int,
+    windows: Windows,
     moments: bool = False,
     progress: Progress = silent,
 ) -> Calibration:
@@ -86,9 +83,7 @@ def calibrate(
         model: a causal language model of transformers, or of which one layer at a time is in memory; its head is not
             run. The sums are the same.
         texts: name -> tokens.
-        seq_len: tokens per window; windows do not see each other.
-        batch_size: windows per forward.
-        max_tokens: the first so many tokens of each text.
+        windows: how they are read.
         moments: whether the first two moments of what the FFNs receive are summed too.
         progress: reports tokens.
 
@@ -115,20 +110,14 @@ def calibrate(
         return count
 
     hooks = [layer.experts.register_forward_pre_hook(hook(number, layer)) for number, layer in layers.items()]
-    parts = parts_of_texts(
-        texts, sample, _vocabulary(model), seq_len=seq_len, batch_size=batch_size, max_tokens=max_tokens
-    )
-    return _run(model, parts, gathered, hooks, progress)
+    return _run(model, parts_of_texts(texts, sample, _vocabulary(model), windows), gathered, hooks, progress)
 
 
 @torch.inference_mode()
 def calibrate_dense(
     model: Any,
     texts: Mapping[str, Tokens],
-    *,
-    seq_len: int,
-    batch_size: int,
-    max_tokens: int,
+    windows: Windows,
     progress: Progress = silent,
 ) -> Calibration:
     """Sum the inputs of a dense model's FFNs, and the contributions of their units, on texts.
@@ -136,9 +125,7 @@ def calibrate_dense(
     Args:
         model: see `calibrate`.
         texts: name -> tokens.
-        seq_len: tokens per window; windows do not see each other.
-        batch_size: windows per forward.
-        max_tokens: the first so many tokens of each text.
+        windows: how they are read.
         progress: reports tokens.
 
     Raises:
@@ -165,15 +152,7 @@ def calibrate_dense(
     for number, ffn in dense_ffns(core_of(model)).items():
         hooks.append(ffn.whole.register_forward_pre_hook(receives(number)))
         hooks.append(ffn.down.register_forward_pre_hook(does(number)))
-    parts = parts_of_texts(
-        texts,
-        SAMPLE,
-        _vocabulary(model),
-        seq_len=seq_len,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        option="--calibrate",
-    )
+    parts = parts_of_texts(texts, SAMPLE, _vocabulary(model), windows, option="--calibrate")
     return _run(model, parts, gathered, hooks, progress)
 
 
@@ -231,10 +210,7 @@ def layer_sums(layer: Layer, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: 
 def mean_losses(
     model: Any,
     texts: Mapping[str, Tokens],
-    *,
-    seq_len: int,
-    batch_size: int,
-    max_tokens: int,
+    windows: Windows,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """The mean cross-entropy in nats of each next token within the windows of each text.
@@ -242,9 +218,7 @@ def mean_losses(
     Args:
         model: see `calibrate`.
         texts: name -> tokens.
-        seq_len: tokens per window; windows do not see each other.
-        batch_size: windows per forward.
-        max_tokens: the first so many tokens of each text.
+        windows: how they are read.
         progress: reports tokens of layers, where these are read one at a time.
 
     Raises:
@@ -255,8 +229,7 @@ def mean_losses(
 
     def batches() -> Iterator[tuple[str, Batch]]:
         for name, text in texts.items():
-            for batch in read_batches(text, seq_len, batch_size, min(text.num_tokens, max_tokens)):
-                check_known(f"--val {name}", batch, vocabulary)
+            for batch in read_batches(text, windows, vocabulary, f"--val {name}"):
                 yield name, batch
 
     for (name, batch), logits_BSV in _with_logits(model, batches(), progress):

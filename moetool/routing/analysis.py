@@ -26,7 +26,7 @@ from moetool.routing.settings import Settings
 from moetool.routing.shape import outline, probe
 from moetool.routing.shown_text import ShownText
 from moetool.routing.stats import RoutingStats
-from moetool.routing.text_pass import Observer, Tokens, measure, window
+from moetool.routing.text_pass import Observer, Tokens, Windows, measure, window
 from moetool.routing.unit_use import UnitUse
 from moetool.routing.upcycling import build_upcycling
 from moetool.routing.vocabulary import TokenCounts, continual_specialization, distinct_tokens, table_size
@@ -70,13 +70,9 @@ def analyze(
     if origin and any(origin.num_redrawn) and settings.unit_use and not mesh_of(settings).whole:
         raise ConfigError("--unit-use reads whole experts, which --fsdp, --ep and --tp divide; give --no-unit-use")
     loaded, capture = _open(model[1], settings)
-    empty, seq_len = probe(loaded, capture), window(loaded, settings.seq_len)
+    empty = probe(loaded, capture)
+    windows = Windows(window(loaded, settings.seq_len), settings.batch_size, settings.max_tokens)
     shape = _shape(loaded, capture, empty)
-    limits = {
-        "seq_len": seq_len,
-        "batch_size": settings.batch_size,
-        "max_tokens": settings.max_tokens,
-    }
     counted = _vocabulary_layers(settings, texts, empty, notice)
     tokens = TokenCounts(texts, settings.max_tokens, empty, counted) if counted else None
     routes = RouteFile(scratch or Path.cwd(), texts, settings.max_tokens, empty, alignment) if compare else None
@@ -91,7 +87,7 @@ def analyze(
         outlines = [empty, *([_outline(compare[1], empty)] if compare else [])]
         shown = ShownText(texts, settings.max_tokens, outlines, alignment)
         observers.append(partial(shown.observe, 0))
-    stats = measure(loaded, capture, texts, **limits, observers=observers, progress=progress)
+    stats = measure(loaded, capture, texts, windows, observers=observers, progress=progress)
     del loaded, capture  # its memory is the next model's
     _free()
     comparison = None
@@ -108,7 +104,7 @@ def analyze(
             *([use_after.observe] if use_after else []),
             *([partial(shown.observe, 1)] if shown else []),
         ]
-        after = measure(loaded, capture, texts, **limits, observers=observers, progress=_named(progress, compare[0]))
+        after = measure(loaded, capture, texts, windows, observers=observers, progress=_named(progress, compare[0]))
         del loaded, capture
         _free()
         continual = continual_specialization(tokens, tokens_after, alignment) if tokens and tokens_after else None

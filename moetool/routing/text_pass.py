@@ -35,6 +35,25 @@ class Tokens(Protocol):
 
 
 @dataclass(frozen=True)
+class Windows:
+    """How much of a text is read, and in which pieces.
+
+    Attributes:
+        seq_len: tokens per window; windows do not see each other.
+        batch_size: windows per forward.
+        max_tokens: the first so many tokens of each text.
+    """
+
+    seq_len: int
+    batch_size: int
+    max_tokens: int
+
+    def num_tokens(self, text: Tokens) -> int:
+        """Tokens of a text that are read."""
+        return min(text.num_tokens, self.max_tokens)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Consecutive windows of a text.
 
@@ -57,14 +76,30 @@ class Batch:
 Observer = Callable[[str, Route, Batch], None]
 
 
-def read_batches(text: Tokens, seq_len: int, batch_size: int, num_tokens: int) -> Iterator[Batch]:
-    """Cut the first `num_tokens` of a text into windows of `seq_len`, `batch_size` at a time."""
-    for start in range(0, num_tokens, seq_len * batch_size):
-        tokens_N = text.read(start, min(seq_len * batch_size, num_tokens - start))
+def read_batches(text: Tokens, windows: Windows, vocabulary: int, option: str) -> Iterator[Batch]:
+    """Cut a text into windows, several at a time.
+
+    Args:
+        text: the tokens.
+        windows: how they are read.
+        vocabulary: tokens that the model knows.
+        option: that gave the text, and its name, for errors.
+
+    Raises:
+        DataError: the model does not know a token.
+    """
+    total, size = windows.num_tokens(text), windows.seq_len * windows.batch_size
+    for start in range(0, total, size):
+        tokens_N = text.read(start, min(size, total - start))
+        if (unknown := int(tokens_N.max())) >= vocabulary:
+            raise DataError(
+                f"{option}: token {unknown} is not among the model's {vocabulary} tokens; the text was tokenized for"
+                " another model"
+            )
         N = len(tokens_N)
         next_N = text.read(start + 1, min(N, text.num_tokens - start - 1))
         # A text shorter than one window is one short window, not mostly filling.
-        S = min(seq_len, N)
+        S = min(windows.seq_len, N)
         B = -(-N // S)
         ids_T = np.zeros(B * S, dtype=np.int64)
         ids_T[:N] = tokens_N
@@ -88,24 +123,12 @@ def window(model: Any, seq_len: int | None) -> int:
     return seq_len or min(SEQ_LEN, positions)
 
 
-def check_known(option: str, batch: Batch, vocabulary: int) -> None:
-    """Raise DataError if a text, named by the option that gave it, has a token that is not in the vocabulary."""
-    if (unknown := int(batch.tokens_N.max())) >= vocabulary:
-        raise DataError(
-            f"{option}: token {unknown} is not among the model's {vocabulary} tokens; the text was tokenized for"
-            " another model"
-        )
-
-
 @torch.no_grad()  # not inference mode, whose tensors FSDP cannot put in place
 def measure(
     model: Any,
     capture: RouterCapture,
     texts: Mapping[str, Tokens],
-    *,
-    seq_len: int,
-    batch_size: int,
-    max_tokens: int,
+    windows: Windows,
     observers: Sequence[Observer] = (),
     progress: Progress = silent,
 ) -> dict[str, RoutingStats]:
@@ -115,9 +138,7 @@ def measure(
         model: a causal language model of transformers; its head is not run.
         capture: the hooks on it.
         texts: name -> tokens.
-        seq_len: tokens per window; windows do not see each other.
-        batch_size: windows per forward.
-        max_tokens: the first so many tokens of each text.
+        windows: how they are read.
         observers: called for each route besides, in the order of layers and batches.
 
     Returns:
@@ -131,13 +152,12 @@ def measure(
     empty = probe(model, capture)
     stats: dict[str, RoutingStats] = {}
     for name, text in texts.items():
-        total = min(text.num_tokens, max_tokens)
+        total = windows.num_tokens(text)
         if total < 1:
             raise DataError(f"--data {name}: the text has no tokens to route; give a longer one")
         stats[name] = sums = deepcopy(empty)
         began, done = time.monotonic(), 0
-        for batch in read_batches(text, seq_len, batch_size, total):
-            check_known(f"--data {name}", batch, vocabulary)
+        for batch in read_batches(text, windows, vocabulary, f"--data {name}"):
             # Filling lies behind the text, where a causal model does not see it: no attention mask.
             with capture.collect(partial(_count, sums, observers, name, batch)):
                 run_layers(model, batch.ids_BS.to(device))

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from moetool.calibration.by_layer import LayeredModel
 from moetool.calibration.experts import Layer, find_experts
 from moetool.calibration.hidden import HiddenStates
+from moetool.calibration.measure import windows_of
 from moetool.calibration.parts import HELD_OUT, parts_of_texts
 from moetool.checkpoint.model import pick_device
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, DataError
 from moetool.measured import Measured, RouterRows
 from moetool.progress import Progress, silent
-from moetool.routing.text_pass import Tokens, window
+from moetool.routing.text_pass import Tokens
 from moetool.surgery.rows import TORCH_DTYPES
 from moetool.upcycle.blocks import drawn_rows
 from moetool.upcycle.groups import SCORES
@@ -72,20 +73,15 @@ class _Pass:
         self, model: LayeredModel, upcycling: Upcycling, texts: Mapping[str, Tokens], run: TextOptions
     ) -> None:
         self.model, self.upcycling, self.layers = model, upcycling, find_experts(model.core)
-        seq_len = window(model.core, run.seq_len)
+        windows = windows_of(model, run)
         for name, text in texts.items():
-            if min(text.num_tokens, run.max_tokens) <= (HELD_OUT - 1) * seq_len:
+            if windows.num_tokens(text) <= (HELD_OUT - 1) * windows.seq_len:
                 raise DataError(
-                    f"--calibrate {name}: only {min(text.num_tokens, run.max_tokens)} tokens, but {HELD_OUT} windows"
-                    f" of {seq_len} are needed, because one is held out; give more text, or a smaller --seq-len"
+                    f"--calibrate {name}: only {windows.num_tokens(text)} tokens, but {HELD_OUT} windows of"
+                    f" {windows.seq_len} are needed, because one is held out; give more text, or a smaller --seq-len"
                 )
         vocabulary = int(model.core.get_input_embeddings().num_embeddings)
-        self.parts = list(
-            parts_of_texts(
-                texts, 2**62, vocabulary, seq_len=seq_len, batch_size=run.batch_size, max_tokens=run.max_tokens,
-                option="--calibrate",
-            )
-        )  # fmt: skip
+        self.parts = list(parts_of_texts(texts, 2**62, vocabulary, windows, option="--calibrate"))
         self.names = list(texts)
         self.part = 0  # the one on its way
         self.routers: dict[int, RouterRows] = {}

@@ -12,6 +12,7 @@ import torch
 from moetool import registry
 from moetool.calibration.text_pass import calibrate
 from moetool.checkpoint.model import load_model
+from moetool.routing.text_pass import Windows
 from tests import tiny
 from tests.integration.test_convert import SOURCE_OF, weights
 from tests.integration.test_prune import SMALL, stream
@@ -76,9 +77,7 @@ def test_weights_are_means_over_all_tokens(mixtral: Path, jsonl: Path, tmp_path:
     assert document["intermediate_size"] == 192
     assert document["val"]["a"]["after"] > 0
     w, old = weights(tmp_path / "out"), weights(mixtral)
-    measured = calibrate(
-        load_model(mixtral).eval(), {"a": stream(mixtral, jsonl)}, seq_len=16, batch_size=2, max_tokens=200
-    )
+    measured = calibrate(load_model(mixtral).eval(), {"a": stream(mixtral, jsonl)}, Windows(16, 2, 200))
     for row in document["layers"]:
         assert 0.5 < sum(row["weights"]) < 1
         sums = measured.sums[row["layer"]]

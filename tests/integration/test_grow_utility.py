@@ -21,6 +21,7 @@ from moetool.errors import CheckpointError, DataError
 from moetool.grow.plan import plan_growth
 from moetool.grow.recipe import GrowRecipe
 from moetool.grow.utility import most_useful
+from moetool.routing.text_pass import Windows
 from tests import tiny
 from tests.integration.test_grow import fails, grow, run, upcycled
 
@@ -106,11 +107,10 @@ def test_the_gradient_is_that_of_the_mean_over_all_texts(mixtral: Path, jsonl: P
     stream = tokenized(TextSource(str(jsonl)), mixtral)
     ids_BS = windows(mixtral, jsonl)
     model = load_model(mixtral)
-    options: Any = {"seq_len": 16, "batch_size": 1}
     parts = {"a": stream.documents(torch.arange(1).numpy()), "b": stream}
-    one = expert_gradients(model, {"b": stream}, **options, max_tokens=48)
-    two = expert_gradients(model, {"b": stream, "c": stream}, **options, max_tokens=48)
-    both = expert_gradients(model, parts, seq_len=16, batch_size=3, max_tokens=40)
+    one = expert_gradients(model, {"b": stream}, Windows(16, 1, 48))
+    two = expert_gradients(model, {"b": stream, "c": stream}, Windows(16, 1, 48))
+    both = expert_gradients(model, parts, Windows(16, 3, 40))
     wanted = gradients_by_hand(mixtral, ids_BS)
     for row, layer in enumerate(one):
         assert torch.allclose(one[layer], wanted[row], rtol=1e-4)
@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_texts(mixtral: Path, jsonl: P
         assert not torch.allclose(both[layer], one[layer], rtol=1e-2)
     assert all(weight.grad is None for weight in model.parameters())
     with pytest.raises(DataError, match="--data a: the text has no next token to predict"):
-        expert_gradients(model, {"a": stream}, **options, max_tokens=1)
+        expert_gradients(model, {"a": stream}, Windows(16, 1, 1))
 
 
 def test_the_greedy_rule() -> None:

@@ -22,6 +22,7 @@ from moetool.data.tokens import TokenStream, tokenized
 from moetool.errors import ConfigError
 from moetool.prune.choose import choose, highest, super_experts
 from moetool.prune.reroute import Sample, by_reconstruction
+from moetool.routing.text_pass import Windows
 from tests import tiny
 from tests.integration.test_convert import weights
 from tests.integration.test_grow import run, upcycled
@@ -104,7 +105,7 @@ def test_the_sums_and_scores_of_a_layer_by_hand(family: str, jsonl: Path, tmp_pa
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model = load_model(folder).eval()
     # 3 windows of 16 tokens (the fourth would be held out), the last not full: 40 tokens.
-    found = calibrate(model, {"a": stream(folder, jsonl)}, seq_len=16, batch_size=1, max_tokens=40)
+    found = calibrate(model, {"a": stream(folder, jsonl)}, Windows(16, 1, 40))
     for layer in found.sums:
         sums, hidden_TD = found.sums[layer], found.fitted[layer]
         assert len(hidden_TD) == 40
@@ -125,10 +126,10 @@ def test_the_sums_and_scores_of_a_layer_by_hand(family: str, jsonl: Path, tmp_pa
 def test_sums_of_two_texts_add_up(mixtral: Path, jsonl: Path) -> None:
     model = load_model(mixtral).eval()
     text = stream(mixtral, jsonl)
-    options = {"seq_len": 16, "batch_size": 1}
+    run = Windows(16, 1, 32)
     half = [text.documents(torch.arange(a, b).numpy()) for a, b in ((0, 1), (1, 3))]
-    both = calibrate(model, {"a": half[0], "b": half[1]}, **options, max_tokens=32)  # type: ignore[arg-type]
-    apart = [calibrate(model, {"a": one}, **options, max_tokens=32).sums for one in half]  # type: ignore[arg-type]
+    both = calibrate(model, {"a": half[0], "b": half[1]}, run)
+    apart = [calibrate(model, {"a": one}, run).sums for one in half]
     for layer, sums in both.sums.items():
         added = apart[0][layer] + apart[1][layer]
         for name in ("tokens", "routes_E", "gate_E", "norm_E", "square_E", "weighted_E", "largest_E"):
@@ -141,10 +142,9 @@ def test_every_fourth_window_of_each_text_is_held_out(mixtral: Path, jsonl: Path
     other = tiny.save_jsonl(tmp_path / "other.jsonl", ["router token expert layer gate " * 40])
     model = load_model(mixtral).eval()
     one, two = stream(mixtral, jsonl), stream(mixtral, other)
-    options: dict[str, Any] = {"seq_len": 16, "max_tokens": 128}  # 8 windows of each
     received: list[Tensor] = []
     hook = layers_with_experts(model)[0].experts.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
-    found = [calibrate(model, {"a": one, "b": two}, batch_size=size, **options) for size in (8, 3)]
+    found = [calibrate(model, {"a": one, "b": two}, Windows(16, size, 128)) for size in (8, 3)]  # 8 windows of each
     hook.remove()
     windows = torch.cat([part.reshape(-1, 16, 32) for part in received[:2]])  # of both texts
     held = [3, 7, 11, 15]
@@ -154,7 +154,7 @@ def test_every_fourth_window_of_each_text_is_held_out(mixtral: Path, jsonl: Path
         assert torch.allclose(calibration.fitted[0], windows[rest].flatten(0, 1), atol=1e-6)
         assert float(calibration.sums[0].tokens) == 12 * 16
         assert float(calibration.sums[0].routes_E.sum()) == 2 * 12 * 16
-    short = calibrate(model, {"a": one}, batch_size=2, seq_len=16, max_tokens=48)
+    short = calibrate(model, {"a": one}, Windows(16, 2, 48))
     assert len(short.held_out[0]) == 0
     assert choose(layers_with_experts(model), short, "auto", 3).held_out == 0
 
@@ -182,7 +182,7 @@ def test_super_experts_are_kept_whatever_their_score(
 ) -> None:
     model = load_model(mixtral).eval()
     layers = layers_with_experts(model)
-    found = calibrate(model, {"a": stream(mixtral, jsonl)}, seq_len=16, batch_size=2, max_tokens=200)
+    found = calibrate(model, {"a": stream(mixtral, jsonl)}, Windows(16, 2, 200))
     lowest = int(found.sums[0].norm_E.argmin())
     with torch.inference_mode():  # as the sums were made
         found.sums[0].largest_E[lowest] = 1e4
@@ -290,7 +290,7 @@ def test_auto_takes_the_smallest_error_and_reconstruction_beats_chance(
     assert set(document["errors"]) == {*registry.names("score"), "reconstruction"}
     assert document["errors"][document["score"]] == min(document["errors"].values())
     model = load_model(mixtral).eval()
-    found = calibrate(model, {"a": stream(mixtral, jsonl)}, seq_len=16, batch_size=2, max_tokens=400)
+    found = calibrate(model, {"a": stream(mixtral, jsonl)}, Windows(16, 2, 400))
     layer = layers_with_experts(model)[0]
     with torch.no_grad():
         sample = Sample.of(layer, found.fitted[0])
@@ -397,5 +397,5 @@ def test_the_loss_is_that_of_transformers(mixtral: Path, jsonl: Path) -> None:
             model(ids[None, a:b], labels=ids[None, a:b]).loss.item() * (b - a - 1)
             for a, b in ((0, 16), (16, 32), (32, 40))
         ]
-    found = mean_losses(model, {"a": text}, seq_len=16, batch_size=2, max_tokens=40)["a"]
+    found = mean_losses(model, {"a": text}, Windows(16, 2, 40))["a"]
     assert found == pytest.approx(sum(parts) / (15 + 15 + 7), rel=1e-5)

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from moetool.routing.drift import drift
 from moetool.routing.settings import Settings
 from moetool.routing.shape import probe
 from moetool.routing.stats import RoutingStats
-from moetool.routing.text_pass import measure, read_batches
+from moetool.routing.text_pass import Windows, measure, read_batches
 from moetool.routing.vocabulary import TokenCounts, continual_specialization
 from tests import tiny
 
@@ -45,7 +46,7 @@ class Text:
 
 
 TOKENS = np.random.default_rng(0).integers(0, 20, 103).tolist()
-SETTINGS: dict[str, Any] = {"seq_len": 16, "batch_size": 2, "max_tokens": 1000}
+SETTINGS = Windows(seq_len=16, batch_size=2, max_tokens=1000)
 
 
 class Words:
@@ -71,7 +72,7 @@ def choices(folder: Path, tokens: list[int]) -> dict[int, list[list[int]]]:
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 33, 103])
 def test_batches_hold_every_token_once(length: int) -> None:
     text = Text(TOKENS[:length])
-    batches = list(read_batches(text, 16, 2, length))
+    batches = list(read_batches(text, SETTINGS, 64, "--data a"))
     assert np.concatenate([batch.tokens_N for batch in batches]).tolist() == TOKENS[:length]
     assert np.concatenate([batch.next_N for batch in batches]).tolist() == TOKENS[1:length]
     for batch in batches:
@@ -89,7 +90,7 @@ def test_counts_equal_those_without_batches_or_padding(mixtral: Path) -> None:
     def progress(task: str, done: float, total: float, note: str = "") -> None:
         seen.append((done, total))
 
-    stats = measure(model, RouterCapture(model), {"a": Text(TOKENS)}, **SETTINGS, progress=progress)["a"]
+    stats = measure(model, RouterCapture(model), {"a": Text(TOKENS)}, SETTINGS, progress=progress)["a"]
     assert stats.num_tokens == 103
     for row, layer in enumerate(expected):
         counts = Counter(expert for experts in expected[layer] for expert in experts)
@@ -102,9 +103,9 @@ def test_counts_equal_those_without_batches_or_padding(mixtral: Path) -> None:
 def test_first_tokens_only_and_no_tokens(mixtral: Path) -> None:
     model = load_model(mixtral)
     capture = RouterCapture(model)
-    assert measure(model, capture, {"a": Text(TOKENS)}, **(SETTINGS | {"max_tokens": 50}))["a"].num_tokens == 50
+    assert measure(model, capture, {"a": Text(TOKENS)}, replace(SETTINGS, max_tokens=50))["a"].num_tokens == 50
     with pytest.raises(DataError, match="no tokens"):
-        measure(model, capture, {"a": Text([])}, **SETTINGS)
+        measure(model, capture, {"a": Text([])}, SETTINGS)
 
 
 def test_token_counts_against_plain_counting(mixtral: Path) -> None:
@@ -113,7 +114,7 @@ def test_token_counts_against_plain_counting(mixtral: Path) -> None:
     capture = RouterCapture(model)
     texts = {"a": Text(TOKENS)}
     counts = TokenCounts(texts, 1000, probe(model, capture), [1])
-    stats = measure(model, capture, texts, **SETTINGS, observers=[counts.observe])["a"]
+    stats = measure(model, capture, texts, SETTINGS, observers=[counts.observe])["a"]
     visits, after, totals = Counter(), Counter(), Counter(TOKENS)  # type: ignore[var-annotated]
     for place, experts in enumerate(expected):
         for expert in experts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,11 @@ from moetool.data.text import TextSource
 from moetool.data.tokens import TokenStream, tokenized
 from moetool.errors import CheckpointError
 from moetool.prune.choose import choose
+from moetool.routing.text_pass import Windows
 from tests import tiny
 from tests.integration.test_grow import upcycled
 
-RUN: dict[str, Any] = {
-    "seq_len": 16,
-    "batch_size": 2,
-    "max_tokens": 200,
-}  # 13 windows in 7 batches, the last window filled up
+RUN = Windows(seq_len=16, batch_size=2, max_tokens=200)  # 13 windows in 7 batches, the last window filled up
 SMALL = ("--seq-len", 16, "--batch-size", 2, "--max-tokens", 200)
 
 
@@ -57,10 +55,10 @@ def test_every_family_gives_the_same_bits(family: str, tmp_path: Path) -> None:
     folder = upcycled(family, tmp_path, "--num-experts", 8)
     data = texts(folder, tmp_path)
     whole, layered = load_model(folder).eval(), LayeredModel(folder)
-    measured = [calibrate(model, data, **RUN, moments=True) for model in (whole, layered)]
+    measured = [calibrate(model, data, RUN, moments=True) for model in (whole, layered)]
     assert not differing(*measured)
     assert float(measured[0].sums[0].tokens) == float(measured[0].inputs[0].tokens) > 250
-    assert mean_losses(whole, data, **RUN) == mean_losses(layered, data, **RUN)
+    assert mean_losses(whole, data, RUN) == mean_losses(layered, data, RUN)
     choices = [choose(layers_with_experts(model), measured[0], "auto", 5) for model in (whole, layered)]
     assert choices[0] == choices[1]
 
@@ -70,10 +68,10 @@ def test_every_dense_family_gives_the_same_bits(family: str, tmp_path: Path) -> 
     folder = tiny.save_dense(family, tmp_path / "dense")
     data = texts(folder, tmp_path)
     whole, layered = load_model(folder).eval(), LayeredModel(folder)
-    measured = [calibrate_dense(model, data, **RUN) for model in (whole, layered)]
+    measured = [calibrate_dense(model, data, RUN) for model in (whole, layered)]
     assert not differing(*measured)
     assert measured[0].units[1].square_F.shape == (64,)
-    assert mean_losses(whole, data, **RUN) == mean_losses(layered, data, **RUN)
+    assert mean_losses(whole, data, RUN) == mean_losses(layered, data, RUN)
 
 
 @pytest.mark.parametrize("save", [tiny.save_glm4_moe, tiny.save_mixtral])  # a dense layer first; bf16
@@ -83,8 +81,8 @@ def test_dense_layers_and_bf16(save: Any, tmp_path: Path) -> None:
     for dtype in ("auto", "float32"):
         whole, layered = load_model(folder, dtype).eval(), LayeredModel(folder, dtype)
         assert whole.dtype == layered.core.dtype == (torch.bfloat16 if dtype == "auto" else torch.float32)
-        assert not differing(*(calibrate(model, data, **RUN) for model in (whole, layered)))
-        assert mean_losses(whole, data, **RUN) == mean_losses(layered, data, **RUN)
+        assert not differing(*(calibrate(model, data, RUN) for model in (whole, layered)))
+        assert mean_losses(whole, data, RUN) == mean_losses(layered, data, RUN)
 
 
 def test_a_fused_layout_and_several_shards(tmp_path: Path) -> None:
@@ -92,7 +90,7 @@ def test_a_fused_layout_and_several_shards(tmp_path: Path) -> None:
     for name, options in (("fused", ("--layout", "fused")), ("shards", ("--max-shard-size", "40KB"))):
         assert tiny.in_process("convert", folder, tmp_path / name, *options)[0] == 0
     data = texts(folder, tmp_path)
-    found = [calibrate(LayeredModel(tmp_path / name), data, **RUN) for name in ("moe", "fused", "shards")]
+    found = [calibrate(LayeredModel(tmp_path / name), data, RUN) for name in ("moe", "fused", "shards")]
     assert not differing(found[0], found[1])
     assert not differing(found[0], found[2])
 
@@ -109,7 +107,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     seen: list[tuple[int, ...]] = []
     for layer in model.layers:
         layer.register_forward_pre_hook(lambda *_: seen.append(tuple(in_memory(model))))
-    calibration = calibrate(model, data, **RUN)
+    calibration = calibrate(model, data, RUN)
     # In each of the 14 batches of both texts one layer is there, and a forward ends with it.
     assert seen == [(number,) for number in range(5) for _ in range(14) for _ in range(number + 1)]
     assert not list(in_memory(model))
@@ -127,11 +125,11 @@ def test_large_hidden_states_are_in_a_file(tmp_path: Path, monkeypatch: pytest.M
     folder = tiny.save_mixtral(tmp_path / "moe", dtype=torch.bfloat16)
     data = texts(folder, tmp_path)
     monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / "cache"))
-    wanted = calibrate(LayeredModel(folder), data, **RUN), mean_losses(LayeredModel(folder), data, **RUN)
+    wanted = calibrate(LayeredModel(folder), data, RUN), mean_losses(LayeredModel(folder), data, RUN)
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(hidden, "IN_MEMORY", 0)
-    assert not differing(wanted[0], calibrate(LayeredModel(folder), data, **RUN))
-    assert wanted[1] == mean_losses(LayeredModel(folder), data, **RUN)
+    assert not differing(wanted[0], calibrate(LayeredModel(folder), data, RUN))
+    assert wanted[1] == mean_losses(LayeredModel(folder), data, RUN)
     assert not list((tmp_path / "cache" / "calibration").iterdir())  # it has no name
 
 
@@ -180,7 +178,7 @@ def test_what_is_kept_serves_both(mixtral: Path, jsonl: Path, tmp_path: Path, mo
 
 def test_a_flipped_bit_of_what_is_kept_is_found(mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / "cache"))
-    made = calibrate(load_model(mixtral).eval(), texts(mixtral, tmp_path), **RUN)
+    made = calibrate(load_model(mixtral).eval(), texts(mixtral, tmp_path), RUN)
     kept(mixtral, {}, {}, lambda: made)
     (path,) = (tmp_path / "cache" / "calibration").glob("*.safetensors")
     whole = path.read_bytes()
@@ -192,7 +190,7 @@ def test_a_flipped_bit_of_what_is_kept_is_found(mixtral: Path, tmp_path: Path, m
 
 def test_kept_tensors_begin_where_new_ones_do(mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last bits of a product depend on it; in a file tensors begin anywhere."""
-    made = calibrate(load_model(mixtral).eval(), texts(mixtral, tmp_path), **RUN)
+    made = calibrate(load_model(mixtral).eval(), texts(mixtral, tmp_path), RUN)
     for padding in range(8):
         monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / str(padding)))
         found = [kept(mixtral, {}, {"": "x" * 8 * padding}, lambda: made) for _ in range(2)][1]
@@ -261,7 +259,7 @@ def test_a_family_whose_layers_give_more_is_refused(mixtral: Path, tmp_path: Pat
     forward = model._decode
     model.layers[0].forward = lambda *more, **named: forward(0, lambda *_, **__: (more[0], None), *more, **named)
     with pytest.raises(CheckpointError, match="a layer of MixtralForCausalLM returns more than hidden states"):
-        calibrate(model, data, **RUN)
+        calibrate(model, data, RUN)
 
 
 def by_hand(folder: Path, received: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -279,7 +277,7 @@ def by_hand(folder: Path, received: Tensor, layer: int) -> tuple[Tensor, Tensor]
 def test_moments_and_units_of_a_dense_model_by_hand(llama: Path, tmp_path: Path) -> None:
     data = {"a": texts(llama, tmp_path)["a"]}
     # 3 windows of 16 tokens (the fourth would be held out), the last not full: 40 tokens.
-    found = calibrate_dense(load_model(llama).eval(), data, seq_len=16, batch_size=2, max_tokens=40)
+    found = calibrate_dense(load_model(llama).eval(), data, Windows(16, 2, 40))
     for layer in (0, 1):
         received, sums, units = found.fitted[layer], found.inputs[layer], found.units[layer]
         assert float(sums.tokens) == len(received) == 40
@@ -299,9 +297,9 @@ def test_moments_add_up_over_texts_and_are_kept_apart(
 ) -> None:
     monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / "cache"))
     data, model = texts(llama, tmp_path), load_model(llama).eval()
-    options = RUN | {"max_tokens": 48}  # nothing is held out
+    options = replace(RUN, max_tokens=48)  # nothing is held out
     both, *apart = (
-        calibrate_dense(model, those, **options) for those in (data, *({name: one} for name, one in data.items()))
+        calibrate_dense(model, those, options) for those in (data, *({name: one} for name, one in data.items()))
     )
     for layer in (0, 1):
         for name in ("inputs", "units"):
@@ -318,8 +316,8 @@ def test_moments_add_up_over_texts_and_are_kept_apart(
 
 def test_experts_have_moments_only_if_asked(mixtral: Path, tmp_path: Path) -> None:
     data, model = {"a": texts(mixtral, tmp_path)["a"]}, load_model(mixtral).eval()
-    options = RUN | {"max_tokens": 48}
-    assert not calibrate(model, data, **options).inputs
-    found = calibrate(model, data, **options, moments=True)
+    options = replace(RUN, max_tokens=48)
+    assert not calibrate(model, data, options).inputs
+    found = calibrate(model, data, options, moments=True)
     assert torch.allclose(found.inputs[1].second_DD, found.fitted[1].T @ found.fitted[1], atol=1e-4)
     assert not found.units
