@@ -67,13 +67,9 @@ class TokenStream:
             IndexError: some are not in the stream.
             DataError: one is not in the tokenizer's vocabulary.
         """
-        if start < 0 or length < 0 or start + length > self.num_tokens:
-            raise IndexError(f"tokens {start} to {start + length} of a stream of {self.num_tokens}")
-        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
-        last = int(np.searchsorted(self.offsets, start + length, side="left"))
-        shift = self.starts[first:last] - self.offsets[first:last]
-        pieces = np.diff(np.clip(self.offsets[first : last + 1], start, start + length))
-        places = np.arange(start, start + length) + np.repeat(shift, pieces)
+        those, edges = self._documents_of(start, length)
+        shift = self.starts[those] - self.offsets[those]
+        places = np.arange(start, start + length) + np.repeat(shift, np.diff(edges))
         tokens: np.ndarray = self.memory[places].astype(np.int64)
         known = self.manifest.get("vocab_size", np.inf)
         if tokens.max(initial=0) >= known:  # a model would read beyond its embedding
@@ -89,13 +85,17 @@ class TokenStream:
         Raises:
             IndexError: some tokens are not in the stream.
         """
+        _, edges = self._documents_of(start, length)
+        places: np.ndarray = np.arange(start, start + length) - np.repeat(edges[:-1], np.diff(edges))
+        return places
+
+    def _documents_of(self, start: int, length: int) -> tuple[slice, np.ndarray]:
+        """The documents of some tokens, and where each begins in the stream, clipped to these; then the end."""
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(f"tokens {start} to {start + length} of a stream of {self.num_tokens}")
         first = int(np.searchsorted(self.offsets, start, side="right")) - 1
         last = int(np.searchsorted(self.offsets, start + length, side="left"))
-        edges = np.clip(self.offsets[first : last + 1], start, start + length)
-        places: np.ndarray = np.arange(start, start + length) - np.repeat(edges[:-1], np.diff(edges))
-        return places
+        return slice(first, last), np.clip(self.offsets[first : last + 1], start, start + length)
 
     def part(self, start: int, stop: int) -> TokenStream:
         """Tokens `start` to `stop` of the only document, as a document of its own; they are not copied."""
