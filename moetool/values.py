@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from pathlib import Path
 
 from moetool.errors import ConfigError
@@ -45,6 +46,18 @@ def ratio(text: str) -> Decimal:
     if value > 1:
         raise ConfigError(f"{text} is not between 0 and 1")
     return value
+
+
+def exact_fraction(option: str, value: Fraction | Decimal | float | str) -> Fraction:
+    """A number as the exact decimal typed (0.3 is 3/10).
+
+    Raises:
+        ConfigError: it is not a number; names the option.
+    """
+    try:
+        return Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"{option} '{value}': not a number") from None
 
 
 def long_dtype(text: str) -> str:

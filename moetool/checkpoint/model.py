@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import sys
@@ -12,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from moetool.checkpoint.reader import CheckpointReader, check_entries
 from moetool.errors import CheckpointError, ConfigError, DataError, MoetoolError, in_one_line, out_of_memory
-from moetool.outside import read_json
+from moetool.outside import parse_json, read_bytes, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.distributed import DistributedConfig
+
+
+MAX_TOKENIZER = 500_000_000  # bytes of tokenizer.json
 
 
 def pick_device(device: str = "auto") -> str:
@@ -297,3 +302,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         reason = in_one_line(error, 300)
         raise DataError(f"{folder}: the tokenizer cannot be loaded: {reason}") from None
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """A digest of the parts of tokenizer.json that determine the ids of a text.
+
+    Tokens added around a text, padding, truncation and the file's formatting are excluded, so a
+    tokenizer that was loaded and saved again is still the same.
+
+    Raises:
+        DataError: there is no tokenizer.json, or it is damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{folder} holds no tokenizer.json; save the tokenizer there with save_pretrained")
+    try:
+        tokenizer = parse_json(read_bytes(path, MAX_TOKENIZER, DataError), str(path), DataError)
+        parts = {name: tokenizer.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    except (DataError, AttributeError):
+        raise DataError(f"{folder}/tokenizer.json is damaged; copy it again from the original model") from None
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

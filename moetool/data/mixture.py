@@ -18,8 +18,9 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from moetool.data.tokens import TokenStream, exact_fraction
+from moetool.data.tokens import TokenStream
 from moetool.errors import ConfigError, DataError
+from moetool.values import exact_fraction
 
 Number = Fraction | Decimal | float | str  # read as the exact decimal typed
 

@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 
 from moetool.checkpoint.folder import cache_root, sync_folder
-from moetool.checkpoint.model import load_tokenizer
+from moetool.checkpoint.model import load_tokenizer, tokenizer_sha256
 from moetool.data.encode import encode
 from moetool.data.folder import durable, unfinished_beside
 from moetool.data.text import TextSource, content_sha256, read_documents
 from moetool.errors import ConfigError, DataError
-from moetool.outside import fits, parse_json, read_bytes, read_json
+from moetool.outside import fits, read_json
 from moetool.progress import Progress, silent
+from moetool.values import exact_fraction
 
 FORMAT, FORMAT_VERSION = "moetool-tokens", 1
-MAX_TOKENIZER = 500_000_000  # bytes of tokenizer.json
 FILES = ("tokens.bin", "offsets.bin", "manifest.json", "moetool.yaml")
 
 
@@ -344,26 +344,6 @@ def describe(
     return {"sources": [source.path for source in sources]} | about | {"key": key}
 
 
-def tokenizer_sha256(folder: Path) -> str:
-    """A digest of the parts of tokenizer.json that determine the ids of a text.
-
-    Tokens added around a text, padding, truncation and the file's formatting are excluded, so a
-    tokenizer that was loaded and saved again is still the same.
-
-    Raises:
-        DataError: there is no tokenizer.json, or it is damaged.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(f"{folder} holds no tokenizer.json; save the tokenizer there with save_pretrained")
-    try:
-        tokenizer = parse_json(read_bytes(path, MAX_TOKENIZER, DataError), str(path), DataError)
-        parts = {name: tokenizer.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
-    except (DataError, AttributeError):
-        raise DataError(f"{folder}/tokenizer.json is damaged; copy it again from the original model") from None
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def split_validation(
     stream: TokenStream, fraction: Fraction | Decimal | float | str, seed: int
 ) -> tuple[TokenStream, TokenStream]:
@@ -398,18 +378,6 @@ def split_validation(
     chosen = np.zeros(total, bool)
     chosen[np.argsort(_hashes(total, seed), kind="stable")[: min(max(round(share * total), 1), total - 1)]] = True
     return stream.documents(np.flatnonzero(~chosen)), stream.documents(np.flatnonzero(chosen))
-
-
-def exact_fraction(option: str, value: Fraction | Decimal | float | str) -> Fraction:
-    """A number as the exact decimal typed (0.3 is 3/10).
-
-    Raises:
-        ConfigError: it is not a number; names the option.
-    """
-    try:
-        return Fraction(str(value))
-    except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"{option} '{value}': not a number") from None
 
 
 def _hashes(count: int, seed: int) -> np.ndarray:

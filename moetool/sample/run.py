@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from moetool.checkpoint.model import tokenizer_sha256
 from moetool.checkpoint.reader import content_fingerprint
 from moetool.data.mixture import key
-from moetool.data.tokens import tokenizer_sha256
 from moetool.errors import DataError
 from moetool.progress import Progress, silent
 from moetool.sample.generate import generate

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetool.checkpoint.model import load_tokenizer, skeleton
-from moetool.data.tokens import tokenizer_sha256
+from moetool.checkpoint.model import load_tokenizer, skeleton, tokenizer_sha256
 from moetool.errors import ConfigError
 from moetool.mesh import check_model
 from moetool.routing.capture import has_routers
