@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moetool.arch.dense import EMBEDDING, LM_HEAD, DenseSpec, dims, shape
-from moetool.checkpoint.reader import TensorInfo
+from moetool.checkpoint.header import TensorInfo
 from moetool.errors import CheckpointError
 
 # What text models inside multimodal ones are called, before "embed_tokens.weight"; "" where one was saved

@@ -16,7 +16,8 @@ from typing import Any
 
 from moetool.arch.forms import family_names
 from moetool.arch.spec import ArchSpec, detect
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
 from moetool.recipe import PROJECTIONS
 

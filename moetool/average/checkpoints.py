@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moetool.average.recipe import SHAPES, AverageRecipe, coefficients
+from moetool.checkpoint.header import TensorInfo
 from moetool.checkpoint.model import tokenizer_sha256
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.checkpoint.step_folder import STEPS, WEIGHTS, step_folders
 from moetool.errors import ConfigError
 from moetool.lineage import lineage_entries, recorded_sources

@@ -13,9 +13,10 @@ from moetool.arch.moe_source import expert_part, layers_of
 from moetool.arch.spec import detect
 from moetool.average.checkpoints import check_one_model
 from moetool.average.recipe import AverageRecipe, coefficients
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
+from moetool.checkpoint.shard import TensorLayout
 from moetool.checkpoint.step_folder import StepReader
-from moetool.checkpoint.writer import TensorLayout
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import PROJECTIONS
 from moetool.surgery.fill import Fill, Piece, Place, as_matrix, natural

@@ -13,7 +13,8 @@ from moetool.arch.dense_config import dense_config
 from moetool.arch.forms import family_names, text_config
 from moetool.arch.sharing import FSDP, TENSOR_PARALLEL
 from moetool.checkpoint.folder import beside
-from moetool.checkpoint.reader import ITEM_SIZE, CheckpointReader, TensorInfo
+from moetool.checkpoint.header import ITEM_SIZE, TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.cost.parameters import Sizes, is_routed, pattern
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import UpcycleRecipe

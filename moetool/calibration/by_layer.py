@@ -21,8 +21,9 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moetool.calibration.hidden import HiddenStates
+from moetool.checkpoint.header import TensorInfo
 from moetool.checkpoint.model import check_complete, check_size, fit_experts, loading, one_tensor_at_a_time, skeleton
-from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
+from moetool.checkpoint.reader import BlockFile, CheckpointReader
 from moetool.errors import CheckpointError
 from moetool.layers import layer_of
 from moetool.progress import Progress, silent

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from moetool.checkpoint.reader import read_header
+from moetool.checkpoint.header import read_header
 from moetool.errors import CheckpointError
 
 PIECE = 1 << 24  # bytes that are read or written at a time

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moetool.checkpoint.reader import ITEM_SIZE, TensorInfo
+from moetool.checkpoint.header import ITEM_SIZE, TensorInfo
 from moetool.errors import CheckpointError
 
 MAX_PICKLE = 100_000_000  # bytes of the pickle alone, as of a safetensors header

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moetool.checkpoint.file_digest import digest
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo, read_header
+from moetool.checkpoint.header import TensorInfo, read_header
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
 from moetool.outside import fits, read_json
 

@@ -13,7 +13,8 @@ import torch
 
 from moetool.arch.dense import LM_HEAD
 from moetool.arch.forms import HEADS, PREFIXES
-from moetool.checkpoint.reader import AdapterReader, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import AdapterReader
 from moetool.errors import CheckpointError, ConfigError
 from moetool.surgery.fill import Piece
 from moetool.surgery.kinds import KINDS, Block, Kind

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from moetool.arch.moe_source import expert_part, layers_of
 from moetool.arch.spec import ArchSpec
-from moetool.checkpoint.reader import TensorInfo
+from moetool.checkpoint.header import TensorInfo
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import PROJECTIONS
 from moetool.surgery.fill import Place, as_matrix

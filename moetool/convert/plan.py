@@ -11,8 +11,9 @@ from moetool.arch.dense import EMBEDDING, LM_HEAD
 from moetool.arch.forms import is_wrapped, text_names
 from moetool.arch.moe_source import config_number, layers_of
 from moetool.arch.spec import ArchSpec, detect
-from moetool.checkpoint.reader import AdapterReader, CheckpointReader, TensorInfo
-from moetool.checkpoint.writer import TensorLayout
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import AdapterReader, CheckpointReader
+from moetool.checkpoint.shard import TensorLayout
 from moetool.convert.adapter import KINDS_OF_CONVERT, Adapter, adapted, read_adapter
 from moetool.convert.matrix import Matrix, as_they_are, check_layout, join_experts, layout_of, split_experts
 from moetool.convert.recipe import ConvertRecipe

@@ -17,8 +17,9 @@ import torch
 from moetool.arch.dense import LM_HEAD
 from moetool.arch.moe_source import MoESource
 from moetool.arch.spec import dense_ffn
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
-from moetool.checkpoint.writer import TensorLayout
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
+from moetool.checkpoint.shard import TensorLayout
 from moetool.densify.twin import dense_config_of, twin
 from moetool.errors import CheckpointError, ConfigError
 from moetool.lineage import read_experts, recorded_experts

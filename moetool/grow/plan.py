@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from moetool.arch.moe_source import MoESource
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.checkpoint.step_folder import TrainingReader, state_document
 from moetool.errors import CheckpointError, ConfigError
 from moetool.grow.recipe import RATE, GrowRecipe

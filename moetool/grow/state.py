@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from moetool.arch.moe_source import MoESource
-from moetool.checkpoint.reader import TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.shard import TensorLayout
 from moetool.checkpoint.step_folder import OPTIMIZER, TrainingReader
-from moetool.checkpoint.writer import TensorLayout
 from moetool.errors import CheckpointError
 from moetool.grow.recipe import GrowRecipe
 from moetool.surgery.experts import carried_whole, copies

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.layers import layer_of
 from moetool.progress import Progress, silent
 from moetool.routing.alignment import Alignment

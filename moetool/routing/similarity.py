@@ -19,7 +19,8 @@ from torch import Tensor
 from moetool.arch.dense_config import open_dense
 from moetool.arch.moe_source import MoESource, moe_source
 from moetool.arch.spec import dense_ffn
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
 from moetool.recipe import PROJECTIONS

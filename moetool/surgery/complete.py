@@ -12,7 +12,7 @@ import torch
 from moetool.arch.moe_source import experts_and_top_k
 from moetool.arch.spec import ArchSpec, detect
 from moetool.checkpoint.model import check_config, without_weights
-from moetool.checkpoint.writer import TensorLayout
+from moetool.checkpoint.shard import TensorLayout
 from moetool.errors import CheckpointError
 
 _EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..+)")

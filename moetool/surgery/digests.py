@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from moetool.checkpoint.writer import Shard
+from moetool.checkpoint.shard import Shard
 from moetool.surgery.fill import Place
 
 

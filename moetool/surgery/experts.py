@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from moetool.arch.moe_source import NUM_EXPERTS, TOP_K, MoESource, moe_source
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
-from moetool.checkpoint.writer import TensorLayout
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
+from moetool.checkpoint.shard import TensorLayout
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import PROJECTIONS
 from moetool.surgery.fill import Fill, Piece, Place, as_matrix, natural

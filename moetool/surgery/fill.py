@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from moetool.checkpoint.reader import TensorInfo
+from moetool.checkpoint.header import TensorInfo
 
 # Tensors are read, drawn and written in blocks of whole rows of about this many elements. It is part
 # of the format: each block of drawn values has its own random stream. Larger ones are slower (they

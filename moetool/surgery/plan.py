@@ -12,9 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moetool.checkpoint.reader import ITEM_SIZE, BlockFile, CheckpointReader, TensorInfo
+from moetool.checkpoint.header import ITEM_SIZE, TensorInfo
+from moetool.checkpoint.reader import BlockFile, CheckpointReader
+from moetool.checkpoint.shard import Shard, TensorLayout, lay_out_file, layout_shards
 from moetool.checkpoint.step_folder import in_state
-from moetool.checkpoint.writer import COMPANIONS, Shard, TensorLayout, lay_out_file, layout_shards
+from moetool.checkpoint.writer import COMPANIONS
 from moetool.errors import CheckpointError
 from moetool.lineage import lineage_entries
 from moetool.progress import Progress

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moetool.checkpoint.reader import BlockFile, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import BlockFile
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

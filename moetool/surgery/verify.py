@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from moetool.checkpoint.reader import BlockFile, CheckpointReader, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import BlockFile, CheckpointReader
+from moetool.checkpoint.shard import check_written
 from moetool.checkpoint.step_folder import in_state
-from moetool.checkpoint.writer import check_written
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
 from moetool.recipe import PROJECTIONS

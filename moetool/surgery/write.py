@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from moetool.checkpoint.reader import BlockFile, CheckpointReader
-from moetool.checkpoint.writer import CheckpointWriter, index_file
+from moetool.checkpoint.shard import index_file
+from moetool.checkpoint.writer import CheckpointWriter
 from moetool.errors import CheckpointError
 from moetool.lineage import LINEAGE
 from moetool.progress import Progress, silent

@@ -17,7 +17,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from moetool.checkpoint.folder import UNFINISHED, create, naming, sync_folder, write_file
-from moetool.checkpoint.reader import INDEX, CheckpointReader, read_header
+from moetool.checkpoint.header import read_header
+from moetool.checkpoint.reader import INDEX, CheckpointReader
 from moetool.checkpoint.writer import COMPANIONS
 from moetool.cost.parameters import is_selection_bias
 from moetool.errors import ConfigError

@@ -11,7 +11,8 @@ from moetool import registry
 from moetool.arch.dense import EMBEDDING, FFN, LM_HEAD, DenseSpec, dims, layer_tensors, shape
 from moetool.arch.forms import dense_tensors
 from moetool.arch.spec import ArchSpec
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError, ConfigError
 from moetool.layers import LayerRatios, check_layer_ratios, chosen_layers
 from moetool.option import flag

@@ -9,8 +9,8 @@ from typing import Any
 
 from moetool.arch.dense import ATTENTION, BIASES, EMBEDDING, FFN, LM_HEAD, NORM
 from moetool.arch.spec import ArchSpec, dense_ffn, routed_factor, scales
-from moetool.checkpoint.reader import TensorInfo
-from moetool.checkpoint.writer import TensorLayout
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.shard import TensorLayout
 from moetool.recipe import PROJECTIONS, UpcycleRecipe, matrix_index
 from moetool.surgery.fill import Fill, Piece, Place, natural
 

@@ -12,9 +12,10 @@ from typing import Any
 from moetool.arch.dense import DenseSpec
 from moetool.arch.forms import dense_tensors
 from moetool.arch.spec import ArchSpec, scales
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
+from moetool.checkpoint.shard import TensorLayout
 from moetool.checkpoint.step_folder import MASTER, OPTIMIZER, TrainingReader
-from moetool.checkpoint.writer import TensorLayout
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import UpcycleRecipe
 from moetool.surgery.fill import Fill, Piece, Place

@@ -12,8 +12,9 @@ from typing import Any, Self
 
 from moetool.calibration.by_layer import LayeredModel
 from moetool.calibration.store import cache_folder
-from moetool.checkpoint.reader import ITEM_SIZE, CheckpointReader, TensorInfo
-from moetool.checkpoint.writer import index_file
+from moetool.checkpoint.header import ITEM_SIZE, TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
+from moetool.checkpoint.shard import index_file
 from moetool.surgery.examine import unit_sums
 from moetool.surgery.fill import Fill, Piece, Place
 from moetool.surgery.kinds import Block, Cache, UnitSums

@@ -156,7 +156,7 @@ def _config(dense: Callable[[str], Path], moe: Callable[[str], Path], llama: Pat
 
 
 def _header(path: Path) -> Target:
-    from moetool.checkpoint.reader import read_header
+    from moetool.checkpoint.header import read_header
 
     def seed(*shapes: list[int]) -> bytes:
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}

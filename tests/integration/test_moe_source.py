@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from moetool import registry
 from moetool.arch.moe_source import MoESource, moe_source
-from moetool.checkpoint.reader import CheckpointReader, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
 from moetool.recipe import PROJECTIONS
 from moetool.routing.drift import read_block

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moetool import registry
-from moetool.checkpoint.reader import read_header
-from moetool.checkpoint.writer import TensorLayout, layout_shards
+from moetool.checkpoint.header import read_header
+from moetool.checkpoint.shard import TensorLayout, layout_shards
 from moetool.errors import CheckpointError, ConfigError
 from moetool.recipe import UpcycleRecipe, generator
 from moetool.surgery.fill import Fill, Place

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from moetool.checkpoint.header import read_header
 from moetool.checkpoint.hub import resolve_model
-from moetool.checkpoint.reader import CheckpointReader, read_header
+from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
 
 

@@ -11,15 +11,8 @@ import torch
 
 from moetool.checkpoint.folder import PARTIAL, FolderLock
 from moetool.checkpoint.reader import CheckpointReader
-from moetool.checkpoint.writer import (
-    CheckpointWriter,
-    TensorLayout,
-    check_written,
-    clear,
-    index_file,
-    layout_shards,
-    prepare,
-)
+from moetool.checkpoint.shard import TensorLayout, check_written, index_file, layout_shards
+from moetool.checkpoint.writer import CheckpointWriter, clear, prepare
 from moetool.errors import CheckpointError
 
 TENSORS = [TensorLayout("a", "F32", (2, 3)), TensorLayout("b", "BF16", (5,)), TensorLayout("c", "F32", (4,))]

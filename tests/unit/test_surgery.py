@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetool.checkpoint.reader import BlockFile, TensorInfo
+from moetool.checkpoint.header import TensorInfo
+from moetool.checkpoint.reader import BlockFile
 from moetool.surgery.fill import Fill, Piece, Place
 from moetool.surgery.kinds import KINDS, Block, Cache
 from moetool.surgery.rows import is_finite

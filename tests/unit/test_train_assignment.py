@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, WeightConverter
 
+from moetool.checkpoint.header import read_header
 from moetool.checkpoint.model import load_model
-from moetool.checkpoint.reader import read_header
 from moetool.cost.parameters import is_selection_bias
 from moetool.train import assignment
 from moetool.train.assignment import Held, Part, assign, balanced, givers, spread
