@@ -38,10 +38,7 @@ def weight_bytes(folder: Path, dtype: str = "auto", mesh: Mesh = ONE) -> int:
     Raises:
         CheckpointError: it is not a readable checkpoint.
     """
-    with CheckpointReader(folder) as reader:
-        need = sum(
-            info.size if dtype == "auto" else info.num_elements * _BYTES[dtype] for info in reader.tensors.values()
-        )
+    need = sum(size for _, size in _tensors(folder, dtype))
     if mesh.whole:
         return need
     sizes = sizes_of(skeleton(folder))
@@ -63,11 +60,14 @@ def layer_bytes(folder: Path, dtype: str = "auto") -> int:
     Raises:
         CheckpointError: it is not a readable checkpoint.
     """
+    return one_layer(_tensors(folder, dtype))
+
+
+def _tensors(folder: Path, dtype: str) -> list[tuple[str, int]]:
+    """The tensors of a checkpoint by name, with their bytes in a dtype."""
     with CheckpointReader(folder) as reader:
-        return one_layer(
-            (name, info.size if dtype == "auto" else info.num_elements * _BYTES[dtype])
-            for name, info in reader.tensors.items()
-        )
+        tensors = reader.tensors.values()
+    return [(info.name, info.size if dtype == "auto" else info.num_elements * _BYTES[dtype]) for info in tensors]
 
 
 def one_layer(tensors: Iterable[tuple[str, int]]) -> int:
@@ -104,7 +104,7 @@ class Training:
     `compiled_loss` is whether --compile or --liger keeps the loss from holding anything in fp32, `whole_logits` whether
     a term of the loss reads the logits, which are then those of all tokens, `coupled` whether one takes the gradient of
     all gate matrices before the model's own, `rounds` whether bf16 cannot hold the weights that are not trained,
-    `teacher` a model without weights (or its sizes), or None.
+    `teacher` the sizes of one, or None.
     """
 
     seq_len: int
@@ -120,11 +120,11 @@ class Training:
     whole_logits: bool = False
     coupled: bool = False
     rounds: bool = False
-    teacher: Any = None
+    teacher: Sizes | None = None
 
-    def trained(self, model: Any) -> frozenset[str]:
+    def trained(self, sizes: Sizes) -> frozenset[str]:
         """The names of the parameters that are trained."""
-        return trained_names(model, self.train_only, self.freeze_router)
+        return trained_names(sizes.shapes, sizes.routers, self.train_only, self.freeze_router)
 
 
 @lru_cache(maxsize=256)
@@ -143,20 +143,16 @@ def _parts(sizes: Sizes, mesh: Mesh) -> Mapping[str, int]:
     return parts
 
 
-def shard_elements(model: Any, mesh: Mesh) -> Mapping[str, int]:
+@lru_cache(maxsize=256)
+def shard_elements(sizes: Sizes, mesh: Mesh) -> Mapping[str, int]:
     """The most elements of each parameter that a process of a mesh holds, by name.
 
     FSDP deals out rows (of experts: experts), so that some processes hold one more than others.
 
     Args:
-        model: without weights, or its sizes; see `parameters`.
+        sizes: of the model.
         mesh: of the processes.
     """
-    return _shards(sizes_of(model), mesh)
-
-
-@lru_cache(maxsize=256)
-def _shards(sizes: Sizes, mesh: Mesh) -> Mapping[str, int]:
     parts, shards = _parts(sizes, mesh), {}
     for name, shape in sizes.shapes.items():
         rows, rest = shape[0], math.prod(shape[1:])
@@ -212,7 +208,7 @@ def _token_elements(name: str, shape: tuple[int, ...], hidden: int, top_k: int, 
     return float(one * (top_k if is_routed(name, shape) else 1))
 
 
-def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]:
+def estimate(sizes: Sizes, training: Training, mesh: Mesh = ONE) -> dict[str, int]:
     """Bytes that each process needs on its device.
 
     In fp32: weights, gradients and both moments, 16 bytes per parameter. In bf16 the weights of the forward come on top
@@ -225,7 +221,7 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
     it.
 
     Args:
-        model: without weights, or its sizes; see `parameters`.
+        sizes: of the model.
         training: its options.
         mesh: of its processes.
 
@@ -233,8 +229,7 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
         `weights`, `gradients`, `optimizer`, `activations`, `teacher` if there is one, and their sum, `total`; and
         `host`, which each process of `--moments offload` needs in host memory for master weights and moments.
     """
-    sizes = sizes_of(model)
-    shards, hidden = _shards(sizes, mesh), sizes.hidden_size
+    shards, hidden = shard_elements(sizes, mesh), sizes.hidden_size
     names = training.trained(sizes)
     held, trained = sum(shards.values()), sum(size for name, size in shards.items() if name in names)
     half = training.precision == "bf16"
@@ -274,21 +269,21 @@ def estimate(model: Any, training: Training, mesh: Mesh = ONE) -> dict[str, int]
         "activations": int(token * tokens) + head,
     }
     if training.teacher is not None:
-        need["teacher"] = _teacher_bytes(training, compute, mesh)
+        need["teacher"] = _teacher_bytes(training.teacher, training, compute, mesh)
     return {**need, "total": sum(need.values()), "host": masters + optimizer if offload else 0}
 
 
-def _teacher_bytes(training: Training, compute: int, mesh: Mesh) -> int:
+def _teacher_bytes(teacher: Sizes, training: Training, compute: int, mesh: Mesh) -> int:
     """Bytes that a teacher needs: its weights, what one layer makes of the tokens, its hidden states and logits.
 
     A mesh shards the weights in fp32. The logits are those of a chunk, and in fp32 four times as many for the
     comparison; all tokens' where the head does more than a product.
     """
-    teacher, tokens = sizes_of(training.teacher), training.micro_batch_size * training.seq_len
+    tokens = training.micro_batch_size * training.seq_len
     weights = compute * teacher.total
     if not mesh.whole:
         layer, ends = _gathered_elements(teacher, mesh) if mesh.sharded else (0, 0)
-        weights = FLOAT32 * sum(_shards(teacher, mesh).values()) + compute * (2 * layer + ends)
+        weights = FLOAT32 * sum(shard_elements(teacher, mesh).values()) + compute * (2 * layer + ends)
     layer_of_token = _token_bytes(teacher, mesh, compute) / teacher.num_layers
     chunk = min(tokens * teacher.vocab_size, CHUNK_ELEMENTS)
     made = tokens * teacher.vocab_size if teacher.changes_logits else chunk
@@ -297,35 +292,34 @@ def _teacher_bytes(training: Training, compute: int, mesh: Mesh) -> int:
     return weights + states + int(compute * made + between * chunk)
 
 
-def loading_bytes(model: Any, mesh: Mesh = ONE, gpu: bool = False) -> int:
+def loading_bytes(sizes: Sizes, mesh: Mesh = ONE, gpu: bool = False) -> int:
     """Bytes of host memory that each process needs to load a model in fp32.
 
     Whole weights are read ahead, and copied to a GPU when all are there: measured, 2.3 times their bytes. Of a mesh a
     process reads one tensor at a time, into its shards on the device.
 
     Args:
-        model: without weights, or its sizes; see `parameters`.
+        sizes: of the model.
         mesh: of its processes.
         gpu: whether the device has memory of its own.
     """
-    held = shard_elements(model, mesh).values()
+    held = shard_elements(sizes, mesh).values()
     return FLOAT32 * (2 * sum(held) if mesh.whole else (0 if gpu else sum(held)) + 2 * max(held))
 
 
-def saving_bytes(model: Any, training: Training, num_processes: int, pinned: bool = False) -> int:
+def saving_bytes(sizes: Sizes, training: Training, num_processes: int, pinned: bool = False) -> int:
     """Bytes of host memory that each process needs to save a step.
 
     A copy of its share of the weights and of the moments of those that are trained, and one tensor that it writes: as
     it comes in, and as it is saved.
 
     Args:
-        model: without weights, or its sizes; see `parameters`.
+        sizes: of the model.
         training: its options.
         num_processes: of the run; each copies as much, whether it holds all weights or a share.
         pinned: whether a GPU copies into that memory, of which torch takes a power of two for each tensor (torch's
             `CachingHostAllocator`, pytorch issue 150517): up to twice as much.
     """
-    sizes = sizes_of(model)
     largest = max(map(math.prod, sizes.shapes.values()))
     trained = training.trained(sizes)
     if not pinned:
@@ -339,11 +333,11 @@ def saving_bytes(model: Any, training: Training, num_processes: int, pinned: boo
     return blocks + 2 * FLOAT32 * largest
 
 
-def smaller(model: Any, training: Training, there: int, mesh: Mesh = ONE) -> list[tuple[str, int]]:
+def smaller(sizes: Sizes, training: Training, there: int, mesh: Mesh = ONE) -> list[tuple[str, int]]:
     """The options with which a run that is too large would fit, and the memory needed; the cheapest first.
 
     Args:
-        model: without weights, or its sizes; see `parameters`.
+        sizes: of the model.
         training: that is too large.
         there: bytes of the device.
         mesh: of its processes.
@@ -353,12 +347,11 @@ def smaller(model: Any, training: Training, there: int, mesh: Mesh = ONE) -> lis
         steps += [{"moments": "bf16"}, {"moments": "8bit"}]
         if training.precision == "bf16":
             steps += [{"master_weights": False}, {"moments": "offload", "master_weights": True}]
-    model = sizes_of(model)
     fitting: list[tuple[str, int]] = []
     changes: dict[str, Any] = {}
-    need = estimate(model, training, mesh)["total"]
+    need = estimate(sizes, training, mesh)["total"]
     for change in steps:
-        less = estimate(model, replace(training, **changes | change), mesh)["total"]
+        less = estimate(sizes, replace(training, **changes | change), mesh)["total"]
         if less >= need:
             continue
         changes, need = changes | change, less

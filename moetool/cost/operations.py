@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from math import prod
-from typing import Any
 
-from moetool.cost.parameters import is_routed, sizes_of
+from moetool.cost.parameters import Sizes, is_routed
 
 
-def flops_per_token(model: Any, seq_len: int, trained: Collection[str] | None = None) -> int:
+def flops_per_token(sizes: Sizes, seq_len: int, trained: Collection[str] | None = None) -> int:
     """Operations that training on one token takes: 6 per parameter that it uses, and attention.
 
     A parameter that is not trained takes 4: its product, and the gradient of its input.
@@ -18,11 +17,10 @@ def flops_per_token(model: Any, seq_len: int, trained: Collection[str] | None = 
     embedding, which is looked up. What gradient checkpointing computes twice counts once.
 
     Args:
-        model: without weights, or its sizes; see `parameters`.
+        sizes: of the model.
         seq_len: tokens of a sequence.
         trained: names of what is trained; None: everything.
     """
-    sizes = sizes_of(model)
     looked_up = 0 if sizes.tied else sizes.vocab_size * sizes.hidden_size
     used = learning = sizes.active - looked_up
     if trained is not None:
@@ -32,17 +30,16 @@ def flops_per_token(model: Any, seq_len: int, trained: Collection[str] | None = 
     return int(4 * used + 2 * learning + 12 * attention)
 
 
-def router_gradient_flops(model: Any, kind: str) -> int:
+def router_gradient_flops(sizes: Sizes, kind: str) -> int:
     """Operations of one token that `--router-gradient` adds; they train no more parameters, so MFU leaves them out.
 
     `dense` computes the E - K other experts once more, 2 operations per parameter; `default` takes the product of a
     gradient with E vectors in each layer.
 
     Args:
-        model: without weights, or its sizes; see `parameters`.
+        sizes: of the model.
         kind: sparse, default or dense.
     """
-    sizes = sizes_of(model)
     routed = {name: prod(shape) for name, shape in sizes.shapes.items() if is_routed(name, shape)}
     if kind == "dense":
         return int(2 * sum(routed.values()) * (sizes.num_experts - sizes.top_k) // sizes.num_experts)

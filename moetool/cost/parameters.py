@@ -6,7 +6,7 @@ Of a model of transformers it is read (`sizes_of`); `moetool plan` makes it from
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -110,13 +110,7 @@ def is_embedding(name: str) -> bool:
 
 
 def sizes_of(model: Any) -> Sizes:
-    """The sizes of a model of transformers, whose tensors may be on torch's meta device; of sizes, these.
-
-    Args:
-        model: as `checkpoint.model.skeleton` makes it.
-    """
-    if isinstance(model, Sizes):
-        return model
+    """The sizes of a model of transformers, whose tensors may be on torch's meta device."""
     config = model.config.get_text_config()
     shapes = {name: tuple(map(int, parameter.shape)) for name, parameter in model.named_parameters()}
     num_experts, top_k = routing_size(model)
@@ -183,28 +177,18 @@ def exact_modules(model: Any) -> list[str]:
     return sorted(set(map(pattern, names)))
 
 
-def trained_names(model: Any, train_only: str = "everything", freeze_router: bool = False) -> frozenset[str]:
+def trained_names(
+    parameters: Iterable[str], routers: frozenset[str], train_only: str, freeze_router: bool
+) -> frozenset[str]:
     """The parameters that `cpt` trains, by name, but for selection biases, which no gradient reaches.
 
     Args:
-        model: of transformers, or its sizes.
+        parameters: of the model.
+        routers: those of its routers.
         train_only: `routers`, `experts` (routed and shared ones) or `everything`.
         freeze_router: whether routers are not among them.
     """
-    known = isinstance(model, Sizes)
-    routers = model.routers if known else router_names(model)
     if train_only == "routers":
         return routers
-    every = frozenset(model.shapes if known else (name for name, _ in model.named_parameters()))
-    chosen = every if train_only == "everything" else frozenset(filter(is_expert, every))
+    chosen = frozenset(parameters if train_only == "everything" else filter(is_expert, parameters))
     return chosen - routers if freeze_router else chosen
-
-
-def count_parameters(model: Any, among: Collection[str] | None = None) -> tuple[int, int]:
-    """All parameters, and those that one token uses; where names are given, among these.
-
-    Args:
-        model: of transformers, or its sizes.
-        among: names.
-    """
-    return sizes_of(model).count(among)

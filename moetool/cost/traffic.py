@@ -10,10 +10,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moetool.cost.memory import BFLOAT16, FLOAT32, Training
-from moetool.cost.parameters import Sizes, is_routed, pattern, sizes_of
+from moetool.cost.parameters import Sizes, is_routed, pattern
 from moetool.mesh import Mesh
 
 INT64 = FLOAT64 = 8
@@ -74,17 +74,16 @@ def totals(traffic: Iterable[Traffic], what: str = "sent") -> dict[str, float]:
     return {kind: sums[kind] for kind in KINDS if kind in sums}
 
 
-def step_traffic(model: Any, mesh: Mesh, training: Training, micro_batches: int, num_terms: int = 2) -> list[Traffic]:
+def step_traffic(sizes: Sizes, mesh: Mesh, training: Training, micro_batches: int, num_terms: int = 2) -> list[Traffic]:
     """The bytes that a process sends in a step. Not counted: validation, saving, `--balance global-aux`.
 
     Args:
-        model: without weights, or its sizes; see `parameters`.
+        sizes: of the model.
         mesh: of the processes.
         training: the options of the run.
         micro_batches: of one process and step.
         num_terms: losses beside the language loss.
     """
-    sizes = sizes_of(model)
     found: dict[tuple[str, str, Group], float] = defaultdict(float)
     calls: Counter[tuple[str, str, Group]] = Counter()
     for kind, operation, payload, group in _micro_batch(sizes, mesh, training):

@@ -50,7 +50,8 @@ def build_run(plan: RunPlan) -> Run:
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {resume.ADVICE}" if step else str(error)) from None
     # Before any forward: FSDP asks once, when it first gathers a weight.
-    _freeze(core, trained_names(core, config.train_only, config.freeze_router))
+    names = (name for name, _ in core.named_parameters())
+    _freeze(core, trained_names(names, router_names(core), config.train_only, config.freeze_router))
     strategies: Mapping[str, Strategy] = {}
     warnings: list[str] = []
     empty = RouterCapture(skeleton(config.model)) if capture else None

@@ -13,7 +13,7 @@ from torch import nn
 from moetool.cost import devices
 from moetool.cost.memory import Training, estimate, loading_bytes, saving_bytes, smaller
 from moetool.cost.operations import flops_per_token, router_gradient_flops
-from moetool.cost.parameters import count_parameters
+from moetool.cost.parameters import sizes_of
 from moetool.data.mixture import TokenMixture
 from moetool.routing.capture import RouterCapture
 from moetool.train import balance, schedules
@@ -81,6 +81,7 @@ def plan_run(
     schedule = schedules.build(config.schedule, config.max_steps, vars(config))
     save_dtype = source_dtype(config.model) if config.save_dtype == "auto" else config.save_dtype
     terms = balance.build_terms(config.balance)
+    sizes, taught_by = sizes_of(model), sizes_of(teacher) if teacher else None
     training = Training(
         seq_len=config.seq_len,
         micro_batch_size=config.micro_batch_size,
@@ -95,17 +96,17 @@ def plan_run(
         whole_logits=any("logits" in term.needs for term in terms.values()),
         coupled="erc" in config.balance,
         rounds=source_dtype(config.model) != "bfloat16",
-        teacher=teacher,
+        teacher=taught_by,
     )
-    trained = training.trained(model)
-    total, active = count_parameters(model)
-    operations = alone = flops_per_token(model, config.seq_len, trained)
+    trained = training.trained(sizes)
+    total, active = sizes.count()
+    operations = alone = flops_per_token(sizes, config.seq_len, trained)
     taught: dict[str, Any] = {}
-    if teacher:
-        more = round(share_taught(config) * flops_per_token(teacher, config.seq_len) / 3)  # a forward alone
+    if taught_by:
+        more = round(share_taught(config) * flops_per_token(taught_by, config.seq_len) / 3)  # a forward alone
         taught = {
             "model": str(config.teacher),
-            "num_parameters": count_parameters(teacher)[0],
+            "num_parameters": taught_by.total,
             "share": share_taught(config),
             "operations": more / alone,
             "weight": config.teacher_weight,
@@ -115,18 +116,18 @@ def plan_run(
     values: dict[str, Any] = {
         "num_parameters": total,
         "num_active_parameters": active,
-        "num_trained_parameters": count_parameters(model, trained)[0],
+        "num_trained_parameters": sizes.count(trained)[0],
         "trained": "everything but routers" if config.freeze_router else config.train_only,
         "flops_per_token": operations,
         "router_gradient": {
             "kind": config.router_gradient,
-            "operations": router_gradient_flops(model, config.router_gradient) / alone,
+            "operations": router_gradient_flops(sizes, config.router_gradient) / alone,
         },
-        "memory": estimate(model, training, config.mesh),
+        "memory": estimate(sizes, training, config.mesh),
         "loading_memory": max(
-            loading_bytes(one, config.mesh, device.type == "cuda") for one in (model, teacher) if one is not None
+            loading_bytes(one, config.mesh, device.type == "cuda") for one in (sizes, taught_by) if one is not None
         ),
-        "saving_memory": saving_bytes(model, training, accelerator.num_processes, device.type == "cuda"),
+        "saving_memory": saving_bytes(sizes, training, accelerator.num_processes, device.type == "cuda"),
         "steps": config.max_steps,
         "tokens": config.max_tokens,
         "seq_len": config.seq_len,
@@ -152,7 +153,7 @@ def plan_run(
         "mesh": "" if config.mesh.whole else str(config.mesh),
         "num_processes": accelerator.num_processes,
     }
-    warnings = memory_warnings(values["memory"], device, lambda there: smaller(model, training, there, config.mesh))
+    warnings = memory_warnings(values["memory"], device, lambda there: smaller(sizes, training, there, config.mesh))
     warnings += validation_warnings(values["val"], config) + unreached(config)
     peak = devices.peak_flops(device, config.precision)
     return RunPlan(

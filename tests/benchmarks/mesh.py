@@ -173,6 +173,7 @@ def differences(folder: Path, mesh: Mesh, ranks: Sequence[dict[str, Any]], **opt
     """
     from moetool.checkpoint.model import skeleton
     from moetool.cost.memory import Training
+    from moetool.cost.parameters import sizes_of
     from moetool.cost.traffic import step_traffic, totals
 
     options = OPTIONS | options
@@ -183,7 +184,7 @@ def differences(folder: Path, mesh: Mesh, ranks: Sequence[dict[str, Any]], **opt
         gradient_checkpointing=options.get("gradient_checkpointing", False),
     )
     micro_batches = options["global_batch_size"] // options["micro_batch_size"] // mesh.data_parallel
-    traffic = step_traffic(skeleton(folder / "model"), mesh, training, micro_batches)
+    traffic = step_traffic(sizes_of(skeleton(folder / "model")), mesh, training, micro_batches)
     wrong = []
     for what in COUNTED:
         counted: Counter[str] = Counter()

@@ -55,7 +55,7 @@ def figures(name: str, place: Path) -> dict[str, str]:
     """The row of a model, from the page's own `--plan` command and the estimate of cpt; in the working folder."""
     from moetool.cost.memory import loading_bytes
     from moetool.cost.operations import flops_per_token
-    from moetool.cost.parameters import count_parameters
+    from moetool.cost.parameters import sizes_of
     from moetool.mesh import Mesh, check_model
 
     folder = recipes.save_headers(name, place / name)
@@ -69,13 +69,14 @@ def figures(name: str, place: Path) -> dict[str, str]:
     total = plan["parameters"]["total"]
     training = Training(4096, micro_batch_size=1, precision="bf16", gradient_checkpointing=True, compiled_loss=True)
     with skeleton(name, plan["target"]) as model:
-        assert count_parameters(model) == (total, plan["parameters"]["active"])
+        sizes = sizes_of(model)
+        assert sizes.count() == (total, plan["parameters"]["active"])
         meshes = {n: Mesh(fsdp=min(n, 8), tp=-(-n // 8)) for n in GPUS}  # FSDP divides 8 experts no further
-        each = {n: estimate(model, training, mesh)["total"] for n, mesh in meshes.items()}
+        each = {n: estimate(sizes, training, mesh)["total"] for n, mesh in meshes.items()}
         gpus = next(n for n in GPUS if each[n] < 0.9 * GPU)
         check_model(meshes[gpus], model)
-        host = loading_bytes(model, meshes[gpus], gpu=True) * min(8, gpus)
-        operations = flops_per_token(model, 4096)
+        host = loading_bytes(sizes, meshes[gpus], gpu=True) * min(8, gpus)
+        operations = flops_per_token(sizes, 4096)
     billions = {what: f"{number / 1e9:.2f} B" for what, number in plan["parameters"].items()}
     return {
         "model": name.split("/")[1],

@@ -11,6 +11,7 @@ import pytest
 
 from moetool.checkpoint.model import skeleton
 from moetool.cost.operations import flops_per_token, router_gradient_flops
+from moetool.cost.parameters import sizes_of
 from tests import tiny
 
 EVERYTHING = [
@@ -75,8 +76,8 @@ def test_what_a_plan_adds_is_a_share_of_what_the_run_takes(
     more = ["--teacher", llama, "--teacher-on", "all", "--router-gradient", "dense", "--train-only", "routers"]
     code, stdout, stderr = tiny.in_process("cpt", mixtral, tmp_path / "out", *size, *more)
     assert code == 0, stderr
-    model, said = skeleton(mixtral), " ".join(stdout.split())
-    routers = {name for name, _ in model.named_parameters() if name.endswith("gate.weight")}
-    alone = flops_per_token(model, 16, routers)
-    assert f"router gradient dense: {router_gradient_flops(model, 'dense') / alone:.1%} more operations" in said
-    assert f"temperature 1; {flops_per_token(skeleton(llama), 16) / 3 / alone:.0%} more operations" in said
+    sizes, said = sizes_of(skeleton(mixtral)), " ".join(stdout.split())
+    routers = {name for name in sizes.shapes if name.endswith("gate.weight")}
+    alone = flops_per_token(sizes, 16, routers)
+    assert f"router gradient dense: {router_gradient_flops(sizes, 'dense') / alone:.1%} more operations" in said
+    assert f"temperature 1; {flops_per_token(sizes_of(skeleton(llama)), 16) / 3 / alone:.0%} more operations" in said

@@ -23,6 +23,7 @@ from moetool.checkpoint.file_digest import digest
 from moetool.checkpoint.folder import FolderLock
 from moetool.checkpoint.model import load_model, skeleton
 from moetool.cost.operations import flops_per_token
+from moetool.cost.parameters import sizes_of
 from moetool.errors import CheckpointError
 from moetool.lineage import recorded_sources
 from moetool.train import resume
@@ -495,7 +496,7 @@ def test_model_flop_utilisation(tmp_path: Path, llama: Path, jsonl: Path, monkey
     monkeypatch.setattr("moetool.cost.devices.peak_flops", lambda device, precision: 1e9)
     assert cpt(llama, tmp_path / "out", jsonl, steps=1)[0] == 0
     row = next(row for row in rows(tmp_path / "out") if "loss" in row)
-    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops_per_token(skeleton(llama), 16) / 1e9)
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops_per_token(sizes_of(skeleton(llama)), 16) / 1e9)
 
 
 def test_trackers(tmp_path: Path, mixtral: Path, jsonl: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moetool.checkpoint.model import load_model
 from moetool.cost.operations import flops_per_token
-from moetool.cost.parameters import router_names
+from moetool.cost.parameters import router_names, sizes_of
 from moetool.errors import ConfigError
 from moetool.routing.capture import RouterCapture
 from moetool.train.config import TrainConfig
@@ -287,7 +287,7 @@ def test_the_plan_tells_what_it_costs(tmp_path: Path, mixtral: Path, jsonl: Path
     text = json.loads((mixtral / "config.json").read_text())
     routed = 2 * 3 * text["hidden_size"] * text["intermediate_size"] * text["num_hidden_layers"]
     model = load_model(mixtral, "float32")
-    share = 2 * routed / flops_per_token(model, 16)
+    share = 2 * routed / flops_per_token(sizes_of(model), 16)
     assert f"router gradient dense: {share:.1%} more operations" in " ".join(stdout.split())
 
 

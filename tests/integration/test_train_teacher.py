@@ -11,6 +11,7 @@ import pytest
 
 from moetool.checkpoint.model import skeleton
 from moetool.cost.operations import flops_per_token
+from moetool.cost.parameters import sizes_of
 from tests import tiny
 from tests.forked import start
 from tests.integration.test_train_cpt import rows, untimed, wait_for_step, weights
@@ -81,7 +82,8 @@ def test_a_teacher_of_another_kind_holds_a_model_back(
         assert training[-1]["teacher"] < training[0]["teacher"] - 0.1
         assert summary["teacher"]["after"] == training[-1]["teacher"]
         assert "parameters on all sequences, weight 1, temperature 2" in printed
-        operations = flops_per_token(skeleton(model), 16) + flops_per_token(skeleton(teacher), 16) / 3
+        own, of_teacher = (flops_per_token(sizes_of(skeleton(one)), 16) for one in (model, teacher))
+        operations = own + of_teacher / 3
         assert training[0]["mfu"] == pytest.approx(training[0]["tokens_per_second"] * operations / 1e9, rel=1e-6)
 
 

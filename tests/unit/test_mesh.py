@@ -10,7 +10,7 @@ import pytest
 
 from moetool.checkpoint.model import skeleton
 from moetool.cost.memory import Training, estimate, loading_bytes, shard_elements, weight_bytes
-from moetool.cost.parameters import count_parameters
+from moetool.cost.parameters import sizes_of
 from moetool.errors import ConfigError
 from moetool.mesh import Mesh, check_model, check_shared, check_sizes, distributed, mesh_of
 from tests import tiny
@@ -89,27 +89,27 @@ def test_a_model_that_only_runs_needs_all_processes(monkeypatch: pytest.MonkeyPa
 
 def test_what_a_process_holds(mixtral: Path) -> None:
     model = skeleton(mixtral)
-    named = dict(model.named_parameters())
+    sizes = sizes_of(model)
     experts, query = "model.layers.0.mlp.experts.down_proj", "model.layers.0.self_attn.q_proj.weight"
-    assert named[experts].shape == (4, 32, 64)
+    assert sizes.shapes[experts] == (4, 32, 64)
     for mesh, held in ((Mesh(2), 2), (Mesh(3), 2), (Mesh(8), 1), (Mesh(4, 4), 1), (Mesh(4, 2), 1), (Mesh(8, 4), 1)):
-        assert shard_elements(model, mesh)[experts] == held * 32 * 64
-    assert shard_elements(model, Mesh(2, 1, 2))[experts] == 2 * 32 * 32
-    assert shard_elements(model, Mesh(2, 2, 2))[query] == 16 * 32 // 2
+        assert shard_elements(sizes, mesh)[experts] == held * 32 * 64
+    assert shard_elements(sizes, Mesh(2, 1, 2))[experts] == 2 * 32 * 32
+    assert shard_elements(sizes, Mesh(2, 2, 2))[query] == 16 * 32 // 2
     training = Training(seq_len=16, micro_batch_size=1, precision="fp32")
-    total, _ = count_parameters(model)
-    whole, two = estimate(model, training), estimate(model, training, Mesh(2))
-    assert two["optimizer"] == pytest.approx(4 * total, rel=0.01)
-    assert whole["optimizer"] == 8 * total
+    whole, two = estimate(sizes, training), estimate(sizes, training, Mesh(2))
+    assert two["optimizer"] == pytest.approx(4 * sizes.total, rel=0.01)
+    assert whole["optimizer"] == 8 * sizes.total
     assert two["activations"] == whole["activations"]
-    assert estimate(model, training, Mesh(2, 1, 2))["activations"] < whole["activations"]
-    assert loading_bytes(model, Mesh(2), gpu=True) < loading_bytes(model, Mesh(2)) < loading_bytes(model)
+    assert estimate(sizes, training, Mesh(2, 1, 2))["activations"] < whole["activations"]
+    assert loading_bytes(sizes, Mesh(2), gpu=True) < loading_bytes(sizes, Mesh(2)) < loading_bytes(sizes)
     tp = Mesh(1, 1, 2)
-    assert weight_bytes(mixtral, "bfloat16", tp) == 2 * sum(shard_elements(model, tp).values())
+    assert weight_bytes(mixtral, "bfloat16", tp) == 2 * sum(shard_elements(sizes, tp).values())
     assert weight_bytes(mixtral, mesh=Mesh(4, 4)) < weight_bytes(mixtral, mesh=Mesh(2, 2))
     model._tp_plan = {name: style for name, style in model.tp_plan.items() if ".experts" in name}
-    assert shard_elements(model, Mesh(2, 1, 2))[experts] == 2 * 32 * 32
-    assert shard_elements(model, Mesh(2, 1, 2))[query] == 16 * 32  # which such a plan leaves whole
+    sizes = sizes_of(model)
+    assert shard_elements(sizes, Mesh(2, 1, 2))[experts] == 2 * 32 * 32
+    assert shard_elements(sizes, Mesh(2, 1, 2))[query] == 16 * 32  # which such a plan leaves whole
 
 
 def test_whole_weights_are_not_distributed() -> None:

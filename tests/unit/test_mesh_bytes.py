@@ -11,6 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from moetool.budget.meshes import NETWORK, REACHED, Cluster, crossing, seconds
 from moetool.cost.devices import GPUS
 from moetool.cost.memory import Training
+from moetool.cost.parameters import sizes_of
 from moetool.cost.traffic import Group, Traffic, step_traffic, totals
 from moetool.errors import ConfigError
 from moetool.mesh import Mesh, check_model
@@ -33,7 +34,7 @@ def model() -> Any:
 
 def sums(model: Any, mesh: Mesh, what: str = "payload", micro_batches: int = 1, **options: Any) -> dict[str, float]:
     training = Training(seq_len=T, micro_batch_size=1, **({"precision": "fp32"} | options))
-    return totals(step_traffic(model, mesh, training, micro_batches), what)
+    return totals(step_traffic(sizes_of(model), mesh, training, micro_batches), what)
 
 
 def test_fsdp_gathers_twice_but_for_the_head_and_reduces_once(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from moetool.checkpoint.model import skeleton
 from moetool.cost import devices, memory
 from moetool.cost.memory import Training
 from moetool.cost.operations import flops_per_token
-from moetool.cost.parameters import count_parameters, routing_size
+from moetool.cost.parameters import routing_size, sizes_of
 from moetool.mesh import Mesh
 from moetool.routing.capture import RouterCapture
 from moetool.train import mixed
@@ -42,69 +43,68 @@ def test_parameters_by_hand(mixtral: Path, llama: Path) -> None:
     # 2 layers: q and o 32x32, k and v 32x16, two norms of 32; ends 300x32 each and a norm.
     attention, ends = 2 * (2 * 1024 + 2 * 512 + 64), 2 * 9600 + 32
     expert = 3 * 32 * 64
-    assert count_parameters(skeleton(llama)) == (attention + ends + 2 * expert,) * 2
+    assert sizes_of(skeleton(llama)).count() == (attention + ends + 2 * expert,) * 2
     moe = attention + ends + 2 * 4 * 32
-    assert count_parameters(skeleton(mixtral)) == (moe + 2 * 4 * expert, moe + 2 * 2 * expert)
+    assert sizes_of(skeleton(mixtral)).count() == (moe + 2 * 4 * expert, moe + 2 * 2 * expert)
     assert routing_size(skeleton(mixtral)) == (4, 2)
     active = moe + 2 * 2 * expert
-    assert flops_per_token(skeleton(mixtral), 16) == 6 * (active - 9600) + 12 * 2 * 32 * 16
+    assert flops_per_token(sizes_of(skeleton(mixtral)), 16) == 6 * (active - 9600) + 12 * 2 * 32 * 16
 
 
 def test_weights_and_moments_are_16_bytes_a_parameter(mixtral: Path) -> None:
-    model = skeleton(mixtral)
-    total, _ = count_parameters(model)
-    need = memory.estimate(model, training())
+    sizes = sizes_of(skeleton(mixtral))
+    total, active = sizes.count()
+    need = memory.estimate(sizes, training())
     assert [need[name] for name in ("weights", "gradients", "optimizer")] == [4 * total, 4 * total, 8 * total]
     assert need["total"] == 16 * total + need["activations"]
-    largest = max(parameter.numel() for parameter in model.parameters())
-    assert memory.saving_bytes(model, training(), 1) == 12 * total + 8 * largest
-    assert memory.saving_bytes(model, training(), 4) == 3 * total + 8 * largest
+    largest = max(map(math.prod, sizes.shapes.values()))
+    assert memory.saving_bytes(sizes, training(), 1) == 12 * total + 8 * largest
+    assert memory.saving_bytes(sizes, training(), 4) == 3 * total + 8 * largest
     # Pinned, each tensor takes a power of two: all are one but embeddings and head, 300 x 32 x 4 = 38,400 bytes.
-    assert memory.saving_bytes(model, training(), 1, pinned=True) == 12 * total + 6 * (65_536 - 38_400) + 8 * largest
-    assert memory.estimate(model, training(precision="bf16"))["weights"] == 6 * total
-    frozen = memory.estimate(model, training(freeze_router=True))
+    assert memory.saving_bytes(sizes, training(), 1, pinned=True) == 12 * total + 6 * (65_536 - 38_400) + 8 * largest
+    assert memory.estimate(sizes, training(precision="bf16"))["weights"] == 6 * total
+    frozen = memory.estimate(sizes, training(freeze_router=True))
     assert need["gradients"] - frozen["gradients"] == 4 * 2 * 4 * 32
     for kind, trained in (("routers", 2 * 4 * 32), ("experts", 2 * 4 * 3 * 32 * 64)):
-        part = memory.estimate(model, training(train_only=kind))
+        part = memory.estimate(sizes, training(train_only=kind))
         assert [part[name] for name in ("weights", "gradients", "optimizer")] == [4 * total, 4 * trained, 8 * trained]
-        assert memory.saving_bytes(model, training(train_only=kind), 1) == 4 * total + 8 * trained + 8 * largest
+        assert memory.saving_bytes(sizes, training(train_only=kind), 1) == 4 * total + 8 * trained + 8 * largest
         # In bf16, fp32 weights lie beside those that are trained, and beside the others if bf16 cannot hold them.
         run = training(train_only=kind, precision="bf16")
-        assert memory.estimate(model, run)["weights"] == 2 * total + 4 * trained
-        assert memory.estimate(model, replace(run, rounds=True))["weights"] == 6 * total
-        offload = memory.estimate(model, replace(run, moments="offload"))
+        assert memory.estimate(sizes, run)["weights"] == 2 * total + 4 * trained
+        assert memory.estimate(sizes, replace(run, rounds=True))["weights"] == 6 * total
+        offload = memory.estimate(sizes, replace(run, moments="offload"))
         assert [offload["weights"], offload["host"]] == [2 * total, 12 * trained]
-        _, active = count_parameters(model)
         learning = trained if kind == "routers" else trained // 2
         attention = 12 * 2 * 32 * 16
-        names = run.trained(model)
-        assert flops_per_token(model, 16, names) == 4 * (active - 9600) + 2 * learning + attention
-    assert flops_per_token(model, 16, training().trained(model)) == flops_per_token(model, 16)
-    coupled = memory.estimate(model, training(coupled=True))  # the gradient of the gates and ups once more
+        names = run.trained(sizes)
+        assert flops_per_token(sizes, 16, names) == 4 * (active - 9600) + 2 * learning + attention
+    assert flops_per_token(sizes, 16, training().trained(sizes)) == flops_per_token(sizes, 16)
+    coupled = memory.estimate(sizes, training(coupled=True))  # the gradient of the gates and ups once more
     assert coupled["activations"] - need["activations"] == 4 * 2 * 4 * 2 * 32 * 64
-    half = memory.estimate(model, training(micro_batch_size=1))
+    half = memory.estimate(sizes, training(micro_batch_size=1))
     assert need["activations"] == 2 * half["activations"]
-    less = memory.estimate(model, training(gradient_checkpointing=True))
+    less = memory.estimate(sizes, training(gradient_checkpointing=True))
     assert less["activations"] < need["activations"]
 
 
 def test_what_is_kept_of_weights_and_moments(mixtral: Path) -> None:
-    model = skeleton(mixtral)
-    total, _ = count_parameters(model)
+    sizes = sizes_of(skeleton(mixtral))
+    total = sizes.total
     for moments, masters, weights, optimizer in (
         ("fp32", True, 6, 8), ("bf16", True, 6, 4), ("8bit", True, 6, 2 + 8 / 256), ("8bit", False, 2, 2 + 8 / 256),
     ):  # fmt: skip
         run = training(precision="bf16", moments=moments, master_weights=masters)
-        need = memory.estimate(model, run)
+        need = memory.estimate(sizes, run)
         assert [need["weights"], need["gradients"]] == [weights * total, 4 * total]
         assert [need["optimizer"], need["host"]] == [int(optimizer * total), 0]
     offloaded = training(precision="bf16", moments="offload")
-    need = memory.estimate(model, offloaded)
+    need = memory.estimate(sizes, offloaded)
     assert [need[name] for name in ("weights", "gradients", "optimizer")] == [2 * total, 4 * total, 0]
     assert need["host"] == 12 * total
-    assert memory.saving_bytes(model, offloaded, 1) == 12 * total + 8 * max(p.numel() for p in model.parameters())
+    assert memory.saving_bytes(sizes, offloaded, 1) == 12 * total + 8 * max(map(math.prod, sizes.shapes.values()))
     run = training(precision="bf16", micro_batch_size=2)
-    every = memory.smaller(model, run, 10**12)
+    every = memory.smaller(sizes, run, 10**12)
     assert [options for options, _ in every] == [
         "--gradient-checkpointing",
         "--gradient-checkpointing --micro-batch-size 1",
@@ -114,15 +114,15 @@ def test_what_is_kept_of_weights_and_moments(mixtral: Path) -> None:
         "--gradient-checkpointing --micro-batch-size 1 --moments offload",
     ]
     assert [need for _, need in every] == sorted((need for _, need in every), reverse=True)
-    assert memory.smaller(model, run, every[-1][1]) == every[-1:]
+    assert memory.smaller(sizes, run, every[-1][1]) == every[-1:]
     eight = training(precision="bf16", micro_batch_size=1, gradient_checkpointing=True, moments="8bit")
-    assert [options for options, _ in memory.smaller(model, eight, 10**12)] == [
+    assert [options for options, _ in memory.smaller(sizes, eight, 10**12)] == [
         "--no-master-weights",
         "--moments offload",
     ]
     rounded = replace(eight, master_weights=False)
-    assert [options for options, _ in memory.smaller(model, rounded, 10**12)] == ["--moments offload --master-weights"]
-    assert [options for options, _ in memory.smaller(model, run, 10**12, Mesh(fsdp=2))] == [
+    assert [options for options, _ in memory.smaller(sizes, rounded, 10**12)] == ["--moments offload --master-weights"]
+    assert [options for options, _ in memory.smaller(sizes, run, 10**12, Mesh(fsdp=2))] == [
         "--gradient-checkpointing",
         "--gradient-checkpointing --micro-batch-size 1",
     ]
@@ -137,7 +137,7 @@ def test_logits_of_all_tokens_count_where_they_are_made() -> None:
 
     def need(of: Any = model, **changes: Any) -> int:
         run = training(seq_len=4096, micro_batch_size=128, precision="bf16", **changes)
-        return memory.estimate(of, run)["activations"]
+        return memory.estimate(sizes_of(of), run)["activations"]
 
     assert tokens * vocabulary > memory.CHUNK_ELEMENTS
     head = (4 + 12) * memory.CHUNK_ELEMENTS + 6 * vocabulary * 128
@@ -149,7 +149,8 @@ def test_logits_of_all_tokens_count_where_they_are_made() -> None:
     model.lm_head.bias = torch.nn.Parameter(torch.empty(vocabulary, device="meta"))
     assert need() > capped  # by the bias, which is counted as a norm is
     exact = training(precision="fp32")
-    assert memory.estimate(model, exact) == memory.estimate(model, replace(exact, whole_logits=True))
+    sizes = sizes_of(model)
+    assert memory.estimate(sizes, exact) == memory.estimate(sizes, replace(exact, whole_logits=True))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -164,7 +165,7 @@ def test_activations_are_near_what_autograd_keeps(family: str, precision: str) -
     if precision == "bf16":
         mixed.cast(model, RouterCapture(model) if family == "mixtral" else None)
     language_loss = (chunked_loss(model) if precision == "bf16" else None) or whole_loss
-    estimated = memory.estimate(empty, training(precision=precision))["activations"]
+    estimated = memory.estimate(sizes_of(empty), training(precision=precision))["activations"]
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 

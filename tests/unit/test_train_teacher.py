@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from moetool.checkpoint.model import load_model, skeleton
 from moetool.cost import memory
 from moetool.cost.memory import Training
-from moetool.cost.parameters import count_parameters
+from moetool.cost.parameters import sizes_of
 from moetool.data.mixture import Source, TokenMixture
 from moetool.errors import CheckpointError, ConfigError
 from moetool.mesh import Mesh
@@ -218,10 +218,10 @@ def test_a_teacher_is_known_by_its_content() -> None:
 
 
 def test_the_memory_of_a_teacher(mixtral: Path, llama: Path) -> None:
-    model, teacher = skeleton(mixtral), skeleton(llama)
-    total, _ = count_parameters(teacher)
+    sizes, teacher = sizes_of(skeleton(mixtral)), sizes_of(skeleton(llama))
+    total = teacher.total
     run = Training(seq_len=128, micro_batch_size=2, precision="bf16", teacher=teacher)
-    without, need = (memory.estimate(model, one) for one in (replace(run, teacher=None), run))
+    without, need = (memory.estimate(sizes, one) for one in (replace(run, teacher=None), run))
     assert "teacher" not in without
     assert {name: value for name, value in need.items() if name not in ("teacher", "total")} == {
         name: value for name, value in without.items() if name != "total"
@@ -231,14 +231,14 @@ def test_the_memory_of_a_teacher(mixtral: Path, llama: Path) -> None:
     layer = 2 * (64 + 48 + 48 + 64 + 3 * 96) + 12 * 2.5 * 32
     assert need["teacher"] == 2 * total + 256 * (layer + 64) + (2 + 16) * 256 * 300
     assert need["total"] == without["total"] + need["teacher"]
-    assert memory.estimate(model, replace(run, precision="fp32"))["teacher"] > 4 * total
-    compiled = memory.estimate(model, replace(run, compiled_loss=True))
+    assert memory.estimate(sizes, replace(run, precision="fp32"))["teacher"] > 4 * total
+    compiled = memory.estimate(sizes, replace(run, compiled_loss=True))
     assert need["teacher"] - compiled["teacher"] == 16 * 256 * 300
     # In fp32 the logits come in chunks, too, where there is a teacher.
     long = replace(run, precision="fp32", seq_len=2**20)
     assert 2 * long.seq_len * 300 >= memory.CHUNK_ELEMENTS
-    less, more = (memory.estimate(model, one)["activations"] for one in (long, replace(long, teacher=None)))
+    less, more = (memory.estimate(sizes, one)["activations"] for one in (long, replace(long, teacher=None)))
     head = 20 * memory.CHUNK_ELEMENTS + 8 * 300 * 32
     assert more - less == 12 * 2 * 2**20 * 300 - head
-    shared = memory.estimate(model, run, Mesh(fsdp=2))["teacher"]
+    shared = memory.estimate(sizes, run, Mesh(fsdp=2))["teacher"]
     assert shared - need["teacher"] == pytest.approx((4 / 2 - 2) * total + 2 * total, rel=0.2)
