@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 
 from moetool.checkpoint.model import skeleton
 from moetool.checkpoint.reader import CheckpointReader
-from moetool.cost.parameters import Sizes, is_embedding, is_routed, pattern, sizes_of, trained_names
+from moetool.cost.parameters import Sizes, is_embedding, is_routed, sizes_of, trained_names
+from moetool.cost.shares import gathered_elements, parts_of, shard_elements
 from moetool.layers import layer_of
 from moetool.mesh import ONE, Mesh
 from moetool.option import flag
@@ -21,7 +22,6 @@ FLOAT32, BFLOAT16 = 4, 2  # bytes
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of a moment: 8 bits, and an fp32 scale for each 256 of them (torchao).
 _MOMENT = {"fp32": 4.0, "offload": 4.0, "bf16": 2.0, "8bit": 1 + 4 / 256}
-_DIVIDING = ("colwise", "rowwise", "packed_", "embedding_")  # styles of tensor parallelism that divide a matrix
 CHUNK_ELEMENTS = 2**28  # logits that the loss in bf16 computes at a time: half a GiB
 
 
@@ -43,7 +43,7 @@ def weight_bytes(folder: Path, dtype: str = "auto", mesh: Mesh = ONE) -> int:
         return need
     sizes = sizes_of(skeleton(folder))
     held = sum(shard_elements(sizes, mesh).values())
-    layer, ends = _gathered_elements(sizes, mesh) if mesh.sharded else (0, 0)
+    layer, ends = gathered_elements(sizes, mesh) if mesh.sharded else (0, 0)
     return int(need * (held + 2 * layer + ends) / sizes.total)
 
 
@@ -128,62 +128,10 @@ class Training:
 
 
 @lru_cache(maxsize=256)
-def _parts(sizes: Sizes, mesh: Mesh) -> Mapping[str, int]:
-    """Into how many parts each parameter is divided, by name, before FSDP shards it.
-
-    `ep` divides the experts, `tp` the matrices that transformers' plan for the family names: of some families all but
-    the routers, of others (GraniteMoeHybrid) the embeddings, the head and the experts alone.
-    """
-    plan = {name for name, style in sizes.tp_plan.items() if style.startswith(_DIVIDING)}
-    parts = {}
-    for name, shape in sizes.shapes.items():
-        kind = pattern(name)
-        divided = len(shape) > 1 and (kind in plan or kind.removesuffix(".weight") in plan)
-        parts[name] = mesh.ep if is_routed(name, shape) and mesh.ep > 1 else mesh.tp if divided else 1
-    return parts
-
-
-@lru_cache(maxsize=256)
-def shard_elements(sizes: Sizes, mesh: Mesh) -> Mapping[str, int]:
-    """The most elements of each parameter that a process of a mesh holds, by name.
-
-    FSDP deals out rows (of experts: experts), so that some processes hold one more than others.
-
-    Args:
-        sizes: of the model.
-        mesh: of the processes.
-    """
-    parts, shards = _parts(sizes, mesh), {}
-    for name, shape in sizes.shapes.items():
-        rows, rest = shape[0], math.prod(shape[1:])
-        if is_routed(name, shape) and mesh.ep > 1:
-            shards[name] = math.ceil(rows / mesh.ep / mesh.efsdp) * rest
-        else:
-            shards[name] = math.ceil(rows / mesh.fsdp) * rest // parts[name]
-    return shards
-
-
-@lru_cache(maxsize=256)
-def _gathered_elements(sizes: Sizes, mesh: Mesh) -> tuple[int, int]:
-    """What FSDP gathers for a forward: the elements of the largest layer, and of the embeddings and the head."""
-    parts = _parts(sizes, mesh)
-    layers: Counter[str] = Counter()
-    ends = 0
-    for name, shape in sizes.shapes.items():
-        held = math.prod(shape) // parts[name]
-        if is_embedding(name):
-            ends += held
-        else:
-            number = next((part for part in name.split(".") if part.isdigit()), "")
-            layers[number] += held
-    return max(layers.values()), ends
-
-
-@lru_cache(maxsize=256)
 def _token_bytes(sizes: Sizes, mesh: Mesh, compute: int) -> float:
     """Bytes that all layers keep of each token for the backward."""
     token: float = 0
-    hidden, top_k, parts = sizes.hidden_size, sizes.top_k, _parts(sizes, mesh)
+    hidden, top_k, parts = sizes.hidden_size, sizes.top_k, parts_of(sizes, mesh)
     for name, shape in sizes.shapes.items():
         if is_embedding(name):
             continue
@@ -251,7 +199,7 @@ def estimate(sizes: Sizes, training: Training, mesh: Mesh = ONE) -> dict[str, in
         head += compute * sum(map(math.prod, gates))
     routed = {name: shape for name, shape in sizes.shapes.items() if is_routed(name, shape)}
     if training.router_gradient == "dense":  # what a layer's experts keep, once more in the backward
-        parts = _parts(sizes, mesh)
+        parts = parts_of(sizes, mesh)
         layer_elements = sum(_token_elements(n, s, hidden, sizes.top_k, mesh, parts[n]) for n, s in routed.items())
         head += int(tokens * compute * layer_elements / sizes.num_layers)
     if training.router_gradient == "default":  # averages and the sums of a step
@@ -259,7 +207,7 @@ def estimate(sizes: Sizes, training: Training, mesh: Mesh = ONE) -> dict[str, in
     offload = training.moments == "offload"
     # Beside bf16 weights: of those that are trained, and of the others what bf16 cannot hold.
     masters = FLOAT32 * (trained * training.master_weights + (held - trained) * training.rounds)
-    layer, ends = _gathered_elements(sizes, mesh) if mesh.sharded else (0, 0)
+    layer, ends = gathered_elements(sizes, mesh) if mesh.sharded else (0, 0)
     optimizer = int(2 * _MOMENT[training.moments] * trained)
     need = {
         "weights": (masters * (not offload) + BFLOAT16 * held if half and mesh.whole else FLOAT32 * held)
@@ -282,7 +230,7 @@ def _teacher_bytes(teacher: Sizes, training: Training, compute: int, mesh: Mesh)
     tokens = training.micro_batch_size * training.seq_len
     weights = compute * teacher.total
     if not mesh.whole:
-        layer, ends = _gathered_elements(teacher, mesh) if mesh.sharded else (0, 0)
+        layer, ends = gathered_elements(teacher, mesh) if mesh.sharded else (0, 0)
         weights = FLOAT32 * sum(shard_elements(teacher, mesh).values()) + compute * (2 * layer + ends)
     layer_of_token = _token_bytes(teacher, mesh, compute) / teacher.num_layers
     chunk = min(tokens * teacher.vocab_size, CHUNK_ELEMENTS)

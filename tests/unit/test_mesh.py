@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from moetool.checkpoint.model import skeleton
-from moetool.cost.memory import Training, estimate, loading_bytes, shard_elements, weight_bytes
+from moetool.cost.memory import Training, estimate, loading_bytes, weight_bytes
 from moetool.cost.parameters import sizes_of
+from moetool.cost.shares import shard_elements
 from moetool.errors import ConfigError
 from moetool.mesh import Mesh, check_model, check_shared, check_sizes, distributed, mesh_of
 from tests import tiny
