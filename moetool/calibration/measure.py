@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moetool.calibration.by_layer import LayeredModel, core_of
@@ -17,7 +15,7 @@ from moetool.calibration.options import Run
 from moetool.calibration.store import kept
 from moetool.calibration.sums import Calibration
 from moetool.calibration.text_pass import calibrate, calibrate_dense, mean_losses
-from moetool.checkpoint.model import load_model, pick_device
+from moetool.checkpoint.model import free_models, load_model, pick_device
 from moetool.data.text import TextSource
 from moetool.data.tokens import TokenStream, tokenized
 from moetool.progress import Progress, silent
@@ -48,9 +46,7 @@ def read_texts(
 
 def load(folder: Path, run: Run) -> Any:
     """A model, ready to run, or with `--stream` to be read layer by layer; memory of one before it is free again."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_models()
     if run.stream:
         return LayeredModel(folder, run.dtype, pick_device(run.device))
     device = None if run.device_map else pick_device(run.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -264,6 +265,15 @@ def check_size(folder: Path, model: Any) -> None:
         raise CheckpointError(
             f"{folder}: config.json describes {announced} parameters, but the files hold {there}; fetch both again"
         )
+
+
+def free_models() -> None:
+    """Give back the memory of models that nothing refers to any more; torch would keep that of a GPU."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

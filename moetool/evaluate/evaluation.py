@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.loggers.utils import add_tokenizer_info
 from lm_eval.utils import handle_non_serializable
 
-from moetool.checkpoint.model import load_model, load_tokenizer, skeleton
+from moetool.checkpoint.model import free_models, load_model, load_tokenizer, skeleton
 from moetool.errors import CheckpointError, DataError, EvaluationError
 from moetool.evaluate import cache
 from moetool.evaluate.harness import Harness
@@ -153,9 +151,7 @@ def _loaded(folder: Path, settings: Settings) -> Iterator[Harness]:
         yield Harness(model, tokenizer, folder, settings.batch_size, routing, shared=not mesh.whole)
     finally:
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_models()
 
 
 def _entry(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moetool.checkpoint.model import load_model, load_tokenizer, pick_device, skeleton
+from moetool.checkpoint.model import free_models, load_model, load_tokenizer, pick_device, skeleton
 from moetool.errors import CheckpointError, ConfigError
 from moetool.layers import evenly, ranges
 from moetool.mesh import check_model, distributed, mesh_of
@@ -89,7 +86,7 @@ def analyze(
         observers.append(partial(shown.observe, 0))
     stats = measure(loaded, capture, texts, windows, observers=observers, progress=progress)
     del loaded, capture  # its memory is the next model's
-    _free()
+    free_models()
     comparison = None
     if compare and routes:
         loaded, capture = _open(compare[1], settings)
@@ -106,7 +103,7 @@ def analyze(
         ]
         after = measure(loaded, capture, texts, windows, observers=observers, progress=_named(progress, compare[0]))
         del loaded, capture
-        _free()
+        free_models()
         continual = continual_specialization(tokens, tokens_after, alignment) if tokens and tokens_after else None
         drifted = drift(model[1], compare[1], (empty.num_experts, like.num_experts), progress, alignment)
         upcycling = build_upcycling(same, compare[1], use_after, _named(progress, compare[0]))
@@ -217,9 +214,3 @@ def _named(progress: Progress, model: str) -> Progress:
         progress(f"{task} in {model}", done, total, note)
 
     return renamed
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -22,6 +22,7 @@ from moetool.arch.spec import dense_ffn
 from moetool.checkpoint.header import TensorInfo
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.errors import CheckpointError
+from moetool.outside import finite
 from moetool.progress import Progress, silent
 from moetool.recipe import PROJECTIONS
 from moetool.routing.drift import DTYPES, read_block
@@ -221,8 +222,3 @@ def _summary(values: dict[str, Tensor]) -> dict[str, Any]:
         | {"min": every.min().item() if len(every) else None, "max": every.max().item() if len(every) else None}
         | {"experts": [dict(zip(PARTS, map(finite, three), strict=True)) for three in experts]}
     )
-
-
-def finite(value: float) -> float | None:
-    """JSON knows no NaN."""
-    return value if math.isfinite(value) else None
