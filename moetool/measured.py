@@ -94,7 +94,7 @@ class Measured:
         routers: layer -> how its router is made.
         loads: layer -> text -> the share of the layer's routes that each expert gets of held-out tokens, as predicted.
         halves: layer -> text -> the largest difference between an expert's loads in the two halves of those tokens.
-        asked: the texts' digests and how much of them was read, which the lineage has in the recipe.
+        texts_read: the texts' digests and how much of them was read, which the lineage has in the recipe.
         units_apart: by what share the units' contributions differ in the two halves of the texts, in the layer in which
             they differ most. It determines nothing, so the lineage does not have it.
     """
@@ -104,7 +104,7 @@ class Measured:
     routers: Mapping[int, RouterRows] = field(default_factory=dict)
     loads: Mapping[int, Mapping[str, list[float]]] = field(default_factory=dict)
     halves: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    texts_read: Mapping[str, Any] = field(default_factory=dict)
     units_apart: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -119,17 +119,17 @@ class Measured:
         return {name: layers for name, layers in document.items() if layers}
 
     @classmethod
-    def from_json(cls, document: Any, asked: Any) -> Measured:
+    def from_json(cls, document: Any, texts_read: Any) -> Measured:
         """The inverse of `to_json`.
 
         Args:
             document: what it gave.
-            asked: of the attributes.
+            texts_read: of the attributes.
 
         Raises:
             CheckpointError: it is damaged.
         """
-        if not isinstance(document, dict) or not isinstance(asked, dict):
+        if not isinstance(document, dict) or not isinstance(texts_read, dict):
             raise _damaged("what was")
         split, contributions, routers, loads, halves = (
             _by_layer(document.get(field.name, {})) for field in fields(cls)[:-2]
@@ -141,7 +141,7 @@ class Measured:
         if not all(fits(one, {"*": float}) for one in halves.values()):
             raise _damaged("loads")
         read = {layer: RouterRows.from_json(rows) for layer, rows in routers.items()}
-        return cls(split, contributions, read, loads, halves, asked)
+        return cls(split, contributions, read, loads, halves, texts_read)
 
     def check_routers(self, groups: int, hidden: int) -> None:
         """Check that routers are of a recipe.

@@ -130,7 +130,7 @@ def held_units(
     """The dense units of one expert, ascending int64; None where they are neighbours from `first_unit` on.
 
     Args:
-        recipe: what was asked.
+        recipe: of the upcycling.
         measured: what a pass over text has decided.
         layer: its layer.
         expert: its number; None is the shared expert.

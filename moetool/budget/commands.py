@@ -59,7 +59,7 @@ def commands(
     Args:
         way: that is taken.
         dense: the dense model as it was typed.
-        recipe: of the upcycling, as it was asked.
+        recipe: of the upcycling, as typed.
         clients: programs in which the result must run.
         cluster: the GPUs.
         choice: the mesh; None where none fits, and the training is left out.
@@ -96,7 +96,7 @@ def recipe_options(recipe: UpcycleRecipe, way: Way) -> list[str]:
     """The options of `upcycle` that are not its defaults.
 
     Args:
-        recipe: as it was asked.
+        recipe: as typed.
         way: that is taken.
     """
     words, recipe = [], replace(recipe, method=way)

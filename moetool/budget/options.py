@@ -44,7 +44,7 @@ BOUNDS: dict[str, tuple[Decimal | int, int]] = {
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The plan that the user asked for; unset options follow from DENSE."""
+    """What to plan; unset options follow from DENSE."""
 
     dense: str = option("The dense model: a folder, or owner/name\\[@revision].", positional=True, metavar="DENSE")
     dense_tokens: int | None = option(

@@ -31,7 +31,7 @@ class Plan:
     """A plan before it is a document.
 
     Attributes:
-        options: that were asked.
+        options: of the command.
         models: dense and planned.
         cluster: the GPUs.
         dense_tokens: of DENSE; None where not known.
@@ -59,14 +59,14 @@ class Plan:
         Args:
             best: the mesh; None where none fits.
         """
-        asked, flops = self.options, flops_per_token(self.models.moe, self.seq_len)
+        options, flops = self.options, flops_per_token(self.models.moe, self.seq_len)
         if self.measured:
             return speed(self.cluster, 0, self.measured[0], flops, self.measured[1])
-        if asked.mfu is not None:
-            return speed(self.cluster, float(asked.mfu), None, flops, "given")
-        if asked.tokens_per_second:
-            typed = f"from {asked.tokens_per_second:,} tokens/s"
-            return speed(self.cluster, 0, asked.tokens_per_second, flops, typed)
+        if options.mfu is not None:
+            return speed(self.cluster, float(options.mfu), None, flops, "given")
+        if options.tokens_per_second:
+            typed = f"from {options.tokens_per_second:,} tokens/s"
+            return speed(self.cluster, 0, options.tokens_per_second, flops, typed)
         left = ALONE * best.overlapped if best else 1.0
         source = "assumed" if left >= MFU else "assumed: limited by the mesh's traffic"
         return speed(self.cluster, min(float(MFU), left), None, flops, source)
@@ -76,7 +76,7 @@ def make_plan(options: PlanOptions, reader: CheckpointReader) -> Plan:
     """Read headers and set the options that were left open.
 
     Args:
-        options: that were asked.
+        options: of the command.
         reader: of DENSE.
 
     Raises:
@@ -119,7 +119,7 @@ def document(plan: Plan) -> dict[str, Any]:
     Args:
         plan: settled.
     """
-    models, asked, cluster = plan.models, plan.options, plan.cluster
+    models, options, cluster = plan.models, plan.options, plan.cluster
     moe_flops, dense_flops = (flops_per_token(one, plan.seq_len) for one in (models.moe, models.dense))
     had = plan.dense_tokens[0] * dense_flops if plan.dense_tokens else None
     said = _law(plan, plan.train_tokens * moe_flops / dense_flops)
@@ -135,7 +135,7 @@ def document(plan: Plan) -> dict[str, Any]:
     reached = plan.speed(found[0] if found else None)
     return {
         "schema_version": SCHEMA,
-        "model": asked.dense,
+        "model": options.dense,
         "law": said,
         "recommended": {"way": way, "title": TITLES[way], "because": why},
         "family": models.dense.family,
@@ -170,12 +170,12 @@ def document(plan: Plan) -> dict[str, Any]:
         "learning_rate": asdict(learning_rate(plan.train_tokens))
         | {"findings": [asdict(one) for one in ON_LEARNING_RATE]},
         "commands": commands(
-            way, asked.dense, asked.recipe(), tuple(asked.for_), cluster, best[0] if best else None,
+            way, options.dense, options.recipe(), tuple(options.for_), cluster, best[0] if best else None,
             plan.train_tokens, plan.seq_len, plan.batch, spread,
         ),
         "assumptions": {
             "memory_share": SPARE, "bandwidth_share": REACHED, "network": NETWORK, "one_gpu_mfu": ALONE,
-            "disk_speed": asked.disk_speed, "precision": "bf16", "gradient_checkpointing": True,
+            "disk_speed": options.disk_speed, "precision": "bf16", "gradient_checkpointing": True,
         },
     }  # fmt: skip
 

@@ -31,7 +31,7 @@ class Models:
     Attributes:
         dense: sizes of the dense model.
         moe: sizes of the Mixture of Experts.
-        recipe: of the upcycling, settled; as it was asked where the family cannot be upcycled.
+        recipe: of the upcycling, settled; as typed where the family cannot be upcycled.
         unfit: why the family cannot be upcycled; empty where it can.
         num_bytes: of the Mixture of Experts on disk.
         dense_bytes: of the dense model on disk.
@@ -71,14 +71,14 @@ def plan_models(reader: CheckpointReader, recipe: UpcycleRecipe, clients: Sequen
         config = text_config(reader.config)
         if config.get("quantization_config") or "already a Mixture of Experts" in str(error):
             raise
-        asked = {
+        typed = {
             "--target": recipe.target != "auto",
             "--for": bool(clients),
             "--moe-layers": recipe.moe_layers != "all",
+            "--shared-experts": bool(recipe.shared_experts),
         }
-        asked |= {"--shared-experts": bool(recipe.shared_experts)}
-        for flag, typed in asked.items():
-            if typed:
+        for flag, is_typed in typed.items():
+            if is_typed:
                 raise ConfigError(f"{flag}: {error}; leave it out to see only cost and memory") from None
         return _unsupported(reader, recipe, str(error))
     settled = settle(recipe, dense, clients, beside(reader.folder))
@@ -151,7 +151,7 @@ _INSIDE = re.compile(r"\.(layers|h|blocks|block)\.\d+\.")
 
 
 def _unsupported(reader: CheckpointReader, recipe: UpcycleRecipe, unfit: str) -> Models:
-    """The same of a family that cannot be upcycled: what each of its FFNs, copied as often as asked, would take.
+    """The same of a family that cannot be upcycled: what each of its FFNs, copied for each expert, would take.
 
     An FFN's matrices are those of a layer that have the intermediate size on one side and the hidden size on the other.
     """

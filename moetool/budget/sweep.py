@@ -13,25 +13,25 @@ from moetool.errors import MoetoolError, in_one_line
 from moetool.option import flag
 
 
-def swept(asked: PlanOptions, reader: CheckpointReader) -> list[dict[str, Any]]:
+def swept(options: PlanOptions, reader: CheckpointReader) -> list[dict[str, Any]]:
     """A row for each combination: its settings and the figures of its plan, or why there is none.
 
     Args:
-        asked: with `sweep`.
+        options: with `sweep`.
         reader: of DENSE.
 
     Raises:
         ConfigError: see `values_of`.
     """
-    values = values_of(asked.sweep)
+    values = values_of(options.sweep)
     rows = []
     for combination in product(*values.values()):
         settings = dict(zip(values, combination, strict=True))
         row: dict[str, Any] = {"settings": {flag(name)[2:]: _plain(value) for name, value in settings.items()}}
         try:
-            options = replace(asked, **settings)
-            options.check(())
-            found = document(make_plan(options, reader))
+            changed = replace(options, **settings)
+            changed.check(())
+            found = document(make_plan(changed, reader))
             row |= {**summary(found), "error": None, "outside": found["law"]["reasons"]}
         except MoetoolError as error:
             row["error"] = in_one_line(error, 200)

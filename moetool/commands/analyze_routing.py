@@ -82,17 +82,17 @@ class AnalyzeOptions:
 
 
 def analyze_routing(
-    context: typer.Context, asked: AnalyzeOptions, settings: Settings, output: Output
+    context: typer.Context, options: AnalyzeOptions, settings: Settings, output: Output
 ) -> dict[str, Any]:
     """Analyse a model's routing: load balance per layer and text, dead experts, changes.
 
     Writes report.json, report.html (one file that opens offline) and plots to --out.
     """
-    checks = [parse_check(text) for text in asked.fail_if]
-    check_asked_for(checks, bool(asked.compare), settings.unit_use)
-    if settings.show_text and asked.counts is not None:
+    checks = [parse_check(text) for text in options.fail_if]
+    check_asked_for(checks, bool(options.compare), settings.unit_use)
+    if settings.show_text and options.counts is not None:
         raise typer.BadParameter("--show-text has no effect with --counts, which holds no text")
-    out = asked.out or Path()  # `check` has made sure that there is one
+    out = options.out or Path()  # `check` has made sure that there is one
 
     from moetool.checkpoint.folder import FolderLock
 
@@ -102,14 +102,14 @@ def analyze_routing(
         progress = stack.enter_context(console.progress())
         if is_first():
             stack.enter_context(FolderLock(out))
-        if asked.counts is not None:
+        if options.counts is not None:
             from moetool.routing.counts_file import read_counts
             from moetool.routing.report import build_report
 
-            report = build_report(asked.counts.name, read_counts(asked.counts, asked.top_k or 1))
+            report = build_report(options.counts.name, read_counts(options.counts, options.top_k or 1))
         else:
             scratch = out if is_first() else Path(stack.enter_context(TemporaryDirectory()))
-            report = _measured(asked, settings, scratch, console, progress)
+            report = _measured(options, settings, scratch, console, progress)
         if not is_first():  # it has counted what the first has
             return report
         from moetool.routing.report import write_report
@@ -123,7 +123,7 @@ def analyze_routing(
 
 
 def _measured(
-    asked: AnalyzeOptions, settings: Settings, scratch: Path, console: Console, progress: Progress
+    options: AnalyzeOptions, settings: Settings, scratch: Path, console: Console, progress: Progress
 ) -> dict[str, Any]:
     """Run the texts through the models, with files that are deleted again in the folder `scratch`."""
     from moetool.checkpoint.hub import resolve_model
@@ -132,23 +132,25 @@ def _measured(
     from moetool.data.tokens import tokenized
     from moetool.routing.analysis import analyze
 
-    models = [(name, resolve_model(name)) for name in (asked.model, asked.compare) if name]
-    if asked.compare and len({tokenizer_sha256(folder) for _, folder in models}) > 1:
+    models = [(name, resolve_model(name)) for name in (options.model, options.compare) if name]
+    if options.compare and len({tokenizer_sha256(folder) for _, folder in models}) > 1:
         raise ConfigError(
-            f"--compare: {asked.compare} and {asked.model} have different tokenizers; compare models with one"
+            f"--compare: {options.compare} and {options.model} have different tokenizers; compare models with one"
         )
     place = settings.dtype, pick_device(settings.device), settings.device_map, mesh_of(settings)
     estimate = tell_weights(console, [folder for _, folder in models], *place)
     streams = {
-        name: tokenized(TextSource(path, asked.text_field, asked.document), models[0][1], progress, settings.max_tokens)
-        for name, path in asked.data.items()
+        name: tokenized(
+            TextSource(path, options.text_field, options.document), models[0][1], progress, settings.max_tokens
+        )
+        for name, path in options.data.items()
     }
     with estimated(estimate):
         return analyze(
             models[0],
             streams,
             settings,
-            compare=models[1] if asked.compare else None,
+            compare=models[1] if options.compare else None,
             scratch=scratch,
             notice=lambda message: console.say(f"[dim]{escape(message)}[/dim]"),
             progress=progress,

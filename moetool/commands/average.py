@@ -42,7 +42,7 @@ class Checkpoints:
 
 
 def average(
-    context: typer.Context, models: Checkpoints, asked: AverageRecipe, writing: Writing, output: Output
+    context: typer.Context, models: Checkpoints, options: AverageRecipe, writing: Writing, output: Output
 ) -> dict[str, Any]:
     """Average checkpoints of one model.
 
@@ -59,7 +59,7 @@ def average(
     started = time.perf_counter()
     names = expand(models.checkpoint, models.last)
     opened = context.with_resource(open_sources(names, models.out, writing.plan, reader=OPERATION.reader({})))
-    sources, recipe = in_order(opened, asked)
+    sources, recipe = in_order(opened, options)
     plan = plan_average(sources.readers, recipe, parse_size(writing.max_shard_size))
     document = describe(plan, sources, recipe, models.out, writing.num_workers)
     if len(sources.readers) == 1:

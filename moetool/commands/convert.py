@@ -36,7 +36,7 @@ class Models:
 
 
 def convert(
-    context: typer.Context, models: Models, asked: ConvertRecipe, writing: Writing, output: Output
+    context: typer.Context, models: Models, options: ConvertRecipe, writing: Writing, output: Output
 ) -> dict[str, Any]:
     """Write the same model with another dtype or layout.
 
@@ -51,16 +51,16 @@ def convert(
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
     sources = context.with_resource(
-        open_sources([models.source], models.out, writing.plan, asked.unpickle, models.adapter)
+        open_sources([models.source], models.out, writing.plan, options.unpickle, models.adapter)
     )
-    if asked.unpickle:
+    if options.unpickle:
         if not any(reader.pickled for reader in sources.readers):
             raise ConfigError(f"--unpickle has no effect, because {models.source} has safetensors; leave it out")
         console.warn(
             "torch's restricted unpickler reads the weights; elsewhere a pickle can run code, so use only the converted"
             " files"
         )
-    recipe = replace(asked, adapter=models.adapter is not None)
+    recipe = replace(options, adapter=models.adapter is not None)
     conversion = plan_conversion(sources.readers, recipe, parse_size(writing.max_shard_size))
     document = describe(conversion, models.out, writing.num_workers)
     if conversion.layouts == ("per-expert", "fused"):

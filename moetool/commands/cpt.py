@@ -157,12 +157,12 @@ def _average(run: Run, last: int, progress: Progress) -> dict[str, Any]:
     from moetool.surgery.sources import open_sources
     from moetool.train.build import validate_other
 
-    out, writing, asked = run.plan.config.out / AVERAGE, Writing(), AverageRecipe()
+    out, writing = run.plan.config.out / AVERAGE, Writing()
 
     def write() -> None:
         names = expand([str(run.plan.config.out)], last)
         with open_sources(names, out, reader=OPERATION.reader({})) as opened:
-            sources, recipe = in_order(opened, asked)
+            sources, recipe = in_order(opened, AverageRecipe())
             plan = plan_average(sources.readers, recipe, parse_size(writing.max_shard_size))
             write_out(plan, sources, out, writing.num_workers, {}, False, progress)
             prove(plan, sources, out, writing.verify, writing.num_workers, progress)

@@ -30,7 +30,7 @@ class DensifyOptions:
 def densify(
     context: typer.Context,
     models: Folders,
-    asked: DensifyOptions,
+    options: DensifyOptions,
     run: CalibrationOptions,
     writing: Writing,
     output: Output,
@@ -54,7 +54,7 @@ def densify(
     sources = open_model(context, models, writing, "densify")
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "densified")
     check_source(source)
-    if (keep := asked.keep_experts) > source.num_experts:
+    if (keep := options.keep_experts) > source.num_experts:
         raise ConfigError(f"--keep-experts {keep}: {folder} has {source.num_experts} experts; keep at most that")
     estimate = tell_calibration(console, folder, run)
     with console.progress() as progress, estimated(estimate):

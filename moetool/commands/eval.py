@@ -67,15 +67,15 @@ class EvalOptions:
             raise ConfigError("--num-fewshot has no effect without --tasks or --suite, because --text has no prompt")
 
 
-def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, output: Output) -> dict[str, Any]:
+def evaluate(context: typer.Context, options: EvalOptions, settings: Settings, output: Output) -> dict[str, Any]:
     """Score and compare checkpoints on lm-eval tasks and local text.
 
     Scores are identical to those of lm-evaluation-harness on the same checkpoint and task.
     """
-    out = asked.out
+    out = options.out
     if settings.log_samples and out is None:
         raise typer.BadParameter("--log-samples needs a folder to write to: --out DIR")
-    chosen = registry.load("suite", asked.suite) if asked.suite else None
+    chosen = registry.load("suite", options.suite) if options.suite else None
 
     from moetool.evaluate.quiet import hushed
 
@@ -88,8 +88,8 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
         from moetool.evaluate.tasks import network
 
         hardware = pick_device(settings.device)
-        with network(allowed=not asked.offline):
-            folders = _distinct([asked.baseline, *asked.models] if asked.baseline else asked.models)
+        with network(allowed=not options.offline):
+            folders = _distinct([options.baseline, *options.models] if options.baseline else options.models)
             evaluation.check_models(folders)
     place = settings.dtype, hardware, settings.device_map, mesh_of(settings)
     estimate = tell_weights(console, folders.values(), *place)
@@ -99,8 +99,8 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
         from moetool.evaluate.results import build_document, write_results
         from moetool.evaluate.tasks import code_execution
 
-        with network(allowed=not asked.offline), code_execution(settings.allow_code_execution):
-            loaded = _load_tasks(asked, settings, chosen, progress)
+        with network(allowed=not options.offline), code_execution(settings.allow_code_execution):
+            loaded = _load_tasks(options, settings, chosen, progress)
             if out is not None and is_first():
                 stack.enter_context(FolderLock(out))
                 write_options(context, out)
@@ -109,8 +109,8 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
                 evaluated = evaluation.evaluate(folders, loaded, settings, out, progress)
         if not is_first():
             return {}
-        base = next(iter(folders)) if asked.baseline else None
-        suites = {asked.suite: chosen} if asked.suite and chosen else {}
+        base = next(iter(folders)) if options.baseline else None
+        suites = {options.suite: chosen} if options.suite and chosen else {}
         result = build_document(folders, loaded, evaluated, base, suites)
         if out is not None:
             from moetool.evaluate.score_plots import write_plots  # matplotlib
@@ -126,20 +126,20 @@ def evaluate(context: typer.Context, asked: EvalOptions, settings: Settings, out
     return result
 
 
-def _load_tasks(asked: EvalOptions, settings: Settings, suite: Suite | None, progress: Progress) -> Tasks:
+def _load_tasks(options: EvalOptions, settings: Settings, suite: Suite | None, progress: Progress) -> Tasks:
     """The tasks of a suite, of --tasks and of --text."""
     from moetool.data.text import TextSource
     from moetool.evaluate.tasks import load_tasks, text_task
 
     shots: dict[str, int | None] = {b.task: b.shots for b in suite.benchmarks if b.task} if suite else {}
-    if asked.num_fewshot is not None:
-        shots = dict.fromkeys(shots, asked.num_fewshot)
-    shots |= {name.strip(): asked.num_fewshot for name in (asked.tasks or "").split(",") if name.strip()}
-    loaded = load_tasks(shots, asked.include_path, settings.allow_code_execution, progress)
-    for name, path in asked.text.items():
+    if options.num_fewshot is not None:
+        shots = dict.fromkeys(shots, options.num_fewshot)
+    shots |= {name.strip(): options.num_fewshot for name in (options.tasks or "").split(",") if name.strip()}
+    loaded = load_tasks(shots, options.include_path, settings.allow_code_execution, progress)
+    for name, path in options.text.items():
         if name in loaded.tasks:
             raise typer.BadParameter(f"--text {name}: a task has the same name; choose another name")
-        source = TextSource(path, asked.text_field, asked.document)
+        source = TextSource(path, options.text_field, options.document)
         loaded.tasks[name] = text_task(name, source, settings.limit, progress)
         loaded.texts[name] = path
     return loaded

@@ -46,7 +46,7 @@ class Measured:
 
 
 def grow(
-    context: typer.Context, models: Folders, asked: GrowRecipe, run: GrowTexts, writing: Writing, output: Output
+    context: typer.Context, models: Folders, options: GrowRecipe, run: GrowTexts, writing: Writing, output: Output
 ) -> dict[str, Any]:
     """Add experts to a Mixture of Experts, as copies of existing ones with their router rows.
 
@@ -59,19 +59,19 @@ def grow(
     from moetool.grow.plan import plan_growth
     from moetool.surgery.sources import open_sources
 
-    if bool(run.data) != (asked.utility != "none"):
+    if bool(run.data) != (options.utility != "none"):
         raise typer.BadParameter(
             "--data has no effect without --utility frequency, gate or gradient"
             if run.data
-            else f"--utility {asked.utility} needs a text to measure the experts on: give --data NAME=PATH"
+            else f"--utility {options.utility} needs a text to measure the experts on: give --data NAME=PATH"
         )
     console = Console(context, output.json, output.quiet)
     started, texts = time.perf_counter(), bool(run.data or run.val)
     headers_only = writing.plan and not texts
     sources = context.with_resource(open_sources([models.model], models.out, headers_only, reader=TrainingReader))
-    measured = _measure(sources.readers[0], models.out, asked, run, writing, console) if texts else Measured()
+    measured = _measure(sources.readers[0], models.out, options, run, writing, console) if texts else Measured()
     max_size = parse_size(writing.max_shard_size)
-    growth = plan_growth(sources.readers, asked, max_size, measured.experts, measured.data)
+    growth = plan_growth(sources.readers, options, max_size, measured.experts, measured.data)
     document = describe(growth, measured, models.out, writing.num_workers)
     for warning in warnings(growth):
         console.warn(warning)
@@ -88,7 +88,7 @@ def grow(
 
 
 def _measure(
-    reader: CheckpointReader, out: Path, asked: GrowRecipe, run: GrowTexts, writing: Writing, console: Console
+    reader: CheckpointReader, out: Path, options: GrowRecipe, run: GrowTexts, writing: Writing, console: Console
 ) -> Measured:
     """Run the texts through the model, once all that can be known before is found to be right."""
     from moetool.calibration.measure import load, losses, read_texts
@@ -99,24 +99,24 @@ def _measure(
     from moetool.surgery.lineage import recorded
 
     source = open_moe(reader, "grown")
-    settle(source, asked)
+    settle(source, options)
     if not writing.plan and not writing.overwrite:
         check_out(out, "grow")
-    if asked.utility == "gradient" and run.stream:
+    if options.utility == "gradient" and run.stream:
         raise ConfigError("--utility gradient needs the whole model in memory; leave --stream out")
     estimate = tell_calibration(console, reader.folder, run)
-    if asked.utility == "gradient":
+    if options.utility == "gradient":
         estimate += f", and {size(4 * source.num_routed)} for gradients"
         console.say(f"[dim]gradients of the experts take {size(4 * source.num_routed)} more[/dim]")
     with console.progress() as progress, estimated(estimate):
         known = recorded(out)
         texts, validation = (read_texts(named, reader.folder, run, progress, known) for named in (run.data, run.val))
         model = load(reader.folder, run)
-        found = utilities(asked.utility, model, reader.folder, texts, run, progress) if texts else {}
+        found = utilities(options.utility, model, reader.folder, texts, run, progress) if texts else {}
         before = losses(model, validation, run, progress)
     return Measured(
         {layer: utility_E.tolist() for layer, utility_E in found.items()},
-        {layer: most_useful(utility_E, asked.num_experts) for layer, utility_E in found.items()},
+        {layer: most_useful(utility_E, options.num_experts) for layer, utility_E in found.items()},
         {name: text.manifest["sha256"] for name, text in texts.items()},
         before,
         estimate,

@@ -26,7 +26,7 @@ class InspectOptions:
     tensors: bool = option("List every tensor.", False, flag="--tensors")
 
 
-def inspect(context: typer.Context, asked: InspectOptions, output: Output) -> dict[str, Any]:
+def inspect(context: typer.Context, options: InspectOptions, output: Output) -> dict[str, Any]:
     """Describe a checkpoint: family, parameters, experts, files, lineage.
 
     Reads config.json and the headers of the safetensors files. No weights are loaded.
@@ -36,10 +36,10 @@ def inspect(context: typer.Context, asked: InspectOptions, output: Output) -> di
     from moetool.lineage import lineage_entries
 
     console = Console(context, output.json, output.quiet)
-    with CheckpointReader(resolve_model(asked.path)) as reader:
+    with CheckpointReader(resolve_model(options.path)) as reader:
         document = describe(reader)
         document["lineage"] = lineage_entries(reader.folder)
-        if asked.tensors:
+        if options.tensors:
             document["tensors"] = {
                 name: {"dtype": info.dtype, "shape": list(info.shape), "file": info.shard}
                 for name, info in reader.tensors.items()

@@ -15,7 +15,7 @@ from moetool.commands.options import Output
 from moetool.commands.plan_page import page
 
 
-def plan(context: typer.Context, asked: PlanOptions, output: Output) -> dict[str, Any]:
+def plan(context: typer.Context, options: PlanOptions, output: Output) -> dict[str, Any]:
     """Estimate what upcycling a model would cost and gain.
 
     Reads only config.json and the headers of DENSE, from a folder or the hub. Compares training the dense model
@@ -29,24 +29,24 @@ def plan(context: typer.Context, asked: PlanOptions, output: Output) -> dict[str
 
     console = Console(context, output.json, output.quiet)
     folder = Path(context.with_resource(TemporaryDirectory(prefix="moetool-")))
-    reader = context.with_resource(CheckpointReader(fetch_headers(asked.dense, folder)))
-    settled, probe = make_plan(asked, reader), None
-    if asked.probe:
+    reader = context.with_resource(CheckpointReader(fetch_headers(options.dense, folder)))
+    settled, probe = make_plan(options, reader), None
+    if options.probe:
         from moetool.budget.probe import measure
 
         with console.progress() as progress:
             probe = measure(settled, progress)
-        if (probe.device, probe.processes) == ("cuda", asked.num_gpus):
+        if (probe.device, probe.processes) == ("cuda", options.num_gpus):
             settled = replace(settled, measured=(probe.tokens_per_second, "measured by --probe"))
     found = document(settled)
     found["probe"] = probe and probe.to_json(found["steps"])
-    found["sweep"] = swept(asked, reader) if asked.sweep else []
-    if asked.html:
+    found["sweep"] = swept(options, reader) if options.sweep else []
+    if options.html:
         from moetool.budget.html import render
         from moetool.checkpoint.folder import write_file
 
-        asked.html.parent.mkdir(parents=True, exist_ok=True)
-        write_file(asked.html, render(found).encode())
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        write_file(options.html, render(found).encode())
     console.result(found, *page(found))
     if not output.json:
         for line in found["commands"]:

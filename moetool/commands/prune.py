@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def prune(
     context: typer.Context,
     models: Folders,
-    asked: PruneOptions,
+    options: PruneOptions,
     run: CalibrationOptions,
     writing: Writing,
     output: Output,
@@ -55,7 +55,7 @@ def prune(
     sources = open_model(context, models, writing, "prune")
     folder, source = sources.readers[0].folder, open_moe(sources.readers[0], "pruned")
     order = unit_orders(source)
-    groups, keep = check_numbers(source, asked.keep_experts), asked.keep_experts
+    groups, keep = check_numbers(source, options.keep_experts), options.keep_experts
     estimate = tell_calibration(console, folder, run)
     with console.progress() as progress, estimated(estimate):
         known = recorded(models.out)
@@ -63,12 +63,12 @@ def prune(
         model = load(folder, run)
         measured = calibration_of(model, folder, texts, run, progress)
         found = layers_with_experts(model)
-        choice = choose(found, measured, asked.score, keep, groups, asked.protect_super, asked.seed, progress)
-        if asked.merge == "ream":
+        choice = choose(found, measured, options.score, keep, groups, options.protect_super, options.seed, progress)
+        if options.merge == "ream":
             choice = merge(found, measured, choice, groups, order, progress)
         before = losses(model, validation, run, progress)
         del model, found
-    recipe, size = recipe_of(asked, choice, texts), parse_size(writing.max_shard_size)
+    recipe, size = recipe_of(options, choice, texts), parse_size(writing.max_shard_size)
     plan = plan_pruning(sources.readers, recipe, choice.kept, size, choice.groups, order)
     document = describe(plan, choice, source.num_experts, before, models.out, writing.num_workers)
     for warning in warnings(document, plan):
@@ -84,11 +84,11 @@ def prune(
     return document
 
 
-def recipe_of(asked: PruneOptions, choice: Choice, texts: Mapping[str, TokenStream]) -> dict[str, Any]:
+def recipe_of(options: PruneOptions, choice: Choice, texts: Mapping[str, TokenStream]) -> dict[str, Any]:
     """The recipe as the lineage records it; without a merge, nothing about one."""
-    recipe = {"keep_experts": asked.keep_experts, "score": choice.score, "protect_super": asked.protect_super}
-    recipe |= {"merge": asked.merge} if choice.groups else {}
-    recipe |= {"seed": asked.seed} if choice.score == "random" else {}
+    recipe = {"keep_experts": options.keep_experts, "score": choice.score, "protect_super": options.protect_super}
+    recipe |= {"merge": options.merge} if choice.groups else {}
+    recipe |= {"seed": options.seed} if choice.score == "random" else {}
     return recipe | {"data": {name: text.manifest["sha256"] for name, text in texts.items()}}
 
 

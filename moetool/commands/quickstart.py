@@ -28,7 +28,7 @@ class QuickstartOptions:
     seed: int = option("Random seed for the models, the data order and the redrawn units.", 0, min=0)
 
 
-def quickstart(context: typer.Context, asked: QuickstartOptions, output: Output) -> dict[str, Any]:
+def quickstart(context: typer.Context, options: QuickstartOptions, output: Output) -> dict[str, Any]:
     """Run the whole journey in a few minutes: dense model, upcycling, continual pretraining, routing, evaluation.
 
     Needs no network and no GPU: the text is the documentation and the standard library of the
@@ -37,7 +37,7 @@ def quickstart(context: typer.Context, asked: QuickstartOptions, output: Output)
     """
     from moetool import quickstart as domain
 
-    folder, seed = asked.folder, asked.seed
+    folder, seed = options.folder, options.seed
     console = Console(context, output.json, output.quiet)
     began = time.perf_counter()
     context.with_resource(_claimed(folder))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moetool.sample.prompts import Prompts
 
 
-def sample(context: typer.Context, asked: SampleOptions, output: Output) -> dict[str, Any]:
+def sample(context: typer.Context, options: SampleOptions, output: Output) -> dict[str, Any]:
     """Generate text with a model, to replay if its own training text is not public.
 
     Each line of OUT.jsonl is a sample, drawn from the model's distribution, for cpt --replay self=OUT.jsonl. The
@@ -36,24 +36,24 @@ def sample(context: typer.Context, asked: SampleOptions, output: Output) -> dict
     from moetool.sample.run import begin_and_end, fingerprint
 
     console = Console(context, output.json, output.quiet)
-    out, started = asked.out, time.monotonic()
-    folder = resolve_model(asked.model)
+    out, started = options.out, time.monotonic()
+    folder = resolve_model(options.model)
     with FolderLock(hidden(out)):
         tokenizer = load_tokenizer(folder)
         begin, end = begin_and_end(tokenizer, folder)
         with console.progress() as progress:
             texts = {
-                name: tokenized(TextSource(path, asked.text_field, asked.document), folder, progress)
-                for name, path in asked.prompts.items()
+                name: tokenized(TextSource(path, options.text_field, options.document), folder, progress)
+                for name, path in options.prompts.items()
             }
-        seq_len = window(skeleton(folder), asked.seq_len)
-        prompts = open_prompts(begin, texts, asked.prompt_tokens, seq_len, asked.seed)
+        seq_len = window(skeleton(folder), options.seq_len)
+        prompts = open_prompts(begin, texts, options.prompt_tokens, seq_len, options.seed)
         digests = {name: str(text.manifest["sha256"]) for name, text in texts.items()}
-        unfinished = Unfinished(out, asked.identity(seq_len, fingerprint(folder), digests), asked.overwrite)
-        done = None if asked.overwrite or unfinished.begun else finished(out, unfinished.identity)
+        unfinished = Unfinished(out, options.identity(seq_len, fingerprint(folder), digests), options.overwrite)
+        done = None if options.overwrite or unfinished.begun else finished(out, unfinished.identity)
         speed = None
         if done is None:
-            speed = _generate(console, folder, tokenizer, prompts, asked, seq_len, end, unfinished)
+            speed = _generate(console, folder, tokenizer, prompts, options, seq_len, end, unfinished)
             unfinished.finish(options_text(context))
             done = unfinished.done
         unfinished.discard()
@@ -78,7 +78,7 @@ def _generate(
     folder: Path,
     tokenizer: Any,
     prompts: Prompts,
-    asked: SampleOptions,
+    options: SampleOptions,
     seq_len: int,
     end: int,
     unfinished: Unfinished,
@@ -90,19 +90,19 @@ def _generate(
     console.say("[dim]vLLM is faster on a GPU, and cpt can read its output (docs/sample.md)[/dim]")
     before = unfinished.done.num_tokens
     if before:
-        console.say(f"[dim]continues after {count(before)} of {count(asked.max_tokens)} tokens[/dim]")
-    device = pick_device(asked.device)
-    estimate = tell_weights(console, [folder], asked.dtype, device, asked.device_map)
+        console.say(f"[dim]continues after {count(before)} of {count(options.max_tokens)} tokens[/dim]")
+    device = pick_device(options.device)
+    estimate = tell_weights(console, [folder], options.dtype, device, options.device_map)
     with console.progress() as progress, estimated(estimate):
         progress("load the model", 0, 1)
-        model = load_model(folder, asked.dtype, None if asked.device_map else device, asked.device_map).eval()
+        model = load_model(folder, options.dtype, None if options.device_map else device, options.device_map).eval()
         progress("load the model", 1, 1)
         began = time.monotonic()
         try:
-            run(model, tokenizer, prompts, asked, seq_len, end, unfinished, progress)
+            run(model, tokenizer, prompts, options, seq_len, end, unfinished, progress)
         except (KeyboardInterrupt, SystemExit):
             console.warn(
-                f"stopped after {unfinished.done.num_tokens} of {asked.max_tokens} tokens; the same command continues"
+                f"stopped after {unfinished.done.num_tokens} of {options.max_tokens} tokens; the same command continues"
                 " from there"
             )
             raise

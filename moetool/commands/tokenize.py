@@ -31,7 +31,7 @@ class TokenizeOptions:
     overwrite: bool = option("Replace existing tokens in DIR.", False, flag="--overwrite", recorded=False)
 
 
-def tokenize(context: typer.Context, asked: TokenizeOptions, output: Output) -> dict[str, Any]:
+def tokenize(context: typer.Context, options: TokenizeOptions, output: Output) -> dict[str, Any]:
     """Tokenize text into a folder that cpt and analyze-routing open instantly.
 
     The inputs form one stream, in the order given. Each document ends with the end-of-text token.
@@ -42,22 +42,22 @@ def tokenize(context: typer.Context, asked: TokenizeOptions, output: Output) -> 
     from moetool.data.text import TextSource, read_documents
     from moetool.data.tokens import describe, open_tokens, read_manifest, write_tokens
 
-    out = asked.out
+    out = options.out
     console = Console(context, output.json, output.quiet)
     began = time.monotonic()
-    folder = resolve_model(asked.tokenizer, weights=False)
+    folder = resolve_model(options.tokenizer, weights=False)
     loaded = load_tokenizer(folder)
-    sources = [TextSource(path, asked.text_field, asked.document) for path in asked.inputs]
+    sources = [TextSource(path, options.text_field, options.document) for path in options.inputs]
     with FolderLock(out), console.progress() as progress:
         about = describe(sources, folder, loaded, progress)
         found = read_manifest(out)
-        there = found is not None and found.get("key") == about["key"] and not asked.overwrite
+        there = found is not None and found.get("key") == about["key"] and not options.overwrite
         if there:
             stream = open_tokens(out)
         else:
             documents = chain.from_iterable(read_documents(source, progress) for source in sources)
             files = {"moetool.yaml": options_text(context).encode()}
-            stream = write_tokens(documents, loaded, out, about, asked.overwrite, files)
+            stream = write_tokens(documents, loaded, out, about, options.overwrite, files)
     manifest = stream.manifest
     result = {
         "out": str(out),

@@ -47,7 +47,7 @@ class Models:
 def upcycle(
     context: typer.Context,
     models: Models,
-    asked: UpcycleRecipe,
+    options: UpcycleRecipe,
     texts: TextOptions,
     writing: Writing,
     output: Output,
@@ -66,9 +66,9 @@ def upcycle(
 
     console = Console(context, output.json, output.quiet)
     started = time.perf_counter()
-    donors, weights = read_donors(models.donor if asked.method != "scratch" else [])
+    donors, weights = read_donors(models.donor if options.method != "scratch" else [])
     names = [models.dense, *donors]
-    recipe, max_size = asked.settled(len(names), weights), parse_size(writing.max_shard_size)
+    recipe, max_size = options.settled(len(names), weights), parse_size(writing.max_shard_size)
     check_texts(recipe, texts)
     reads = bool(texts.calibrate)
     reader = reader_of({"training_state": models.keep_optimizer})

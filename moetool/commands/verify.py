@@ -61,7 +61,7 @@ class VerifyOptions:
     device: str = device_option("Calibration")
 
 
-def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict[str, Any]:
+def verify(context: typer.Context, options: VerifyOptions, output: Output) -> dict[str, Any]:
     """Verify a folder written by upcycle, convert, average, grow, prune or densify against its sources.
 
     Checks that kept weights equal the source bit for bit, that redrawn units differ from it and have the
@@ -78,33 +78,33 @@ def verify(context: typer.Context, asked: VerifyOptions, output: Output) -> dict
     from moetool.surgery.verify import verify as prove
 
     console = Console(context, output.json, output.quiet)
-    folder = resolve_model(str(asked.path))
+    folder = resolve_model(str(options.path))
     entry = provable_entry(folder)
     operation, recorded = registry.load("operation", entry["command"]), recorded_sources(entry)
     if operation.one_source and len(recorded) != 1:
         raise CheckpointError(f"{folder}: moetool.json names {len(recorded)} sources of a command that has one")
     names = [one["name"] for one in recorded]
-    if asked.donor and len(asked.donor) != len(names) - 1:
+    if options.donor and len(options.donor) != len(names) - 1:
         raise typer.BadParameter(
-            f"--donor is given {len(asked.donor)} times, but {folder} was made from {len(names) - 1} other donors"
+            f"--donor is given {len(options.donor)} times, but {folder} was made from {len(names) - 1} other donors"
         )
-    names = [asked.source or names[0], *(asked.donor or names[1:])]
+    names = [options.source or names[0], *(options.donor or names[1:])]
     try:
-        folders = [resolve_model(name, unpickle=asked.unpickle) for name in names]
+        folders = [resolve_model(name, unpickle=options.unpickle) for name in names]
     except MoetoolError as error:
         raise CheckpointError(f"{error} (or give the current sources with --source and --donor)") from None
     with ExitStack() as stack:
         has_adapter = entry.get("recipe", {}).get("adapter") is True and len(folders) > 1
-        opened = open_readers(folders, asked.unpickle, has_adapter, operation.reader(entry))
+        opened = open_readers(folders, options.unpickle, has_adapter, operation.reader(entry))
         readers = [stack.enter_context(reader) for reader in opened]
         progress = stack.enter_context(console.progress())
-        if asked.level == "full":
+        if options.level == "full":
             hashes = [one.get("sha256") for one in recorded]
-            check_sources(readers, hashes, operation.done, asked.workers or num_cores(), progress)
+            check_sources(readers, hashes, operation.done, options.workers or num_cores(), progress)
         plan = operation.replan(readers, entry, entry["max_shard_size"])
-        proof = prove(plan, readers, folder, asked.level, asked.workers or num_cores(), progress).to_json()
-        if asked.calibrate:
-            proof |= _measure_again(operation, readers, entry, asked, progress)
+        proof = prove(plan, readers, folder, options.level, options.workers or num_cores(), progress).to_json()
+        if options.calibrate:
+            proof |= _measure_again(operation, readers, entry, options, progress)
     document = {"path": str(folder), "source": str(folders[0]), "proof": proof}
     console.result(document, proof_line(proof), escape(str(folder)))
     return document
@@ -114,7 +114,7 @@ def _measure_again(
     operation: Operation,
     readers: Sequence[CheckpointReader],
     entry: Mapping[str, Any],
-    asked: VerifyOptions,
+    options: VerifyOptions,
     progress: Progress,
 ) -> dict[str, Any]:
     from moetool.errors import ConfigError
@@ -122,5 +122,5 @@ def _measure_again(
 
     if operation.measure_again is None:
         raise ConfigError(f"--calibrate has no effect with a folder written by moetool {entry['command']}")
-    run = TextOptions(asked.calibrate, asked.text_field, asked.document, device=asked.device)
+    run = TextOptions(options.calibrate, options.text_field, options.document, device=options.device)
     return operation.measure_again(readers, entry, run, progress)

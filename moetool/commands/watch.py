@@ -49,7 +49,7 @@ class WatchOptions:
                 raise ConfigError(f"--{name.rstrip('_')} has no effect with --html, which serves nothing")
 
 
-def watch(context: typer.Context, asked: WatchOptions, output: Output) -> dict[str, Any]:
+def watch(context: typer.Context, options: WatchOptions, output: Output) -> dict[str, Any]:
     """Show training runs on a page that updates itself while they train.
 
     Serves the page to this machine alone, at http://127.0.0.1. It reads what moetool cpt writes into each RUN, and
@@ -60,35 +60,35 @@ def watch(context: typer.Context, asked: WatchOptions, output: Output) -> dict[s
     from moetool.watch.scores import read_scores
     from moetool.watch.server import Watcher, serve
 
-    if output.json and (asked.port is not None or asked.open_):
+    if output.json and (options.port is not None or options.open_):
         raise typer.BadParameter("--json prints the numbers and ends; leave out --port and --open")
     console = Console(context, output.json, output.quiet)
-    runs = open_runs(asked.runs)
-    if output.json or asked.html is not None:
+    runs = open_runs(options.runs)
+    if output.json or options.html is not None:
         with console.progress() as progress:
             for i, run in enumerate(runs):
                 progress("read", i, len(runs), run.name)
                 run.refresh()
             progress("read", len(runs), len(runs))
-        document = collect(runs, *read_scores(asked.scores, runs))
+        document = collect(runs, *read_scores(options.scores, runs))
         for problem in document["problems"]:
             console.warn(problem)
         written = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-        if asked.html is not None:
-            num_bytes = _write(asked.html, render(document))
-            written += f": {asked.html}, {size(num_bytes)}; it opens offline"
+        if options.html is not None:
+            num_bytes = _write(options.html, render(document))
+            written += f": {options.html}, {size(num_bytes)}; it opens offline"
         console.result(document, escape(written))
         return document
 
     def ready(address: str) -> None:
         console.say(f"[bold]{address}[/bold]  shows {escape(', '.join(run.name for run in runs))}; Ctrl-C ends it")
-        if asked.open_:
+        if options.open_:
             import webbrowser
 
             webbrowser.open(address)
 
-    read_scores(asked.scores, runs)  # what is wrong is said before the page is served
-    serve(Watcher(runs, lambda: read_scores(asked.scores, runs, strict=False)), asked.port, ready)
+    read_scores(options.scores, runs)  # what is wrong is said before the page is served
+    serve(Watcher(runs, lambda: read_scores(options.scores, runs, strict=False)), options.port, ready)
     return {}
 
 

@@ -55,7 +55,7 @@ def plan_dense(
 
     Args:
         readers: the checkpoint.
-        recipe: what was asked, as JSON.
+        recipe: of the command, as JSON.
         parts: layer -> what its FFN is made of.
         max_shard_size: bytes of tensor data per file.
 

@@ -59,7 +59,7 @@ def plan_pruning(
 
     Args:
         readers: the checkpoint.
-        recipe: what was asked, as JSON.
+        recipe: of the command, as JSON.
         kept: layer -> experts, ascending; all layers keep as many.
         max_shard_size: bytes of tensor data per file.
         groups: layer -> experts that become one; None where none are merged.

@@ -34,7 +34,7 @@ class Origin:
 
     Attributes:
         entry: the lineage entry.
-        recipe: what was asked.
+        recipe: of the upcycling.
         spec: the family.
         layers: the layers with experts, ascending.
         num_units: intermediate units of an expert (F).

@@ -50,7 +50,7 @@ def sample(
     model: Any,
     tokenizer: Any,
     prompts: Prompts,
-    asked: SampleOptions,
+    options: SampleOptions,
     seq_len: int,
     end: int,
     unfinished: Unfinished,
@@ -65,7 +65,7 @@ def sample(
         model: a causal language model of transformers.
         tokenizer: of the model.
         prompts: what samples begin with.
-        asked: the options.
+        options: of the command.
         seq_len: the longest sample, with its prompt.
         end: the end-of-text token.
         unfinished: the text so far.
@@ -79,24 +79,24 @@ def sample(
     began, before = time.monotonic(), unfinished.done.num_tokens
 
     def tell(tokens: int) -> None:
-        done = min(unfinished.done.num_tokens + tokens, asked.max_tokens)
+        done = min(unfinished.done.num_tokens + tokens, options.max_tokens)
         speed = (done - before) / max(time.monotonic() - began, 1e-9)
-        progress("sample", done, asked.max_tokens, f"{speed:.0f} tokens/s")
+        progress("sample", done, options.max_tokens, f"{speed:.0f} tokens/s")
 
     tell(0)
-    while (done := unfinished.done).num_tokens < asked.max_tokens:
-        numbers = range(done.num_samples, done.num_samples + _rows(done, asked, room))
+    while (done := unfinished.done).num_tokens < options.max_tokens:
+        numbers = range(done.num_samples, done.num_samples + _rows(done, options, room))
         rows = [prompts.tokens(n) for n in numbers]
         new = generate(
             model,
             torch.tensor([[prompts.begin, *row] for row in rows]),
-            length=min(room, asked.max_tokens - done.num_tokens),
+            length=min(room, options.max_tokens - done.num_tokens),
             end=end,
-            temperature=asked.temperature,
-            seed=key(asked.seed, "sample", done.num_batches),
+            temperature=options.temperature,
+            seed=key(options.seed, "sample", done.num_batches),
             tell=tell,
         )
-        _write(unfinished, tokenizer, prompts, numbers, rows, new, asked.max_tokens, end)
+        _write(unfinished, tokenizer, prompts, numbers, rows, new, options.max_tokens, end)
         tell(0)
     if unfinished.done.num_empty == unfinished.done.num_samples:
         unfinished.discard()
@@ -105,11 +105,11 @@ def sample(
         )
 
 
-def _rows(done: Done, asked: SampleOptions, room: int) -> int:
+def _rows(done: Done, options: SampleOptions, room: int) -> int:
     """Samples of the next batch: few where the tokens that are left need few, by the mean length so far."""
-    left = asked.max_tokens - done.num_tokens
+    left = options.max_tokens - done.num_tokens
     mean = done.num_tokens / done.num_samples if done.num_samples else room
-    return min(asked.batch_size, math.ceil(left / mean))
+    return min(options.batch_size, math.ceil(left / mean))
 
 
 def _write(

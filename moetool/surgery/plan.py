@@ -31,7 +31,7 @@ class Plan:
 
     Attributes:
         command: the operation, a name under `operation` in the registry.
-        recipe: what was asked, as JSON; with the sources, it determines every byte.
+        recipe: of the command, as JSON; with the sources, it determines every byte.
         config: config.json of the result.
         fills: what is written, in the order of the disk.
         tensors: the tensors of the result, in that order.

@@ -58,14 +58,14 @@ def measure(
     texts = read_texts(run.calibrate, readers[0].folder, run, progress, recorded)
     if upcycling.recipe.router == "ridge":
         _check_different(texts)
-    asked = {
+    texts_read = {
         "texts": _digests(texts),
         "max_tokens": run.max_tokens,
         "seq_len": run.seq_len,
     }
     parts = [FORMAT, __version__, [content_fingerprint(reader.folder) for reader in readers]]
     # The order of texts says which donor's each is; JSON's keys, sorted, do not have it.
-    parts += [upcycling.plan.recipe, upcycling.plan.config, asked, [*texts], run.batch_size, run.device]
+    parts += [upcycling.plan.recipe, upcycling.plan.config, texts_read, [*texts], run.batch_size, run.device]
     parts += [upcycling.state is not None]  # then fp32 weights are read
     path = cache_folder() / f"{_sha256(parts)}.json"
     document = _kept(path)
@@ -74,7 +74,7 @@ def measure(
         document = {"measured": measured.to_json(), "units_apart": measured.units_apart}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(document | {"sha256": _sha256(document)}).encode())
-    found = replace(Measured.from_json(document["measured"], asked), units_apart=document["units_apart"])
+    found = replace(Measured.from_json(document["measured"], texts_read), units_apart=document["units_apart"])
     size, keep = upcycling.plan.max_shard_size, upcycling.state is not None
     return plan_upcycling(readers, upcycling.recipe, size, clients, found, keep)
 
@@ -143,20 +143,20 @@ def measure_again(
     Raises:
         CheckpointError: nothing was fitted, a text is another one, or a load differs.
     """
-    asked = entry.get("recipe", {}).get(CALIBRATE, {})
-    recorded = Measured.from_json(entry.get("measured", {}), asked)
-    readable = fits(asked, {"texts": {"*": str}, "max_tokens": int, "seq_len": (int, type(None))})
-    if not recorded.loads or not readable or asked["max_tokens"] < 1 or (asked["seq_len"] or 2) < 2:
+    texts_read = entry.get("recipe", {}).get(CALIBRATE, {})
+    recorded = Measured.from_json(entry.get("measured", {}), texts_read)
+    readable = fits(texts_read, {"texts": {"*": str}, "max_tokens": int, "seq_len": (int, type(None))})
+    if not recorded.loads or not readable or texts_read["max_tokens"] < 1 or (texts_read["seq_len"] or 2) < 2:
         raise CheckpointError("moetool.json records no router that was fitted on text; leave out --calibrate")
-    run = replace(run, max_tokens=asked["max_tokens"], seq_len=asked["seq_len"])
+    run = replace(run, max_tokens=texts_read["max_tokens"], seq_len=texts_read["seq_len"])
     texts = read_texts(run.calibrate, readers[0].folder, run, progress)
-    if _digests(texts) != asked["texts"]:
+    if _digests(texts) != texts_read["texts"]:
         texts = read_texts(run.calibrate, readers[0].folder, run, progress, whole=True)
-    if _digests(texts) != asked["texts"]:
+    if _digests(texts) != texts_read["texts"]:
         raise CheckpointError(
-            f"the texts of --calibrate are not those that the routers were fitted on: {', '.join(asked['texts'])}"
+            f"the texts of --calibrate are not those that the routers were fitted on: {', '.join(texts_read['texts'])}"
         )
-    texts = {name: texts[name] for name in asked["texts"]}  # in the order of the donors, whatever was typed
+    texts = {name: texts[name] for name in texts_read["texts"]}  # in the order of the donors, whatever was typed
     recipe, before = UpcycleRecipe.from_json(entry["recipe"]), replace(recorded, routers={}, loads={}, halves={})
     keep = entry.get("training_state") is True  # then fp32 weights were read
     upcycling = plan_upcycling(readers, recipe, entry["max_shard_size"], measured=before, keep_optimizer=keep)

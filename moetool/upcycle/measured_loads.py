@@ -7,7 +7,7 @@ from typing import Any
 
 from moetool.upcycle.plan import Upcycling
 
-ROUGH = 0.02  # spread of a predicted load above which more text is asked for
+ROUGH = 0.02  # spread of a predicted load above which more text is texts_read for
 
 
 def spread(halves: Iterable[float]) -> float:
@@ -42,4 +42,4 @@ def fitted(upcycling: Upcycling) -> dict[str, Any] | None:
                 for donor, (name, load) in enumerate(loads.items())
             }
         layers.append(row)
-    return {"router": recipe.router, "texts": list(measured.asked["texts"]), "layers": layers}
+    return {"router": recipe.router, "texts": list(measured.texts_read["texts"]), "layers": layers}

@@ -194,7 +194,7 @@ def plan_upcycling(
     if len(dtypes) == 1:
         config["dtype"] = config["torch_dtype"] = FLOAT_DTYPES[dtypes.pop()]
     layers = tuple(sorted(moe))
-    asked = recipe.to_json() | ({CALIBRATE: dict(measured.asked)} if measured.asked else {})
+    document = recipe.to_json() | ({CALIBRATE: dict(measured.texts_read)} if measured.texts_read else {})
     more: dict[str, Any] = {}
     if state:
         rounded = config.get("dtype") != "float32"
@@ -202,7 +202,7 @@ def plan_upcycling(
         fills = [*state.exact(fills, sources[0]), *others]
         more = {"state": files, "beside": partial(state_document, state.reader, tuple(files))}
     plan = lay_out(
-        "upcycle", asked, readers, config, fills, tensors, max_shard_size, kinds(recipe, measured),
+        "upcycle", document, readers, config, fills, tensors, max_shard_size, kinds(recipe, measured),
         model_types=[dense["model_type"]] * len(readers),
         recorded=partial(
             _recorded, recipe, measured, dense["intermediate_size"] // recipe.granularity, layers, bool(state)

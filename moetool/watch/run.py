@@ -15,7 +15,7 @@ from moetool.layers import evenly
 from moetool.outside import finite
 from moetool.train.signs import BLOCK, SPIKE, shape
 from moetool.watch import verdict
-from moetool.watch.asked import phases_of, sources_of, total_steps
+from moetool.watch.course import phases_of, sources_of, total_steps
 from moetool.watch.facts import read_facts
 from moetool.watch.problem import in_words
 from moetool.watch.rows import MEASURES, SCALARS, Rows

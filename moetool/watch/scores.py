@@ -43,15 +43,15 @@ def read_scores(
     named = [folder / _FILE for folder in folders]
     seen = {path.resolve() for path in named}
     for path in [*(one for one in _near(runs) if one not in seen), *named]:
-        asked = path in named
+        by_user = path in named
         try:
             document = finite(read_json(path).get("moetool"))
             if fits(document, _RESULTS):
-                found.append((document, asked))
-            elif asked:
+                found.append((document, by_user))
+            elif by_user:
                 raise CheckpointError(f"{path} is not of moetool eval; give its --out DIR")
         except MoetoolError as error:
-            if asked and strict:
+            if by_user and strict:
                 raise
             problems.append(printable(str(error)))
     return _over_steps(_points(found, runs)), problems
@@ -75,9 +75,9 @@ def _near(runs: Sequence[WatchedRun]) -> list[Path]:
 def _points(found: Iterable[tuple[dict[str, Any], bool]], runs: Sequence[WatchedRun]) -> dict[Any, dict[str, Any]]:
     """(task, metric) -> an entry whose `runs` are: name -> step -> (value, stderr)."""
     entries: dict[tuple[str, str], dict[str, Any]] = {}
-    for document, asked in found:
+    for document, by_user in found:
         for model, tasks in document["results"].items():
-            place = _place(document["models"].get(model, ""), runs, asked)
+            place = _place(document["models"].get(model, ""), runs, by_user)
             if place is None:
                 continue
             name, step = place
@@ -103,13 +103,13 @@ def _over_steps(entries: dict[Any, dict[str, Any]]) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
-def _place(model: str, runs: Sequence[WatchedRun], asked: bool) -> tuple[str, int] | None:
+def _place(model: str, runs: Sequence[WatchedRun], by_user: bool) -> tuple[str, int] | None:
     """The run and the step that a checkpoint is of.
 
     Args:
         model: its path, as `moetool eval` was given it.
         runs: to choose from.
-        asked: whether the user named these results: the end of a path is then enough, because the run may have been
+        by_user: whether the user named these results: the end of a path is then enough, because the run may have been
             evaluated on another machine.
     """
     path = Path(model)
@@ -118,7 +118,7 @@ def _place(model: str, runs: Sequence[WatchedRun], asked: bool) -> tuple[str, in
     if "\0" in model or not root.name:
         return None
     same = [run for run in runs if _is_at(run.path.resolve(), root)]
-    if asked and not same:
+    if by_user and not same:
         same = [run for run in runs if run.path.resolve().name == root.name]
     if len(same) != 1:
         return None

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moetool.watch.asked import total_steps
+from moetool.watch.course import total_steps
 from moetool.watch.page import collect, document_json
 from moetool.watch.rows import Rows
 from moetool.watch.run import WatchedRun

@@ -1,4 +1,4 @@
-"""What a run was asked to do: its steps, the phases of its schedule, and how far each source is."""
+"""The course that a run's options set: its steps, the phases of its schedule, and how far each source is."""
 
 from __future__ import annotations
 
