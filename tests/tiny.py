@@ -40,23 +40,25 @@ def save_tokenizer(folder: Path, vocab_size: int = 300) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
 
 
+SETTINGS: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "initializer_range": 0.2,
+}
+
+
 def save_llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A random Llama (hidden 32, 2 layers, intermediate 64, vocabulary 300) with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings: dict[str, Any] = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "initializer_range": 0.2,
-    }
+    settings = SETTINGS | {"tie_word_embeddings": False}
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**(settings | changes))).to(dtype).save_pretrained(folder)
     save_tokenizer(folder)
@@ -126,19 +128,7 @@ def save_dense(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = to
     """A random dense model of a family (hidden 32, 2 layers, intermediate 64, vocabulary 300); no tokenizer."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    settings: dict[str, Any] = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "initializer_range": 0.2,
-    }
+    settings = SETTINGS | {"pad_token_id": 0}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**(settings | DENSE[family] | changes)))
     with torch.no_grad():
@@ -153,20 +143,7 @@ def save_mixtral(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32
     """A random Mixtral (4 experts, top-2) of the size of `save_llama`, with its tokenizer."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    settings: dict[str, Any] = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "initializer_range": 0.2,
-    }
+    settings = SETTINGS | {"num_local_experts": 4, "num_experts_per_tok": 2}
     torch.manual_seed(seed)
     MixtralForCausalLM(MixtralConfig(**(settings | changes))).to(dtype).save_pretrained(folder)
     save_tokenizer(folder)

@@ -22,6 +22,7 @@ from moetool.data.tokens import TokenStream, tokenized
 from moetool.errors import ConfigError
 from moetool.prune.choose import choose, highest, super_experts
 from moetool.prune.reroute import Sample, by_reconstruction
+from moetool.routing.origin import read_origin
 from moetool.routing.text_pass import Windows
 from tests import tiny
 from tests.integration.test_convert import weights
@@ -369,23 +370,25 @@ def test_a_plan_writes_nothing_and_a_calibration_is_made_once(
     assert (code, "--seed" in err) == (2, True)
 
 
+def origins_are_doubled(tmp_path: Path, jsonl: Path) -> None:
+    """Grow the pruned checkpoint in `a` from 3 to 6 experts: an analysis follows them to the upcycling."""
+    grown, out = tmp_path / "b", tmp_path / "report"
+    assert tiny.in_process("grow", tmp_path / "a", grown, "--num-experts", 6)[0] == 0
+    code, _, err = tiny.in_process("analyze-routing", grown, "--data", f"a={jsonl}", "--out", out)
+    assert code == 0, err
+    assert not json.loads((out / "report.json").read_text())["upcycling"]["notes"]
+    origin = read_origin(grown)
+    assert origin is not None
+    kept = json.loads((grown / "moetool.json").read_text())["lineage"][1]["recipe"]["experts"]["from"]
+    assert origin.experts == tuple(tuple(one * 2) for one in kept)
+
+
 def test_the_lineage_goes_on(jsonl: Path, tmp_path: Path) -> None:
     moe = upcycled("mixtral", tmp_path)
     tiny.save_tokenizer(moe)
     data = ("--data", f"a={jsonl}", "--score", "ean")
     prune(moe, tmp_path / "a", "--keep-experts", 3, *data)
-    assert tiny.in_process("grow", tmp_path / "a", tmp_path / "b", "--num-experts", 6)[0] == 0
-    kept = json.loads((tmp_path / "b" / "moetool.json").read_text())["lineage"][1]["recipe"]["experts"]["from"]
-    out = tmp_path / "report"
-    code, _, err = tiny.in_process("analyze-routing", tmp_path / "b", "--data", f"a={jsonl}", "--out", out)
-    assert code == 0, err
-    upcycling = json.loads((out / "report.json").read_text())["upcycling"]
-    assert not upcycling["notes"]
-    from moetool.routing.origin import read_origin
-
-    origin = read_origin(tmp_path / "b")
-    assert origin is not None
-    assert origin.experts == tuple(tuple(one * 2) for one in kept)
+    origins_are_doubled(tmp_path, jsonl)
     assert "3 experts kept by ean" in " ".join(tiny.in_process("inspect", tmp_path / "b")[1].split())
 
 

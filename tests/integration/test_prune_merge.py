@@ -29,7 +29,7 @@ from moetool.surgery.rows import read_rows
 from tests import tiny
 from tests.integration.test_convert import same, weights
 from tests.integration.test_grow import upcycled
-from tests.integration.test_prune import SMALL, fails, prune
+from tests.integration.test_prune import SMALL, fails, origins_are_doubled, prune
 
 REAM = ("--merge", "ream")
 
@@ -259,18 +259,7 @@ def test_a_merged_expert_is_followed_as_its_centroid(jsonl: Path, tmp_path: Path
     moe = upcycled("mixtral", tmp_path)
     tiny.save_tokenizer(moe)
     prune(moe, tmp_path / "a", "--keep-experts", 3, "--data", f"a={jsonl}", "--score", "ean", *REAM)
-    assert tiny.in_process("grow", tmp_path / "a", tmp_path / "b", "--num-experts", 6)[0] == 0
-    out = tmp_path / "report"
-    code, _, err = tiny.in_process("analyze-routing", tmp_path / "b", "--data", f"a={jsonl}", "--out", out)
-    assert code == 0, err
-    upcycling = json.loads((out / "report.json").read_text())["upcycling"]
-    assert not upcycling["notes"]
-    from moetool.routing.origin import read_origin
-
-    origin = read_origin(tmp_path / "b")
-    assert origin is not None
-    kept = entry(tmp_path / "a")["recipe"]["experts"]["from"]
-    assert origin.experts == tuple(tuple(one * 2) for one in kept)
+    origins_are_doubled(tmp_path, jsonl)
 
 
 def test_a_killed_merge_is_finished_by_the_same_command(jsonl: Path, tmp_path: Path) -> None:
