@@ -33,7 +33,7 @@ CACHE_LINE = 64  # bytes
 
 
 class Bytes(Protocol):
-    """Where the bytes of tensors come from: the checkpoint's files, or whatever makes them."""
+    """A source of tensors' bytes: a checkpoint's files, or code that makes them."""
 
     def read_into(self, info: TensorInfo, offset: int, out: memoryview) -> None: ...
 
@@ -63,14 +63,14 @@ class _Unread:
 
 
 class _Through(Exception):
-    """The layer that is in memory has run: nothing after it is needed, such as the last norm."""
+    """The layer in memory has run, and nothing after it, such as the last norm, is needed."""
 
 
 class LayeredModel:
     """A causal language model of transformers of which at most one decoder layer is in memory.
 
-    The model's own forward runs, so that embeddings, masks, positions and the head are those of its family: a decoder
-    layer that is not in memory hands on what it gets, the first one what all texts were before the layer that is.
+    The model's own forward runs, so embeddings, masks, positions and the head are those of its family. A decoder layer
+    that is not in memory returns its input; the first one returns the hidden states before the layer in memory.
 
     Attributes:
         core: transformers' model; decoder layers without weights are on torch's meta device.
@@ -80,7 +80,7 @@ class LayeredModel:
         folder: a Hugging Face checkpoint.
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
         device: such as `cpu` or `cuda`.
-        files: opens what the tensors' bytes are read from.
+        files: opens the source of the tensors' bytes.
 
     Raises:
         CheckpointError: it cannot be loaded, tensors are missing, left over or of another shape, or it has no list of
@@ -139,7 +139,7 @@ class LayeredModel:
         check_complete(self._folder, info.to_dict())
 
     def load(self, number: int) -> nn.Module:
-        """A decoder layer with its weights; any other loses its own.
+        """Load a decoder layer's weights, after freeing those of the layer before; return the layer.
 
         Raises:
             CheckpointError: the files have changed since the model was opened.
@@ -161,7 +161,7 @@ class LayeredModel:
         return self.layers[number]
 
     def free(self) -> None:
-        """Take the weights of the decoder layer that has some."""
+        """Free the weights of the decoder layer in memory."""
         if self._loaded is None:
             return
         for module in self.layers[self._loaded].modules():
@@ -198,18 +198,18 @@ class LayeredModel:
         progress: Progress = silent,
         through: Callable[[int, Callable[[bool], None]], None] = once,
     ) -> HiddenStates:
-        """Send batches through all decoder layers, each layer after the one before is done with all of them.
+        """Send batches through all decoder layers, one layer after the other.
 
         Args:
             batches: tokens (B, S) of each.
             begin: called with the number of a batch each time before it goes through a layer.
             task: its name for `progress`.
             progress: reports tokens of layers.
-            through: called with the number of each layer once it is in memory, and with what sends all batches
-                through it: True the last time, when what the layer gives is kept.
+            through: called with the number of each layer once it is in memory, and with a function that sends all
+                batches through it; its argument is True the last time, when the layer's output is kept.
 
         Returns:
-            What the last layer gives.
+            The last layer's output.
         """
         states = HiddenStates([])
         done, total = 0, len(self.layers) * sum(ids_BS.numel() for ids_BS in batches)
@@ -252,7 +252,7 @@ class LayeredModel:
 
 
 def core_of(model: Any) -> Any:
-    """transformers' own module of a model, of which all or one layer is in memory."""
+    """The transformers module of a model that is in memory as a whole, or one layer at a time."""
     return model.core if isinstance(model, LayeredModel) else model
 
 

@@ -54,7 +54,7 @@ class Layer:
         return read_output(self.router(hidden_TD, *self._others()), type(self.router).__name__, -1)[0]
 
     def _others(self) -> list[Any]:
-        """What the router is called with beside hidden states: a selection bias that lies in the block."""
+        """The router's arguments after the hidden states: a selection bias that lies in the block."""
         _, *names = signature(self.router.forward).parameters
         return [getattr(self.block, name, None) for name in names]
 
@@ -88,7 +88,7 @@ class Layer:
 
 
 class _OneAtATime(Mapping[int, Layer]):
-    """The layers of a model of which only the one that was asked for last is in memory."""
+    """The layers of a model; only the one accessed last is in memory."""
 
     def __init__(self, model: LayeredModel) -> None:
         self._model, self._layers = model, find_experts(model.core)
@@ -108,7 +108,7 @@ class _OneAtATime(Mapping[int, Layer]):
 def layers_with_experts(model: nn.Module | LayeredModel) -> Mapping[int, Layer]:
     """The layers of a model that have routed experts, ascending.
 
-    Of a model that is not in memory, the layer that is asked for is read.
+    If the model is not in memory, a layer is read when it is accessed.
 
     Raises:
         CheckpointError: it has none, they lie on no device, or transformers builds them in a way that is not known.
@@ -122,7 +122,7 @@ def layers_with_experts(model: nn.Module | LayeredModel) -> Mapping[int, Layer]:
 
 
 def find_experts(model: nn.Module) -> dict[int, Layer]:
-    """The same, wherever its weights are.
+    """The layers of a model that have routed experts, ascending, wherever its weights are.
 
     Raises:
         CheckpointError: it has none, or transformers builds them in a way that is not known.

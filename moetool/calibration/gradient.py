@@ -26,7 +26,7 @@ def expert_gradients(
 ) -> dict[int, Tensor]:
     """Squared norm of the gradient of the mean loss, over all weights of an expert.
 
-    The best of the utilities that arXiv 2604.19835 (table 3) copies experts by; there it is that of the first matrix.
+    The best of the utilities by which arXiv 2604.19835 (table 3) copies experts; there, of the first matrix alone.
     Gradients are summed in fp32, whatever the weights are, which takes 4 bytes for each weight of the experts.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moetool.calibration.by_layer import LayeredModel, core_of
 from moetool.calibration.gradient import expert_gradients
 from moetool.calibration.options import Run
-from moetool.calibration.store import kept
+from moetool.calibration.store import cached
 from moetool.calibration.sums import Calibration
 from moetool.calibration.text_pass import calibrate, calibrate_dense, mean_losses
 from moetool.checkpoint.model import free_models, load_model, pick_device
@@ -45,7 +45,7 @@ def read_texts(
 
 
 def load(folder: Path, run: Run) -> Any:
-    """A model, ready to run, or with `--stream` to be read layer by layer; memory of one before it is free again."""
+    """Load a model or, with `--stream`, open it to be read layer by layer; an earlier model's memory is freed first."""
     free_models()
     if run.stream:
         return LayeredModel(folder, run.dtype, pick_device(run.device))
@@ -61,15 +61,15 @@ def calibration_of(
     progress: Progress,
     moments: bool = False,
 ) -> Calibration:
-    """The calibration of a model on texts: a kept one, or a new one.
+    """The calibration of a model on texts, from the cache or new.
 
     Args:
-        model: see `load`; what is measured is the same.
-        folder: that it comes from.
+        model: from `load`; either form gives the same.
+        folder: its checkpoint.
         texts: as tokens.
         run: how they run.
         progress: of the pass.
-        moments: whether what the FFNs receive is summed too, and what the units of a dense model do.
+        moments: whether to sum the FFNs' inputs too and, in a dense model, the contributions of units.
 
     Raises:
         CheckpointError: its experts, or the FFNs of a dense model, cannot be read.
@@ -86,7 +86,7 @@ def calibration_of(
             return calibrate_dense(model, texts, windows, progress)
         return calibrate(model, texts, windows, moments, progress)
 
-    return kept(folder, manifests, settings, make)
+    return cached(folder, manifests, settings, make)
 
 
 def gradients_of(model: Any, texts: Mapping[str, TokenStream], run: Run, progress: Progress) -> dict[int, Tensor]:

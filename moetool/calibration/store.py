@@ -28,16 +28,16 @@ def cache_folder() -> Path:
     return cache_root() / "calibration"
 
 
-def kept(
+def cached(
     folder: Path, texts: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any], make: Callable[[], Calibration]
 ) -> Calibration:
-    """The calibration of a model: that of an earlier run, or a new one, which is kept in the cache.
+    """The calibration of a model from the cache, or a new one, which is then cached.
 
     Args:
         folder: the checkpoint.
         texts: name -> the manifest of its tokens.
-        settings: all else that the result depends on.
-        make: a new one.
+        settings: everything else that the result depends on.
+        make: computes a new one.
     """
     parts = [
         FORMAT,

@@ -17,7 +17,9 @@ ROWS = 64  # tokens whose units are summed at a time
 
 @dataclass(frozen=True)
 class ExpertSums:
-    """Of one layer, float64. X_j are the tokens routed to expert j, f_j its output, g_j the weight of that output.
+    """Sums of the experts of one layer, float64.
+
+    X_j are the tokens routed to expert j, f_j is its output, and g_j the weight of that output.
 
     Attributes:
         tokens: (), all tokens of the layer.
@@ -39,12 +41,12 @@ class ExpertSums:
 
     @classmethod
     def zeros(cls, num_experts: int) -> ExpertSums:
-        """Of no text."""
+        """The sums of no text."""
         zeros = [torch.zeros(num_experts, dtype=torch.float64) for _ in fields(cls)[1:]]
         return cls(torch.zeros((), dtype=torch.float64), *zeros)
 
     def __add__(self, other: ExpertSums) -> ExpertSums:
-        """Of both texts together."""
+        """The sums of both texts together."""
         largest_E = torch.maximum(self.largest_E, other.largest_E)
         added = [getattr(self, field.name) + getattr(other, field.name) for field in fields(self)[:-1]]
         return ExpertSums(*[*added, largest_E])
@@ -66,19 +68,19 @@ class InputSums:
 
     @classmethod
     def of(cls, hidden_TD: Tensor) -> InputSums:
-        """Of some tokens."""
+        """The sums of some tokens."""
         hidden_TD = hidden_TD.float()
         tokens = torch.tensor(float(len(hidden_TD)), dtype=torch.float64)
         return cls(tokens, hidden_TD.sum(0).double().cpu(), (hidden_TD.T @ hidden_TD).cpu())
 
     def __add__(self, other: InputSums) -> InputSums:
-        """Of both texts together."""
+        """The sums of both texts together."""
         return InputSums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 @dataclass(frozen=True)
 class UnitSums:
-    """Of the units of the FFN of one dense layer, h = act(gate x) * up x, float64.
+    """Sums of the units of one dense layer's FFN, h = act(gate x) * up x, float64.
 
     A unit's mean contribution to the FFN's output is the mean of |h_i| times the norm of its column of `down`.
 
@@ -92,7 +94,7 @@ class UnitSums:
 
     @classmethod
     def of(cls, units_TF: Tensor) -> UnitSums:
-        """Of some tokens."""
+        """The sums of some tokens."""
         zeros = torch.zeros(units_TF.shape[1], dtype=torch.float64, device=units_TF.device)
         absolute_F, square_F = zeros, zeros.clone()
         # Of a processor, they stay in its cache: a tenth of the time. A GPU would wait for its next work.
@@ -103,7 +105,7 @@ class UnitSums:
         return cls(absolute_F.cpu(), square_F.cpu())
 
     def __add__(self, other: UnitSums) -> UnitSums:
-        """Of both texts together."""
+        """The sums of both texts together."""
         return UnitSums(self.absolute_F + other.absolute_F, self.square_F + other.square_F)
 
 
@@ -112,12 +114,12 @@ class Calibration:
     """The result of a pass over a text.
 
     Attributes:
-        sums: layer -> of its experts, over all tokens but those held out; none of a dense model.
-        fitted: layer -> (T, D), what its FFN (experts and router) receives, of some of the tokens in `sums`.
-        held_out: layer -> (T, D), the same of tokens that are in no sum; empty if all texts are too short.
-        inputs: layer -> of what its FFN receives, over the tokens in `sums`; none unless they were asked for.
-        units: layer -> of the units of its dense FFN, over the same tokens; none unless they were asked for.
-        first: layer -> the same over those of them that lie in the first half of each text.
+        sums: layer -> sums of its experts, over all tokens but those held out; empty for a dense model.
+        fitted: layer -> (T, D), inputs of its FFN (experts and router), for some of the tokens in `sums`.
+        held_out: layer -> (T, D), the same for tokens that are in no sum; empty if all texts are too short.
+        inputs: layer -> sums of its FFN's inputs, over the tokens in `sums`; empty unless requested.
+        units: layer -> sums of the units of its dense FFN, over the same tokens; empty unless requested.
+        first: layer -> the same sums over those of these tokens that lie in the first half of each text.
     """
 
     sums: Mapping[int, ExpertSums]

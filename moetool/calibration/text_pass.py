@@ -27,7 +27,7 @@ SAMPLE_BYTES = 10**9  # that the outputs of all experts of a layer on a sample m
 
 
 class _Gathered:
-    """What hooks gather of each layer; they read the part that is on its way."""
+    """The sums and samples of each layer, which hooks add to, and the part of a text that is running."""
 
     def __init__(self) -> None:
         self.part: Part | None = None
@@ -167,7 +167,7 @@ def _vocabulary(model: Any) -> int:
 def _run(
     model: Any, parts: Iterator[Part], gathered: _Gathered, hooks: Sequence[RemovableHandle], progress: Progress
 ) -> Calibration:
-    """Send parts through the layers of a model, and give what its hooks have gathered; the hooks are taken off."""
+    """Send parts through the layers of a model, remove its hooks, and return what they have gathered."""
     try:
         if isinstance(model, LayeredModel):
             every = list(parts)

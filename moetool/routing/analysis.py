@@ -48,7 +48,7 @@ def analyze(
     Args:
         model: its name for the report and its folder.
         texts: domain -> tokens, of the tokenizer of both models.
-        settings: how.
+        settings: how texts run, and what is measured.
         compare: name and folder of the second checkpoint.
         scratch: where a comparison keeps the first checkpoint's choices while it runs.
         notice: called with one line about memory or disk that is about to be used.

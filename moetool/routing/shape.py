@@ -49,7 +49,7 @@ def run_layers(model: Any, ids: Tensor) -> None:
 
 @torch.inference_mode()
 def outline(model: Any, capture: RouterCapture) -> RoutingStats | None:
-    """The same of a model on torch's meta device, which cannot run as a whole: its first router alone is asked.
+    """The same for a model on torch's meta device, which cannot run as a whole: only its first router runs.
 
     Returns:
         None where that router takes more than hidden states and the selection bias of its block: DeepSeek-V4's

@@ -14,7 +14,7 @@ from moetool.checkpoint.reader import CheckpointReader, sha256_file
 from moetool.errors import CheckpointError
 from moetool.progress import Progress, silent
 from moetool.surgery.fill import Fill, Piece, row_blocks
-from moetool.surgery.kinds import UnitSums
+from moetool.surgery.kinds import EntrySums
 from moetool.surgery.rows import TORCH_DTYPES, is_finite, read_rows
 from moetool.surgery.workers import run_jobs
 from moetool.values import FLOAT_DTYPES
@@ -32,7 +32,7 @@ class Examined:
     """
 
     sha256: list[dict[str, str]] = field(default_factory=list)
-    sums: dict[Piece, UnitSums] = field(default_factory=dict)
+    sums: dict[Piece, EntrySums] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,21 @@ def hash_shards(readers: Sequence[CheckpointReader], workers: int, progress: Pro
     return found
 
 
-def unit_sums(readers: Sequence[CheckpointReader], piece: Piece, fill: Fill) -> UnitSums:
+def unit_sums(readers: Sequence[CheckpointReader], piece: Piece, fill: Fill) -> EntrySums:
     """The same sums of the units of one piece, which a `summed` fill is made of."""
     rows = piece.info.shape[0]
     part = _Part(piece.source, piece.info.shard, 0, piece, tuple(row_blocks(rows, piece.info.num_elements // rows)))
     found = _look(readers[piece.source], part, [fill])
     assert found is not None
-    return UnitSums(*torch.from_numpy(found))
+    return EntrySums(*torch.from_numpy(found))
 
 
-def _empty_sums(fills: Iterable[Fill]) -> dict[Piece, UnitSums]:
+def _empty_sums(fills: Iterable[Fill]) -> dict[Piece, EntrySums]:
     """Zeros, in one piece: small tensors that outlive the blocks between them would keep the allocator from ever
     giving those back, and memory would grow with the number of layers."""
     sizes = {piece: piece.info.shape[fill.axis] for fill in fills if fill.summed for piece in fill.sources}
     parts = torch.zeros((2, sum(sizes.values())), dtype=torch.float64).split(list(sizes.values()), dim=1)
-    return {piece: UnitSums(*part) for piece, part in zip(sizes, parts, strict=True)}
+    return {piece: EntrySums(*part) for piece, part in zip(sizes, parts, strict=True)}
 
 
 def _parts(source: int, reader: CheckpointReader, shard: str, uses: Mapping[Piece, list[Fill]]) -> Iterator[_Part]:
@@ -153,7 +153,7 @@ def _look(reader: CheckpointReader, part: _Part, fills: Sequence[Fill]) -> np.nd
     """Refuse numbers that are not finite, or that would not be in the dtype of what is made of them.
 
     Returns:
-        As UnitSums, of the part's units: float64 (2, units); None where they are not summed.
+        As EntrySums, of the part's units: float64 (2, units); None where they are not summed.
     """
     assert part.piece
     info, axis = part.piece.info, _axis(fills)

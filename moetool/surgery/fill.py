@@ -1,4 +1,4 @@
-"""Fills, of which a rewritten checkpoint consists: each pairs one kind of content with its destinations."""
+"""The fills of a rewritten checkpoint: each pairs one kind of content with its destinations."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from moetool.surgery.moments import Sums
 from moetool.surgery.rows import TORCH_DTYPES, read_rows
 
 
-class UnitSums(NamedTuple):
+class EntrySums(NamedTuple):
     """Sum of the entries of each unit of a piece, and of their squares: float64 (units,)."""
 
     sums: torch.Tensor
@@ -59,7 +59,7 @@ class Block:
     start: int
     stop: int
     readers: Sequence[BlockFile]
-    sums: Mapping[Piece, UnitSums] = field(default_factory=dict)
+    sums: Mapping[Piece, EntrySums] = field(default_factory=dict)
     cache: Cache = field(default_factory=Cache)
 
     @property

@@ -17,7 +17,7 @@ from moetool.surgery.plan import Plan
 from moetool.surgery.rows import read_rows
 
 NUM_TOKENS = 1024  # a layer
-NORMS = ("post_attention_layernorm", "input_layernorm", "ffn_norm")  # the one before the FFN, by which a family has
+NORMS = ("post_attention_layernorm", "input_layernorm", "ffn_norm")  # names of the norm before the FFN
 
 
 # ArchSpec.ranked_by -> the scores of which the largest are chosen, from the logits.

@@ -11,7 +11,7 @@ ROUGH = 0.02  # spread of a predicted load above which more text is texts_read f
 
 
 def spread(halves: Iterable[float]) -> float:
-    """By what loads of much other text of the same kind may differ from the predicted ones.
+    """How far loads on other text of the same kind may be from the predicted ones.
 
     The mean of two halves is off by half of what they differ by, if they are independent.
 

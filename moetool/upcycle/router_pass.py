@@ -36,7 +36,7 @@ from moetool.upcycle.router_fit import SAMPLE, SAMPLE_BYTES, Inputs, Wanted, fit
 from moetool.upcycle.texts import TextOptions
 from moetool.upcycle.unwritten import unwritten
 
-MIXERS = ("self_attn", "linear_attn", "mamba", "conv")  # what mixes the tokens of a layer, by which a family has
+MIXERS = ("self_attn", "linear_attn", "mamba", "conv")  # names of the module that mixes a layer's tokens
 
 
 def fit_routers(
@@ -83,7 +83,7 @@ class _Pass:
         vocabulary = int(model.core.get_input_embeddings().num_embeddings)
         self.parts = list(parts_of_texts(texts, 2**62, vocabulary, windows, option="--calibrate"))
         self.names = list(texts)
-        self.part = 0  # the one on its way
+        self.part = 0  # the one that is running
         self.routers: dict[int, RouterRows] = {}
         self.loads: dict[int, dict[str, list[float]]] = {}
         self.halves: dict[int, dict[str, float]] = {}
@@ -97,7 +97,7 @@ class _Pass:
         self.part = index
 
     def _through(self, number: int, send: Callable[[bool], None]) -> None:
-        """Through one layer: up to its experts, then, with the router that was fitted there, through them."""
+        """Send all texts through one layer twice: up to its experts, then, with the fitted router, through them."""
         layer = self.layers.get(number)
         if layer is None:
             send(True)
@@ -116,7 +116,7 @@ class _Pass:
         }
 
     def _inputs(self, layer: Layer, send: Callable[[bool], None]) -> list[Inputs]:
-        """What the router receives of each text; experts give nothing meanwhile."""
+        """The router's inputs from each text; meanwhile, experts return zeros."""
         D = layer.experts.gate_up_proj.shape[-1]
         texts = {name: Inputs.zeros(D, self.upcycling.recipe.router == "ridge") for name in self.names}
         own = dict.fromkeys(self.names, 0)
@@ -195,7 +195,7 @@ def _shares(counts_E: Tensor) -> Tensor:
 
 
 def _of_copies(layer: Layer, size: int, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """What experts give a token whose groups are all copies of the first: each part of the FFN is computed once."""
+    """The experts' output where all groups are copies of the first: each part of the FFN is computed once."""
     hidden_TD, parts_TK = hidden.reshape(-1, hidden.shape[-1]), indices.reshape(-1, indices.shape[-1]) % size
     weights_TM = torch.zeros(len(hidden_TD), size, dtype=weights.dtype, device=weights.device)
     weights_TM.scatter_add_(-1, parts_TK.long(), weights.reshape(parts_TK.shape))
@@ -215,7 +215,7 @@ def _set(model: nn.Module, name: str, value: Tensor) -> None:
 
 @contextmanager
 def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give a module another forward for a while."""
+    """Give a module another forward inside this block."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -228,7 +228,7 @@ def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 class _Mixer:
-    """What mixes the tokens of a layer: what it gives is kept, so that it need not be computed again."""
+    """The module that mixes the tokens of a layer; its outputs are kept, so that it runs once per batch."""
 
     def __init__(self, layer: nn.Module, batches: Sequence[Tensor], current: Callable[[], int]) -> None:
         found = next((module for name in MIXERS if isinstance(module := getattr(layer, name, None), nn.Module)), None)
@@ -240,7 +240,7 @@ class _Mixer:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """While it is computed."""
+        """Keep the outputs that are computed inside this block."""
         forward = self._module.forward
 
         def keep(*inputs: Any, **named: Any) -> Any:
@@ -259,7 +259,7 @@ class _Mixer:
 
     @contextmanager
     def looked_up(self) -> Iterator[None]:
-        """While it is looked up."""
+        """Inside this block, return the kept outputs instead of computing them."""
 
         def look_up(*inputs: Any, **named: Any) -> Any:
             states = self._states[self._current()].to(self._device)

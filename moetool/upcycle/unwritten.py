@@ -16,8 +16,8 @@ from moetool.checkpoint.header import ITEM_SIZE, TensorInfo
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.checkpoint.shard import index_file
 from moetool.surgery.examine import unit_sums
-from moetool.surgery.fill import Fill, Piece, Place
-from moetool.surgery.kinds import Block, Cache, UnitSums
+from moetool.surgery.fill import Fill, Place
+from moetool.surgery.kinds import Block, Cache
 from moetool.surgery.plan import Plan
 from moetool.surgery.rows import raw_bytes
 
@@ -62,7 +62,7 @@ class _Made:
                 places.setdefault(place.tensor, []).append(place)
             for tensor, those in places.items():
                 self._fills.setdefault(tensor, []).append((fill, those))
-        self._sums = lru_cache(SUMS)(partial(_sums_of, readers))
+        self._sums = lru_cache(SUMS)(partial(unit_sums, readers))
 
     def __enter__(self) -> Self:
         return self
@@ -82,7 +82,3 @@ class _Made:
                     raw = raw_bytes(self._plan.kinds[fill.kind].make(block))
                     first = (place.start + start * fill.row_length) * size - offset
                     out[first : first + len(raw)] = raw
-
-
-def _sums_of(readers: Sequence[CheckpointReader], piece: Piece, fill: Fill) -> UnitSums:
-    return unit_sums(readers, piece, fill)

@@ -1,4 +1,4 @@
-"""What a run's folder says of it besides its rows: state, options, command, lineage."""
+"""What a run's folder tells besides its rows: state, options, command, lineage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OPTIONS_LIMIT = 1_000_000  # bytes
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What a run's folder says besides its rows. What is absent or damaged is left out.
+    """What a run's folder tells besides its rows. What is absent or damaged is left out.
 
     Returns:
         `state` (running, stopped, finished, starting or gone), `options` (resolved where that is known),
@@ -85,7 +85,7 @@ def _lineage(checkpoints: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a lineage entry what a page has room for."""
+    """The parts of a lineage entry that the page shows."""
     source, values = entry.get("source"), entry.get("recipe") or entry.get("options")
     values = values if isinstance(values, dict) else {}
     return {

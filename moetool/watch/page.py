@@ -1,4 +1,4 @@
-"""The page: one file with its data, its program and the plotting library, which asks no one for anything more."""
+"""The page: one file with its data, its program and the plotting library; it loads nothing else."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def render(document: dict[str, Any], every: int = 0, version: int = 0) -> str:
 
     Args:
         document: see `collect`.
-        every: milliseconds between its questions for newer numbers; 0: it stays as it is.
+        every: milliseconds between requests for newer numbers; 0: it stays as it is.
         version: of the document, see server.py.
     """
     parts = {name: (_FOLDER / file).read_text(encoding="utf-8") for name, file in _PARTS.items()}

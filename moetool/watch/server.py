@@ -1,4 +1,4 @@
-"""The page of runs that go on, served to this machine alone: it reads, and answers two addresses."""
+"""Serves the page of running trainings, to this machine only. It answers two addresses, and changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moetool.watch.run import WatchedRun
 
 HOST = "127.0.0.1"
 PORTS = range(8130, 8150)  # one that is free is taken
-EVERY = 2000  # milliseconds between two questions of the page
+EVERY = 2000  # milliseconds between two requests of the page
 _LOOK = 1.0  # seconds between two looks at the files
 _AGAIN = 15.0  # seconds after which a document is made anew without new rows: a run may have stopped
 
@@ -88,7 +88,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers GET / and GET /runs.json, whatever else is asked with 404 or 403."""
+    """Answers GET / and GET /runs.json, and everything else with 404 or 403."""
 
     server: _Server
     server_version, sys_version = f"moetool/{__version__}", ""

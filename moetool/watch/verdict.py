@@ -1,4 +1,4 @@
-"""What a run's numbers say, in plain words: is it learning, forgetting, balanced, slower than before, and until when.
+"""A run's numbers in plain words: is it learning, forgetting, balanced, slower than before, and how long will it take.
 
 Pure functions of columns. The bounds are where this tool draws the line, not laws.
 """
@@ -28,7 +28,7 @@ DEFAULTS: Options = MappingProxyType({})
 
 
 class Answer(NamedTuple):
-    """To one question.
+    """The answer to one question about a run.
 
     Attributes:
         question: in a few words.

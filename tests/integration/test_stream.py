@@ -18,7 +18,7 @@ from moetool.calibration import hidden, measure, text_pass
 from moetool.calibration.by_layer import LayeredModel
 from moetool.calibration.experts import layers_with_experts
 from moetool.calibration.options import CalibrationOptions
-from moetool.calibration.store import kept
+from moetool.calibration.store import cached
 from moetool.calibration.sums import Calibration
 from moetool.calibration.text_pass import calibrate, calibrate_dense, mean_losses
 from moetool.checkpoint.model import load_model
@@ -179,12 +179,12 @@ def test_what_is_kept_serves_both(mixtral: Path, jsonl: Path, tmp_path: Path, mo
 def test_a_flipped_bit_of_what_is_kept_is_found(mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / "cache"))
     made = calibrate(load_model(mixtral).eval(), texts(mixtral, tmp_path), RUN)
-    kept(mixtral, {}, {}, lambda: made)
+    cached(mixtral, {}, {}, lambda: made)
     (path,) = (tmp_path / "cache" / "calibration").glob("*.safetensors")
     whole = path.read_bytes()
     for place in (len(whole) - 1, len(whole) - 5000):  # in numbers: all else of the file still fits
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert not differing(kept(mixtral, {}, {}, lambda: made), made)
+        assert not differing(cached(mixtral, {}, {}, lambda: made), made)
         assert path.read_bytes()[-6000:] == whole[-6000:]
 
 
@@ -193,7 +193,7 @@ def test_kept_tensors_begin_where_new_ones_do(mixtral: Path, tmp_path: Path, mon
     made = calibrate(load_model(mixtral).eval(), texts(mixtral, tmp_path), RUN)
     for padding in range(8):
         monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / str(padding)))
-        found = [kept(mixtral, {}, {"": "x" * 8 * padding}, lambda: made) for _ in range(2)][1]
+        found = [cached(mixtral, {}, {"": "x" * 8 * padding}, lambda: made) for _ in range(2)][1]
         assert not differing(found, made)
         assert all(tensor.data_ptr() % 64 == 0 for tensor in found.to_tensors().values())
 
