@@ -75,23 +75,23 @@ class Mesh:
 ONE = Mesh()
 
 
-def fsdp_option(panel: str = SHARING) -> Any:
+def fsdp_option() -> Any:
     """Over how many processes everything is sharded."""
     return option(
-        "Number of processes over which weights are sharded; each reads different text.", 1, panel=panel, min=1
+        "Number of processes over which weights are sharded; each reads different text.", 1, panel=SHARING, min=1
     )
 
 
-def ep_option(panel: str = SHARING) -> Any:
+def ep_option() -> Any:
     """Over how many processes the experts are spread."""
     return option(
-        "Number of processes over which the experts are spread; tokens are sent to them.", 1, panel=panel, min=1
+        "Number of processes over which the experts are spread; tokens are sent to them.", 1, panel=SHARING, min=1
     )
 
 
-def tp_option(panel: str = SHARING) -> Any:
+def tp_option() -> Any:
     """How many processes compute a layer."""
-    return option("Number of processes that compute each layer together, on the same text.", 1, panel=panel, min=1)
+    return option("Number of processes that compute each layer together, on the same text.", 1, panel=SHARING, min=1)
 
 
 def mesh_of(options: Any) -> Mesh:

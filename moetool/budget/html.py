@@ -13,6 +13,7 @@ from moetool.budget.commands import LR
 
 # The inside of a chart in the units of its viewBox; labels lie around it.
 LEFT, TOP, WIDTH, HEIGHT = 44, 16, 560, 220
+BARS = 24  # at most
 KINDS = ("weights", "gradients", "optimizer", "activations")
 CURVES = {"dense": "dense model, trained further", "upcycled": "upcycled copies", "scratch": "from scratch"}
 
@@ -112,16 +113,15 @@ def _at(places: Sequence[float], values: Sequence[float], number: float) -> floa
     return values[after - 1] + share * (values[after] - values[after - 1])
 
 
-def memory_bars(meshes: Mapping[str, Any], cluster: Mapping[str, Any], most: int = 24) -> dict[str, Any]:
+def memory_bars(meshes: Mapping[str, Any], cluster: Mapping[str, Any]) -> dict[str, Any]:
     """Bars of the memory that each mesh needs of a GPU, those that fit first.
 
     Args:
         meshes: of the document.
         cluster: of the document.
-        most: bars.
     """
     rows = [*meshes["fitting"], *meshes["others"]]
-    shown = rows[:most]
+    shown = rows[:BARS]
     top = max([cluster["memory"], *(min(one["memory"]["total"], 2.5 * cluster["memory"]) for one in shown)])
     width = 420
 

@@ -21,6 +21,7 @@ ALONE = 0.4  # of a GPU's peak on one GPU; measured on an H100: 0.37 and 0.48 (d
 SPARE = 0.9  # of a GPU's memory: the estimate knows no fragmentation and no buffers of NCCL
 MICRO_BATCHES = (1, 2, 4, 8)
 MAX_TP = 8
+MOST_GPUS = 2048  # to try, where fewer are too few
 
 
 @dataclass(frozen=True)
@@ -235,20 +236,19 @@ def finer(sizes: Sizes, parts: int) -> Sizes:
     return replace(sizes, shapes=shapes, num_experts=experts * parts, top_k=sizes.top_k * parts)
 
 
-def more_gpus(sizes: Sizes, cluster: Cluster, seq_len: int, most: int = 2048) -> int | None:
+def more_gpus(sizes: Sizes, cluster: Cluster, seq_len: int) -> int | None:
     """The next larger number of such GPUs on which the model fits: a power of two, or one by doubling.
 
     Args:
         sizes: of the model.
         cluster: on which it does not fit.
         seq_len: tokens of a sequence.
-        most: GPUs to try.
 
     Returns:
         None if it never fits.
     """
     for gpus in sorted({number << doubled for number in (1, cluster.num_gpus) for doubled in range(1, 12)}):
-        if not cluster.num_gpus < gpus <= most or (gpus > cluster.node and gpus % cluster.node):
+        if not cluster.num_gpus < gpus <= MOST_GPUS or (gpus > cluster.node and gpus % cluster.node):
             continue
         # Copies need no less: what they hold was tried with fewer GPUs.
         _, need = least_memory(sizes, replace(cluster, num_gpus=gpus), seq_len, most_replicas=1)

@@ -1,7 +1,4 @@
-"""The FFNs of a dense model.
-
-Shapes: T tokens, D hidden, F intermediate units.
-"""
+"""The FFNs of a dense model."""
 
 from __future__ import annotations
 
@@ -25,16 +22,6 @@ class FFN:
 
     whole: nn.Module
     down: nn.Linear
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return self.down.out_features
-
-    @property
-    def num_units(self) -> int:
-        """F."""
-        return self.down.in_features
 
 
 def dense_ffns(model: nn.Module) -> dict[int, FFN]:

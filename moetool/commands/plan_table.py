@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def describe_files(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
     """The files that would be written, and the resources needed, as `--json` gives them."""
+    from moetool.surgery.fill import peak_memory
     from moetool.surgery.plan import free_disk
 
     dtypes: dict[str, int] = {}
@@ -30,7 +31,7 @@ def describe_files(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
         "num_shards": len(plan.shards),
         "free_disk_bytes": free_disk(out),
         "workers": workers,
-        "peak_memory_bytes": plan.peak_memory(workers),
+        "peak_memory_bytes": peak_memory(plan.fills, workers),
     }
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def describe(upcycling: Upcycling, out: Path, workers: int) -> dict[str, Any]:
     """The plan as `--json` gives it."""
+    from moetool.surgery.fill import peak_memory
     from moetool.surgery.plan import free_disk
     from moetool.upcycle.measured_loads import fitted
 
@@ -40,7 +41,7 @@ def describe(upcycling: Upcycling, out: Path, workers: int) -> dict[str, Any]:
         "num_shards": len(plan.shards),
         "free_disk_bytes": free_disk(out),
         "workers": workers,
-        "peak_memory_bytes": plan.peak_memory(workers),
+        "peak_memory_bytes": peak_memory(plan.fills, workers),
         "clients": dict(upcycling.clients),
         "fitted": fitted(upcycling),
     }

@@ -17,6 +17,7 @@ from moetool.cost.parameters import Sizes, is_routed, pattern
 from moetool.mesh import Mesh
 
 INT64 = FLOAT64 = 8
+BALANCE_LOSSES = 2  # of `cpt --balance`, unless others are given
 
 KINDS = (
     "weights",  # gathered by FSDP
@@ -74,7 +75,7 @@ def totals(traffic: Iterable[Traffic], what: str = "sent") -> dict[str, float]:
     return {kind: sums[kind] for kind in KINDS if kind in sums}
 
 
-def step_traffic(sizes: Sizes, mesh: Mesh, training: Training, micro_batches: int, num_terms: int = 2) -> list[Traffic]:
+def step_traffic(sizes: Sizes, mesh: Mesh, training: Training, micro_batches: int) -> list[Traffic]:
     """The bytes that a process sends in a step. Not counted: validation, saving, `--balance global-aux`.
 
     Args:
@@ -82,7 +83,6 @@ def step_traffic(sizes: Sizes, mesh: Mesh, training: Training, micro_batches: in
         mesh: of the processes.
         training: the options of the run.
         micro_batches: of one process and step.
-        num_terms: losses beside the language loss.
     """
     found: dict[tuple[str, str, Group], float] = defaultdict(float)
     calls: Counter[tuple[str, str, Group]] = Counter()
@@ -94,7 +94,7 @@ def step_traffic(sizes: Sizes, mesh: Mesh, training: Training, micro_batches: in
     if mesh.whole:
         trained = [math.prod(shape) for name, shape in sizes.shapes.items() if name not in sizes.frozen]
         found["gradients", "reduce", world] += FLOAT32 * sum(trained)
-    sums = FLOAT64 * (1 + num_terms + len(_expert_layers(sizes)) * sizes.num_experts)
+    sums = FLOAT64 * (1 + BALANCE_LOSSES + len(_expert_layers(sizes)) * sizes.num_experts)
     found["metrics", "reduce", world] += sums if mesh.whole else sums + FLOAT64  # the square of the gradient's norm
     calls["metrics", "reduce", world] += 1 if mesh.whole else 2
     return [

@@ -141,19 +141,9 @@ class RoutingStats:
         }
         return RoutingStats(*ours, self.num_tokens + other.num_tokens, sums)
 
-    def arrays(self) -> dict[str, Tensor]:
-        """All sums as CPU tensors that may be added up over processes: `num_tokens` (), `counts` (L, E),
-        `probability` (L, E), `coactivation` (L, E, E)."""
-        return {
-            "num_tokens": torch.tensor(self.num_tokens, dtype=torch.int64),
-            "counts": torch.from_numpy(self.counts_LE),
-            "probability": torch.from_numpy(self.probability_LE),
-            "coactivation": torch.from_numpy(self.coactivation_LEE),
-        }
-
     @classmethod
     def from_arrays(cls, layers: Iterable[int], top_k: int, arrays: Mapping[str, Tensor]) -> RoutingStats:
-        """The inverse of `arrays`."""
+        """Stats of sums: `num_tokens` (), `counts` (L, E), `probability` (L, E) and `coactivation` (L, E, E)."""
         parts = arrays["counts"].long(), arrays["probability"].double(), arrays["coactivation"].long()
         sums = {layer: _Sums(*rows) for layer, rows in zip(layers, zip(*parts, strict=True), strict=True)}
         return cls(sums, parts[0].shape[-1], top_k, int(arrays["num_tokens"]), sums)

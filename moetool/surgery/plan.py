@@ -21,7 +21,7 @@ from moetool.errors import CheckpointError
 from moetool.lineage import lineage_entries
 from moetool.progress import Progress
 from moetool.surgery.complete import check_whole
-from moetool.surgery.fill import Fill, Place, peak_memory
+from moetool.surgery.fill import Fill, Place
 from moetool.surgery.kinds import Kind
 
 
@@ -91,10 +91,6 @@ class Plan:
     def num_parameters(self) -> int:
         """Elements of the checkpoint's tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.model_tensors)
-
-    def peak_memory(self, workers: int) -> int:
-        """Resident bytes that writing takes, about; see `fill.peak_memory`."""
-        return peak_memory(self.fills, workers)
 
     @cached_property
     def written(self) -> dict[str, TensorInfo]:
