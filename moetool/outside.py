@@ -10,9 +10,12 @@ import re
 import stat
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetool.errors import CheckpointError, MoetoolError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MAX_JSON = 50_000_000  # bytes of a config.json, an index, a lineage
 MAX_DEPTH = 100  # of nested brackets; Python's own recursion ends at a few hundred, at unpredictable places
@@ -42,6 +45,14 @@ def safe_json(value: Any) -> str:
     """JSON that may stand inside an HTML script element, whatever strings it holds."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII: other characters are escaped
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def templates(folder: Path) -> Environment:
+    """The templates of a page, which escape every value that they show and refuse names without a value."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(folder)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def finite(value: Any) -> Any:

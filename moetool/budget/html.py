@@ -10,6 +10,7 @@ from typing import Any
 from moetool import __version__
 from moetool.amounts import amount, count, size
 from moetool.budget.commands import LR
+from moetool.outside import templates
 
 # The inside of a chart in the units of its viewBox; labels lie around it.
 LEFT, TOP, WIDTH, HEIGHT = 44, 16, 560, 220
@@ -24,15 +25,7 @@ def render(found: Mapping[str, Any]) -> str:
     Args:
         found: the document of a plan.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent / "templates")
     environment.filters |= {"count": count, "size": size, "amount": amount, "tokens": tokens}
     return environment.get_template("plan.html.j2").render(
         plan=found,

@@ -14,7 +14,7 @@ from typing import Any
 
 from moetool import __version__
 from moetool.layers import evenly
-from moetool.outside import safe_json
+from moetool.outside import safe_json, templates
 from moetool.routing.coactivation import MATRIX_EXPERTS
 from moetool.routing.levels import DEAD_LOAD
 from moetool.routing.lined_up import copies_in_words, how_lined_up, listed
@@ -32,17 +32,9 @@ def render(report: dict[str, Any]) -> str:
     Args:
         report: as `report.build_report` gives it, or as read back from report.json.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    folder = Path(__file__).parent / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent / "templates")
     environment.policies["json.dumps_kwargs"] = {}  # keys in their order
     environment.filters |= {"visible": visible, "percent": percent, "number": number, "heat": heat}
     environment.globals |= {"line_chart": line_chart, "bars": bars, "column": column, "drift_series": drift_series}
