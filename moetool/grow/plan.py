@@ -18,9 +18,8 @@ from moetool.checkpoint.header import TensorInfo
 from moetool.checkpoint.reader import CheckpointReader
 from moetool.checkpoint.step_folder import TrainingReader, state_document
 from moetool.errors import CheckpointError, ConfigError
-from moetool.grow.recipe import RATE, GrowRecipe
+from moetool.grow.recipe import MOST, RATE, GrowRecipe
 from moetool.grow.state import grown_state
-from moetool.grow.utility import MOST
 from moetool.lineage import LINEAGE, read_experts, recorded_experts
 from moetool.surgery.experts import config_with, copies, open_moe, row_fills, with_experts
 from moetool.surgery.fill import Fill

@@ -10,6 +10,7 @@ from moetool.calibration.options import CalibrationOptions
 from moetool.errors import CheckpointError, ConfigError
 from moetool.option import flag, option
 
+MOST = 3  # copies of one expert by --utility, so that no expert takes all
 RATE = 0.001  # by which `loss-free` moves a selection bias in a step, unless the user says
 
 

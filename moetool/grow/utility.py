@@ -16,9 +16,8 @@ from moetool.calibration.measure import calibration_of, gradients_of
 from moetool.calibration.options import CalibrationOptions
 from moetool.data.tokens import TokenStream
 from moetool.errors import ConfigError
+from moetool.grow.recipe import MOST
 from moetool.progress import Progress, silent
-
-MOST = 3  # copies of one expert, so that no expert takes all
 
 
 def utilities(
