@@ -32,7 +32,7 @@ def mesh_options(mesh: Mesh) -> list[str]:
 
 
 def launcher(cluster: Cluster) -> list[str]:
-    """What starts a command on all GPUs; on several machines it runs on each, with its RANK and the first's HOST."""
+    """The words that start a command on all GPUs; each machine runs it, with its own RANK and the first's HOST."""
     if cluster.num_gpus == 1:
         return ["moetool"]
     words = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(cluster.num_gpus)]

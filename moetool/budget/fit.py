@@ -84,7 +84,7 @@ def _because(best: Choice, fitting: Sequence[Choice]) -> str:
 
 
 def _advice(sizes: Sizes, cluster: Cluster, seq_len: int, batch: int, granularity: int | None) -> list[str]:
-    """What would make the training fit."""
+    """Changes that would make the training fit."""
     room = cluster.room
     mesh, need = least_memory(sizes, cluster, seq_len)
     if need["total"] <= room:

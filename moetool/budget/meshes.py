@@ -192,7 +192,7 @@ def _choice(sizes: Sizes, cluster: Cluster, mesh: Mesh, training: Training, flop
 
 
 def best_of_each(found: Sequence[Choice]) -> list[Choice]:
-    """Of each mesh the first choice, in their order."""
+    """The first choice of each mesh, in order."""
     best: dict[Mesh, Choice] = {}
     for one in found:
         best.setdefault(one.mesh, one)

@@ -50,11 +50,11 @@ class Plan:
 
     @property
     def train_tokens(self) -> int:
-        """Of the planned training."""
+        """Tokens of the planned training."""
         return self.options.train_tokens
 
     def speed(self, best: Choice | None) -> Speed:
-        """Of the GPUs, with a mesh: where nothing was given, no more is assumed than its traffic leaves.
+        """The GPUs' speed with a mesh: where none was given, no more is assumed than its traffic leaves.
 
         Args:
             best: the mesh; None where none fits.

@@ -151,7 +151,7 @@ _INSIDE = re.compile(r"\.(layers|h|blocks|block)\.\d+\.")
 
 
 def _unsupported(reader: CheckpointReader, recipe: UpcycleRecipe, unfit: str) -> Models:
-    """The same of a family that cannot be upcycled: what each of its FFNs, copied for each expert, would take.
+    """The models of a family that cannot be upcycled, as if each FFN were copied for each expert.
 
     An FFN's matrices are those of a layer that have the intermediate size on one side and the hidden size on the other.
     """

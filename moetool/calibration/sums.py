@@ -130,7 +130,7 @@ class Calibration:
     first: Mapping[int, UnitSums] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """As tensors by name."""
+        """The calibration as tensors by name."""
         found = {f"{layer}/{name}": rows_TD for name in _SAMPLES for layer, rows_TD in getattr(self, name).items()}
         for name in _SUMS:
             for layer, one in getattr(self, name).items():

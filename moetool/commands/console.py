@@ -62,7 +62,7 @@ class _Remaining(TimeRemainingColumn):
 
 
 class _Note(TextColumn):
-    """What a narrow terminal cuts off first."""
+    """The column that a narrow terminal cuts off first."""
 
     def render(self, task: Task) -> Text:
         text = super().render(task)

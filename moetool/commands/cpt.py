@@ -104,7 +104,7 @@ def _train(context: typer.Context, console: Console, plan: RunPlan) -> dict[str,
 
 
 def _telling(console: Console, steps: int) -> Seen:
-    """What the command says of training rows: signs of trouble, and with `--json` how far it is."""
+    """A function that reports on training rows: signs of trouble and, with `--json`, progress."""
     began, told, done = time.monotonic(), time.monotonic(), 0
 
     def seen(row: Mapping[str, Any], signs: Sequence[Sign]) -> None:

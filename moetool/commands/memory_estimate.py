@@ -43,7 +43,7 @@ def tell_weights(
 
 
 def tell_calibration(console: Console, folder: Path, run: CalibrationOptions) -> str:
-    """The same of a model through which texts run, with `--stream` one layer at a time.
+    """Tell the memory for a model through which texts run, with `--stream` one layer at a time.
 
     Args:
         console: of the command.
@@ -69,7 +69,7 @@ def tell_calibration(console: Console, folder: Path, run: CalibrationOptions) ->
 
 
 def tell_unwritten(console: Console, plan: Plan, run: TextOptions) -> str:
-    """The same of a model that is planned, through which texts run.
+    """Tell the memory for a planned model through which texts run.
 
     Args:
         console: of the command.

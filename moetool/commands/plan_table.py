@@ -36,7 +36,7 @@ def describe_files(plan: Plan, out: Path, workers: int) -> dict[str, Any]:
 
 
 def file_rows(document: Mapping[str, Any]) -> dict[str, str]:
-    """The same for people."""
+    """Files and resources, for people."""
     weights = ", ".join(f"{dtype} ({count(number)})" for dtype, number in document["dtypes"].items())
     return {"weights": weights, **resource_rows(document)}
 

@@ -71,7 +71,7 @@ def _tensors(folder: Path, dtype: str) -> list[tuple[str, int]]:
 
 
 def one_layer(tensors: Iterable[tuple[str, int]]) -> int:
-    """The same of tensors by name, with their bytes."""
+    """Bytes of tensors outside decoder layers, and of the largest layer, as in `layer_bytes`; from (name, bytes)."""
     layers: Counter[int | None] = Counter()
     for name, size in tensors:
         layers[layer_of(name)] += size

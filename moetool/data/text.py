@@ -128,7 +128,7 @@ def content_sha256(source: TextSource, progress: Progress = silent) -> str:
 
 
 def _read_as(file: Path) -> str:
-    """What a file is read as. Earlier versions read CSV as prose, and its tokens may still be in the cache."""
+    """The format a file is read as. Earlier versions read CSV as prose, and the cache may still hold its tokens."""
     extension = format_of(file)
     return f"{extension} by column" if extension in (".csv", ".tsv") else extension
 

@@ -159,7 +159,7 @@ def _outline(folder: Path, like: RoutingStats) -> RoutingStats:
 
 
 def _comparable(shape: dict[str, Any], alignment: Alignment | None) -> dict[str, Any]:
-    """What of a second model's shape must be that of the first."""
+    """The parts of a second model's shape that must equal the first's."""
     return {what: value for what, value in shape.items() if not (alignment and what in MAY_DIFFER)}
 
 

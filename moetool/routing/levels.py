@@ -55,7 +55,7 @@ def level(entropy: float, mri: float, num_dead: int, num_experts: int, top_k: in
 
 
 def level_of_load(load_E: Sequence[float], top_k: int) -> str:
-    """The same of the shares of a layer's routes, which sum to 1."""
+    """The word for a layer, from its load: the experts' shares of its routes, which sum to 1."""
     E = len(load_E)
     if top_k >= E:
         return "balanced"

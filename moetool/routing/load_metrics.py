@@ -96,7 +96,7 @@ def balance_loss(stats: RoutingStats) -> list[float]:
 
 
 def balance_loss_hf(stats: RoutingStats) -> list[float]:
-    """The same with f summing to K, as Hugging Face computes it: balanced is K."""
+    """The balance loss with f summing to K, as Hugging Face computes it: balanced is K."""
     return [value * stats.top_k for value in balance_loss(stats)]
 
 
@@ -109,7 +109,7 @@ def domain_divergence(one: RoutingStats, other: RoutingStats) -> list[float]:
 
 
 def divergence(f_LE: Array, g_LE: Array) -> list[float]:
-    """The same of two loads (L, E)."""
+    """Jensen-Shannon divergence, in bits, between two loads (L, E)."""
 
     def bits(p_LE: Array) -> Array:
         terms_LE: Array = p_LE * np.log2(p_LE, out=np.zeros_like(p_LE), where=p_LE > 0)

@@ -60,7 +60,7 @@ class Origin:
 
     @property
     def num_redrawn(self) -> tuple[int, ...]:
-        """Of each layer with experts, units changed in each matrix of an expert that was not kept whole: redrawn, or
+        """For each layer with experts, units changed in each matrix of an expert that was not kept whole: redrawn, or
         given noise."""
         return tuple(self.recipe.num_redrawn(self.num_units, layer) for layer in self.layers)
 

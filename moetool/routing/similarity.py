@@ -214,7 +214,7 @@ def _inner(block_MRC: Tensor) -> Tensor:
 
 
 def _summary(values: dict[str, Tensor]) -> dict[str, Any]:
-    """Of similarities (E, n) by part."""
+    """Means, minimum and maximum of similarities (E, n) by part."""
     experts = zip(*(values[part].nanmean(dim=1).tolist() for part in PARTS), strict=True)
     every = values["all"][~values["all"].isnan()]
     return (

@@ -17,7 +17,7 @@ from moetool.routing.capture import Route
 
 
 class _Sums(NamedTuple):
-    """Of one layer: routes to each expert, probability of each, tokens for which two were both chosen."""
+    """Sums of one layer: routes to each expert, probability of each, tokens for which two were both chosen."""
 
     counts_E: Tensor  # int64
     probability_E: Tensor  # float64

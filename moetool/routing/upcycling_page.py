@@ -122,7 +122,7 @@ def similarity_series(
 
 
 def use_series(first: Measured, second: Measured | None) -> tuple[dict[str, list[float | None]], list[str]]:
-    """The same of the use of changed units, one line per domain."""
+    """Lines of a chart of the use of changed units, one per domain, and which of them are dashed."""
     models = _models(first, second, "unit_use")
     lines = {name: [[row["use"] for row in model["unit_use"][name]] for model in models] for name in first["unit_use"]}
     return _pairs(lines)

@@ -20,7 +20,7 @@ class BlockDigest(NamedTuple):
 
 
 def block_digest(place: Place, element: int, raw: memoryview) -> BlockDigest:
-    """Of the bytes of a block that lies `element` elements into a place."""
+    """The digest of a block's bytes; the block lies `element` elements into a place."""
     return BlockDigest(place.tensor, place.start + element, xxhash.xxh3_128_hexdigest(raw))
 
 
@@ -36,7 +36,7 @@ class Digests:
             self._blocks.setdefault(tensor, {})[element] = digest
 
     def of(self, shard: Shard) -> str:
-        """Of a shard all of whose blocks are noted: over its tensors' names and digests."""
+        """The digest of a shard, over its tensors' names and digests; all its blocks must be noted."""
         return shard_digest((name, tensor_digest(self._blocks.get(name, {}))) for name in shard.starts)
 
 

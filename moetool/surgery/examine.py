@@ -103,7 +103,7 @@ def hash_shards(readers: Sequence[CheckpointReader], workers: int, progress: Pro
 
 
 def unit_sums(readers: Sequence[CheckpointReader], piece: Piece, fill: Fill) -> EntrySums:
-    """The same sums of the units of one piece, which a `summed` fill is made of."""
+    """The sums of the units of one piece of a `summed` fill, as `examine` makes them."""
     rows = piece.info.shape[0]
     part = _Part(piece.source, piece.info.shard, 0, piece, tuple(row_blocks(rows, piece.info.num_elements // rows)))
     found = _look(readers[piece.source], part, [fill])

@@ -84,7 +84,7 @@ class Plan:
 
     @cached_property
     def model_fills(self) -> tuple[Fill, ...]:
-        """What they are filled with."""
+        """The fills of these tensors."""
         return tuple(fill for fill in self.fills if not in_state(fill.places[0].tensor))
 
     @cached_property

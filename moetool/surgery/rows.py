@@ -46,10 +46,10 @@ def gather_rows(reader: BlockFile, info: TensorInfo, rows: torch.Tensor) -> torc
 
 
 def select(block: torch.Tensor, axis: int, units: torch.Tensor) -> torch.Tensor:
-    """As `index_select`, which takes three times as long on columns."""
+    """Like `index_select`, which takes three times as long on columns."""
     return block.index_select(0, units) if axis == 0 else block.gather(1, units.expand(len(block), -1))
 
 
 def replace(block: torch.Tensor, axis: int, units: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """As `index_copy`, which takes twice as long on columns."""
+    """Like `index_copy`, which takes twice as long on columns."""
     return block.index_copy(0, units, values) if axis == 0 else block.scatter(1, units.expand(len(block), -1), values)

@@ -155,7 +155,7 @@ def _write_shards(
 
 
 def _check_range(fill: Fill, place: Place, data: torch.Tensor) -> None:
-    """What is drawn or computed can leave the range of numbers; that of the source has been looked at."""
+    """Refuse drawn or computed numbers out of the dtype's range; those of the source were examined before."""
     checked = fill.kind != "carried" and (fill.dtype == "F16" or not fill.sources)
     if checked and not is_finite(data):
         raise CheckpointError(

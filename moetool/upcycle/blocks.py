@@ -226,7 +226,7 @@ def _apply(
     stream: str,
     moments: tuple[float, float],
 ) -> torch.Tensor:
-    """What the recipe's method makes of a block."""
+    """A block after the recipe's method has changed its units."""
     fill, place = block.fill, block.place
     units = _within(block, units)
     draws = generator(recipe.seed, stream, place.draw + block.index)

@@ -80,7 +80,7 @@ def measure(
 
 
 def _kept(path: Path) -> Any:
-    """What was measured before; None where it is absent, or damaged and made again."""
+    """Earlier measurements from the cache; None where they are absent or damaged."""
     with suppress(OSError, CheckpointError):
         document = read_json(path)
         if document.pop("sha256", None) == _sha256(document):

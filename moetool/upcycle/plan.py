@@ -70,8 +70,8 @@ class Upcycling:
 
     @property
     def num_redrawn(self) -> list[int]:
-        """Of each MoE layer, units changed in an expert (in each matrix of it, with per-matrix indices); experts that
-        are kept whole do not count."""
+        """For each MoE layer, units changed in an expert (in each of its matrices, with per-matrix indices); experts
+        that are kept whole do not count."""
         return [self.recipe.num_redrawn(self.num_units, layer) for layer in self.moe_layers]
 
     @cached_property
@@ -106,7 +106,7 @@ class Upcycling:
 
     @property
     def common_shares(self) -> list[float]:
-        """Of each MoE layer, the expected share of units that two experts have in common, unchanged in all matrices.
+        """For each MoE layer, the expected share of units that two experts have in common, unchanged in all matrices.
 
         (1 - |S| / F)^2 for shared index sets; each of three independent sets must miss a unit in both
         experts with per-matrix ones. A unit of an expert that is kept whole is missed by all sets. It holds for
@@ -215,8 +215,8 @@ def plan_upcycling(
 def _recorded(
     recipe: UpcycleRecipe, measured: Measured, units: int, layers: Sequence[int], training_state: bool
 ) -> dict[str, Any]:
-    """What a pass over text has decided, and checksums of the redrawn units: the sets are rebuilt exactly from both,
-    or these disagree."""
+    """The decisions of a pass over text, and checksums of the redrawn units, which tell whether a proof rebuilds them
+    exactly."""
     document = measured.to_json()
     recorded: dict[str, Any] = {"measured": document} if document else {}
     recorded |= {"training_state": True} if training_state else {}

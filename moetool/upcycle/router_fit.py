@@ -45,7 +45,7 @@ class Inputs:
 
     @classmethod
     def zeros(cls, hidden: int, second: bool) -> Inputs:
-        """Of no tokens."""
+        """The inputs of no tokens."""
         square_DD = torch.zeros(hidden, hidden, dtype=torch.float64) if second else None
         return cls(torch.zeros(hidden, dtype=torch.float64), square_DD)
 

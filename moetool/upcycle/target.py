@@ -89,7 +89,7 @@ def _attempt(
 
 
 def _nearest(recipe: UpcycleRecipe, dense: Mapping[str, Any], clients: Sequence[str], beside: Collection[str]) -> str:
-    """What to do: the fewest options changed, the target before the others."""
+    """Advice on what would run: the fewest options changed, the target before the others."""
     changes: list[dict[str, Any]] = [{}, {"shared_experts": None}, {"moe_layers": "all"}]
     changes += [{"shared_experts": None, "moe_layers": "all"}]
     changes += [{"shared_experts": None, "moe_layers": "all", "granularity": 1}]

@@ -16,7 +16,7 @@ _SAMPLED = 1 << 20  # bytes of a line in a sample
 
 
 class Found(NamedTuple):
-    """What a look at the file gave.
+    """The result of a look at the file.
 
     Attributes:
         anew: it is another file than before, or a shorter one: what was read earlier no longer counts.
