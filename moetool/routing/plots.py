@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def _file_names(domains: Mapping[str, Any]) -> dict[str, str]:
     for domain in domains:
         plain = re.sub(r"[^\w.-]+", "_", domain).strip("._")[:60] or "domain"
         taken = {name.lower() for name in names.values()}
-        names[domain] = next(n for n in (plain, *(f"{plain}-{i}" for i in range(2, 10**6))) if n.lower() not in taken)
+        numbered = (f"{plain}-{i}" for i in count(2))
+        names[domain] = next(name for name in chain([plain], numbered) if name.lower() not in taken)
     return names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from moetool.errors import DataError
 from moetool.outside import safe_json
-from moetool.routing import load_metrics
+from moetool.routing import load_metrics, plots
 from moetool.routing.capture import Route
 from moetool.routing.coactivation import coactivation, expected_pairs
 from moetool.routing.counts_file import read_counts
@@ -193,6 +194,15 @@ def test_control_characters_are_visible() -> None:
         "0 %",
         "–",
     ]
+
+
+def test_names_of_files_are_not_made_in_advance() -> None:
+    tracemalloc.start()
+    names = plots._file_names({"a" + "?" * n: None for n in range(300)})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [names["a"], names["a?"], names["a" + "?" * 299]] == ["a", "a-2", "a-300"]
+    assert peak < 1e6
 
 
 def test_files_are_written_and_stale_plots_removed(tmp_path: Path) -> None:
