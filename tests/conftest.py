@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,11 +34,21 @@ gc.disable()
 
 from tests import tiny  # noqa: E402  (after the environment is set)
 
+_imported = [0]  # modules when garbage was last told from what stays
+
 
 def pytest_collection_finish() -> None:
     """Search for garbage among what tests make, not among modules and the tests themselves."""
+    _imported[0] = len(sys.modules)
     gc.freeze()
     gc.enable()
+
+
+def pytest_runtest_teardown() -> None:
+    """Nor among the modules that a test was the first to import, if they are many."""
+    if len(sys.modules) > _imported[0] + 200:
+        gc.collect()
+        pytest_collection_finish()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -112,9 +112,6 @@ def _run_forked(
 
 def _fork(work: Callable[[Job], Result], workers: int, children: dict[Connection, int]) -> None:
     libc, parent = ctypes.CDLL(None), os.getpid()
-    # The garbage collector writes to all objects that it visits. Frozen, it visits none of those that are there,
-    # and their pages stay shared.
-    gc.freeze()
     try:
         for _ in range(workers):
             ours, theirs = Pipe()
@@ -124,6 +121,9 @@ def _fork(work: Callable[[Job], Result], workers: int, children: dict[Connection
                 child = os.fork()
             if child == 0:
                 try:
+                    # The garbage collector writes to all objects that it visits. Frozen, it visits none of those that
+                    # are there, and their pages stay shared.
+                    gc.freeze()
                     for sibling in (ours, *children):
                         sibling.close()
                     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -138,8 +138,6 @@ def _fork(work: Callable[[Job], Result], workers: int, children: dict[Connection
             children[ours] = child
     except OSError as error:
         raise MemoryError(f"worker {len(children) + 1} of {workers}: {os.strerror(error.errno or 0).lower()}") from None
-    finally:
-        gc.unfreeze()
 
 
 def _serve(work: Callable[[Job], Result], pipe: Connection) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -54,6 +55,15 @@ def test_every_job_is_done_once(workers: int, size: int) -> None:
     assert processes == {os.getpid()} if not size else os.getpid() not in processes
     assert len(processes) == min(workers, max(1, size // BYTES_PER_WORKER))
     assert {threads for _, _, threads in found.values()} == {1}
+
+
+def test_workers_search_nothing_for_garbage_that_was_there_and_leave_it_at_that() -> None:
+    frozen = gc.get_freeze_count()
+    assert frozen > 10_000  # modules (tests/conftest.py), as a command's Console freezes them
+    searched: dict[int, int] = {}
+    run_jobs(lambda _: gc.get_freeze_count(), [0], 2, LARGE, searched.__setitem__)
+    assert searched[0] > frozen
+    assert gc.get_freeze_count() == frozen
 
 
 def test_the_next_job_is_taken_here_when_a_worker_is_free() -> None:
