@@ -88,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.save_llama(root / "models" / name, seed)
     tiny.save_adapter(root / "models" / "lora")
     tiny.save_pickled(root / "models" / "llama", root / "models" / "pickled")
-    for repeat, name in enumerate(("code", "prose"), 60):
+    for repeat, name in enumerate(("code", "prose"), 15):
         tiny.save_jsonl(root / "data" / f"{name}.jsonl", repeat=repeat)
     (root / "data" / "src" / "a.py").write_text("def add(a, b):\n    return a + b\n" * 40)
     (root / "data" / "books" / "b.txt").write_text("A router sends each token to a few experts. " * 40)

@@ -679,7 +679,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path) -> None:
         more = ["--save-every", 10, "--eval-every", 35, "--max-steps", 120, "--keep-weights", 15, "--average-last", 8]
         return ["cpt", model, out, "--train", f"new={jsonl}", "--val-fraction", 0.2, *SMALL, *more]
 
-    assert tiny.cli(*arguments(tmp_path / "whole")).returncode == 0
+    undisturbed = start(tmp_path / "zeroth", *arguments(tmp_path / "whole")).wait()
+    assert undisturbed.code == 0, undisturbed.err
     out = tmp_path / "killed"
     running = start(tmp_path / "first", *arguments(out))
     wait_for_step(running, out, 33)
@@ -701,9 +702,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, jsonl: Path) -> None:
     )
     assert (out / "checkpoints" / f"step-{done:06d}").is_dir()
 
-    resumed = tiny.cli(*arguments(out))
-    assert resumed.returncode == 0, resumed.stderr
-    assert "from step" in resumed.stdout
+    resumed = start(tmp_path / "third", *arguments(out)).wait()
+    assert resumed.code == 0, resumed.err
+    assert "from step" in resumed.out
     whole = weights(tmp_path / "whole")
     assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
     assert untimed(out) == untimed(tmp_path / "whole")
