@@ -24,7 +24,7 @@ from tests import tiny
 from tests.integration.test_convert import SOURCE_OF
 
 SEQ_LEN = 16
-RUN = ("--seq-len", SEQ_LEN, "--batch-size", 3)
+RUN = ("--seq-len", SEQ_LEN, "--batch-size", 13)
 WORDS = {"a": "The quick brown fox jumps over the lazy dog", "b": "def add(a, b): return a + b[0] * 42"}
 
 
@@ -52,13 +52,14 @@ def routed(folder: Path, paths: dict[str, Path]) -> dict[int, dict[str, torch.Te
         tokens = tokenized(TextSource(str(path)), folder)
         ids = torch.from_numpy(np.asarray(tokens.read(0, tokens.num_tokens)).astype(np.int64))
         windows = [ids[start : start + SEQ_LEN] for start in range(0, len(ids), SEQ_LEN)]
+        held_out = windows[HELD_OUT - 1 :: HELD_OUT]
+        whole = [window for window in held_out if len(window) == SEQ_LEN]  # all but perhaps the last
         chosen: dict[int, list[torch.Tensor]] = {layer: [] for layer in capture.layers}
-        for number, window in enumerate(windows):
-            if number % HELD_OUT == HELD_OUT - 1:
-                with torch.no_grad(), capture.collect() as routes:
-                    model(window[None])
-                for route in routes:
-                    chosen[route.layer].append(route.indices_TK)
+        for together in [torch.stack(whole), *(window[None] for window in held_out[len(whole) :])]:
+            with torch.no_grad(), capture.collect() as routes:
+                model(together)
+            for route in routes:
+                chosen[route.layer].append(route.indices_TK)
         for layer, some in chosen.items():
             found[layer][name] = torch.cat(some)
     return found
