@@ -97,6 +97,7 @@ DENSE: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "attention"],
         "mamba_n_heads": 8,
         "mamba_d_state": 16,
+        "mamba_chunk_size": 16,  # by default 256, to which each text is padded
         "residual_multiplier": 0.5,
         "logits_scaling": 2.0,
         "attention_multiplier": 0.3,
