@@ -19,7 +19,7 @@ from moetool.data import tokens as module
 from moetool.data.text import TextSource
 from moetool.data.tokens import TokenStream, describe, open_tokens, split_validation, tokenized, write_tokens
 from moetool.errors import ConfigError, DataError
-from tests import tiny
+from tests import forked, tiny
 
 DOCUMENTS = ["The quick fox.", "x", "def add(a, b):\n    return a + b\n", "日本語 and <|endoftext|>"]
 
@@ -241,17 +241,17 @@ def test_a_damaged_cache_entry_is_made_anew(tokenizer_folder: Path, jsonl: Path,
     assert open_tokens(entry).num_tokens == first.num_tokens
 
 
-def test_many_processes_make_one_cache_entry(tokenizer_folder: Path, jsonl: Path, cache: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from moetool.data.text import TextSource\n"
-        "from moetool.data.tokens import tokenized\n"
-        "print(tokenized(TextSource(sys.argv[1]), Path(sys.argv[2])).num_tokens)\n"
-    )
-    command = [sys.executable, "-c", script, str(jsonl), str(tokenizer_folder)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    counts = {process.communicate(timeout=120)[0] for process in running}
-    assert [process.returncode for process in running] == [0, 0, 0]
-    assert len(counts) == 1
+def say_number() -> None:
+    print(tokenized(TextSource(sys.argv[1]), Path(sys.argv[2])).num_tokens)
+
+
+def test_many_processes_make_one_cache_entry(tokenizer_folder: Path, jsonl: Path, cache: Path, tmp_path: Path) -> None:
+    target = f"{__name__}:say_number"
+    running = [forked.start(tmp_path / str(n), jsonl, tokenizer_folder, target=target) for n in range(3)]
+    done = [process.wait() for process in running]
+    assert [one.code for one in done] == [0, 0, 0]
+    assert len({one.out for one in done}) == 1
+    assert int(done[0].out) > 0
     (entry,) = cache.iterdir()
     open_tokens(entry)
 
