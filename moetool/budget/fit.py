@@ -15,7 +15,7 @@ from moetool.budget.meshes import (
     more_gpus,
     run_options,
 )
-from moetool.cost.memory import estimate, smaller
+from moetool.cost.memory import estimate, in_gb, smaller
 from moetool.cost.parameters import Sizes
 from moetool.mesh import Mesh
 
@@ -105,7 +105,8 @@ def _advice(sizes: Sizes, cluster: Cluster, seq_len: int, batch: int, granularit
         )
     whole = Mesh(replicas=cluster.num_gpus)
     ways = smaller(sizes, run_options(whole, seq_len, 1), int(room), whole)
-    return said + [f"{typed} fits without a mesh ({size / 1e9:.0f} GB)" for typed, size in ways]
+    alone = " without a mesh" if cluster.num_gpus > 1 else ""
+    return said + [f"{typed} fits{alone} ({in_gb(size)})" for typed, size in ways]
 
 
 def _parts(sizes: Sizes, cluster: Cluster, seq_len: int) -> int | None:

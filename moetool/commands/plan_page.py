@@ -34,7 +34,7 @@ def page(found: Mapping[str, Any]) -> list[RenderableType]:
         parts += ["", *_sweep(found["sweep"])]
     parts += ["", f"[bold]commands: {escape(best['title'])}[/bold]"]
     if not _planned(found)["fitting"]:
-        parts.append("[yellow]the training is left out, because no mesh fits[/yellow]")
+        parts.append("[yellow]the training is left out, because it does not fit[/yellow]")
         return parts
     parts.append(f"[dim]replace data/ with your text, and --lr {LR} by the advice above[/dim]")
     if found["cluster"]["num_gpus"] > found["cluster"]["gpus_per_node"]:
@@ -140,8 +140,9 @@ def _meshes(found: Mapping[str, Any]) -> list[RenderableType]:
     meshes, cluster = _planned(found), found["cluster"]
     of = " of the dense model" if found["dense_meshes"] else ""
     if not meshes["fitting"]:
-        none = f"[bold yellow]no mesh of {cluster['num_gpus']} x {escape(cluster['gpu'])} fits[/bold yellow]"
-        return [none, *(f"  {escape(one)}" for one in meshes["advice"])]
+        what = f"no mesh of {cluster['num_gpus']} x" if cluster["num_gpus"] > 1 else "the training does not fit on one"
+        none = f"{what} {cluster['gpu']}" + " fits" * (cluster["num_gpus"] > 1)
+        return [f"[bold yellow]{escape(none)}[/bold yellow]", *(f"  {escape(one)}" for one in meshes["advice"])]
     shown = meshes["fitting"][:SHOWN_MESHES]
     title = f"meshes{of} that fit, the recommended one first; computed, in GB (sent in a step)"
     table = numbers(title, "mesh", "micro", "GPU", "host", "sent", "network", "busy")

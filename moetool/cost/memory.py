@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -281,8 +281,8 @@ def saving_bytes(sizes: Sizes, training: Training, num_processes: int, pinned: b
     return blocks + 2 * FLOAT32 * largest
 
 
-def smaller(sizes: Sizes, training: Training, there: int, mesh: Mesh = ONE) -> list[tuple[str, int]]:
-    """The options with which a run that is too large would fit, and the memory needed; the cheapest first.
+def smaller(sizes: Sizes, training: Training, there: int, mesh: Mesh = ONE) -> list[tuple[str, dict[str, int]]]:
+    """The options with which a run that is too large would fit, and the estimate; the cheapest first.
 
     Args:
         sizes: of the model.
@@ -295,18 +295,24 @@ def smaller(sizes: Sizes, training: Training, there: int, mesh: Mesh = ONE) -> l
         steps += [{"moments": "bf16"}, {"moments": "8bit"}]
         if training.precision == "bf16":
             steps += [{"master_weights": False}, {"moments": "offload", "master_weights": True}]
-    fitting: list[tuple[str, int]] = []
+    fitting: list[tuple[str, dict[str, int]]] = []
     changes: dict[str, Any] = {}
-    need = estimate(sizes, training, mesh)["total"]
+    need = estimate(sizes, training, mesh)
     for change in steps:
-        less = estimate(sizes, replace(training, **changes | change), mesh)["total"]
-        if less >= need:
+        less = estimate(sizes, replace(training, **changes | change), mesh)
+        if less["total"] >= need["total"]:
             continue
         changes, need = changes | change, less
-        if need <= there:
+        if need["total"] <= there:
             typed = [_typed(name, value) for name, value in changes.items() if value != getattr(training, name)]
             fitting.append((" ".join(typed), need))
     return fitting
+
+
+def in_gb(need: Mapping[str, int]) -> str:
+    """An estimate in words; `--moments offload` needs host memory, too."""
+    host = f", and {need['host'] / 1e9:.3g} GB of host memory" if need["host"] else ""
+    return f"{need['total'] / 1e9:.3g} GB{host}"
 
 
 def _typed(name: str, value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moetool.cost import devices
-from moetool.cost.memory import Training, estimate, loading_bytes, saving_bytes, smaller
+from moetool.cost.memory import Training, estimate, in_gb, loading_bytes, saving_bytes, smaller
 from moetool.cost.operations import flops_per_token, router_gradient_flops
 from moetool.cost.parameters import sizes_of
 from moetool.data.mixture import TokenMixture
@@ -162,7 +162,7 @@ def plan_run(
 
 
 def memory_warnings(
-    memory: Mapping[str, int], device: torch.device, fitting: Callable[[int], Sequence[tuple[str, int]]]
+    memory: Mapping[str, int], device: torch.device, fitting: Callable[[int], Sequence[tuple[str, Mapping[str, int]]]]
 ) -> list[str]:
     """Warnings where the estimate is more than a device has, with the options that would make the run fit, or the host.
 
@@ -180,7 +180,7 @@ def memory_warnings(
         )
     if there is None or memory["total"] <= there:
         return warnings
-    ways = [f"{options} ({need / 1e9:.3g} GB)" for options, need in fitting(there)]
+    ways = [f"{options} ({in_gb(need)})" for options, need in fitting(there)]
     advice = f"it fits with {'; or with '.join(ways)}" if ways else "no option makes it fit"
     return [
         *warnings,
