@@ -9,7 +9,8 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,33 +193,36 @@ def skeleton(folder: Path, dtype: Any = None) -> Any:
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {reason}") from None
 
 
-def without_weights(config: Mapping[str, Any], num_tensors: int) -> Any:
-    """The model of a config.json on torch's meta device; None where transformers does not know or cannot build it.
+def without_weights(config: Mapping[str, Any], num_tensors: int) -> list[Any]:
+    """The model of a config.json on torch's meta device; none where transformers does not know or cannot build it.
 
     Args:
-        config: that `check_config` has seen.
+        config: that `check_config` has seen. Where it names no class, the causal language model and the model without
+            a head are both built.
         num_tensors: in its files; layers that have none are not built.
     """
     import torch
     import transformers
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
     if config.get("model_type") not in CONFIG_MAPPING:
-        return None
+        return []
     _quiet()
     named = next(iter(config.get("architectures") or ()), None)
     kind = getattr(transformers, named, None) if isinstance(named, str) and named.isidentifier() else None
-    build: Any = kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
-    try:
-        settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-        if getattr(settings.get_text_config(), "num_hidden_layers", 0) > num_tensors:
-            return None
-        with torch.device("meta"):
-            if build:
-                return build._from_config(settings)
-            return AutoModelForCausalLM.from_config(settings, trust_remote_code=False) if named is None else None
-    except Exception:  # a damaged or foreign config fails in many ways
-        return None
+    known: Any = kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+    builds: list[Any] = []
+    if known:
+        builds = [known._from_config]
+    elif named is None:
+        builds = [partial(auto.from_config, trust_remote_code=False) for auto in (AutoModelForCausalLM, AutoModel)]
+    built = []
+    for build in builds:
+        with suppress(Exception), torch.device("meta"):  # a damaged or foreign config fails in many ways
+            settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+            if getattr(settings.get_text_config(), "num_hidden_layers", 0) <= num_tensors:
+                built.append(build(settings))
+    return built
 
 
 # Keys of config.json whose numbers size lists or modules of transformers, and a bound far above any model's.

@@ -47,33 +47,34 @@ def _experts_missing(names: Iterable[str], config: Mapping[str, Any], spec: Arch
     for name in names:
         if found := _EXPERT.fullmatch(name):
             groups.setdefault(found[1], {}).setdefault(found[3], set()).add(int(found[2]))
-    # Each layer may have another number of them in a family that moetool does not know.
+    # In a family that moetool does not know, each layer and each matrix may have another number: only a gap tells.
     known = experts_and_top_k(config) if spec else None
-    missing = []
+    missing: list[tuple[str, int, str]] = []
     for layer, group in groups.items():
         there = set().union(*group.values())
-        expected = min(
-            known[0] if known else max(there) + 1, 10 * len(there) + 10
-        )  # config.json may speak of any number
-        missing += [
-            f"{layer}{expert}{rest}" for expert in range(expected) for rest in group if expert not in group[rest]
-        ]
-    return missing
+        few = 10 * len(there) + 10  # config.json and names may speak of any number
+        for rest, having in group.items():
+            expected = range(min(known[0] if known else max(having) + 1, few))
+            missing += [(layer, expert, rest) for expert in expected if expert not in having]
+    return [f"{layer}{expert}{rest}" for layer, expert, rest in sorted(missing)]
 
 
 def _model_missing(tensors: Mapping[str, TensorLayout], config: Mapping[str, Any], folder: Path) -> list[str]:
     """What transformers finds missing, under the names of a published checkpoint."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
-    from transformers.modeling_utils import LoadStateDictConfig
-
     try:
         check_config(folder)
     except CheckpointError:  # no other command gives it to transformers
         return []
-    model = without_weights(config, len(tensors))
-    if model is None:
-        return []
+    found = (_missing_of(model, tensors) for model in without_weights(config, len(tensors)))
+    return min(found, key=len, default=[])
+
+
+def _missing_of(model: Any, tensors: Mapping[str, TensorLayout]) -> list[str]:
+    """The same of one model, which is on torch's meta device and stays there."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+    from transformers.modeling_utils import LoadStateDictConfig
+
     empty = {name: torch.empty(layout.shape, device="meta") for name, layout in tensors.items()}
     settings = LoadStateDictConfig(
         device_map={"": "meta"}, dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model)

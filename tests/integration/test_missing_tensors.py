@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from moetool.surgery.complete import _experts_missing
 from tests import tiny
 
 
@@ -100,3 +101,23 @@ def test_a_model_without_a_head_is_whole(tmp_path: Path) -> None:
     LlamaModel(config).save_pretrained(tmp_path / "base")
     assert json.loads((tmp_path / "base" / "config.json").read_text())["architectures"] == ["LlamaModel"]
     tiny.result("convert", tmp_path / "base", tmp_path / "out")
+
+
+def test_a_checkpoint_whose_config_names_no_class_needs_no_head(mixtral: Path, tmp_path: Path) -> None:
+    """Without `architectures` it may be a model with a head or a base model, whose tensors have no prefix."""
+    base = without(mixtral, tmp_path / "base", "lm_head")
+    tensors = load_file(base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    config.pop("architectures")
+    (base / "config.json").write_text(json.dumps(config))
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, base / "model.safetensors")
+    tiny.result("convert", base, tmp_path / "out")
+    broken = without(base, tmp_path / "broken", "1.input_layernorm")
+    assert "lacks layers.1.input_layernorm.weight," in tiny.refusal("convert", broken, tmp_path / "other")
+
+
+def test_in_a_family_without_a_spec_a_matrix_may_be_of_fewer_experts() -> None:
+    """So it is in LongCat-Flash, whose last experts do nothing; a gap among the others is still found."""
+    there = {f"l.experts.{expert}.{name}" for expert in range(4) for name in ("up", "down")}
+    assert not _experts_missing(there - {"l.experts.3.down"}, {}, None)
+    assert _experts_missing(there - {"l.experts.2.down"}, {}, None) == ["l.experts.2.down"]
