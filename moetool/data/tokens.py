@@ -117,6 +117,16 @@ class TokenStream:
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
         return TokenStream(self.manifest, self.starts[indices], offsets, self.memory)
 
+    def beginning(self, first: int) -> TokenStream:
+        """As many whole documents of a folder as hold more tokens than that: all of a folder made with `first`."""
+        if self.num_tokens <= first:
+            return self
+        count = int(np.searchsorted(self.offsets, first, side="right"))
+        tokens = int(self.offsets[count])
+        digest = hashlib.sha256(self.memory[:tokens].data).hexdigest()
+        manifest = self.manifest | {"num_tokens": tokens, "num_documents": count, "sha256": digest}
+        return TokenStream(manifest, self.starts[:count], self.offsets[: count + 1], self.memory)
+
 
 def open_tokens(folder: Path) -> TokenStream:
     """Open a tokenised folder.
@@ -280,8 +290,8 @@ def tokenized(
         source: text, or a folder made by `moetool tokenize`.
         tokenizer_folder: a folder that holds a tokenizer, such as a checkpoint.
         progress: called with the bytes read.
-        first: tokens that are needed from the beginning, and the one after them; of text, only the documents that hold
-            these are tokenized. None: all.
+        first: tokens that are needed from the beginning, and the one after them; only the documents that hold these
+            are tokenized, or taken from a tokenised folder. None: all.
         recorded: a document with digests of texts, of the run that is to be continued. Where one of them is that of all
             tokens, which earlier versions made and may still be in the cache, it is these.
 
@@ -298,7 +308,7 @@ def tokenized(
                 f"{folder} was tokenized with another tokenizer, not that of {tokenizer_folder}; give the text itself,"
                 f" or tokenize it into a new folder with moetool tokenize --tokenizer {tokenizer_folder}"
             )
-        return stream
+        return stream if first is None or stream.manifest["sha256"] in recorded else stream.beginning(first)
     tokenizer = load_tokenizer(tokenizer_folder)
     about = describe([source], tokenizer_folder, tokenizer, progress)
     cache = cache_root() / "tokens"

@@ -57,3 +57,31 @@ def test_loads_that_were_recorded_with_all_of_a_text_are_proven(
     shutil.rmtree(tmp_path / "cache")
     code, _, err = tiny.in_process("verify", tmp_path / "moe", *text, "--device", "cpu")
     assert code == 0, err
+
+
+def test_a_tokenised_folder_counts_as_the_text_that_it_was_made_from(
+    llama: Path, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / "cache"))
+    assert not tiny.in_process("tokenize", jsonl, "--out", tmp_path / "tokens", "--tokenizer", llama)[0]
+    forms = {"text": f"t={jsonl}", "folder": f"t={tmp_path / 'tokens'}"}
+    size = ("--router", "balanced", "--max-tokens", 200, "--seq-len", 16)
+    tiny.result("upcycle", llama, tmp_path / "moe", *size, "--calibrate", forms["text"])
+    assert tiny.result("upcycle", llama, tmp_path / "moe", *size, "--calibrate", forms["folder"])["already_finished"]
+    for form in forms.values():
+        code, _, err = tiny.in_process("verify", tmp_path / "moe", "--calibrate", form, "--device", "cpu")
+        assert code == 0, err
+
+
+def test_a_run_of_before_with_a_tokenised_folder_continues(
+    llama: Path, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOETOOL_CACHE", str(tmp_path / "cache"))
+    assert not tiny.in_process("tokenize", jsonl, "--out", tmp_path / "tokens", "--tokenizer", llama)[0]
+    text = ("--calibrate", f"t={tmp_path / 'tokens'}")
+    size = ("--router", "balanced", "--max-tokens", 200, "--seq-len", 16)
+    with earlier(monkeypatch):
+        tiny.result("upcycle", llama, tmp_path / "moe", *size, *text)
+    assert tiny.result("upcycle", llama, tmp_path / "moe", *size, *text)["already_finished"]
+    code, _, err = tiny.in_process("verify", tmp_path / "moe", *text, "--device", "cpu")
+    assert code == 0, err
