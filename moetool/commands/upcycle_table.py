@@ -170,12 +170,12 @@ def warnings(upcycling: Upcycling, repeated: Sequence[str]) -> list[str]:
     if recipe.top_k == recipe.group_size:
         what = "expert" if recipe.top_k == 1 else "group of experts"
         more = recipe.group_size * 2
-        experts = f" and --num-experts {more} or more" * (more > recipe.num_experts)
+        experts = f" and --num-experts {2 * more}" * (more >= recipe.num_experts)  # all would be no routing
         told.append(
             f"with --top-k {recipe.top_k}, {upcycling.spec.model_type} gives every chosen {what} the same weight, so"
             f" only a balance loss trains the router; use --top-k {more}{experts}"
         )
-    if recipe.top_k == recipe.num_experts:
+    elif recipe.top_k == recipe.num_experts:
         told.append(f"--top-k {recipe.top_k} sends every token to all {recipe.num_experts} experts; lower it to route")
     ratio = {"drop": recipe.drop_ratio, "noise": recipe.noise_ratio}.get(recipe.method)
     if ratio and not any(recipe.num_redrawn(upcycling.num_units, layer) for layer in upcycling.moe_layers):

@@ -37,8 +37,8 @@ TOLD = [
     (("--top-k", 8), "--top-k 8 sends every token to all 8 experts"),
     (("--drop-ratio", "0.01"), "--method drop changes no unit here, so experts start as with --method copy"),
     (("--router-std", 0), "--router-std 0 sends every token to the same first experts"),
-    (("--num-experts", 2, "--top-k", 1), "use --top-k 2\n"),
-    (("--granularity", 2, "--num-experts", 2, "--top-k", 2), "use --top-k 4 and --num-experts 4 or more\n"),
+    (("--num-experts", 2, "--top-k", 1), "use --top-k 2 and --num-experts 4\n"),
+    (("--granularity", 2, "--num-experts", 2, "--top-k", 2), "use --top-k 4 and --num-experts 8\n"),
 ]
 USUAL = [
     ("--top-k", 7),
