@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from moetool.cost.memory import Training, estimate
+from moetool.cost.parameters import sizes_of
 from tests import recipes, tiny
 from tests.integration.test_docs import commands
 
@@ -55,7 +56,6 @@ def figures(name: str, place: Path) -> dict[str, str]:
     """The row of a model, from the page's own `--plan` command and the estimate of cpt; in the working folder."""
     from moetool.cost.memory import loading_bytes
     from moetool.cost.operations import flops_per_token
-    from moetool.cost.parameters import sizes_of
     from moetool.mesh import Mesh, check_model
 
     folder = recipes.save_headers(name, place / name)
@@ -105,7 +105,7 @@ def test_the_memory_of_one_gpu(tmp_path: Path) -> None:
     training = Training(4096, micro_batch_size=1, precision="bf16", gradient_checkpointing=True, compiled_loss=True)
     with skeleton(str(folder), "mixtral") as model:
         default, small, offload = (
-            estimate(model, replace(training, **options))
+            estimate(sizes_of(model), replace(training, **options))
             for options in ({}, {"moments": "8bit", "master_weights": False}, {"moments": "offload"})
         )
     gb = [round(size / 1e9) for size in (small["total"], default["total"], offload["total"], offload["host"])]
