@@ -16,8 +16,9 @@ from moetool.calibration.store import cached
 from moetool.calibration.sums import Calibration
 from moetool.calibration.text_pass import calibrate, calibrate_dense, mean_losses
 from moetool.checkpoint.model import free_models, load_model, pick_device
+from moetool.data.make_tokens import tokenized
 from moetool.data.text import TextSource
-from moetool.data.tokens import TokenStream, tokenized
+from moetool.data.tokens import TokenStream
 from moetool.progress import Progress, silent
 from moetool.routing.capture import has_routers
 from moetool.routing.text_pass import Windows, window

@@ -128,8 +128,8 @@ def _measured(
     """Run the texts through the models, with files that are deleted again in the folder `scratch`."""
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.model import pick_device, tokenizer_sha256
+    from moetool.data.make_tokens import tokenized
     from moetool.data.text import TextSource
-    from moetool.data.tokens import tokenized
     from moetool.routing.analysis import analyze
 
     models = [(name, resolve_model(name)) for name in (options.model, options.compare) if name]

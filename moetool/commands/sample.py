@@ -28,8 +28,8 @@ def sample(context: typer.Context, options: SampleOptions, output: Output) -> di
     from moetool.checkpoint.folder import FolderLock
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.model import load_tokenizer, skeleton
+    from moetool.data.make_tokens import tokenized
     from moetool.data.text import TextSource
-    from moetool.data.tokens import tokenized
     from moetool.routing.text_pass import window
     from moetool.sample.output import Unfinished, finished, hidden
     from moetool.sample.prompts import open_prompts

@@ -39,8 +39,9 @@ def tokenize(context: typer.Context, options: TokenizeOptions, output: Output) -
     from moetool.checkpoint.folder import FolderLock
     from moetool.checkpoint.hub import resolve_model
     from moetool.checkpoint.model import load_tokenizer
+    from moetool.data.make_tokens import describe, write_tokens
     from moetool.data.text import TextSource, read_documents
-    from moetool.data.tokens import describe, open_tokens, read_manifest, write_tokens
+    from moetool.data.tokens import open_tokens, read_manifest
 
     out = options.out
     console = Console(context, output.json, output.quiet)

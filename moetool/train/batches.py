@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetool.data.make_tokens import tokenized
 from moetool.data.mixture import Source, TokenMixture
 from moetool.data.text import TextSource
-from moetool.data.tokens import TokenStream, split_validation, tokenized
+from moetool.data.tokens import TokenStream, split_validation
 from moetool.errors import DataError
 from moetool.progress import Progress, silent
 from moetool.train.config import TrainConfig

@@ -134,8 +134,8 @@ def text(file: str, tokenizer: str, characters: int) -> dict[str, Any]:
 
 def tokens(model: str, file: str) -> Any:
     """The text as one array of tokens, as moetool cuts it."""
+    from moetool.data.make_tokens import tokenized
     from moetool.data.text import TextSource
-    from moetool.data.tokens import tokenized
 
     stream = tokenized(TextSource(file, "text", "file"), Path(model))
     return stream.read(0, stream.num_tokens)

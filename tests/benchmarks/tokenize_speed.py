@@ -37,8 +37,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moetool.checkpoint.model import load_tokenizer
+from moetool.data.make_tokens import write_tokens
 from moetool.data.text import TextSource, content_sha256, read_documents
-from moetool.data.tokens import write_tokens
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -442,7 +442,7 @@ def _kept(out: Path) -> Target:
 
 def _tokenizer(fresh: Callable[[str], Path], llama: Path, file: str) -> Target:
     from moetool.checkpoint.model import load_tokenizer, tokenizer_sha256
-    from moetool.data.tokens import write_tokens
+    from moetool.data.make_tokens import write_tokens
 
     def read(data: bytes) -> None:
         path = fresh(file)

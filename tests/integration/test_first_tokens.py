@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from moetool.data import tokens
+from moetool.data import make_tokens, tokens
 from tests import tiny
 
 
@@ -21,7 +21,7 @@ def earlier(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As earlier versions did: all of a text."""
 
     def whole(source: Any, folder: Path, progress: Any, *more: Any) -> tokens.TokenStream:
-        return tokens.tokenized(source, folder, progress)
+        return make_tokens.tokenized(source, folder, progress)
 
     with monkeypatch.context() as patch:
         patch.setattr("moetool.calibration.measure.tokenized", whole)

@@ -15,8 +15,8 @@ from torch import Tensor
 from moetool.calibration.gradient import expert_gradients
 from moetool.checkpoint.model import load_model
 from moetool.checkpoint.reader import CheckpointReader
+from moetool.data.make_tokens import tokenized
 from moetool.data.text import TextSource
-from moetool.data.tokens import tokenized
 from moetool.errors import CheckpointError, DataError
 from moetool.grow.plan import plan_growth
 from moetool.grow.recipe import GrowRecipe

@@ -17,8 +17,9 @@ from moetool.calibration.experts import layers_with_experts
 from moetool.calibration.sums import Calibration, ExpertSums
 from moetool.calibration.text_pass import calibrate, mean_losses
 from moetool.checkpoint.model import load_model
+from moetool.data.make_tokens import tokenized
 from moetool.data.text import TextSource
-from moetool.data.tokens import TokenStream, tokenized
+from moetool.data.tokens import TokenStream
 from moetool.errors import ConfigError
 from moetool.prune.choose import choose, highest, super_experts
 from moetool.prune.reroute import Sample, by_reconstruction

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moetool.checkpoint.model import load_model
+from moetool.data.make_tokens import tokenized
 from moetool.data.text import TextSource
-from moetool.data.tokens import tokenized
 from moetool.routing.capture import RouterCapture
 from tests import tiny
 from tests.integration.test_grow import grow, upcycled

@@ -116,8 +116,8 @@ def test_the_command_shows_what_a_plain_forward_chooses(mixtral: Path, jsonl: Pa
     assert len(text["tokens"]) == 200
     model = load_model(mixtral)
     capture = RouterCapture(model)
+    from moetool.data.make_tokens import tokenized
     from moetool.data.text import TextSource
-    from moetool.data.tokens import tokenized
 
     ids = tokenized(TextSource(str(jsonl), "text", "file"), mixtral, lambda *a, **k: None).read(0, 32)
     with torch.no_grad(), capture.collect() as routes:

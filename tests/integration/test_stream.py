@@ -23,8 +23,9 @@ from moetool.calibration.sums import Calibration
 from moetool.calibration.text_pass import calibrate, calibrate_dense, mean_losses
 from moetool.checkpoint.model import load_model
 from moetool.cost.memory import hidden_bytes, layer_bytes, weight_bytes
+from moetool.data.make_tokens import tokenized
 from moetool.data.text import TextSource
-from moetool.data.tokens import TokenStream, tokenized
+from moetool.data.tokens import TokenStream
 from moetool.errors import CheckpointError
 from moetool.prune.choose import choose
 from moetool.routing.text_pass import Windows

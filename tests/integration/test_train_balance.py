@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from moetool import registry
 from moetool.checkpoint.model import load_model
+from moetool.data.make_tokens import tokenized
 from moetool.data.text import TextSource
-from moetool.data.tokens import tokenized
 from moetool.routing.capture import RouterCapture
 from moetool.train import balance, state
 from moetool.train.balance import build_strategies, build_terms, count_routes

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from moetool import registry
 from moetool.calibration.parts import HELD_OUT
 from moetool.checkpoint.model import load_model
+from moetool.data.make_tokens import tokenized
 from moetool.data.text import TextSource
-from moetool.data.tokens import tokenized
 from moetool.lineage import read_lineage
 from moetool.routing.capture import RouterCapture
 from moetool.upcycle.router_fit import Inputs, Wanted, fit

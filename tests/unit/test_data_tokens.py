@@ -15,9 +15,10 @@ import pytest
 
 from moetool.checkpoint.model import load_tokenizer
 from moetool.data import encode as encoding
-from moetool.data import tokens as module
+from moetool.data import make_tokens as module
+from moetool.data.make_tokens import describe, tokenized, write_tokens
 from moetool.data.text import TextSource
-from moetool.data.tokens import TokenStream, describe, open_tokens, split_validation, tokenized, write_tokens
+from moetool.data.tokens import TokenStream, open_tokens, split_validation
 from moetool.errors import ConfigError, DataError
 from tests import forked, tiny
 
@@ -157,12 +158,12 @@ def test_a_killed_run_leaves_nothing_that_opens_and_the_next_one_clears_up(
 ) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from moetool.checkpoint.model import load_tokenizer; from moetool.data import encode, tokens\n"
+        "from moetool.checkpoint.model import load_tokenizer; from moetool.data import encode, make_tokens\n"
         "encode._BATCH_CHARACTERS = 1\n"
         "def texts():\n"
         "    yield 'a'; yield 'b'\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "tokens.write_tokens(texts(), load_tokenizer(Path(sys.argv[1])), Path(sys.argv[2]))\n"
+        "make_tokens.write_tokens(texts(), load_tokenizer(Path(sys.argv[1])), Path(sys.argv[2]))\n"
     )
     folder = tmp_path / "tokens"
     done = subprocess.run([sys.executable, "-c", script, str(tokenizer_folder), str(folder)], timeout=120, check=False)
